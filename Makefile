@@ -1,0 +1,41 @@
+# `make run` and `make test` do all the set-up on a fresh machine: Python 3.11 or newer with venv is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup run test check bench docs clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
+
+setup: $(READY) ## .venv with every extra and the development tools
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "found Python %d.%d; needed 3.11 or newer. Run: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing into $(VENV) (several GB on the first run)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+run: setup ## the main job: recipe tiny from versioned data to a promoted bundle
+	@$(BIN)/manyeyes run train --recipe tiny
+
+test: setup ## all tests that need no outside service
+	@$(BIN)/python -m pytest
+
+check: setup ## formatting, lint, types, import layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup ## side-by-side performance ratios, with equality checks
+	@$(BIN)/python -m bench
+
+docs: setup ## documents that are generated from code
+	@$(BIN)/python docs/formats.py > docs/formats.md
+
+clean: ## runs, caches and the registry of this checkout; keeps .venv and data
+	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

@@ -1,0 +1,6 @@
+"""ManyEyes: multimodal language models that look at an image through several vision encoders.
+
+Importing this package loads nothing heavy. ``import manyeyes.model`` registers the Auto classes of transformers.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,132 @@
+"""The errors that a user of ManyEyes can cause.
+
+::
+
+    ManyEyesError
+    ├── RecipeError            a recipe, a field of one, or an override of one
+    ├── DataError              a record, a shard, a snapshot or a mixture
+    │   ├── RecordError        one sample: bad turns, bad image, image and placeholder counts differ
+    │   ├── SnapshotError      a snapshot that is missing, incomplete or does not match its md5
+    │   └── ValidationError    the validation suite refuses the snapshot
+    ├── ShapeError             tensors or grids that do not fit together
+    ├── SourceError            pretrained parts that cannot be had or do not fit
+    ├── CheckpointError        a checkpoint that is missing, incomplete or does not match
+    ├── BundleError            an ONNX bundle that is missing, incomplete or does not match
+    ├── EvaluationError        an unknown benchmark, or answers that cannot be scored
+    ├── RegistryError          a model, version or alias that is not there
+    │   └── RegistryUnreachableError   the MLflow server or store does not answer (worth a retry)
+    ├── StorageError           no space, or no permission, where something must be written
+    ├── LockedError            another process owns this run or this running checkpoint
+    └── PipelineError          a pipeline or a step that failed, or that cannot be started
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ManyEyesError(Exception):
+    """Something that the user can mend; says what was found, what was needed and what to do.
+
+    Args:
+        found: What was found, naming the field, file or value.
+        needed: What was needed instead.
+        do: What to do about it, with the command where there is one.
+        retry: Whether the same call may succeed later without any change.
+    """
+
+    retry_by_default = False
+
+    def __init__(self, found: str, needed: str, do: str, *, retry: bool | None = None) -> None:
+        super().__init__(found, needed, do)
+        self.found = found
+        self.needed = needed
+        self.do = do
+        self.retry = self.retry_by_default if retry is None else retry
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.needed}. {self.do}"
+
+    def as_dict(self) -> dict[str, str | bool]:
+        """The fields of ``error.json``."""
+        return {
+            "error": type(self).__name__,
+            "found": self.found,
+            "needed": self.needed,
+            "do": self.do,
+            "retry": self.retry,
+        }
+
+
+class RecipeError(ManyEyesError):
+    """A recipe, a field of one, or an override of one."""
+
+
+class DataError(ManyEyesError):
+    """A record, a shard, a snapshot or a mixture."""
+
+
+class RecordError(DataError):
+    """One sample that cannot be used."""
+
+
+class SnapshotError(DataError):
+    """A snapshot that is missing, incomplete or does not match its md5."""
+
+
+class ValidationError(DataError):
+    """The validation suite refuses the snapshot."""
+
+
+class ShapeError(ManyEyesError):
+    """Tensors or grids that do not fit together."""
+
+
+class SourceError(ManyEyesError):
+    """Pretrained parts that cannot be had or do not fit."""
+
+
+class CheckpointError(ManyEyesError):
+    """A checkpoint that is missing, incomplete or does not match."""
+
+
+class BundleError(ManyEyesError):
+    """An ONNX bundle that is missing, incomplete or does not match."""
+
+
+class EvaluationError(ManyEyesError):
+    """An unknown benchmark, or answers that cannot be scored."""
+
+
+class RegistryError(ManyEyesError):
+    """A model, version or alias that is not there."""
+
+
+class RegistryUnreachableError(RegistryError):
+    """The MLflow server or store does not answer."""
+
+    retry_by_default = True
+
+
+class StorageError(ManyEyesError):
+    """No space, or no permission, where something must be written."""
+
+
+class LockedError(ManyEyesError):
+    """Another process owns this run or this running checkpoint."""
+
+
+class PipelineError(ManyEyesError):
+    """A pipeline or a step that failed, or that cannot be started."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The nearest spelling as a sentence, or an empty string when none is near.
+
+    Args:
+        name: What the user wrote.
+        choices: What exists.
+    """
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f'Did you mean "{near[0]}"? ' if near else ""
