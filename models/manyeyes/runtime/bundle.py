@@ -1,0 +1,363 @@
+"""Answers questions about images from an ONNX bundle.
+
+::
+
+    bundle = load_bundle("bundle/")
+    bundle.answer("What colour is the circle?", images=[Path("circle.png").read_bytes()])
+
+An image runs through the encoders once, however many questions there are about it, and so do the tokens up to and
+including it: all questions of a ``Group`` go on from one key-value cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from manyeyes.errors import BundleError, RecordError
+from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
+from manyeyes.runtime.decoding import Continuation, Decoder
+from manyeyes.runtime.preprocess import ImageTransform, decode_image, transform_image
+from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
+
+FORMAT_VERSION = 1
+VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
+TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
+REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions about the same images.
+
+    Attributes:
+        images: Image files, in the order in which the model sees them; none for a question about text.
+        questions: Without ``<image>``: one placeholder and a newline per image are put in front.
+    """
+
+    images: tuple[bytes, ...]
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """One answer.
+
+    Attributes:
+        text: Without special tokens and surrounding white space.
+        token_ids: What the model wrote, without the stop token.
+        first_logits: ``[V]``, float32, at the first token, when asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    first_logits: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    group: int
+    question: int
+    encoded: Encoded
+
+
+class Bundle:
+    """A loaded bundle; make one with ``load_bundle``.
+
+    Attributes:
+        path: The bundle's folder.
+        manifest: What ``manifest.json`` says.
+        providers: Execution providers that run the graphs, best first.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, providers: Sequence[str], threads: int) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
+        preprocess, chat = _read_json(path / PREPROCESS), _read_json(path / CHAT)
+        self._transforms = _read_transforms(preprocess)
+        self._template = ChatTemplate.from_dict(_field(chat, CHAT, "template", dict))
+        self._system: str | None = chat.get("system")
+        self._image_token_id = _field(chat, CHAT, "image_token_id", int)
+        self._image_tokens = _field(chat, CHAT, "image_tokens", int)
+        self._max_length = _field(chat, CHAT, "max_length", int)
+        self._vision = Graph(path / VISION, providers=providers, threads=threads)
+        if set(self._vision.input_names) != set(self._transforms):
+            raise BundleError(
+                f"{PREPROCESS} describes {sorted(self._transforms)}",
+                f"{VISION} takes {sorted(self._vision.input_names)}",
+                "Export the bundle again.",
+            )
+        self._decoder = Decoder(
+            Graph(path / EMBED, providers=providers, threads=threads),
+            Graph(path / DECODER, providers=providers, threads=threads),
+            stop_ids=stop_token_ids(self._tokenizer, self._template),
+        )
+        self.providers: tuple[str, ...] = self._vision.providers
+
+    def answer(self, question: str, *, images: Sequence[bytes] = (), max_new_tokens: int = 32) -> str:
+        """Answer one question.
+
+        Args:
+            question: Without ``<image>``.
+            images: Image files that the question is about.
+            max_new_tokens: Most tokens to write.
+
+        Raises:
+            RecordError: As ``answer_groups``.
+        """
+        group = Group(images=tuple(images), questions=(question,))
+        return self.answer_groups([group], max_new_tokens=max_new_tokens)[0][0].text
+
+    def answer_groups(
+        self,
+        groups: Sequence[Group],
+        *,
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
+        first_logits: bool = False,
+    ) -> list[list[GeneratedAnswer]]:
+        """Answer questions, greedily; an image runs once, and so does the prefix that its questions share.
+
+        Args:
+            groups: Images, and the questions about them.
+            max_new_tokens: Most tokens to write an answer. Fewer are written where the model's length ends.
+            batch_size: Most images, and most questions, a run of a graph.
+            first_logits: Whether to keep the logits of each answer's first token.
+
+        Returns:
+            One list a group, one answer a question, in order.
+
+        Raises:
+            RecordError: An image cannot be decoded, a question holds ``<image>`` or is longer than the model allows,
+                or ``max_new_tokens`` or ``batch_size`` is below 1.
+        """
+        if max_new_tokens < 1 or batch_size < 1:
+            raise RecordError(
+                f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}", "at least 1 each", "Raise it."
+            )
+        answers: list[list[GeneratedAnswer]] = []
+        for start in range(0, len(groups), batch_size):
+            window = groups[start : start + batch_size]
+            answers.extend(self._answer_window(window, max_new_tokens, batch_size, first_logits))
+        return answers
+
+    def encode_images(self, images: Sequence[bytes], *, batch_size: int = 32) -> NDArray[np.float32]:
+        """Run images through encoders, fusion and projector.
+
+        Args:
+            images: Image files.
+            batch_size: Most images a run.
+
+        Returns:
+            Visual tokens, ``[images, N, D]``, float32.
+
+        Raises:
+            RecordError: An image cannot be decoded.
+        """
+        batches = []
+        for start in range(0, len(images), batch_size):
+            decoded = [decode_image(data) for data in images[start : start + batch_size]]
+            pixels = {
+                name: np.stack([transform_image(image, transform) for image in decoded])
+                for name, transform in self._transforms.items()
+            }
+            batches.append(self._vision.run(pixels, on_host=self._vision.output_names)["visual_tokens"].numpy())
+        return np.concatenate(batches)
+
+    def _answer_window(
+        self, groups: Sequence[Group], max_new_tokens: int, batch_size: int, first_logits: bool
+    ) -> list[list[GeneratedAnswer]]:
+        prompts = list(self._encode_prompts(groups))
+        if not prompts:
+            return [[] for _ in groups]
+        unique = {data: place for place, data in enumerate(dict.fromkeys(data for g in groups for data in g.images))}
+        tokens = self.encode_images(list(unique), batch_size=batch_size) if unique else np.zeros((0, 0, 0), np.float32)
+        # Any question of a group has the group's prefix; a group without questions needs none.
+        of_group = {prompt.group: prompt.encoded for prompt in prompts}
+        rows = {group: row for row, group in enumerate(of_group)}
+        prefixes = self._decoder.run_prefixes(
+            [encoded.input_ids[: encoded.prefix_length] for encoded in of_group.values()],
+            [[tokens[unique[data]] for data in groups[group].images] for group in of_group],
+            [encoded.image_spans for encoded in of_group.values()],
+        )
+        found: dict[tuple[int, int], Continuation] = {}
+        # Prompts of like length run together, so that little is padding.
+        prompts.sort(key=lambda prompt: len(prompt.encoded.input_ids) - prompt.encoded.prefix_length)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            continuations = self._decoder.continue_greedily(
+                prefixes,
+                [rows[prompt.group] for prompt in batch],
+                [prompt.encoded.input_ids[prompt.encoded.prefix_length :] for prompt in batch],
+                max_new_tokens=[min(max_new_tokens, self._max_length - len(p.encoded.input_ids)) for p in batch],
+            )
+            found.update(((p.group, p.question), c) for p, c in zip(batch, continuations, strict=True))
+        return [
+            [self._to_answer(found[index, question], first_logits) for question in range(len(group.questions))]
+            for index, group in enumerate(groups)
+        ]
+
+    def _encode_prompts(self, groups: Sequence[Group]) -> Iterator[_Prompt]:
+        for index, group in enumerate(groups):
+            for place, question in enumerate(group.questions):
+                if IMAGE_PLACEHOLDER in question:
+                    raise RecordError(
+                        f"question {question!r} holds {IMAGE_PLACEHOLDER}",
+                        "the placeholder is put in front for every image",
+                        "Leave it out.",
+                    )
+                encoded = encode_conversation(
+                    self._tokenizer,
+                    self._template,
+                    [("human", f"{IMAGE_PLACEHOLDER}\n" * len(group.images) + question)],
+                    image_tokens=[self._image_tokens] * len(group.images),
+                    image_token_id=self._image_token_id,
+                    system=self._system,
+                    generation_prompt=True,
+                )
+                if len(encoded.input_ids) >= self._max_length:
+                    raise RecordError(
+                        f"question {question[:60]!r} with its images is {len(encoded.input_ids)} tokens long",
+                        f"fewer than {self._max_length} are needed",
+                        "Shorten it, or show fewer images.",
+                    )
+                if len(encoded.input_ids) == encoded.prefix_length:
+                    raise RecordError(
+                        "question is empty", "at least one token after the images is needed", "Write one."
+                    )
+                yield _Prompt(index, place, encoded)
+
+    def _to_answer(self, continuation: Continuation, first_logits: bool) -> GeneratedAnswer:
+        token_ids = continuation.token_ids
+        text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+        return GeneratedAnswer(text, token_ids, continuation.first_logits if first_logits else None)
+
+
+def load_bundle(
+    path: str | Path, *, providers: Sequence[str] | None = None, threads: int | None = None, verify: bool = True
+) -> Bundle:
+    """Load a bundle.
+
+    Args:
+        path: The bundle's folder.
+        providers: Execution providers of ONNX Runtime, best first; by default CUDA where there is a device, else CPU.
+        threads: Threads a graph may use; by default ``MANYEYES_THREADS``, else every core.
+        verify: Whether to check every file's sha256.
+
+    Raises:
+        BundleError: A file is missing or has changed, the manifest is of another format, a provider is unknown or
+            does not start, or a graph does not load.
+    """
+    path = Path(path)
+    chosen, num_threads = choose_providers(providers), choose_threads(threads)
+    manifest = read_manifest(path)
+    check_files(path, manifest["files"], sha256=verify)
+    return Bundle(path, manifest, providers=chosen, threads=num_threads)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a bundle's ``manifest.json``.
+
+    Raises:
+        BundleError: It is missing, is of another format version, lacks a required file, or was changed.
+    """
+    if not (path / MANIFEST).is_file():
+        raise BundleError(
+            f"{path} has no {MANIFEST}", "a bundle's folder is needed", "Check the path, or pull it again."
+        )
+    manifest = _read_json(path / MANIFEST)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{MANIFEST} has format_version {version!r}", f"this runtime reads {FORMAT_VERSION}", "Update manyeyes."
+        )
+    files = _field(manifest, MANIFEST, "files", dict)
+    absent = [name for name in REQUIRED_FILES if name not in files]
+    if absent:
+        raise BundleError(f"{MANIFEST} lists no {', '.join(absent)}", "a whole bundle is needed", "Export it again.")
+    if digest_files(files) != manifest.get("digest"):
+        raise BundleError(
+            f"{MANIFEST} has digest {manifest.get('digest')!r}",
+            "its list of files has another one",
+            "The manifest was changed: pull or export the bundle again.",
+        )
+    return manifest
+
+
+def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: bool = True) -> None:
+    """Check that files are as a manifest says.
+
+    Args:
+        path: Their folder.
+        files: ``sha256`` (hexadecimal) and ``bytes`` by name.
+        sha256: Whether to read the files; otherwise only their sizes are checked.
+
+    Raises:
+        BundleError: A file is missing, has another size or another sha256; names it.
+    """
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise BundleError(f"{MANIFEST} names {name!r}", "plain file names are needed", "Do not use this bundle.")
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"{name} is missing from {path}", f"{MANIFEST} lists it", "Pull or export it again.")
+        size = file.stat().st_size
+        if size != expected.get("bytes"):
+            raise BundleError(
+                f"{name} has {size} bytes", f"{MANIFEST} says {expected.get('bytes')}", "Pull or export it again."
+            )
+        if not sha256:
+            continue
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != expected.get("sha256"):
+            raise BundleError(
+                f"{name} has sha256 {digest}", f"{MANIFEST} says {expected.get('sha256')}", "Pull or export it again."
+            )
+
+
+def digest_files(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of a bundle: sha256 over the names and sha256s of its files, sorted by name.
+
+    Args:
+        files: ``sha256`` (hexadecimal) by name, as ``manifest.json`` lists them.
+    """
+    lines = "".join(f"{files[name].get('sha256')}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{file.name} cannot be read ({error})", "JSON is needed", "Pull or export it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{file.name} holds a {type(content).__name__}", "an object is needed", "Export it again.")
+    return content
+
+
+def _field(content: Mapping[str, Any], file: str, name: str, kind: type[Any]) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise BundleError(f"{file} has {name} {value!r}", f"a {kind.__name__} is needed", "Export the bundle again.")
+    return value
+
+
+def _read_transforms(preprocess: Mapping[str, Any]) -> dict[str, ImageTransform]:
+    if preprocess.get("mode") != "independent":
+        raise BundleError(
+            f"{PREPROCESS} has mode {preprocess.get('mode')!r}", 'this runtime knows "independent"', "Update manyeyes."
+        )
+    encoders = _field(preprocess, PREPROCESS, "encoders", dict)
+    return {name: ImageTransform.from_dict(values) for name, values in encoders.items()}

@@ -1,0 +1,180 @@
+"""Greedy decoding with a key-value cache whose prefix is shared by all questions about the same images.
+
+Shapes: R prefixes of at most P tokens, Q questions of at most L tokens, width D, vocabulary V. Prefixes and questions
+are padded on the left, so a row of the cache reads ``[padding prefix padding question answer]`` and the attention mask
+has holes. Positions count tokens, not slots, so padding changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from manyeyes.runtime.sessions import Graph
+
+_ON_HOST = ("logits",)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Prefixes that have run through the decoder.
+
+    Attributes:
+        cache: Keys and values by input name, ``[R, heads, P, D / heads]`` each.
+        mask: ``[R, P]``, int64; 0 at padding.
+    """
+
+    cache: Mapping[str, ort.OrtValue]
+    mask: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What greedy decoding wrote after one prompt.
+
+    Attributes:
+        token_ids: New tokens, without the stop token.
+        first_logits: ``[V]``, float32, at the first new token.
+    """
+
+    token_ids: tuple[int, ...]
+    first_logits: NDArray[np.float32]
+
+
+class Decoder:
+    """``embed.onnx`` and ``decoder.onnx``.
+
+    Args:
+        embed: Token ids to embeddings.
+        decoder: Embeddings, mask, positions and cache to logits and cache.
+        stop_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, embed: Graph, decoder: Graph, *, stop_ids: Sequence[int]) -> None:
+        self._embed = embed
+        self._decoder = decoder
+        self._stop_ids = frozenset(stop_ids)
+        self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
+
+    def run_prefixes(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        visual_tokens: Sequence[Sequence[NDArray[np.float32]]],
+        image_spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> Prefixes:
+        """Run prefixes through the decoder once.
+
+        Args:
+            prefixes: Token ids of each; ids at image spans do not matter. May be empty.
+            visual_tokens: ``[N, D]`` for each image of each prefix.
+            image_spans: Start and length in tokens of each image of each prefix.
+        """
+        ids, mask = _pad_left(prefixes)
+        if ids.shape[1] == 0:
+            return Prefixes(cache=self._empty_cache(len(prefixes)), mask=mask)
+        embeddings = self._embed_tokens(ids)
+        for row, (prefix, images, spans) in enumerate(zip(prefixes, visual_tokens, image_spans, strict=True)):
+            padding = ids.shape[1] - len(prefix)
+            for image, (start, length) in zip(images, spans, strict=True):
+                embeddings[row, padding + start : padding + start + length] = image
+        no_logits = np.zeros(0, np.int64)
+        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), positions_of_logits=no_logits)
+        return Prefixes(cache=cache, mask=mask)
+
+    def continue_greedily(
+        self,
+        prefixes: Prefixes,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: Sequence[int],
+    ) -> list[Continuation]:
+        """Answer prompts that each go on from a prefix.
+
+        Args:
+            prefixes: From ``run_prefixes``.
+            rows: Which prefix each prompt follows, ``[Q]``.
+            prompts: Token ids of each prompt after its prefix; at least one each.
+            max_new_tokens: Most tokens to write after each prompt; at least 1 each.
+        """
+        ids, mask = _pad_left(prompts)
+        mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
+        cache = self._take(prefixes.cache, rows)
+        written: list[list[int]] = [[] for _ in prompts]
+        ended = np.zeros(len(prompts), bool)
+        alive = np.arange(len(prompts))
+        first_logits, cache = self._step(self._embed_tokens(ids), mask, cache)
+        tokens = first_logits.argmax(axis=-1)
+        while True:
+            for question, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+                if ended[question]:
+                    continue
+                if token not in self._stop_ids:
+                    written[question].append(token)
+                ended[question] = token in self._stop_ids or len(written[question]) == max_new_tokens[question]
+            kept = np.flatnonzero(~ended[alive])
+            if len(kept) == 0:
+                break
+            # Moving the cache costs about as much as a step, so ended rows stay until they are half of it.
+            if 2 * len(kept) <= len(alive):
+                cache = self._take(cache, kept.tolist())
+                alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
+            mask = np.concatenate([mask, np.ones((len(alive), 1), np.int64)], axis=1)
+            logits, cache = self._step(self._embed_tokens(tokens[:, None]), mask, cache)
+            tokens = logits.argmax(axis=-1)
+        return [Continuation(tuple(tokens), first_logits[question]) for question, tokens in enumerate(written)]
+
+    def _step(
+        self,
+        embeddings: NDArray[np.float32],
+        mask: NDArray[np.int64],
+        cache: Mapping[str, ort.OrtValue],
+        *,
+        positions_of_logits: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+        length = embeddings.shape[1]
+        position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
+        last = np.array([length - 1], np.int64)
+        inputs = {
+            "inputs_embeds": embeddings,
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "logits_positions": last if positions_of_logits is None else positions_of_logits,
+            **cache,
+        }
+        outputs = self._decoder.run(inputs, on_host=_ON_HOST)
+        present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self._cache_names}
+        logits: NDArray[np.float32] = outputs["logits"].numpy()
+        return logits[:, -1] if logits.shape[1] else logits[:, 0:0], present
+
+    def _embed_tokens(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        embeddings: NDArray[np.float32] = self._embed.run({"input_ids": ids}, on_host=("inputs_embeds",))[
+            "inputs_embeds"
+        ].numpy()
+        return embeddings
+
+    def _empty_cache(self, rows: int) -> dict[str, ort.OrtValue]:
+        cache = {}
+        for name in self._cache_names:
+            _, heads, _, width = self._decoder.input_shape(name)
+            cache[name] = self._decoder.to_device(np.zeros((rows, int(heads), 0, int(width)), np.float32))
+        return cache
+
+    def _take(self, cache: Mapping[str, ort.OrtValue], rows: Sequence[int]) -> dict[str, ort.OrtValue]:
+        index = np.asarray(rows, np.int64)
+        return {name: self._decoder.to_device(np.take(value.numpy(), index, axis=0)) for name, value in cache.items()}
+
+
+def _pad_left(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    longest = max(len(row) for row in rows)
+    ids = np.zeros((len(rows), longest), np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for index, row in enumerate(rows):
+        if row:
+            ids[index, longest - len(row) :] = row
+            mask[index, longest - len(row) :] = 1
+    return ids, mask

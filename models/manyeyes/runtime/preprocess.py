@@ -1,0 +1,274 @@
+"""From the bytes of an image file to the pixels that an encoder takes.
+
+Decoding happens once an image (``decode_image``), resizing once an encoder (``resize_image``), both on ``uint8``.
+``normalize_pixels`` is the only arithmetic in floating point. Pixels can therefore be kept as ``uint8`` and
+normalised later with the same result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from manyeyes.errors import BundleError, RecordError
+
+MAX_PIXELS = 178_956_970
+"""Pixels above which an image is refused: where Pillow itself refuses (0.5 GiB of RGB)."""
+
+# Formats that Pillow decodes on its own. EPS, for one, would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO", "ICO", "TGA", "DIB")
+# What Pillow's decoders raise on broken files.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+_WHITE = (255, 255, 255, 255)
+# Longest side that is padded to a square as it is; longer images are shrunk to it first, to bound memory.
+_LONGEST_PADDED_SIDE = 8192
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How one encoder wants its pixels.
+
+    Attributes:
+        size: Side of the square output, in pixels.
+        mean: Mean of each RGB channel, on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel, on a scale of 0 to 1.
+        resample: Filter; antialiased when shrinking.
+        fit: ``stretch`` ignores the aspect ratio. ``crop`` fits the short side and keeps the centre. ``pad`` puts
+            the image in the centre of a square of the mean colour first, as LLaVA-1.5 does (arXiv:2310.03744).
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["stretch", "crop", "pad"] = "pad"
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            found, needed = problem
+            raise BundleError(f"image transform has {found}", needed, "Mend the encoder's row or preprocess.json.")
+
+    def _problem(self) -> tuple[str, str] | None:
+        if self.size < 1:
+            return f"size {self.size}", "a size of at least 1 pixel is needed"
+        if len(self.mean) != 3 or len(self.std) != 3:
+            return f"{len(self.mean)} means and {len(self.std)} standard deviations", "three of each are needed"
+        if min(self.std) <= 0:
+            return f"std {self.std}", "standard deviations above 0 are needed"
+        if self.resample not in _RESAMPLING:
+            return f'resample "{self.resample}"', f"one of {', '.join(_RESAMPLING)} is needed"
+        if self.fit not in ("stretch", "crop", "pad"):
+            return f'fit "{self.fit}"', "one of stretch, crop, pad is needed"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``from_dict`` reads them back."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageTransform:
+        """Read what ``as_dict`` wrote.
+
+        Raises:
+            BundleError: A field is unknown, missing or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if not {"size", "mean", "std"} <= set(values) <= names:
+            raise BundleError(
+                f"image transform has the fields {sorted(values)}",
+                f"size, mean and std are needed, and no more than {sorted(names)}",
+                "Export the bundle again.",
+            )
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Factors so that a normalised pixel is ``pixel * scale + offset``.
+
+        Returns:
+            Scale and offset, ``[3]`` each, float32, for pixels of 0 to 255.
+        """
+        mean, std = np.array(self.mean, np.float64), np.array(self.std, np.float64)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode an image file to RGB.
+
+    The EXIF orientation is applied. Transparency (alpha channel, or a palette's or PNG's transparent colour) is laid
+    over white. CMYK and other colour spaces are converted without colour profiles. 16-bit grey is scaled by 1/257.
+    Of an animation or a multi-page file, the first frame counts.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Width times height above which the image is refused before its pixels are read. Pillow warns
+            from 89 million pixels on and refuses from 179 million on, whatever this says.
+
+    Returns:
+        ``[H, W, 3]``, uint8, RGB, contiguous and writable.
+
+    Raises:
+        RecordError: Not an image, truncated, broken, too large, or of floating-point samples.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise RecordError(
+                    f"image is {width} x {height} pixels",
+                    f"at most {max_pixels} pixels are read",
+                    "Shrink the image, or raise max_pixels if you trust it.",
+                )
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError(f"image is too large ({error})", "Pillow refuses it", "Shrink the image.") from error
+    except UnidentifiedImageError as error:
+        raise RecordError(
+            f"{len(data)} bytes that start with {data[:8]!r} are not an image",
+            f"one of {', '.join(_formats())} is needed",
+            "Replace the file.",
+        ) from error
+    except _DECODING_ERRORS as error:
+        raise RecordError(
+            f"image of {len(data)} bytes cannot be decoded ({error})", "a whole image file is needed", "Replace it."
+        ) from error
+
+
+def resize_image(image: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.uint8]:
+    """Resize to the encoder's square; pixels stay ``uint8``.
+
+    Args:
+        image: ``[H, W, 3]``, uint8, RGB.
+        transform: Size, filter and fit.
+
+    Returns:
+        ``[size, size, 3]``, uint8, RGB.
+
+    Raises:
+        RecordError: ``image`` has another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise RecordError(
+            f"image is {image.dtype} of shape {list(image.shape)}",
+            "uint8 of shape [H, W, 3] is needed",
+            "Make it with manyeyes.runtime.preprocess.decode_image.",
+        )
+    size, resampling = transform.size, _RESAMPLING[transform.resample]
+    picture = Image.fromarray(image)
+    if transform.fit == "pad":
+        picture = _pad_to_square(picture, transform)
+    box = _centre_box(picture.size, size) if transform.fit == "crop" else None
+    return np.array(picture.resize((size, size), resampling, box=box))
+
+
+def normalize_pixels(pixels: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.float32]:
+    """Scale to mean 0 and standard deviation 1, channels first.
+
+    Args:
+        pixels: ``[..., H, W, 3]``, uint8.
+        transform: Mean and standard deviation.
+
+    Returns:
+        ``[..., 3, H, W]``, float32, contiguous.
+    """
+    scale, offset = transform.scale_offset()
+    channels_first = np.moveaxis(pixels, -1, -3)
+    normalized = np.empty(channels_first.shape, np.float32)
+    np.multiply(channels_first, scale[:, None, None], out=normalized)
+    normalized += offset[:, None, None]
+    return normalized
+
+
+def transform_image(image: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.float32]:
+    """Resize, then normalise: what one encoder takes.
+
+    Args:
+        image: ``[H, W, 3]``, uint8, RGB.
+        transform: The encoder's.
+
+    Returns:
+        ``[3, size, size]``, float32.
+
+    Raises:
+        RecordError: ``image`` has another shape or dtype.
+    """
+    return normalize_pixels(resize_image(image, transform), transform)
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):
+        return _sixteen_bit_to_rgb(image)
+    if image.mode == "F":
+        raise RecordError(
+            "image has floating-point samples", "8 or 16 bits a sample are needed", "Convert it, saying what white is."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+    return np.array(image.convert("RGB"))
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    # Pillow's own conversion clips at 255 instead of scaling: almost everything would turn white.
+    samples = np.asarray(image).astype(np.int64)
+    if samples.min() < 0 or samples.max() > 65535:
+        raise RecordError(
+            f"image has samples from {samples.min()} to {samples.max()}",
+            "8 or 16 bits a sample are needed",
+            "Convert it, saying what white is.",
+        )
+    grey = ((samples + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _pad_to_square(picture: Image.Image, transform: ImageTransform) -> Image.Image:
+    width, height = picture.size
+    if width == height:
+        return picture
+    longest = max(width, height)
+    if longest > _LONGEST_PADDED_SIDE:
+        scale = _LONGEST_PADDED_SIDE / longest
+        shrunk = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(shrunk, _RESAMPLING[transform.resample])
+        width, height = picture.size
+        longest = max(width, height)
+    red, green, blue = (int(channel * 255) for channel in transform.mean)
+    square = Image.new("RGB", (longest, longest), (red, green, blue))
+    square.paste(picture, ((longest - width) // 2, (longest - height) // 2))
+    return square
+
+
+def _centre_box(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    # The part of the source that a resize of the short side to `size`, then a centre crop, would keep. Pillow's
+    # filter looks past the box, so the pixels are the same, without the intermediate image.
+    width, height = image_size
+    short = min(width, height)
+    scaled_width, scaled_height = int(size * width / short), int(size * height / short)
+    left, top = (scaled_width - size) // 2, (scaled_height - size) // 2
+    x, y = width / scaled_width, height / scaled_height
+    return (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))

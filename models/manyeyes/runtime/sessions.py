@@ -1,0 +1,174 @@
+"""ONNX Runtime sessions: which provider runs a graph, with how many threads, and where tensors stay."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from manyeyes.errors import BundleError, did_you_mean
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+# ONNX Runtime raises one class a status code, and they share no base but Exception.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+# A run with bound inputs reports all of them as RuntimeError.
+_RUN_ERRORS: tuple[type[Exception], ...] = (*_ORT_ERRORS, RuntimeError)
+
+
+def choose_providers(providers: Sequence[str] | None = None) -> list[str]:
+    """Names of the execution providers to ask for, best first.
+
+    Args:
+        providers: What the user wants; by default CUDA where a CUDA device is there, and the CPU.
+
+    Raises:
+        BundleError: This build of ONNX Runtime does not know a provider.
+    """
+    available = ort.get_available_providers()
+    if providers is None:
+        return [CUDA, CPU] if CUDA in available and _has_cuda_device() else [CPU]
+    if not providers:
+        raise BundleError("no execution provider is named", "at least one is needed", f"For instance {CPU}.")
+    for name in providers:
+        if name not in available:
+            raise BundleError(
+                f'execution provider is "{name}"',
+                f"this ONNX Runtime has {', '.join(available)}",
+                f"{did_you_mean(name, available)}Leave it out to have one chosen.",
+            )
+    return list(providers)
+
+
+def choose_threads(threads: int | None = None) -> int:
+    """Threads a session may use: ``threads``, else ``MANYEYES_THREADS``, else 0 (ONNX Runtime takes every core).
+
+    Raises:
+        BundleError: Not a whole number of at least 0.
+    """
+    value = str(threads) if threads is not None else os.environ.get("MANYEYES_THREADS") or "0"
+    if not value.isdecimal():
+        raise BundleError(
+            f"number of threads is {value!r}", "a whole number of at least 0 is needed", "Mend MANYEYES_THREADS."
+        )
+    return int(value)
+
+
+def open_session(graph: Path, *, providers: Sequence[str], threads: int) -> ort.InferenceSession:
+    """Load one graph.
+
+    Args:
+        graph: The ``.onnx`` file.
+        providers: From ``choose_providers``.
+        threads: From ``choose_threads``.
+
+    Raises:
+        BundleError: The graph does not load, or the first provider does not start.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    # The graphs of a bundle take turns; a thread pool that spins while it waits takes the cores from the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # TF32 keeps 10 bits of a product's mantissa; a bundle's answers are to be those of fp32 torch.
+    chosen = [(name, {"use_tf32": "0"} if name == CUDA else {}) for name in providers]
+    try:
+        session = ort.InferenceSession(str(graph), sess_options=options, providers=chosen)
+    except _ORT_ERRORS as error:
+        raise BundleError(
+            f"{graph.name} does not load ({error})", "a graph that ONNX Runtime can run is needed", "Export it again."
+        ) from error
+    if session.get_providers()[0] != providers[0]:
+        raise BundleError(
+            f"{graph.name} runs on {session.get_providers()[0]}",
+            f"{providers[0]} did not start",
+            f"Install its libraries (for CUDA: pip install manyeyes[gpu]) or ask for {CPU}.",
+        )
+    return session
+
+
+class Graph:
+    """One loaded graph that can leave outputs where it computed them.
+
+    Args:
+        path: The ``.onnx`` file.
+        providers: From ``choose_providers``.
+        threads: From ``choose_threads``.
+
+    Raises:
+        BundleError: As ``open_session``.
+    """
+
+    def __init__(self, path: Path, *, providers: Sequence[str], threads: int) -> None:
+        self.name = path.name
+        self._session = open_session(path, providers=providers, threads=threads)
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        self.device = "cuda" if self.providers[0] == CUDA else "cpu"
+        self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
+        self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+        self._input_shapes = {value.name: value.shape for value in self._session.get_inputs()}
+
+    def input_shape(self, name: str) -> list[int | str]:
+        """Shape of an input; a dynamic axis is a text."""
+        return list(self._input_shapes[name])
+
+    def to_device(self, array: NDArray[Any]) -> ort.OrtValue:
+        """Put an array where the graph computes; on the CPU nothing is copied."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any] | ort.OrtValue], *, on_host: Sequence[str]
+    ) -> dict[str, ort.OrtValue]:
+        """Run the graph.
+
+        Args:
+            inputs: Every input by name.
+            on_host: Outputs to bring to host memory; the others stay on the device.
+
+        Raises:
+            BundleError: An input does not fit the graph.
+        """
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, self.to_device(value) if isinstance(value, np.ndarray) else value)
+        for name in self.output_names:
+            binding.bind_output(name, "cpu" if name in on_host else self.device, 0)
+        try:
+            self._session.run_with_iobinding(binding)
+        except _RUN_ERRORS as error:
+            raise BundleError(
+                f"{self.name} fails ({error})",
+                "inputs that fit the graph, and memory for them, are needed",
+                "Ask for smaller batches, or export the bundle again.",
+            ) from error
+        return dict(zip(self.output_names, binding.get_outputs(), strict=True))
+
+
+def _has_cuda_device() -> bool:
+    # ONNX Runtime's CUDA build lists its provider on machines without a GPU too, and prints an error when it is asked
+    # for there. The driver knows better.
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
