@@ -1,0 +1,131 @@
+"""From a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from manyeyes.errors import BundleError
+from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
+from manyeyes.export.manifest import (
+    BundleFile,
+    BundleManifest,
+    ChatFile,
+    EncoderPixels,
+    ParitySummary,
+    PreprocessFile,
+    load_manifest,
+    write_json,
+)
+from manyeyes.export.parity import ParityReport
+from manyeyes.model import checkpoint_digest, load_checkpoint
+from manyeyes.recipe import Recipe
+from manyeyes.runtime.bundle import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
+from manyeyes.storage import new_folder
+
+
+def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str, code_digest: str) -> BundleManifest:
+    """Write a checkpoint as an ONNX bundle.
+
+    The same checkpoint gives the same bytes with the same versions of torch, onnxscript and onnx-ir.
+
+    Args:
+        checkpoint: From ``manyeyes.model.save_checkpoint``.
+        out: The bundle's folder; it appears when it is complete and replaces an older one.
+        recipe: Opset and precision come from it, and its digest is stamped on the bundle.
+        data_md5: md5 of the data snapshot.
+        code_digest: Digest of the library.
+
+    Returns:
+        What ``manifest.json`` says. Its ``parity`` is null until ``record_parity``.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or incomplete.
+        BundleError: The model cannot be exported.
+        StorageError: No space or no permission to write.
+    """
+    if recipe.model.preprocess != "independent":
+        raise BundleError(
+            f'recipe has preprocess "{recipe.model.preprocess}"',
+            'a bundle does "independent"',
+            "Set model.preprocess to independent.",
+        )
+    model, processor = load_checkpoint(checkpoint)
+    model = model.eval().float()
+    opset = recipe.export.opset
+    transforms = processor.image_transforms
+    sizes = {name: transform.size for name, transform in transforms.items()}
+    check_exportable(model, sizes, num_image_tokens=processor.num_image_tokens)
+    preprocess = PreprocessFile(
+        mode="independent",
+        encoders={name: EncoderPixels(**transform.as_dict()) for name, transform in transforms.items()},
+    )
+    chat = ChatFile(
+        template=processor.conversation_template.as_dict(),
+        system=processor.system,
+        image_token_id=processor.image_token_id,
+        image_tokens=processor.num_image_tokens,
+        max_length=processor.max_length,
+        stop_token_ids=processor.stop_token_ids,
+    )
+    with new_folder(out) as folder:
+        graphs = {
+            VISION: export_vision(model, sizes, folder / VISION, opset=opset),
+            EMBED: export_embed(model.language_model, folder / EMBED, opset=opset),
+            DECODER: export_decoder(model.language_model, folder / DECODER, opset=opset),
+        }
+        _save_tokenizer(processor.rust_tokenizer, folder / TOKENIZER)
+        write_json(preprocess, folder / PREPROCESS)
+        write_json(chat, folder / CHAT)
+        files = {file.name: _describe_file(file) for file in sorted(folder.iterdir())}
+        manifest = BundleManifest(
+            recipe=recipe.name,
+            recipe_digest=recipe.digest,
+            data_md5=data_md5,
+            code_digest=code_digest,
+            checkpoint_digest=checkpoint_digest(checkpoint),
+            opset=opset,
+            precision=recipe.export.precision,
+            files=files,
+            graphs=graphs,
+            digest=digest_files({name: file.model_dump() for name, file in files.items()}),
+        )
+        write_json(manifest, folder / MANIFEST)
+    return manifest
+
+
+def record_parity(bundle: Path, report: ParityReport) -> BundleManifest:
+    """Write a parity report's summary into a bundle's manifest. The bundle's digest stays as it is.
+
+    Args:
+        bundle: The bundle's folder.
+        report: From ``measure_parity``.
+
+    Raises:
+        BundleError: No bundle there.
+    """
+    summary = ParitySummary(
+        items=report.items,
+        token_match=report.token_match,
+        max_abs_logit=report.max_abs_logit,
+        mean_abs_logit=report.mean_abs_logit,
+    )
+    manifest = load_manifest(bundle).model_copy(update={"parity": summary})
+    write_json(manifest, bundle / MANIFEST)
+    return manifest
+
+
+def _save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    # A published tokenizer.json may cut or pad every text; the runtime does its own padding and never cuts.
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.no_truncation()
+    own.no_padding()
+    own.save(str(file))
+
+
+def _describe_file(file: Path) -> BundleFile:
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return BundleFile(sha256=sha256, bytes=file.stat().st_size)

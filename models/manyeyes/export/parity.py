@@ -1,0 +1,172 @@
+"""Does the bundle answer as torch does?
+
+Torch answers each question on its own with ``generate``: no padding, no shared prefix, nothing of the runtime's
+decoding. The bundle answers as it will in use: images once, prefixes shared, in batches. Equal tokens therefore vouch
+for the graphs and for the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import BundleError, EvaluationError
+from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor, load_checkpoint
+from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
+
+_MAX_MISMATCHES = 20
+
+
+class Mismatch(BaseModel):
+    """A question that torch and the bundle answer differently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    group: int = Field(ge=0, description="Which group of questions, from 0.")
+    question: str = Field(description="The question.")
+    torch_text: str = Field(description="Torch's answer.")
+    bundle_text: str = Field(description="The bundle's answer.")
+    torch_ids: list[int] = Field(description="Torch's tokens, without the stop token.")
+    bundle_ids: list[int] = Field(description="The bundle's tokens, without the stop token.")
+
+
+class ParityReport(BaseModel):
+    """``parity.json``: how closely a bundle follows torch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    items: int = Field(ge=0, description="Questions compared.")
+    token_match: float = Field(ge=0, le=1, description="Share of questions whose whole token sequence is equal.")
+    max_abs_logit: float = Field(ge=0, description="Largest absolute difference of a first-token logit.")
+    mean_abs_logit: float = Field(ge=0, description="Mean absolute difference of first-token logits.")
+    max_new_tokens: int = Field(ge=1, description="Most tokens an answer may have.")
+    providers: list[str] = Field(description="Execution providers that ran the bundle, best first.")
+    mismatches: list[Mismatch] = Field(description=f"The first {_MAX_MISMATCHES} questions answered differently.")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    token_ids: tuple[int, ...]
+    text: str
+    first_logits: NDArray[np.float32]
+
+
+def measure_parity(
+    checkpoint: Path, bundle: Path, groups: Sequence[Group], *, items: int, max_new_tokens: int
+) -> ParityReport:
+    """Let torch and the bundle answer the same questions.
+
+    Args:
+        checkpoint: What the bundle was exported from.
+        bundle: The bundle's folder.
+        groups: Questions about images; the first ``items`` questions count.
+        items: Questions to compare; all where there are fewer.
+        max_new_tokens: Most tokens an answer may have.
+
+    Raises:
+        EvaluationError: There is no question.
+        CheckpointError: The checkpoint is missing or incomplete.
+        BundleError: The bundle is incomplete or was changed.
+        RecordError: An image cannot be decoded, or a question is too long.
+    """
+    chosen = list(_first_questions(groups, items))
+    count = sum(len(group.questions) for group in chosen)
+    if count == 0:
+        raise EvaluationError("no question to compare", "at least one is needed", "Pass groups that have questions.")
+    runner = load_bundle(bundle)
+    found = runner.answer_groups(chosen, max_new_tokens=max_new_tokens, first_logits=True)
+    model, processor = load_checkpoint(checkpoint)
+    model = model.eval().float()
+    matches, largest, total = 0, 0.0, 0.0
+    mismatches: list[Mismatch] = []
+    for index, (group, answers) in enumerate(zip(chosen, found, strict=True)):
+        for question, answer in zip(group.questions, answers, strict=True):
+            reference = _answer_with_torch(model, processor, group.images, question, max_new_tokens)
+            difference = _compare_logits(reference, answer)
+            largest = max(largest, float(difference.max()))
+            total += float(difference.mean())
+            if reference.token_ids == answer.token_ids:
+                matches += 1
+            elif len(mismatches) < _MAX_MISMATCHES:
+                mismatches.append(
+                    Mismatch(
+                        group=index,
+                        question=question,
+                        torch_text=reference.text,
+                        bundle_text=answer.text,
+                        torch_ids=list(reference.token_ids),
+                        bundle_ids=list(answer.token_ids),
+                    )
+                )
+    return ParityReport(
+        items=count,
+        token_match=matches / count,
+        max_abs_logit=largest,
+        mean_abs_logit=total / count,
+        max_new_tokens=max_new_tokens,
+        providers=list(runner.providers),
+        mismatches=mismatches,
+    )
+
+
+def load_parity(file: Path) -> ParityReport:
+    """Read and check a ``parity.json``.
+
+    Raises:
+        BundleError: Missing, or not a parity report.
+    """
+    try:
+        return ParityReport.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{file} is no parity report ({error})", "parity.json", "Measure parity again.") from error
+
+
+def _first_questions(groups: Sequence[Group], items: int) -> Iterator[Group]:
+    left = items
+    for group in groups:
+        if left <= 0:
+            return
+        questions = group.questions[:left]
+        left -= len(questions)
+        yield Group(images=group.images, questions=questions)
+
+
+def _answer_with_torch(
+    model: ManyEyesForConditionalGeneration,
+    processor: ManyEyesProcessor,
+    images: Sequence[bytes],
+    question: str,
+    max_new_tokens: int,
+) -> _Reference:
+    batch = processor(images=list(images), text=question)
+    stop_ids = processor.stop_token_ids
+    output = model.generate(
+        **batch,
+        max_new_tokens=min(max_new_tokens, processor.max_length - batch["input_ids"].shape[1]),
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_ids,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = [int(token) for token in output.sequences[0, -len(output.logits) :]]
+    written = tokens[:-1] if tokens[-1] in stop_ids else tokens
+    return _Reference(tuple(written), processor.decode_answer(written), output.logits[0][0].float().numpy())
+
+
+def _compare_logits(reference: _Reference, answer: GeneratedAnswer) -> NDArray[np.float32]:
+    assert answer.first_logits is not None
+    if reference.first_logits.shape != answer.first_logits.shape:
+        raise BundleError(
+            f"bundle gives {answer.first_logits.shape[0]} logits",
+            f"the checkpoint gives {reference.first_logits.shape[0]}",
+            "Compare a bundle with the checkpoint that it was exported from.",
+        )
+    difference: NDArray[np.float32] = np.abs(reference.first_logits - answer.first_logits)
+    # A bundle that computes NaN must not pass for one without a difference.
+    return np.where(np.isnan(difference), np.float32(np.finfo(np.float32).max), difference)
