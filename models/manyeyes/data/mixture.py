@@ -1,0 +1,227 @@
+"""Mixtures: which sample comes when, as a pure function of seed, epoch and position.
+
+Nothing is drawn from a running random generator: every decision is a hash of what it is about. So a run that was
+killed needs only its position to go on with the very samples that it would have seen, on any number of processes, and
+the order does not depend on the version of numpy.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manyeyes.data.records import PLACEHOLDER, Record, Turn
+from manyeyes.data.shards import RecordReader
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.errors import DataError, RecordError
+from manyeyes.recipe import MixturePart
+
+# Samples are shuffled within windows of so many row groups, and the row groups among themselves: reading stays local
+# however large a data set is. 64 groups of 100 rows are more than all of easy-VQA, whose shuffle is therefore complete.
+WINDOW_GROUPS = 64
+_ALGORITHM = "splitmix64-windows-1"
+_LEADING = re.compile(rf"^(?:\s*{re.escape(PLACEHOLDER)}\s*)+")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record as it is shown in one epoch.
+
+    Attributes:
+        record: The record, as stored.
+        turns: ``independent``: each pair sees the images and itself alone; ``chained``: pairs follow each other.
+        image_dropped: Shown without its images and their placeholders.
+        order: Order of the question-answer pairs; shuffled for ``chained`` samples whose images all stand in front.
+    """
+
+    record: Record
+    turns: Literal["independent", "chained"]
+    image_dropped: bool
+    order: tuple[int, ...]
+
+    def conversations(self) -> list[tuple[Turn, ...]]:
+        """The conversations to train on, placeholders in their places.
+
+        Returns:
+            ``independent``: one conversation a pair, each with all of the record's placeholders in front.
+            ``chained``: one conversation with all pairs in ``order``, the placeholders in front of its first question.
+            A dropped image leaves no placeholder.
+
+        Raises:
+            RecordError: ``independent``, and a placeholder stands elsewhere than in front of the first question.
+        """
+        turns = self.record.turns
+        if self.image_dropped:
+            turns = tuple(Turn(turn.speaker, turn.text.replace(PLACEHOLDER, "").strip()) for turn in turns)
+        pairs = [(turns[2 * index], turns[2 * index + 1]) for index in self.order]
+        if len(pairs) == 1:
+            return [pairs[0]]
+        prefix = _leading_placeholders(turns)
+        if prefix is None:
+            if self.turns == "independent":
+                raise RecordError(
+                    f'record "{self.record.id}" has {PLACEHOLDER} elsewhere than in front of its first question',
+                    "images in front, so that each question can be asked alone",
+                    "Use turns: chained for its data set.",
+                )
+            return [tuple(turn for pair in pairs for turn in pair)]
+        bare = [(Turn("human", question.text.removeprefix(prefix)), answer) for question, answer in pairs]
+        if self.turns == "independent":
+            return [(Turn("human", prefix + question.text), answer) for question, answer in bare]
+        (first, answer), *rest = bare
+        return [(Turn("human", prefix + first.text), answer, *(turn for pair in rest for turn in pair))]
+
+
+class Mixture:
+    """The samples of a stage.
+
+    Args:
+        parts: Data sets, and how each is shown.
+        snapshot: Where they are.
+        seed: Another seed gives another order, other dropped images and other draws.
+        quarantine: Ids of samples to leave out.
+
+    Raises:
+        SnapshotError: The snapshot lacks a data set, or a shard cannot be read.
+        DataError: Nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[MixturePart],
+        snapshot: Snapshot,
+        *,
+        seed: int,
+        quarantine: frozenset[str] = frozenset(),
+    ) -> None:
+        self._parts = tuple(parts)
+        self._seed = seed
+        self._readers = [
+            RecordReader(snapshot.shards(part.dataset), cached_groups=WINDOW_GROUPS) for part in self._parts
+        ]
+        self._rows = [
+            _choose_rows(part, reader, number=number, seed=seed, quarantine=quarantine)
+            for number, (part, reader) in enumerate(zip(self._parts, self._readers, strict=True))
+        ]
+        self._starts = list(itertools.accumulate((len(rows) for rows in self._rows), initial=0))
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+        if not len(self):
+            raise DataError(
+                f"the mixture of {', '.join(part.dataset for part in self._parts)} has no samples"
+                + (f" ({len(quarantine)} are in quarantine)" if quarantine else ""),
+                "at least one sample",
+                "Look at validation.html for the reasons of the quarantine.",
+            )
+        self.digest = self._compute_digest(snapshot, quarantine)
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return self._starts[-1]
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """The sample at a position.
+
+        Args:
+            epoch: From 0.
+            index: Position in the epoch, from 0 to ``len(self) - 1``.
+
+        Raises:
+            IndexError: ``index`` is outside.
+            SnapshotError: The shard cannot be read there.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number, row = self._locate(epoch, index)
+        part, record = self._parts[number], self._readers[number].read(row)
+        pairs = tuple(range(len(record.turns) // 2))
+        if part.turns == "chained" and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
+            keys = _keys(np.arange(len(pairs)), self._seed, number, epoch, row, "pairs")
+            pairs = tuple(int(pair) for pair in np.argsort(keys, kind="stable"))
+        dropped = False
+        if part.image_dropout > 0 and record.images:
+            key = int(_keys(np.asarray([row]), self._seed, number, epoch, "dropout")[0])
+            dropped = key / 2**64 < part.image_dropout
+        return Sample(record=record, turns=part.turns, image_dropped=dropped, order=pairs)
+
+    def _locate(self, epoch: int, index: int) -> tuple[int, int]:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._shuffle(epoch))
+        position = int(self._order[1][index])
+        number = bisect.bisect_right(self._starts, position) - 1
+        return number, int(self._rows[number][position - self._starts[number]])
+
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
+        """Positions in the order of an epoch: windows of shuffled row groups, shuffled inside."""
+        groups: list[NDArray[np.int64]] = []
+        start = 0
+        for rows, reader in zip(self._rows, self._readers, strict=True):
+            bounds = np.searchsorted(rows, reader.group_starts)
+            positions = np.arange(start, start + len(rows))
+            groups += [chunk for chunk in np.split(positions, bounds) if len(chunk)]
+            start += len(rows)
+        order = np.argsort(_keys(np.arange(len(groups)), self._seed, epoch, "groups"), kind="stable")
+        windows = []
+        for first in range(0, len(order), WINDOW_GROUPS):
+            window = np.concatenate([groups[group] for group in order[first : first + WINDOW_GROUPS]])
+            windows.append(window[np.argsort(_keys(window, self._seed, epoch, "samples"), kind="stable")])
+        return np.concatenate(windows).astype(np.int64)
+
+    def _compute_digest(self, snapshot: Snapshot, quarantine: frozenset[str]) -> str:
+        facts = {
+            "algorithm": _ALGORITHM,
+            "window_groups": WINDOW_GROUPS,
+            "seed": self._seed,
+            "parts": [part.model_dump(mode="json") for part in self._parts],
+            "shards": [[shard.sha256 for shard in snapshot.dataset(part.dataset).shards] for part in self._parts],
+            "quarantine": sorted(quarantine),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _leading_placeholders(turns: Sequence[Turn]) -> str | None:
+    """The placeholders in front of the first question, with their white space.
+
+    Returns:
+        An empty string when there are no placeholders at all; ``None`` when one stands elsewhere.
+    """
+    total = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    if total == 0:
+        return ""
+    match = _LEADING.match(turns[0].text)
+    if match is None or match.group().count(PLACEHOLDER) != total:
+        return None
+    return match.group()
+
+
+def _choose_rows(
+    part: MixturePart, reader: RecordReader, *, number: int, seed: int, quarantine: frozenset[str]
+) -> NDArray[np.int64]:
+    """Rows of a part that are used, ascending: without the quarantine, and at most ``max_samples``."""
+    rows = np.arange(len(reader), dtype=np.int64)
+    if quarantine:
+        rows = rows[[record_id not in quarantine for record_id in reader.read_column("id")]]
+    if part.max_samples is not None and part.max_samples < len(rows):
+        keys = _keys(rows, seed, number, "choice")
+        rows = np.sort(rows[np.argsort(keys, kind="stable")[: part.max_samples]])
+    return rows
+
+
+def _keys(values: NDArray[np.int64], *context: int | str) -> NDArray[np.uint64]:
+    """A 64-bit hash of each value in a context (splitmix64's finaliser over a sha256 of the context)."""
+    digest = hashlib.sha256(json.dumps(context).encode()).digest()
+    offset, salt = np.frombuffer(digest[:16], dtype="<u8")
+    with np.errstate(over="ignore"):
+        mixed = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + offset
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        keys: NDArray[np.uint64] = (mixed ^ (mixed >> np.uint64(31))) ^ salt
+    return keys

@@ -1,0 +1,192 @@
+"""Records: one sample of a data set, with its images and its turns.
+
+A record is what a row of a Parquet shard holds. The text of a human turn has one ``<image>`` placeholder for each
+image of the record, in order; an answer is the text of the model's ("gpt") turn that follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from PIL import Image
+
+from manyeyes.errors import RecordError
+from manyeyes.runtime.preprocess import decode_image
+
+Speaker = Literal["human", "gpt"]
+PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        speaker: ``human`` asks, ``gpt`` answers (the names are LLaVA's).
+        text: The words; ``<image>`` in a human turn stands for the record's next image.
+    """
+
+    speaker: Speaker
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image as it was published: its bytes are never re-encoded.
+
+    Attributes:
+        data: The whole file.
+        path: Name that it had at its source; for people, never opened.
+        sha256: Of ``data``, hexadecimal.
+        width: Pixels, as stored in the file (before an EXIF rotation).
+        height: Pixels, as stored in the file.
+    """
+
+    data: bytes
+    path: str
+    sha256: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample: images, and turns about them.
+
+    Attributes:
+        id: Unique in its snapshot, for instance ``easy-vqa/train/123``.
+        source: The data set it comes from.
+        images: In the order of their placeholders; empty for a text-only sample.
+        turns: Human first, then in turn.
+    """
+
+    id: str
+    source: str
+    images: tuple[ImageFile, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_image_file(data: bytes, *, path: str) -> ImageFile:
+    """Make an ``ImageFile`` from the bytes of an image file.
+
+    Args:
+        data: The whole file; only its header is read here, ``check_record`` decodes it.
+        path: Name to remember it by.
+
+    Raises:
+        RecordError: The bytes are not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError(
+            f"{path} ({len(data)} bytes) is not an image that can be opened: {error}",
+            "an image file that Pillow reads",
+            "Leave it out, or get it again from its source.",
+        ) from error
+    return ImageFile(data=data, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height)
+
+
+def check_record(record: Record) -> None:
+    """Check everything that training relies on.
+
+    Raises:
+        RecordError: Turns do not alternate from human to gpt, a text is empty, placeholders and images differ in
+            number, an image cannot be decoded, or its recorded sha256 or size is not its own.
+    """
+    problem = (
+        find_role_problem(record.turns)
+        or find_placeholder_problem(record.turns, num_images=len(record.images))
+        or find_checksum_problem(record.images)
+        or find_decoding_problem(record.images)
+    )
+    if problem is not None:
+        raise RecordError(f'record "{record.id}": {problem.found}', problem.needed, "Mend the sample or leave it out.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a sample.
+
+    Attributes:
+        found: What was found.
+        needed: What was needed instead.
+    """
+
+    found: str
+    needed: str
+
+    def __str__(self) -> str:
+        return f"{self.found}; needed: {self.needed}"
+
+
+def find_role_problem(turns: Sequence[Turn]) -> Problem | None:
+    """The first thing wrong with who speaks when, and whether something is said."""
+    if not turns:
+        return Problem("it has no turns", "at least one question and its answer")
+    for index, turn in enumerate(turns):
+        expected = "human" if index % 2 == 0 else "gpt"
+        if turn.speaker not in ("human", "gpt"):
+            return Problem(f'turn {index} is from "{turn.speaker}"', 'speakers are "human" and "gpt"')
+        if turn.speaker != expected and index == 0:
+            return Problem("it starts with gpt", "human speaks first")
+        if turn.speaker != expected:
+            return Problem(f"turns {index - 1} and {index} are both from {turn.speaker}", "human and gpt take turns")
+        if not turn.text.strip():
+            return Problem(f"turn {index} ({turn.speaker}) is empty", "every turn says something")
+    if len(turns) % 2:
+        return Problem(f"it has {len(turns)} turns and ends with human", "every question has an answer")
+    return None
+
+
+def find_placeholder_problem(turns: Sequence[Turn], *, num_images: int) -> Problem | None:
+    """The first thing wrong with where ``<image>`` stands and how often.
+
+    Args:
+        turns: Of the record.
+        num_images: How many images the record has.
+    """
+    for index, turn in enumerate(turns):
+        if turn.speaker == "gpt" and PLACEHOLDER in turn.text:
+            return Problem(f"turn {index} (gpt) holds {PLACEHOLDER}", f"{PLACEHOLDER} stands in human turns only")
+    placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    if placeholders != num_images:
+        return Problem(
+            f"it has {placeholders} {PLACEHOLDER} and {num_images} images", f"one {PLACEHOLDER} for each image"
+        )
+    return None
+
+
+def find_checksum_problem(images: Sequence[ImageFile]) -> Problem | None:
+    """The first image whose bytes do not have the recorded sha256."""
+    for index, image in enumerate(images):
+        found = hashlib.sha256(image.data).hexdigest()
+        if found != image.sha256:
+            return Problem(f"image {index} has sha256 {found}", f"{image.sha256}, as recorded")
+    return None
+
+
+def find_decoding_problem(images: Sequence[ImageFile]) -> Problem | None:
+    """The first image that cannot be decoded whole, or has another size than recorded."""
+    for index, image in enumerate(images):
+        try:
+            decode_image(image.data)
+        except RecordError as error:
+            return Problem(f"image {index} cannot be decoded: {error.found}", error.needed.removesuffix(" is needed"))
+        with Image.open(io.BytesIO(image.data)) as header:
+            width, height = header.size
+        if (width, height) != (image.width, image.height):
+            return Problem(
+                f"image {index} is {width}x{height} pixels", f"{image.width}x{image.height} pixels, as recorded"
+            )
+    return None
+
+
+def as_speaker(name: str) -> Speaker:
+    """Take a speaker's name as read from a file; ``find_role_problem`` tells whether it is one."""
+    return cast("Speaker", name)

@@ -1,0 +1,241 @@
+"""Where DVC keeps its objects: a folder, or an S3 bucket.
+
+Only reading, and only what a snapshot needs; writing is ``dvc push``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from manyeyes.errors import SnapshotError
+
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+
+_CHUNK = 1024**2
+_ATTEMPTS = 4
+
+
+class Remote(Protocol):
+    """A DVC remote, read only. Keys are paths below its root, with forward slashes."""
+
+    @property
+    def url(self) -> str:
+        """As the user wrote it."""
+
+    def read(self, key: str) -> bytes | None:
+        """A whole small object; ``None`` when there is none."""
+
+    def stream(self, key: str, *, offset: int, what: str) -> Iterator[bytes]:
+        """An object's bytes from ``offset`` on; nothing when it ends there.
+
+        Raises:
+            SnapshotError: No such object, or the remote does not answer (``retry``).
+        """
+
+
+def open_remote(url: str) -> Remote:
+    """Open a remote by its url.
+
+    Args:
+        url: A folder's path, or ``s3://bucket/prefix``.
+
+    Raises:
+        SnapshotError: Another scheme, or no such folder.
+    """
+    if url.startswith("s3://"):
+        return S3Remote(url)
+    if "://" in url:
+        raise SnapshotError(
+            f'data remote is "{url}"',
+            "a folder or s3://bucket/prefix (any S3-compatible store: set AWS_ENDPOINT_URL)",
+            "Use one of these, or copy the remote into a folder.",
+        )
+    return FolderRemote(url)
+
+
+class FolderRemote:
+    """A remote in a folder.
+
+    Args:
+        url: The folder's path.
+
+    Raises:
+        SnapshotError: No such folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._path = Path(url)
+        self._url = url
+        if not self._path.is_dir():
+            raise SnapshotError(
+                f'data remote "{url}" is not a folder (seen from {Path.cwd()})',
+                "a DVC remote",
+                "Check data_remote, or run: dvc push",
+            )
+
+    @property
+    def url(self) -> str:
+        """The folder's path."""
+        return self._url
+
+    def read(self, key: str) -> bytes | None:
+        """A whole small object; ``None`` when there is none.
+
+        Raises:
+            SnapshotError: It is there, but cannot be read.
+        """
+        try:
+            return (self._path / key).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(self._url, key, error) from error
+
+    def stream(self, key: str, *, offset: int, what: str) -> Iterator[bytes]:
+        """An object's bytes from ``offset`` on.
+
+        Raises:
+            SnapshotError: No such object, or it cannot be read.
+        """
+        try:
+            with (self._path / key).open("rb") as file:
+                file.seek(offset)
+                while chunk := file.read(_CHUNK):
+                    yield chunk
+        except FileNotFoundError as error:
+            raise _missing(self._url, key, what) from error
+        except OSError as error:
+            raise _refused(self._url, key, error) from error
+
+
+class S3Remote:
+    """A remote in an S3 bucket, or in a store that speaks S3.
+
+    Credentials, region and ``AWS_ENDPOINT_URL`` come from boto3's usual places.
+
+    Args:
+        url: ``s3://bucket/prefix``.
+
+    Raises:
+        SnapshotError: No bucket in the url, or boto3 is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise SnapshotError(f'data remote is "{url}"', "s3://bucket/prefix", "Name the bucket.")
+        self._url = url.rstrip("/")
+        self._bucket = bucket
+        self._prefix = prefix.strip("/")
+        self._client = _connect()
+
+    @property
+    def url(self) -> str:
+        """``s3://bucket/prefix``."""
+        return self._url
+
+    def read(self, key: str) -> bytes | None:
+        """A whole small object; ``None`` when there is none.
+
+        Raises:
+            SnapshotError: The store does not answer or refuses (``retry`` where another attempt may help).
+        """
+        chunks = self._open(key, offset=0)
+        return None if chunks is None else b"".join(chunks)
+
+    def stream(self, key: str, *, offset: int, what: str) -> Iterator[bytes]:
+        """An object's bytes from ``offset`` on; a connection that breaks off is taken up where it ended.
+
+        Raises:
+            SnapshotError: No such object, or the store does not answer or refuses.
+        """
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            chunks = self._open(key, offset=offset)
+            if chunks is None:
+                raise _missing(self._url, key, what)
+            try:
+                for chunk in chunks:
+                    offset += len(chunk)
+                    yield chunk
+                return
+            except (HTTPClientError, IncompleteReadError) as error:
+                if attempt == _ATTEMPTS:
+                    raise SnapshotError(
+                        f"{self._url}: {what} broke off after {offset} bytes, {_ATTEMPTS} times: {error}",
+                        "the whole object",
+                        "Run it again: what was fetched is kept.",
+                        retry=True,
+                    ) from error
+
+    def _open(self, key: str, *, offset: int) -> Iterator[bytes] | None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        full_key = f"{self._prefix}/{key}" if self._prefix else key
+        try:
+            if offset:
+                response = self._client.get_object(Bucket=self._bucket, Key=full_key, Range=f"bytes={offset}-")
+            else:
+                response = self._client.get_object(Bucket=self._bucket, Key=full_key)
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = error.response.get("Error", {}).get("Code", "")
+            if code == "NoSuchBucket":
+                raise SnapshotError(
+                    f'{self._url}: there is no bucket "{self._bucket}"',
+                    "the bucket of the remote",
+                    "Check data_remote.",
+                ) from error
+            if code in ("NoSuchKey", "404"):
+                return None
+            if status == 416:  # offset is the object's end
+                return iter(())
+            raise SnapshotError(
+                f"{self._url} refused {full_key}: {code} ({status})",
+                "credentials that may list and read the bucket",
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the pod's role), then run again.",
+                retry=status >= 500,
+            ) from error
+        except BotoCoreError as error:
+            raise SnapshotError(
+                f"{self._url} cannot be reached: {error}",
+                "an S3 store that answers",
+                "Check the network, the credentials and AWS_ENDPOINT_URL.",
+                retry=True,
+            ) from error
+        return _read_body(response["Body"])
+
+
+def _read_body(body: StreamingBody) -> Iterator[bytes]:
+    with contextlib.closing(body):
+        yield from body.iter_chunks(_CHUNK)
+
+
+def _connect() -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise SnapshotError(
+            "boto3 is not installed", "boto3 for s3:// remotes", "pip install 'manyeyes[data]'"
+        ) from error
+    # How often to try is left to AWS_MAX_ATTEMPTS (3 when unset).
+    config = Config(retries={"mode": "standard"}, max_pool_connections=32, connect_timeout=10)
+    return boto3.Session().client("s3", config=config)
+
+
+def _missing(url: str, key: str, what: str) -> SnapshotError:
+    return SnapshotError(
+        f"remote {url} lacks {what} ({key})", "every file of the snapshot", "Push it again from a whole copy: dvc push"
+    )
+
+
+def _refused(url: str, key: str, error: OSError) -> SnapshotError:
+    return SnapshotError(
+        f"remote {url}: {key} cannot be read: {error}", "a file that can be read", "Check the folder's permissions."
+    )

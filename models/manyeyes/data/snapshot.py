@@ -1,0 +1,341 @@
+"""Snapshots: one DVC version of ``data/``, opened by its md5 without git and without dvc.
+
+A DVC 3 remote keeps a folder as a JSON list of ``{"md5", "relpath"}`` at ``files/md5/<2>/<30>.dir`` and every file at
+``files/md5/<2>/<30>``. ``open_snapshot`` reads that layout from a folder or from S3, checks every file's md5 once, and
+keeps the folder under ``<cache>/snapshots/<md5>``. A broken-off download goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.data.download import RemoteFile, download_folder, list_files, normalise_md5
+from manyeyes.data.remote import open_remote
+from manyeyes.data.shards import storage_error
+from manyeyes.errors import SnapshotError, did_you_mean
+
+_Entry = TypeVar("_Entry")
+
+MANIFEST = "manifest.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Strict):
+    """One Parquet shard."""
+
+    path: str = Field(description="Relative to the snapshot, with forward slashes.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the whole file, hexadecimal.")
+    rows: int = Field(ge=0, description="Records in the shard.")
+    bytes: int = Field(ge=0, description="Size of the file in bytes.")
+
+
+class DatasetEntry(_Strict):
+    """One data set: the records of some shards."""
+
+    shards: tuple[ShardEntry, ...] = Field(description="In order.")
+    rows: int = Field(ge=0, description="Records in all shards.")
+    images: int = Field(ge=0, description="Images in all records, each counted as often as it is used.")
+    licence: str = Field(description="SPDX name of the licence.")
+    source: str = Field(description="Where the data comes from and what was done to it.")
+
+
+class PretrainedEntry(_Strict):
+    """A pretrained part that travels with the snapshot."""
+
+    path: str = Field(description="Folder, relative to the snapshot.")
+    files: dict[str, str] = Field(description="sha256 (hexadecimal) by file name.")
+    licence: str = Field(description="SPDX name of the licence.")
+    how: str = Field(description="The command that made it.")
+
+
+class SnapshotManifest(_Strict):
+    """``manifest.json`` of a snapshot: what is in it, and the sha256 of every file that matters."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    datasets: dict[str, DatasetEntry] = Field(description="By name, for instance easy-vqa-train.")
+    pretrained: dict[str, PretrainedEntry] = Field(default={}, description="By name, for instance tiny-lm.")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot on this machine's disk.
+
+    Attributes:
+        path: Its folder.
+        md5: As DVC computes it for the folder, without the ``.dir`` suffix: 32 hexadecimal digits.
+        manifest: What is in it.
+    """
+
+    path: Path
+    md5: str
+    manifest: SnapshotManifest
+
+    def dataset(self, name: str) -> DatasetEntry:
+        """What the manifest says of a data set.
+
+        Raises:
+            SnapshotError: No such data set.
+        """
+        return _look_up(self.manifest.datasets, name, what="data set")
+
+    def shards(self, dataset: str) -> list[Path]:
+        """The shards of a data set, in order.
+
+        Raises:
+            SnapshotError: No such data set.
+        """
+        return [self.path / shard.path for shard in self.dataset(dataset).shards]
+
+    def pretrained(self, name: str) -> Path:
+        """Folder of a pretrained part.
+
+        Raises:
+            SnapshotError: No such part.
+        """
+        return self.path / _look_up(self.manifest.pretrained, name, what="pretrained part").path
+
+
+@dataclass(frozen=True)
+class DvcOutput:
+    """What a ``.dvc`` file says of its folder.
+
+    Attributes:
+        path: The folder, relative to the file.
+        md5: Without the ``.dir`` suffix.
+        size: Bytes of all files.
+        nfiles: How many files.
+    """
+
+    path: str
+    md5: str
+    size: int
+    nfiles: int
+
+
+def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
+    """Open a snapshot, fetching what is not there yet.
+
+    Several processes may open the same snapshot at once: one fetches, the others wait.
+
+    Args:
+        md5: Of the folder, with or without ``.dir``.
+        remote: A folder, or ``s3://bucket/prefix`` (credentials and ``AWS_ENDPOINT_URL`` from the environment).
+        cache_dir: The snapshot is materialised at ``<cache_dir>/snapshots/<md5>``.
+
+    Raises:
+        SnapshotError: The remote lacks it, does not answer (``retry``), or holds a file that does not match its md5.
+        StorageError: No space or no permission under ``cache_dir``.
+    """
+    md5 = normalise_md5(md5)
+    path = cache_dir / "snapshots" / md5
+    if not path.is_dir():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.parent / f"{md5}.lock"):
+                if not path.is_dir():
+                    download_folder(md5, remote=open_remote(remote), path=path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+    return Snapshot(path=path, md5=md5, manifest=_read_manifest(path))
+
+
+def open_folder(path: Path) -> Snapshot:
+    """Open a folder of a snapshot's layout that DVC does not track (yet).
+
+    Args:
+        path: The folder, with its ``manifest.json``.
+
+    Raises:
+        SnapshotError: No such folder, no manifest in it, or the manifest does not fit the files.
+    """
+    if not path.is_dir():
+        raise SnapshotError(
+            f"{path} is not a folder", "a snapshot's folder", "Make one: manyeyes data build easy-vqa OUT"
+        )
+    manifest = _read_manifest(path)
+    return Snapshot(path=path, md5=hash_folder(path), manifest=manifest)
+
+
+def list_snapshot(*, md5: str, remote: str) -> list[RemoteFile]:
+    """The files of a snapshot, from the remote, without fetching them; a cheap check that the remote has it.
+
+    Raises:
+        SnapshotError: The remote lacks it, does not answer (``retry``), or its listing is damaged.
+    """
+    return list_files(open_remote(remote), normalise_md5(md5))
+
+
+def hash_folder(path: Path) -> str:
+    """The md5 that ``dvc add`` would give the folder, without ``.dir``.
+
+    Args:
+        path: A folder; empty folders in it do not count.
+    """
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        hashes = pool.map(lambda relpath: hash_file(path / relpath, "md5"), files)
+        listing = [{"md5": md5, "relpath": relpath} for relpath, md5 in zip(files, hashes, strict=True)]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+
+
+def hash_file(path: Path, algorithm: Literal["md5", "sha256"]) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
+def read_dvc_file(path: Path) -> DvcOutput:
+    """Read the ``.dvc`` file of a folder.
+
+    Raises:
+        SnapshotError: No such file, not of DVC 3, or not of one folder.
+    """
+    if not path.is_file():
+        raise SnapshotError(
+            f"{path} does not exist", "the .dvc file of a snapshot", "Run it at the root of a checkout."
+        )
+    try:
+        outs = yaml.safe_load(path.read_text())["outs"]
+        (out,) = outs
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(
+            f"{path} is not a .dvc file of one output", "outs: with one entry", "See: dvc add"
+        ) from error
+    if "md5" not in out:
+        raise SnapshotError(
+            f"{path} has no md5 (a cloud-versioned remote, or files that were never added)",
+            "outs[0].md5",
+            "Use a remote without version_aware and worktree, then: dvc add and dvc push",
+        )
+    if out.get("hash") != "md5":
+        raise SnapshotError(
+            f"{path} was written by DVC 2 (it has no hash: md5)",
+            "a .dvc file of DVC 3",
+            f"Run: dvc add {out.get('path', 'data')} && dvc push, with DVC 3",
+        )
+    if not str(out["md5"]).endswith(".dir"):
+        raise SnapshotError(f"{path} tracks the file {out.get('path')}", "a folder", "Track the folder: dvc add data")
+    return DvcOutput(
+        path=str(out["path"]), md5=normalise_md5(out["md5"]), size=int(out["size"]), nfiles=int(out["nfiles"])
+    )
+
+
+def read_default_remote(repository: Path) -> str:
+    """The url of the checkout's default DVC remote.
+
+    Args:
+        repository: Root of the checkout; ``.dvc/config`` and, over it, ``.dvc/config.local`` are read.
+
+    Returns:
+        ``s3://bucket/prefix``, or a folder: relative to the working directory when it lies inside, else absolute.
+
+    Raises:
+        SnapshotError: No config, no default remote, or one that keeps file names (version_aware, worktree).
+    """
+    folder = repository / ".dvc"
+    parser = configparser.ConfigParser(interpolation=None)
+    if not parser.read([folder / "config", folder / "config.local"]):
+        raise SnapshotError(
+            f"{folder / 'config'} does not exist", "a DVC repository", "Run it at the root of a checkout."
+        )
+    name = parser.get("core", "remote", fallback=None)
+    if name is None:
+        raise SnapshotError(
+            f"{folder / 'config'} names no default remote", "core.remote", "Run: dvc remote default NAME"
+        )
+    section = f"'remote \"{name}\"'"
+    url = parser.get(section, "url", fallback=None)
+    if url is None:
+        raise SnapshotError(
+            f'{folder / "config"} has no url for remote "{name}"', "a url", f"Run: dvc remote add {name} URL"
+        )
+    for option in ("version_aware", "worktree"):
+        if parser.getboolean(section, option, fallback=False):
+            raise SnapshotError(
+                f'remote "{name}" has {option} = true, it keeps file names instead of md5s',
+                "a remote in DVC 3's plain layout",
+                f"Run: dvc remote modify {name} {option} false && dvc push",
+            )
+    if "://" in url:
+        return url
+    path = (folder / url).resolve()
+    here = Path.cwd().resolve()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def write_json_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that it is whole or not there.
+
+    Raises:
+        StorageError: No space or no permission.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise storage_error(error, path) from error
+
+
+def _look_up(table: dict[str, _Entry], name: str, *, what: str) -> _Entry:
+    if name not in table:
+        raise SnapshotError(
+            f'{what} is "{name}"',
+            f"the snapshot has {', '.join(sorted(table)) or 'none'}",
+            f"{did_you_mean(name, table)}Name one of them, or add it to the snapshot.",
+        )
+    return table[name]
+
+
+def _read_manifest(path: Path) -> SnapshotManifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise SnapshotError(f"{path} has no {MANIFEST}", "a snapshot", "Make one: manyeyes data build easy-vqa OUT")
+    try:
+        manifest = SnapshotManifest.model_validate_json(file.read_bytes())
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SnapshotError(f"{file}: {place}: {first['msg']}", "a snapshot's manifest", "Build it again.") from error
+    for dataset in manifest.datasets.values():
+        for shard in dataset.shards:
+            _check_size(path / shard.path, shard.bytes)
+    return manifest
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        raise SnapshotError(
+            f"shard {path} {'is missing' if found is None else f'has {found} bytes'}",
+            f"{expected} bytes, as the manifest says" + (": it is truncated" if found and found < expected else ""),
+            "Delete the snapshot's folder and run again to fetch it anew, or build it again.",
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,353 @@
+"""Validation: is this snapshot fit to train on, and which of its samples are not?
+
+Great Expectations checks the profile against a suite kept as JSON. Only ``critical`` expectations decide; ``warning``
+and ``info`` are shown. Samples that cannot be used go to the quarantine, each with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.data.profile import build_profile
+from manyeyes.data.report import render_report
+from manyeyes.data.shards import storage_error
+from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
+from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
+
+Severity = Literal["critical", "warning", "info"]
+_EXAMPLES = 5
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpectationOutcome(_Strict):
+    """What became of one expectation of the suite."""
+
+    name: str = Field(description="Its name in the suite.")
+    severity: Severity = Field(description="Only critical ones decide the verdict.")
+    success: bool = Field(description="Whether the profile meets it.")
+    unexpected_count: int = Field(ge=0, description="Samples that do not.")
+    unexpected_percent: float = Field(ge=0, le=100, description="The same in percent of the samples it looks at.")
+    examples: tuple[str, ...] = Field(description="Ids of a few of these samples.")
+    explanation: str = Field(description="What is expected, in a sentence; or why it could not be checked.")
+
+
+class ValidationReport(_Strict):
+    """``validation.json``: whether a snapshot is fit to train on."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    verdict: Literal["passed", "failed"] = Field(description="failed when a critical expectation is not met.")
+    data_md5: str = Field(description="Of the snapshot, as DVC computes it, without .dir.")
+    suite: str = Field(description="Name of the suite.")
+    suite_sha256: str = Field(description="Of the suite's file, hexadecimal.")
+    datasets: dict[str, int] = Field(description="Samples by data set, evaluation sets included.")
+    eval_datasets: tuple[str, ...] = Field(description="Data sets that the others must not contain.")
+    rows: int = Field(ge=0, description="Samples looked at.")
+    quarantined: int = Field(ge=0, description="Samples that cannot be used; quarantine.jsonl says why.")
+    contaminated_images: int = Field(
+        ge=0, description="Images of the other data sets that an evaluation set has too (exact sha256 of the bytes)."
+    )
+    expectations: tuple[ExpectationOutcome, ...] = Field(description="In the suite's order.")
+
+    def failures(self) -> list[ExpectationOutcome]:
+        """The critical expectations that are not met."""
+        return [outcome for outcome in self.expectations if outcome.severity == "critical" and not outcome.success]
+
+    def as_markdown(self) -> str:
+        """A short account for a page that shows Markdown."""
+        lines = [
+            f"**Validation {self.verdict}**: {self.rows:,} samples, {self.quarantined:,} in quarantine, "
+            f"{self.contaminated_images:,} images also in an evaluation set. Suite `{self.suite}`, "
+            f"data `{self.data_md5}`.",
+            "",
+            "| expectation | severity | met | samples against it | what it says |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {outcome.name} | {outcome.severity} | {'yes' if outcome.success else '**no**'} "
+            f"| {outcome.unexpected_count:,} ({outcome.unexpected_percent:.2f}%) "
+            f"| {escape(outcome.explanation, quote=False)} |"
+            for outcome in self.expectations
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class QuarantinedSample(_Strict):
+    """One line of ``quarantine.jsonl``."""
+
+    id: str = Field(description="Of the record.")
+    dataset: str = Field(description="Its data set.")
+    reason: str = Field(description="What was found, and what was needed.")
+
+
+def validate_snapshot(
+    snapshot: Snapshot,
+    *,
+    datasets: Sequence[str],
+    eval_datasets: Sequence[str],
+    suite: str,
+    out_dir: Path,
+    tokenizer_path: Path | None = None,
+) -> ValidationReport:
+    """Look at every sample, check the suite, and write the report.
+
+    Writes ``profile.parquet``, ``validation.json``, ``validation.html`` and ``quarantine.jsonl``. A failed verdict is
+    not an error here: the caller decides what it means.
+
+    Args:
+        snapshot: What to check.
+        datasets: Data sets to train on.
+        eval_datasets: Data sets that models are judged on; checked too.
+        suite: A suite that ships with the package, or the path of a JSON file.
+        out_dir: Folder for the files; made when missing.
+        tokenizer_path: Folder with ``tokenizer.json``, to count tokens in the profile.
+
+    Raises:
+        RecipeError: No such suite, or not a suite.
+        SnapshotError: A data set or shard is missing, or a shard is not the one of the manifest.
+        StorageError: No space or no permission.
+    """
+    text = read_suite(suite)
+    expectations = parse_suite(text, name=suite)
+    names = list(dict.fromkeys([*datasets, *eval_datasets]))
+    for name in names:
+        _check_shards(snapshot, name)
+    profile = build_profile(snapshot, names, eval_datasets=eval_datasets, tokenizer_path=tokenizer_path)
+    outcomes = check_profile(profile, expectations)
+    bad = profile[profile["problem"] != ""]
+    report = ValidationReport(
+        verdict="failed" if any(o.severity == "critical" and not o.success for o in outcomes) else "passed",
+        data_md5=snapshot.md5,
+        suite=suite,
+        suite_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        datasets={name: int((profile["dataset"] == name).sum()) for name in names},
+        eval_datasets=tuple(eval_datasets),
+        rows=len(profile),
+        quarantined=len(bad),
+        contaminated_images=int(profile["n_eval_images"].sum()),
+        expectations=tuple(outcomes),
+    )
+    quarantine = [
+        QuarantinedSample(id=row.id, dataset=row.dataset, reason=row.problem) for row in bad.itertuples(index=False)
+    ]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        partial = out_dir / ".profile.parquet.partial"
+        profile.to_parquet(partial, index=False)
+        partial.replace(out_dir / "profile.parquet")
+    except OSError as error:
+        raise storage_error(error, out_dir) from error
+    lines = "".join(sample.model_dump_json() + "\n" for sample in quarantine)
+    write_json_atomically(out_dir / "quarantine.jsonl", lines)
+    write_json_atomically(
+        out_dir / "validation.html", render_report(report, profile=profile, quarantine=quarantine, snapshot=snapshot)
+    )
+    write_json_atomically(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def read_quarantine(path: Path) -> frozenset[str]:
+    """The ids in a ``quarantine.jsonl``, as ``Mixture`` takes them."""
+    with path.open(encoding="utf-8") as file:
+        return frozenset(QuarantinedSample.model_validate_json(line).id for line in file if line.strip())
+
+
+def list_suites() -> list[str]:
+    """Names of the suites that ship with the package, sorted."""
+    files = resources.files("manyeyes").joinpath("data", "suites").iterdir()
+    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+
+
+def read_suite(name_or_path: str) -> str:
+    """The JSON text of a suite.
+
+    Raises:
+        RecipeError: No such suite.
+    """
+    if name_or_path.endswith(".json"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(f'data.suite is "{name_or_path}"', "no such file", "Check the path.")
+        return path.read_text(encoding="utf-8")
+    names = list_suites()
+    if name_or_path not in names:
+        raise RecipeError(
+            f'data.suite is "{name_or_path}"',
+            f"the suites are {', '.join(names)}, or the path of a .json file",
+            f"{did_you_mean(name_or_path, names)}Correct the recipe.",
+        )
+    return resources.files("manyeyes").joinpath("data", "suites", f"{name_or_path}.json").read_text(encoding="utf-8")
+
+
+class SuiteExpectation(_Strict):
+    """One expectation of a suite's JSON file."""
+
+    type: str = Field(description="Of Great Expectations, for instance expect_column_values_to_be_unique.")
+    kwargs: dict[str, Any] = Field(description="Its arguments; columns are those of the profile.")
+    severity: Severity = Field(description="Only critical ones decide the verdict.")
+    meta: dict[str, str] = Field(description="name: unique in the suite. explanation: a sentence for the report.")
+
+    def columns(self) -> list[str]:
+        """Columns that it reads: its own, and that of a plain row condition."""
+        condition = self.kwargs.get("row_condition")
+        of_condition = condition.get("column", {}).get("name") if isinstance(condition, dict) else None
+        return [column for column in (self.kwargs.get("column"), of_condition) if column is not None]
+
+
+class Suite(_Strict):
+    """A suite's JSON file, as Great Expectations reads it."""
+
+    name: str = Field(description="Of the suite.")
+    meta: dict[str, str] = Field(default={}, description="For people.")
+    expectations: tuple[SuiteExpectation, ...] = Field(min_length=1, description="In the report's order.")
+
+
+def parse_suite(text: str, *, name: str) -> Suite:
+    """Check a suite's JSON.
+
+    Raises:
+        RecipeError: Not a suite, or an expectation without name or explanation, or a name used twice.
+    """
+    do = "See the suite conversations in manyeyes/data/suites."
+    try:
+        suite = Suite.model_validate_json(text)
+    except ValueError as error:
+        raise RecipeError(f'suite "{name}": {error}', "a suite of expectations", do) from error
+    names = [expectation.meta.get("name", "") for expectation in suite.expectations]
+    if "" in names or len(set(names)) != len(names):
+        raise RecipeError(f'suite "{name}" has the names {names}', "meta.name in each, all different", do)
+    return suite
+
+
+def check_profile(profile: pd.DataFrame, suite: Suite) -> list[ExpectationOutcome]:
+    """Run the suite over a profile.
+
+    Args:
+        profile: As ``build_profile`` makes it.
+        suite: As ``parse_suite`` reads it.
+
+    Returns:
+        One outcome for each expectation, in the suite's order. A missing column is an unmet expectation that says so.
+
+    Raises:
+        RecipeError: Great Expectations does not know an expectation, or refuses its arguments.
+    """
+    missing = {
+        expectation.meta["name"]: column
+        for expectation in suite.expectations
+        for column in expectation.columns()
+        if column not in profile.columns
+    }
+    checkable = [expectation for expectation in suite.expectations if expectation.meta["name"] not in missing]
+    results = _run_great_expectations(profile, checkable)
+    outcomes = []
+    for expectation in suite.expectations:
+        name = expectation.meta["name"]
+        if name in missing:
+            outcomes.append(_explain_missing_column(expectation, missing[name], profile))
+        else:
+            outcomes.append(_as_outcome(expectation, results[name]))
+    return outcomes
+
+
+def _run_great_expectations(
+    profile: pd.DataFrame, expectations: Sequence[SuiteExpectation]
+) -> dict[str, Mapping[str, Any]]:
+    if not expectations:
+        return {}
+    # Before the import, which reads it. Nothing about anybody's data leaves this machine.
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.exceptions import GreatExpectationsError
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    asset = context.data_sources.add_pandas("profile").add_dataframe_asset("profile")
+    batches = asset.add_batch_definition_whole_dataframe("whole")
+    built = []
+    for expectation in expectations:
+        # One by one: a suite made from dicts drops an expectation that it does not know, with a line in the log.
+        try:
+            built.append(ExpectationConfiguration(**expectation.model_dump()).to_domain_obj())
+        except (GreatExpectationsError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f'expectation "{expectation.meta["name"]}" ({expectation.type}) is refused: {error}',
+                "an expectation and arguments that Great Expectations knows",
+                "Correct its type and kwargs in the suite.",
+            ) from error
+    suite = context.suites.add(gx.ExpectationSuite(name="profile", expectations=built))
+    definition = gx.ValidationDefinition(name="profile", data=batches, suite=suite)
+    run = context.validation_definitions.add(definition).run(
+        batch_parameters={"dataframe": profile},
+        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
+    )
+    # Great Expectations moves failed ones to the front, so they are found by name.
+    return {result.expectation_config.meta["name"]: result.to_json_dict() for result in run.results}
+
+
+def _as_outcome(expectation: SuiteExpectation, result: Mapping[str, Any]) -> ExpectationOutcome:
+    facts = result.get("result") or {}
+    explanation = expectation.meta.get("explanation", expectation.type)
+    raised = _find_exception(result.get("exception_info") or {})
+    if raised is not None:
+        explanation = f"Could not be checked: {raised}. ({explanation})"
+    index = facts.get("unexpected_index_list") or []
+    count = int(facts.get("unexpected_count") or 0)
+    return ExpectationOutcome(
+        name=expectation.meta["name"],
+        severity=expectation.severity,
+        success=bool(result["success"]),
+        unexpected_count=count,
+        unexpected_percent=float(facts.get("unexpected_percent") or 0.0),
+        examples=tuple(str(row["id"]) for row in index[:_EXAMPLES]),
+        explanation=explanation,
+    )
+
+
+def _find_exception(info: Mapping[str, Any]) -> str | None:
+    """The first line of an exception, wherever Great Expectations put it; its traceback helps nobody."""
+    if info.get("raised_exception"):
+        return str(info.get("exception_message") or "unknown reason").splitlines()[0].rstrip(".")
+    for value in info.values():
+        if isinstance(value, Mapping) and (found := _find_exception(value)) is not None:
+            return found
+    return None
+
+
+def _explain_missing_column(expectation: SuiteExpectation, column: str, profile: pd.DataFrame) -> ExpectationOutcome:
+    columns = [str(name) for name in profile.columns]
+    return ExpectationOutcome(
+        name=expectation.meta["name"],
+        severity=expectation.severity,
+        success=False,
+        unexpected_count=0,
+        unexpected_percent=0.0,
+        examples=(),
+        explanation=f'Could not be checked: the profile has no column "{column}". {did_you_mean(column, columns)}'
+        f"Its columns are {', '.join(columns)}.",
+    )
+
+
+def _check_shards(snapshot: Snapshot, dataset: str) -> None:
+    for shard in snapshot.dataset(dataset).shards:
+        path = snapshot.path / shard.path
+        found = hash_file(path, "sha256")
+        if found != shard.sha256:
+            raise SnapshotError(
+                f"shard {path} has sha256 {found}",
+                f"{shard.sha256}, as the manifest says",
+                "Delete the snapshot's folder and run again to fetch it anew, or build it again.",
+            )

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from manyeyes.data.builders import BUILDERS, add_pretrained
+from manyeyes.data.builders.__main__ import main
+from manyeyes.data.builders.easy_vqa import draw_validation_images
+from manyeyes.data.records import check_record
+from manyeyes.data.shards import RecordReader
+from manyeyes.data.snapshot import Snapshot, hash_folder, open_folder, read_dvc_file
+from manyeyes.errors import SnapshotError
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = resources.files("easy_vqa") / "data"
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    out = tmp_path_factory.mktemp("easy-vqa") / "data"
+    BUILDERS["easy-vqa"](out)
+    return open_folder(out)
+
+
+def test_the_published_numbers_are_all_there(snapshot: Snapshot) -> None:
+    counts = {name: (entry.rows, entry.images, entry.licence) for name, entry in snapshot.manifest.datasets.items()}
+    assert counts == {
+        "easy-vqa-train": (3800, 3800, "MIT"),
+        "easy-vqa-val": (200, 200, "MIT"),
+        "easy-vqa-test": (1000, 1000, "MIT"),
+    }
+    questions = {
+        name: sum(len(turns) // 2 for turns in RecordReader(snapshot.shards(name)).read_column("conversations"))
+        for name in counts
+    }
+    assert questions["easy-vqa-train"] + questions["easy-vqa-val"] == 38_575
+    assert questions["easy-vqa-test"] == 9_673
+
+
+def test_a_record_is_what_was_published(snapshot: Snapshot) -> None:
+    published = json.loads((PACKAGE / "test" / "questions.json").read_text())
+    record = RecordReader(snapshot.shards("easy-vqa-test")).read(123)
+    check_record(record)
+    assert (record.id, record.source) == ("easy-vqa/test/123", "easy-vqa")
+    assert record.images[0].data == (PACKAGE / "test" / "images" / "123.png").read_bytes()
+    pairs = [(question, answer) for question, answer, number in published if number == 123]
+    texts = [turn.text for turn in record.turns]
+    assert texts[0] == f"<image>\n{pairs[0][0]}"
+    assert list(zip(texts[::2], texts[1::2], strict=True))[1:] == pairs[1:]
+    assert texts[1] == pairs[0][1]
+
+
+def test_validation_images_are_those_with_the_lowest_hashes(snapshot: Snapshot) -> None:
+    held_out = {
+        int(name.rpartition("/")[2]) for name in RecordReader(snapshot.shards("easy-vqa-val")).read_column("id")
+    }
+    trained = {
+        int(name.rpartition("/")[2]) for name in RecordReader(snapshot.shards("easy-vqa-train")).read_column("id")
+    }
+    assert held_out | trained == set(range(4000))
+    assert not held_out & trained
+    highest_held_out = max(hashlib.sha256(f"easy-vqa-val/{number}".encode()).hexdigest() for number in held_out)
+    lowest_trained = min(hashlib.sha256(f"easy-vqa-val/{number}".encode()).hexdigest() for number in trained)
+    assert highest_held_out < lowest_trained
+    assert held_out == draw_validation_images(set(range(4000)))
+
+
+def test_a_second_build_gives_the_same_bytes_and_keeps_the_rest(snapshot: Snapshot, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    shutil.copytree(snapshot.path, out)
+    part = tmp_path / "parts" / "tiny-lm"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text("{}")
+    add_pretrained(out, tmp_path / "parts")
+    before = hash_folder(out)
+    (out / "easy-vqa" / "val-00000.parquet").write_bytes(b"damaged")
+    result = CliRunner().invoke(main, ["easy-vqa", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"md5 {before}" in result.output
+    assert hash_folder(out) == before
+    assert (out / "pretrained/tiny-lm/config.json").is_file()
+
+
+def test_pretrained_parts_are_asked_for_by_name(snapshot: Snapshot, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SnapshotError, match="manyeyes step pretrain_language_model"):
+        add_pretrained(snapshot.path, tmp_path / "empty")
+
+
+def test_an_unknown_builder_offers_the_nearest(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["easy-vq", str(tmp_path)])
+    assert result.exit_code == 2
+    assert 'Did you mean "easy-vqa"' in result.output
+
+
+def test_the_committed_snapshot_is_what_the_builder_makes(snapshot: Snapshot, tmp_path: Path) -> None:
+    md5 = read_dvc_file(REPOSITORY / "data.dvc").md5
+    remote = REPOSITORY / "infra/dvc-remote/files/md5"
+    listing = json.loads((remote / md5[:2] / f"{md5[2:]}.dir").read_text())
+    committed = {entry["relpath"]: entry["md5"] for entry in listing if entry["relpath"].startswith("easy-vqa/")}
+    built = {
+        f"easy-vqa/{path.name}": hashlib.md5(path.read_bytes()).hexdigest()
+        for path in (snapshot.path / "easy-vqa").iterdir()
+    }
+    assert built == committed
