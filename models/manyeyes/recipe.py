@@ -39,13 +39,55 @@ class FusionSpec(_Strict):
 
     strategy: str = Field(default="channel-concat", description="A row of FUSIONS.")
     grid: int = Field(gt=0, description="Side of the visual token grid.")
+    options: dict[str, Any] = Field(default={}, description="The strategy's own options: manyeyes fusions.")
 
 
 class ProjectorSpec(_Strict):
     """From fused features to the language model's width."""
 
-    kind: Literal["linear", "mlp", "identity"] = "mlp"
+    kind: Literal["linear", "mlp", "identity", "pixel-unshuffle", "resampler", "c-abstractor"] = "mlp"
     depth: int = Field(default=2, ge=1, description="Linear layers of an mlp, GELU between them.")
+    options: dict[str, Any] = Field(default={}, description="The kind's own options.")
+
+
+class ReinjectionSpec(_Strict):
+    """Lets the language model look at the image again: after layer start + k * stride, for k below count.
+
+    Needs the fusion spatial-vision-aggregator, whose windows it looks at.
+    """
+
+    start: int = Field(default=0, ge=0, description="First decoder layer, from 0, after whose output it looks.")
+    stride: int = Field(ge=1, description="Layers from one look to the next.")
+    count: int | None = Field(default=None, ge=1, description="How often; as many as fit when left out.")
+
+
+class LayoutSpec(_Strict):
+    """How an image becomes tiles, and its tokens a sequence."""
+
+    tiling: Literal["none", "anyres", "grid"] = Field(
+        default="none",
+        description="none: one tile. anyres: the whole image, then tiles of the grid that suits it best (LLaVA-1.6). "
+        "grid: the whole image, then image_grid x image_grid tiles (Mini-Gemini HD).",
+    )
+    pinpoints: tuple[tuple[int, int], ...] = Field(
+        default=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+        min_length=1,
+        description="Columns and rows of the grids that anyres chooses from.",
+    )
+    image_grid: int = Field(default=2, ge=2, description="Tiles a side, for grid.")
+    newline: bool = Field(default=False, description="A learned token ends each row of visual tokens.")
+    unpad: bool = Field(default=False, description="Rows and columns that show nothing but padding are left out.")
+    whole: tuple[str, ...] = Field(
+        default=(), description="Encoders, by name, that see the whole image once, whatever the tiling."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> LayoutSpec:
+        if self.tiling == "grid" and (self.newline or self.unpad):
+            raise ValueError("grid puts one tile's tokens after another's: it has no rows for newline or unpad")
+        if self.whole and self.tiling != "grid":
+            raise ValueError("whole belongs to tiling grid")
+        return self
 
 
 class LanguageModelSpec(_Strict):
@@ -69,6 +111,8 @@ class ModelSpec(_Strict):
     preprocess: Literal["independent", "shared"] = "independent"
     fusion: FusionSpec
     projector: ProjectorSpec = ProjectorSpec()
+    reinjection: ReinjectionSpec | None = None
+    layout: LayoutSpec | None = None
     language_model: LanguageModelSpec
     chat: ChatSpec = ChatSpec()
 

@@ -1,0 +1,83 @@
+"""CLIP ViT-L/14, the encoder of LLaVA, Mini-Gemini, Cambrian-1 and (changed) Eagle.
+
+Code: timm's vision transformer with a norm before the first block and quick GELU. Paper: "Learning Transferable Visual
+Models From Natural Language Supervision", arXiv:2103.00020. Weights: OpenAI, MIT.
+
+Which layer: LLaVA (arXiv:2310.03744), Mini-Gemini and Cambrian-1 take the last block but one and drop the class token
+afterwards; ablations of LLaVA give it 1 point over the last. Eagle's released code runs all blocks, never shows the
+class token to the patches, takes no norm at the end, and runs what it calls 448 at 336 (github.com/NVlabs/Eagle,
+issue 22): rows ``...-eagle``. Its paper (arXiv:2408.15998) resamples the positions to 448.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
+from manyeyes.encoders.keys import from_transformers_clip, strip_prefix
+from manyeyes.encoders.vit import build_vit, fit_vit
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+_LLAVA = {
+    "patch_size": 14,
+    "width": 1024,
+    "depth": 24,
+    "heads": 16,
+    "class_token": True,
+    "layer": -2,
+    "activation": "quick_gelu",
+    "epsilon": 1e-5,
+    "pre_norm": True,
+    "final_norm": False,
+}
+_EAGLE = {**_LLAVA, "class_token": False, "layer": -1}
+
+
+def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
+    published = strip_prefix(tensors, marker="embeddings.class_embedding")
+    return fit_vit(from_transformers_clip(published) if published else tensors, encoder)
+
+
+FAMILY = EncoderFamily(build=build_vit, convert=_convert)
+
+_ROW = EncoderRow(
+    family="clip",
+    channels=1024,
+    stride=14,
+    image_size=336,
+    mean=MEAN,
+    std=STD,
+    parameters=290_909_184,
+    pretraining="contrastive, 400 M image-text pairs (WIT)",
+    licence="MIT",
+    source="hub:openai/clip-vit-large-patch14-336@ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
+    paper="arXiv:2103.00020",
+    architecture=_LLAVA,
+    small={"width": 32, "depth": 3, "heads": 2},
+    files=("model.safetensors", "pytorch_model.bin"),
+    features="block 23 of 24, no norm; class token seen by the patches, then dropped",
+    image_sizes=(336, 448),
+    small_image_size=56,
+)
+_EAGLE_ROW = replace(
+    _ROW,
+    parameters=303_503_360,
+    architecture=_EAGLE,
+    features="block 24 of 24, no norm; no class token",
+)
+
+ROWS: dict[str, EncoderRow] = {
+    "clip-l14-224": replace(
+        _ROW,
+        image_size=224,
+        image_sizes=(224,),
+        parameters=290_581_504,
+        source="hub:openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41",
+    ),
+    "clip-l14-336": _ROW,
+    "clip-l14-448": replace(_ROW, image_size=448, parameters=291_367_936),
+    "clip-l14-336-eagle": _EAGLE_ROW,
+    "clip-l14-448-eagle": replace(_EAGLE_ROW, image_size=448, parameters=303_962_112),
+}

@@ -1,0 +1,141 @@
+"""What every encoder is, and what a row of the table says about one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from manyeyes.errors import ShapeError
+
+TensorMap = dict[str, Tensor]
+
+
+class Encoder(nn.Module, ABC):
+    """A vision expert: pixels in, one feature map out.
+
+    Statistics of batch normalisation never move: batches here are small and mixed, and a bundle must compute what
+    training computed. ``train()`` therefore leaves those layers in evaluation mode; their weights train as any other.
+
+    Attributes:
+        net: The network itself, with the keys that its publisher uses.
+        channels: Channels of the feature map.
+        stride: Pixels a side that one cell of the feature map covers, rounded up where that is no whole number.
+        image_size: Pixels a side that it is built for.
+    """
+
+    def __init__(self, net: nn.Module, *, channels: int, stride: int, image_size: int, grid: int | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.channels = channels
+        self.stride = stride
+        self.image_size = image_size
+        self._grid = grid
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature map at ``image_size``, in cells."""
+        return self._grid or -(-self.image_size // self.stride)
+
+    @abstractmethod
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: ``[B, 3, H, W]``, normalised as the row says; H = W = ``image_size``.
+
+        Returns:
+            ``[B, channels, grid, grid]``.
+        """
+
+    def train(self, mode: bool = True) -> Encoder:  # the framework's switch
+        """Switch dropout and the like; batch normalisation stays in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = False
+        return self
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """One row of ENCODERS.
+
+    Attributes:
+        family: Which file builds it; a key of FAMILIES.
+        channels: Channels of the feature map.
+        stride: Pixels a side of one cell of the feature map.
+        image_size: Pixels a side, unless a recipe says otherwise.
+        mean: Mean of each RGB channel that pixels are normalised with, on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel, on a scale of 0 to 1.
+        parameters: Number of parameters at the true size.
+        pretraining: What the published weights learned from.
+        licence: Licence of the published weights.
+        source: Where the published weights are; ``scratch:`` when there are none.
+        paper: Where the architecture comes from.
+        architecture: What the family needs to build it.
+        small: Replaces parts of ``architecture`` and ``channels`` at the small size; same code, seconds to test.
+        resample: Filter for resizing an image to ``image_size``.
+        fit: What happens to an image that is not square.
+        features: Which layer's output is taken, and what becomes of the class token.
+        image_sizes: All sizes that published models use it at; position embeddings are resampled for them.
+        files: Names that the publisher gives the file of weights; the first that is there is read.
+        entry: Where a pickle keeps the tensors beside other things; empty when it holds nothing else.
+        small_image_size: Pixels a side at the small size; ``image_size`` when left out.
+    """
+
+    family: str
+    channels: int
+    stride: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    parameters: int
+    pretraining: str
+    licence: str
+    source: str
+    paper: str
+    architecture: Mapping[str, object] = field(default_factory=dict)
+    small: Mapping[str, object] = field(default_factory=dict)
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["stretch", "crop", "pad"] = "pad"
+    features: str = ""
+    image_sizes: tuple[int, ...] = ()
+    files: tuple[str, ...] = ("model.safetensors",)
+    entry: str = ""
+    small_image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """The two things that a family's file offers.
+
+    Attributes:
+        build: Makes the encoder from architecture and image size, freshly initialised.
+        convert: Turns published tensors into the state of ``Encoder.net``; raises ``SourceError`` when they do not fit.
+    """
+
+    build: Callable[[Mapping[str, object], int], Encoder]
+    convert: Callable[[TensorMap, Encoder], TensorMap]
+
+
+def check_image_size(image_size: int, *, multiple: int) -> None:
+    """Refuse an image that an encoder cannot cut into whole patches or windows.
+
+    Args:
+        image_size: Pixels a side.
+        multiple: Pixels a side of what it is cut into.
+
+    Raises:
+        ShapeError: Not a multiple.
+    """
+    if image_size % multiple:
+        raise ShapeError(
+            f"image_size is {image_size}",
+            f"a multiple of {multiple} is needed",
+            f"Use {max(1, round(image_size / multiple)) * multiple}.",
+        )

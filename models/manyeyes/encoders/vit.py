@@ -1,0 +1,152 @@
+"""Plain vision transformers, as timm builds them.
+
+Code: timm (Apache-2.0). Paper: "An Image is Worth 16x16 Words", arXiv:2010.11929. CLIP, SigLIP, DINOv2 and the
+supervised ones are this network with other options; their files say which, and translate their publishers' keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from timm.layers import Mlp, SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from manyeyes.encoders.blocks import BlockEncoder
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, TensorMap, check_image_size
+from manyeyes.encoders.positions import Method, resample_positions
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a row may say.
+
+    ``depth`` is the published depth and ``layer`` the block whose output is taken, counted from the end: at -2 the
+    last block is not built. ``pre_norm`` norms the tokens that enter the first block, ``final_norm`` those that leave
+    the last. ``layer_scale`` is the initial factor on each branch, absent when None. ``swiglu`` packs gate and value
+    into one layer. With ``ragged`` the image need not be whole patches: what is left over at the right and at the
+    bottom is not seen.
+    """
+
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    class_token: bool = False
+    layer: int = -1
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: float | None = None
+    swiglu: bool = False
+    ragged: bool = False
+
+
+class VitEncoder(BlockEncoder):
+    """A vision transformer without its head; the feature map is its last layer, after the norm where there is one."""
+
+    net: VisionTransformer
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.net.blocks)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Patches, class token, positions."""
+        tokens_BNC: Tensor = self.net.norm_pre(self.net._pos_embed(self.net.patch_embed(pixel_values)))
+        return tokens_BNC
+
+    def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
+        """Run some of the blocks."""
+        for block in self.net.blocks[start:stop]:
+            tokens_BNC = block(tokens_BNC)
+        return tokens_BNC  # type: ignore[no-any-return]
+
+    def finish(self, tokens_BNC: Tensor) -> Tensor:
+        """Norm, and the patches as a map."""
+        patches_BNC: Tensor = self.net.norm(tokens_BNC)[:, self.num_prefix_tokens :]
+        return patches_BNC.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+
+
+def build_vit(architecture: Mapping[str, object], image_size: int) -> VitEncoder:
+    """Make a vision transformer, freshly initialised.
+
+    Args:
+        architecture: Fields of ``_Architecture``.
+        image_size: Pixels a side; a multiple of the patch size, unless ``ragged``.
+
+    Raises:
+        ShapeError: Not such a multiple.
+    """
+    plan = _Architecture(**architecture)  # type: ignore[arg-type]
+    if not plan.ragged:
+        check_image_size(image_size, multiple=plan.patch_size)
+    net = VisionTransformer(
+        img_size=image_size,
+        patch_size=plan.patch_size,
+        embed_dim=plan.width,
+        depth=plan.depth + plan.layer + 1,
+        num_heads=plan.heads,
+        mlp_ratio=plan.mlp_ratio,
+        mlp_layer=SwiGLUPacked if plan.swiglu else Mlp,
+        act_layer=nn.SiLU if plan.swiglu else plan.activation,
+        norm_layer=partial(nn.LayerNorm, eps=plan.epsilon),
+        init_values=plan.layer_scale,
+        pre_norm=plan.pre_norm,
+        final_norm=plan.final_norm,
+        class_token=plan.class_token,
+        num_classes=0,
+        global_pool="",
+    )
+    return VitEncoder(
+        net,
+        channels=plan.width,
+        stride=plan.patch_size,
+        image_size=image_size,
+        width=plan.width,
+        num_prefix_tokens=net.num_prefix_tokens,
+        grid=image_size // plan.patch_size,
+    )
+
+
+def fit_vit(tensors: TensorMap, encoder: Encoder, *, method: Method = "antialias") -> TensorMap:
+    """Bring tensors that have this network's keys to this encoder's size.
+
+    Drops heads, blocks that the row does not run, a norm that it does not take and a class token that it never sees;
+    resamples position embeddings that were learned at another image size.
+
+    Args:
+        tensors: With timm's keys.
+        encoder: Built by ``build_vit``.
+        method: How positions are resampled.
+    """
+    net = encoder.net
+    prefix = int(net.num_prefix_tokens)  # type: ignore[arg-type]
+    depth = len(net.blocks)  # type: ignore[arg-type]
+    dropped = ["head.", "fc_norm.", "attn_pool.", "head_dist.", "pre_logits."]
+    if isinstance(net.norm, nn.Identity):
+        dropped.append("norm.")
+    state = {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(dropped))}
+    state = {key: tensor for key, tensor in state.items() if _block(key) < depth}
+    published_prefix = 1 if "cls_token" in state else 0
+    positions = state.get("pos_embed")
+    if published_prefix > prefix:
+        del state["cls_token"]
+        if positions is not None:
+            positions = positions[:, published_prefix:]
+    if positions is not None:
+        state["pos_embed"] = resample_positions(positions, grid=encoder.grid, num_prefix_tokens=prefix, method=method)
+    return state
+
+
+def _block(key: str) -> int:
+    first, _, rest = key.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else -1
+
+
+FAMILY = EncoderFamily(build=build_vit, convert=fit_vit)

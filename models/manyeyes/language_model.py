@@ -1,0 +1,140 @@
+"""Any Hugging Face causal language model: loading it, its decoder, its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+
+from manyeyes.errors import SourceError
+from manyeyes.sources import resolve_source
+
+_SCRATCH = "scratch:"
+
+
+def resolve_language_model(source: str, *, snapshot_path: Path | None) -> tuple[Path, bool]:
+    """Find a language model's folder.
+
+    Args:
+        source: As for ``resolve_source``. ``scratch:<source>`` takes configuration and tokenizer from there and
+            starts from fresh weights.
+        snapshot_path: Folder of the data snapshot; needed for ``snapshot:``.
+
+    Returns:
+        The folder, and whether its weights are wanted.
+
+    Raises:
+        SourceError: Nothing there, or no folder with a ``config.json``.
+    """
+    scratch = source.startswith(_SCRATCH)
+    where = source.removeprefix(_SCRATCH)
+    path = resolve_source(where, snapshot_path=snapshot_path) if where else None
+    if path is None or not (path / "config.json").is_file():
+        raise SourceError(
+            f'language model source is "{source}"',
+            "a folder with config.json, weights and tokenizer is needed",
+            "Name one, or scratch:<folder> for fresh weights of that configuration.",
+        )
+    return path, not scratch
+
+
+def load_language_model(path: Path, *, pretrained: bool) -> PreTrainedModel:
+    """Read or make a causal language model in fp32, in evaluation mode.
+
+    Args:
+        path: A Hugging Face folder.
+        pretrained: Whether its weights are read; else they are drawn from torch's global generator.
+
+    Raises:
+        SourceError: Not a causal language model, or its weights are incomplete.
+    """
+    config = load_language_model_config(path)
+    if not pretrained:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"language model {path} cannot be read ({error})", "a causal language model", "Check the source."
+        ) from error
+    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    if absent:
+        raise SourceError(
+            f"language model {path} lacks {', '.join(absent[:3])} ({len(absent)} tensors)",
+            "all its weights are needed",
+            "Fetch it again, or check that config.json belongs to it.",
+        )
+    return model.eval()
+
+
+def load_language_model_config(path: Path) -> PreTrainedConfig:
+    """Read a language model's ``config.json``.
+
+    Raises:
+        SourceError: Not readable, or of a kind that transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}/config.json cannot be used ({error})", "a known model", "Check it.") from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Read a tokenizer and make sure that it can pad.
+
+    Raises:
+        SourceError: Not readable, or not one that the Rust library ``tokenizers`` runs, which a bundle needs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"tokenizer in {path} cannot be read ({error})", "tokenizer.json", "Check it.") from error
+    if not tokenizer.is_fast:
+        raise SourceError(f"tokenizer in {path} has no tokenizer.json", "a bundle needs one", "Convert it first.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def find_image_token_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Id that stands where visual tokens go.
+
+    Spans say where images are, so any id of the vocabulary will do: the tokenizer's own ``<image>`` where it has one,
+    else its padding token. The vocabulary is never grown, and embedding tables keep their published size.
+    """
+    known = tokenizer.get_vocab().get("<image>")
+    return int(known if known is not None and known < config.vocab_size else tokenizer.pad_token_id)
+
+
+def decoder_of(language_model: PreTrainedModel) -> nn.Module:
+    """The transformer inside a causal language model, without its head."""
+    decoder: nn.Module = getattr(language_model, language_model.base_model_prefix)
+    return decoder
+
+
+def compute_logits(language_model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of chosen positions, as the model's own forward would give them.
+
+    Args:
+        language_model: A causal language model.
+        hidden: ``[..., D]``, the decoder's last hidden state at any choice of positions.
+
+    Returns:
+        ``[..., V]``.
+    """
+    config = language_model.config
+    logits: Tensor = language_model.get_output_embeddings()(hidden)
+    # What model families do behind their head, by the field of their configuration (transformers 5.23):
+    # Granite divides, Cohere multiplies, Gemma 2 caps.
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits

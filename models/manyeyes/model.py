@@ -1,0 +1,306 @@
+"""Builds, saves and loads the model; importing this registers it with transformers' Auto classes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from manyeyes.encoders import Encoder, encoder_transform, load_encoder_weights
+from manyeyes.errors import CheckpointError, RecipeError, StorageError, did_you_mean
+from manyeyes.language_model import (
+    find_image_token_id,
+    load_language_model,
+    load_tokenizer,
+    resolve_language_model,
+)
+from manyeyes.modeling import (
+    BranchAnswers,
+    BranchOutput,
+    ManyEyesConfig,
+    ManyEyesForConditionalGeneration,
+    ManyEyesOutput,
+    build_encoders,
+)
+from manyeyes.processor import ManyEyesProcessor
+from manyeyes.recipe import EncoderSpec, FusionSpec, ModelSpec
+from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.sources import resolve_source
+from manyeyes.storage import new_folder
+
+__all__ = [
+    "BranchAnswers",
+    "BranchOutput",
+    "CheckpointManifest",
+    "ManyEyesConfig",
+    "ManyEyesForConditionalGeneration",
+    "ManyEyesOutput",
+    "ManyEyesProcessor",
+    "build_model",
+    "checkpoint_digest",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+MANIFEST = "checkpoint.json"
+
+AutoConfig.register("manyeyes", ManyEyesConfig, exist_ok=True)
+AutoModelForImageTextToText.register(ManyEyesConfig, ManyEyesForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(ManyEyesConfig, ManyEyesProcessor, exist_ok=True)
+
+
+class CheckpointManifest(BaseModel):
+    """``checkpoint.json``: what a checkpoint is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    files: dict[str, str] = Field(description="sha256 of each file of the checkpoint, by its path inside the folder.")
+    digest: str = Field(description="sha256 over the sorted lines `<path> <sha256>`; names the checkpoint.")
+
+
+def build_model(
+    spec: ModelSpec, *, snapshot_path: Path | None, seed: int, encoders: Sequence[str] | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """Make a model from a recipe and load its pretrained parts.
+
+    Args:
+        spec: What the model is.
+        snapshot_path: Folder of the data snapshot, for ``snapshot:`` sources.
+        seed: Everything that is not pretrained is drawn from it; torch's global generator is left as it was.
+        encoders: Only these, by their names in the recipe (prealign); all when left out.
+
+    Returns:
+        Model in fp32 and evaluation mode, and its processor.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, template or name in ``encoders``.
+        SourceError: A pretrained part cannot be had or does not fit.
+        ShapeError: Parts do not fit together.
+    """
+    if spec.preprocess != "independent":
+        raise RecipeError(
+            f'model.preprocess is "{spec.preprocess}"',
+            "only independent is built so far",
+            "Set model.preprocess to independent.",
+        )
+    chosen = _choose_encoders(spec, encoders)
+    path, pretrained = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path)
+    tokenizer = load_tokenizer(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with _without_progress_bars():
+            language_model = load_language_model(path, pretrained=pretrained)
+        text_config = language_model.config
+        config = ManyEyesConfig(
+            text_config=text_config,
+            encoders=[_encoder_entry(entry) for entry in chosen],
+            fusion=_fusion_entry(spec, chosen),
+            projector=spec.projector.model_dump(),
+            reinjection=spec.reinjection.model_dump()
+            if spec.reinjection and len(chosen) == len(spec.encoders)
+            else None,
+            layout=_layout_entry(spec, chosen),
+            image_token_id=find_image_token_id(tokenizer, text_config),
+        )
+        # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
+        with torch.device("meta"):
+            model = ManyEyesForConditionalGeneration(config)
+        model.language_model = language_model
+        model.config.text_config = text_config
+        model.encoders = build_encoders(config.encoders)
+        model.connect()
+    for entry in chosen:
+        weights = resolve_source(entry.source, snapshot_path=snapshot_path)
+        if weights is not None:
+            encoder = model.encoders[entry.name]
+            assert isinstance(encoder, Encoder)
+            load_encoder_weights(encoder, entry.encoder, weights)
+    processor = ManyEyesProcessor(
+        tokenizer,
+        transforms={
+            entry.name: encoder_transform(entry.encoder, image_size=entry.image_size).as_dict() for entry in chosen
+        },
+        template=spec.chat.template,
+        system=spec.chat.system,
+        num_image_tokens=model.num_image_tokens,
+        image_token_id=config.image_token_id,
+        max_length=spec.language_model.max_length,
+        layout=config.layout,
+        sends_image_sizes=model.fusion.uses_image_sizes,
+    )
+    generation = model.generation_config
+    generation.eos_token_id = processor.stop_token_ids
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    return model.eval(), processor
+
+
+def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor, path: Path) -> str:
+    """Write model and processor as a Hugging Face folder, all or nothing.
+
+    Args:
+        model: Saved as safetensors, in the dtype that it has.
+        processor: Saved beside it.
+        path: The folder's name; an older checkpoint there is replaced once the new one is complete.
+
+    Returns:
+        The checkpoint's digest. The same weights give the same digest.
+
+    Raises:
+        StorageError: No space or no permission; what was at ``path`` is still there.
+    """
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with new_folder(path) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise StorageError(
+                f"{path.parent} has {free / 1e6:.0f} MB free",
+                f"the checkpoint takes {needed / 1e6:.0f} MB",
+                "Free some space or name another folder, then run the same command again.",
+            )
+        try:
+            with _without_progress_bars():
+                model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise StorageError(
+                f"{path} cannot be written ({error})", "space and permission to write there", "Free some space."
+            ) from error
+        processor.save_pretrained(folder)
+        files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+        manifest = CheckpointManifest(files=files, digest=_digest(files))
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest.digest
+
+
+def load_checkpoint(path: Path) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Model in evaluation mode, in the dtype it was saved in, and its processor.
+
+    Raises:
+        CheckpointError: Missing, incomplete or changed.
+    """
+    checkpoint_digest(path)
+    with _without_progress_bars():
+        model, report = ManyEyesForConditionalGeneration.from_pretrained(
+            path, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+    problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
+        )
+    processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    return model.eval(), processor
+
+
+def checkpoint_digest(path: Path) -> str:
+    """The digest of a checkpoint, computed from its files and compared with what ``save_checkpoint`` wrote.
+
+    Files that were put beside the checkpoint later (``stage.json``) do not count.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        sha256 over the sorted lines ``<path> <sha256>``.
+
+    Raises:
+        CheckpointError: Missing, incomplete or changed.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((path / MANIFEST).read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} has no {MANIFEST} ({error.strerror})", "a checkpoint of ManyEyes is needed", "Check the path."
+        ) from error
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path / MANIFEST} is broken", "files and digest", "Write the checkpoint again."
+        ) from error
+    absent = [name for name in manifest.files if not (path / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{path} lacks {', '.join(absent)}", "all its files are needed", "Copy it again, whole.")
+    found = {name: _sha256(path / name) for name in manifest.files}
+    changed = [name for name, digest in manifest.files.items() if found[name] != digest]
+    if changed or _digest(found) != manifest.digest:
+        raise CheckpointError(
+            f"{path}: {', '.join(changed) or MANIFEST} changed since it was written",
+            f"the sha256 in {MANIFEST}",
+            "Copy the checkpoint again, or train it again.",
+        )
+    return manifest.digest
+
+
+def _choose_encoders(spec: ModelSpec, names: Sequence[str] | None) -> list[EncoderSpec]:
+    known = [entry.name for entry in spec.encoders]
+    for name in names or ():
+        if name not in known:
+            raise RecipeError(
+                f'encoder is "{name}"', f"the recipe has {', '.join(known)}", did_you_mean(name, known) or "Name one."
+            )
+    return [entry for entry in spec.encoders if names is None or entry.name in names]
+
+
+def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any] | None:
+    if spec.layout is None or len(chosen) < len(spec.encoders):
+        return None
+    names = [entry.name for entry in chosen]
+    for name in spec.layout.whole:
+        if name not in names:
+            raise RecipeError(
+                f'model.layout.whole names "{name}"',
+                f"the encoders are {', '.join(names)}",
+                f"{did_you_mean(name, names)}Mend it.",
+            )
+    tiled = [entry for entry in chosen if entry.name not in spec.layout.whole]
+    if not tiled:
+        raise RecipeError("model.layout.whole names every encoder", "one must see tiles", "Leave the first one out.")
+    size = encoder_transform(tiled[0].encoder, image_size=tiled[0].image_size).size
+    return TokenLayout(**spec.layout.model_dump(), tile_size=size).as_dict()
+
+
+def _fusion_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any]:
+    if len(chosen) == len(spec.encoders):
+        return spec.fusion.model_dump()
+    # Prealign: one encoder has nothing to be fused with; the joint fusion starts after it.
+    return FusionSpec(strategy="channel-concat", grid=spec.fusion.grid).model_dump()
+
+
+def _encoder_entry(entry: EncoderSpec) -> dict[str, Any]:
+    image_size = encoder_transform(entry.encoder, image_size=entry.image_size).size
+    return {"name": entry.name, "encoder": entry.encoder, "image_size": image_size, "small": False}
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(files: dict[str, str]) -> str:
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Where pretrained parts come from.
+
+A source is ``hub:<id>@<revision>``, ``dir:<path>``, ``snapshot:<path in the data snapshot>``,
+``package:<distribution>/<file>#sha256=<digest>`` or ``scratch:``. Nothing is fetched that a recipe does not name.
+No torch here: the first step of a pipeline checks every source before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import metadata
+from pathlib import Path
+
+from manyeyes.errors import SourceError, did_you_mean
+
+SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
+
+# What is needed of a hub repository: weights as safetensors, configuration, tokenizer.
+_HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+def resolve_source(source: str, *, snapshot_path: Path | None) -> Path | None:
+    """Find the files that a source names; fetches only ``hub:``.
+
+    Args:
+        source: ``hub:``, ``dir:``, ``snapshot:``, ``package:`` or ``scratch:``, as in the head of this module.
+        snapshot_path: Folder of the data snapshot; needed for ``snapshot:``.
+
+    Returns:
+        A file or a folder that exists; None for ``scratch:``.
+
+    Raises:
+        SourceError: Not a source, nothing there, or a sha256 that differs.
+    """
+    scheme, colon, rest = source.partition(":")
+    if not colon or scheme not in SCHEMES:
+        raise SourceError(
+            f'source is "{source}"',
+            "it starts with " + ", ".join(f"{name}:" for name in SCHEMES),
+            did_you_mean(scheme, SCHEMES) + "For instance: dir:weights/clip",
+        )
+    if scheme == "scratch":
+        if rest:
+            raise SourceError(f'source is "{source}"', "nothing follows scratch: here", "Write scratch: alone.")
+        return None
+    if not rest:
+        raise SourceError(f'source is "{source}"', f"something must follow {scheme}:", "Name the weights.")
+    if scheme == "hub":
+        return _resolve_hub(source, rest)
+    if scheme == "package":
+        return _resolve_package(source, rest)
+    if scheme == "dir":
+        return _existing(Path(rest), source, inside="this machine")
+    if snapshot_path is None:
+        raise SourceError(f'source is "{source}"', "there is no snapshot here", "Name the snapshot, or use dir:.")
+    root = snapshot_path.resolve()
+    path = (root / rest).resolve()
+    if not path.is_relative_to(root):
+        raise SourceError(f'source is "{source}"', "a path inside the snapshot", "Leave the .. out, or use dir:.")
+    return _existing(path, source, inside=f"the snapshot {snapshot_path}")
+
+
+def _existing(path: Path, source: str, *, inside: str) -> Path:
+    if path.exists():
+        return path
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise SourceError(f'source is "{source}"', f"no such file or folder in {inside}", did_you_mean(path.name, siblings))
+
+
+def _resolve_hub(source: str, rest: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, at, revision = rest.partition("@")
+    if not at or not revision:
+        raise SourceError(
+            f'source is "{source}"',
+            "a revision is needed, so that the same recipe always means the same weights",
+            f"Write hub:{repository}@<commit or tag>.",
+        )
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f'source is "{source}" ({type(error).__name__}: {error})',
+            "the hub must have it, or the local cache",
+            "Check name, revision and network; without a network fill the cache first (huggingface-cli download).",
+            retry=isinstance(error, LocalEntryNotFoundError),
+        ) from error
+
+
+def _resolve_package(source: str, rest: str) -> Path:
+    match = re.fullmatch(r"(?P<name>[^/#]+)/(?P<file>[^#]+)#sha256=(?P<digest>[0-9a-f]{64})", rest)
+    if match is None:
+        raise SourceError(
+            f'source is "{source}"',
+            "package:<distribution>/<file>#sha256=<64 hexadecimal digits>",
+            "Add the part that is missing.",
+        )
+    name, file, digest = match["name"], match["file"], match["digest"]
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError as error:
+        raise SourceError(
+            f'package "{name}" is not installed', f'source "{source}" needs it', f"Install it: pip install {name}"
+        ) from error
+    path = Path(str(distribution.locate_file(file)))
+    if not path.is_file():
+        raise SourceError(
+            f'package "{name}" {distribution.version} has no file "{file}"',
+            f'source "{source}" needs it',
+            did_you_mean(file, [str(entry) for entry in distribution.files or []]),
+        )
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != digest:
+        raise SourceError(
+            f"{path} has sha256 {found}",
+            f"the recipe says {digest}",
+            f"Install the version of {name} that the recipe was made with, or correct the recipe.",
+        )
+    return path
