@@ -1,0 +1,132 @@
+"""``items.parquet``: what a model answered to each question, one row a question.
+
+The file's metadata names the model and the benchmarks, so that outcomes are never compared with those of other
+questions.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.output import write_file
+
+_METADATA = b"manyeyes"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question, answered with the image and without it.
+
+    Attributes:
+        benchmark: Row of ``BENCHMARKS``.
+        id: Of the item.
+        image_sha256: Of its first image; the cluster of the intervals. Empty without images: the item is its own.
+        question: As the data set has it.
+        answer_type: Group within the benchmark.
+        reference: What counts as right.
+        prediction: What the model wrote.
+        parsed: The answer read from it, or ``None``.
+        correct: Its score in [0, 1].
+        prediction_image_off: What the model wrote without the image.
+        parsed_image_off: The answer read from that, or ``None``.
+        correct_image_off: Its score in [0, 1].
+    """
+
+    benchmark: str
+    id: str
+    image_sha256: str
+    question: str
+    answer_type: str
+    reference: str
+    prediction: str
+    parsed: str | None
+    correct: float
+    prediction_image_off: str
+    parsed_image_off: str | None
+    correct_image_off: float
+
+    @property
+    def cluster(self) -> str:
+        """What the outcome is not independent of."""
+        return self.image_sha256 or self.id
+
+
+@dataclass(frozen=True)
+class OutcomeFile:
+    """What ``items.parquet`` holds.
+
+    Attributes:
+        model_digest: Digest of the checkpoint or of the bundle.
+        kind: ``torch`` or ``bundle``.
+        benchmark_digests: By benchmark.
+        outcomes: One a question.
+    """
+
+    model_digest: str
+    kind: str
+    benchmark_digests: Mapping[str, str]
+    outcomes: Sequence[Outcome]
+
+    def of(self, benchmark: str) -> list[Outcome]:
+        """The outcomes of one benchmark, in file order."""
+        return [outcome for outcome in self.outcomes if outcome.benchmark == benchmark]
+
+
+_COLUMNS = [field.name for field in fields(Outcome)]
+_SCHEMA = pa.schema(
+    [pa.field(name, pa.float64() if name.startswith("correct") else pa.string()) for name in _COLUMNS],
+)
+
+
+def write_outcomes(contents: OutcomeFile, path: Path) -> None:
+    """Write ``items.parquet``; whole or not at all, the same bytes for the same contents.
+
+    Raises:
+        StorageError: No space, or no permission.
+    """
+    about = {
+        "format_version": 1,
+        "model_digest": contents.model_digest,
+        "kind": contents.kind,
+        "benchmark_digests": dict(contents.benchmark_digests),
+    }
+    table = pa.Table.from_pylist([asdict(outcome) for outcome in contents.outcomes], schema=_SCHEMA)
+    table = table.replace_schema_metadata({_METADATA: json.dumps(about, sort_keys=True)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_file(path, buffer.getvalue())
+
+
+def read_outcomes(path: Path) -> OutcomeFile:
+    """Read ``items.parquet``.
+
+    Raises:
+        EvaluationError: Missing, or not such a file.
+    """
+    wrong = "the items.parquet that `manyeyes evaluate` writes"
+    if not path.is_file():
+        raise EvaluationError(f"no file {path}", wrong, "Run the evaluate step first.")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise EvaluationError(f"{path} is not Parquet ({error})", wrong, "Evaluate the model again.") from error
+    about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    if table.column_names != _COLUMNS or about.get("format_version") != 1:
+        raise EvaluationError(
+            f"{path} has the columns {', '.join(table.column_names)}", wrong, "Evaluate the model again."
+        )
+    return OutcomeFile(
+        model_digest=about["model_digest"],
+        kind=about["kind"],
+        benchmark_digests=about["benchmark_digests"],
+        outcomes=[Outcome(**row) for row in table.to_pylist()],
+    )

@@ -1,0 +1,132 @@
+"""``scorecard.json``: what a model scored, with everything needed to compare it with another model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.output import write_file
+
+ModelKind = Literal["torch", "bundle"]
+Interval = tuple[float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScoredModel(_Strict):
+    """Which model was scored."""
+
+    digest: str = Field(description="Digest of the checkpoint (torch) or of the bundle.")
+    kind: ModelKind = Field(description="torch: the checkpoint in PyTorch. bundle: the ONNX bundle.")
+
+
+class TypeScore(_Strict):
+    """One answer type of a benchmark."""
+
+    n: int = Field(gt=0, description="Questions of this type.")
+    score: float = Field(ge=0, le=100, description="Percent.")
+    ci95: Interval = Field(description="95% interval of score, clustered by image; percent.")
+    image_off: float = Field(ge=0, le=100, description="Percent with the image removed.")
+    image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; percent.")
+    chance: float = Field(ge=0, le=100, description="What blind guessing gets; percent.")
+
+
+class BenchmarkScore(_Strict):
+    """One benchmark."""
+
+    n: int = Field(gt=0, description="Questions that were asked.")
+    n_total: int = Field(gt=0, description="Questions that the benchmark has; n is lower when the recipe cuts it.")
+    images: int = Field(gt=0, description="Distinct images: the clusters of the intervals.")
+    score: float = Field(ge=0, le=100, description="Percent right with the image.")
+    ci95: Interval = Field(description="95% interval of score, clustered by image; percent.")
+    image_off: float = Field(ge=0, le=100, description="Percent right with the image removed.")
+    image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; percent.")
+    image_adds: float = Field(description="score minus image_off; points.")
+    image_adds_ci95: Interval = Field(description="95% interval of image_adds, paired, clustered by image; points.")
+    question_only_ceiling: float = Field(
+        ge=0,
+        le=100,
+        description="What the best answer per question text gets on these items; percent. Image off cannot honestly "
+        "be above it.",
+    )
+    chance: float = Field(ge=0, le=100, description="What blind guessing gets on these items; percent.")
+    parse_failures: int = Field(ge=0, description="Answers with the image that no answer could be read from.")
+    parse_failures_image_off: int = Field(ge=0, description="The same with the image removed.")
+    by_type: dict[str, TypeScore] = Field(description="By answer type.")
+    benchmark_digest: str = Field(
+        description="sha256 over scorer, item ids, image sha256s, prompts and references; scores compare only where "
+        "it is equal."
+    )
+    prompt_digest: str = Field(description="sha256 over the benchmark's prompt and the recipe's chat template.")
+    seconds: float = Field(ge=0, description="Time spent answering, both halves; seconds.")
+    questions_per_s: float = Field(ge=0, description="Questions answered a second, with the image.")
+
+    @model_validator(mode="after")
+    def _intervals_hold(self) -> BenchmarkScore:
+        if self.n > self.n_total or sum(score.n for score in self.by_type.values()) != self.n:
+            raise ValueError(f"n is {self.n}, n_total {self.n_total}; by_type must add up to n")
+        if not self.ci95[0] <= self.score <= self.ci95[1]:
+            raise ValueError(f"score {self.score} is outside its interval {self.ci95}")
+        return self
+
+
+class Scorecard(_Strict):
+    """The JSON result of a benchmark evaluation, with confidence intervals."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    model: ScoredModel = Field(description="Which model was scored.")
+    recipe: str = Field(description="Name of the recipe.")
+    recipe_digest: str = Field(description="sha256 of the whole recipe.")
+    data_md5: str = Field(description="md5 of the snapshot.")
+    code_digest: str = Field(description="Digest of the library's code, or of the image.")
+    max_new_tokens: int = Field(gt=0, description="Longest answer; tokens.")
+    benchmarks: dict[str, BenchmarkScore] = Field(min_length=1, description="By benchmark.")
+
+    def metrics(self) -> dict[str, float]:
+        """Plain figures for MLflow and Kubeflow, for instance ``easy-vqa.score``."""
+        figures: dict[str, float] = {}
+        for name, score in self.benchmarks.items():
+            figures[f"{name}.score"] = score.score
+            figures[f"{name}.ci95_low"], figures[f"{name}.ci95_high"] = score.ci95
+            figures[f"{name}.image_off"] = score.image_off
+            figures[f"{name}.image_adds"] = score.image_adds
+            figures[f"{name}.parse_failures"] = float(score.parse_failures)
+            figures[f"{name}.questions_per_s"] = score.questions_per_s
+            for answer_type, part in score.by_type.items():
+                # MLflow takes no more than letters, digits, "_-. :/" in a metric's name.
+                figures[f"{name}.{answer_type.replace('/', '-')}.score"] = part.score
+        return figures
+
+
+def write_scorecard(scorecard: Scorecard, path: Path) -> None:
+    """Write ``scorecard.json``; whole or not at all.
+
+    Raises:
+        StorageError: No space, or no permission.
+    """
+    write_file(path, scorecard.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_scorecard(path: Path) -> Scorecard:
+    """Read and check ``scorecard.json``.
+
+    Raises:
+        EvaluationError: Missing, or not a scorecard.
+    """
+    try:
+        return Scorecard.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no file {path}", "a scorecard", "Run the evaluate step first.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise EvaluationError(
+            f"{path} is not a scorecard ({place}: {first['msg']})",
+            "what `manyeyes evaluate` writes",
+            "Evaluate the model again.",
+        ) from error

@@ -1,0 +1,363 @@
+"""MLflow runs: one parent run a pipeline run, one child run a step.
+
+The store is SQLite in ``runs/mlflow.db`` with artifacts in ``runs/mlartifacts``, or whatever ``MLFLOW_TRACKING_URI``
+names: an MLflow server, PostgreSQL, another SQLite file. Kubeflow injects ``MLFLOW_RUN_ID`` into a step; the step then
+joins that run and leaves its life to Kubeflow.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import mlflow
+import mlflow.exceptions
+import sqlalchemy.exc
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+from manyeyes.errors import RegistryError, RegistryUnreachableError
+
+EXPERIMENT = "manyeyes"
+PROBE_TIMEOUT_S = 5
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+# MLflow takes at most 1000 metrics and 100 parameters a call, and 6000 characters a parameter.
+_METRICS_A_CALL = 1000
+_PARAMS_A_CALL = 100
+_PARAM_CHARACTERS = 6000
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """A tracking store that answers.
+
+    Attributes:
+        uri: Of the store.
+        experiment_id: Where runs go.
+        client: MLflow's own.
+    """
+
+    uri: str
+    experiment_id: str
+    client: mlflow.MlflowClient
+
+
+class StepRun:
+    """The MLflow run of one step; made by ``step_run``.
+
+    Attributes:
+        run_id: Of the run.
+        tracking: Its store.
+    """
+
+    def __init__(self, tracking: Tracking, run_id: str) -> None:
+        self.tracking = tracking
+        self.run_id = run_id
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Record figures.
+
+        Args:
+            metrics: By name.
+            step: Optimizer step that they belong to; figures of a whole step of the pipeline leave it out.
+
+        Raises:
+            RegistryUnreachableError: The store does not answer any more.
+        """
+        now = int(time.time() * 1000)
+        entries = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        with registry_errors():
+            for start in range(0, len(entries), _METRICS_A_CALL):
+                self.tracking.client.log_batch(self.run_id, metrics=entries[start : start + _METRICS_A_CALL])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record settings; a value is cut at MLflow's limit. The same value may be recorded again, another may not.
+
+        Raises:
+            RegistryError: A parameter had another value before.
+            RegistryUnreachableError: The store does not answer any more.
+        """
+        entries = [Param(name, str(value)[:_PARAM_CHARACTERS]) for name, value in params.items()]
+        with registry_errors():
+            for start in range(0, len(entries), _PARAMS_A_CALL):
+                self.tracking.client.log_batch(self.run_id, params=entries[start : start + _PARAMS_A_CALL])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags.
+
+        Raises:
+            RegistryUnreachableError: The store does not answer any more.
+        """
+        with registry_errors():
+            self.tracking.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_artifact(self, path: Path, *, folder: str | None = None) -> None:
+        """Keep a file, or a folder with all that is in it.
+
+        Args:
+            path: The file or folder.
+            folder: Where it goes in the run's artifacts.
+
+        Raises:
+            RegistryUnreachableError: The store does not answer any more.
+        """
+        with registry_errors():
+            if path.is_dir():
+                self.tracking.client.log_artifacts(self.run_id, str(path), folder)
+            else:
+                self.tracking.client.log_artifact(self.run_id, str(path), folder)
+
+
+def default_tracking_uri(directory: Path | None = None) -> str:
+    """``MLFLOW_TRACKING_URI``, or SQLite in ``runs/mlflow.db``.
+
+    Args:
+        directory: Has ``runs``; the working directory when left out.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{(directory or Path.cwd()).absolute()}/runs/mlflow.db"
+
+
+def connect() -> Tracking:
+    """Check that the tracking store answers, and make the experiment where there is none.
+
+    Raises:
+        RegistryUnreachableError: It does not answer within seconds.
+        RegistryError: The URI is of no kind that has a registry, or the experiment was deleted.
+    """
+    tracking = _connect(default_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_ID", ""))
+    mlflow.set_tracking_uri(tracking.uri)
+    return tracking
+
+
+def start_parent_run(run_name: str, *, tags: Mapping[str, str] | None = None) -> str:
+    """Start the run that the steps' runs are children of.
+
+    Args:
+        run_name: For people.
+        tags: For instance the recipe and its digest.
+
+    Returns:
+        The run's id; hand it to the steps as ``MANYEYES_PARENT_RUN_ID``.
+
+    Raises:
+        RegistryUnreachableError: The store does not answer.
+    """
+    return _create_run(connect(), run_name, dict(tags or {}))
+
+
+def end_parent_run(status: RunStatus, *, run_id: str | None = None) -> None:
+    """End the run that ``start_parent_run`` started.
+
+    Args:
+        status: How it went.
+        run_id: Of the run; ``MANYEYES_PARENT_RUN_ID`` when left out.
+
+    Raises:
+        RegistryError: There is no such run.
+        RegistryUnreachableError: The store does not answer.
+    """
+    run_id = run_id or os.environ.get("MANYEYES_PARENT_RUN_ID")
+    if not run_id:
+        raise RegistryError("no parent run", "run_id or MANYEYES_PARENT_RUN_ID", "Start one with start_parent_run.")
+    with registry_errors():
+        connect().client.set_terminated(run_id, status)
+
+
+@contextmanager
+def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[StepRun]:
+    """The MLflow run of one step.
+
+    Joins ``MLFLOW_RUN_ID`` where Kubeflow injected it; else a child of ``MANYEYES_PARENT_RUN_ID``; else a run of its
+    own. A run that is joined is not ended here.
+
+    Args:
+        name: Of the step.
+        tags: Set on the run.
+
+    Raises:
+        RegistryUnreachableError: The store does not answer.
+    """
+    tracking = connect()
+    joined = os.environ.get("MLFLOW_RUN_ID")
+    if joined:
+        run = StepRun(tracking, joined)
+        run.set_tags({"manyeyes.step": name, **(tags or {})})
+        yield run
+        return
+    marks = {"manyeyes.step": name, **(tags or {})}
+    parent = os.environ.get("MANYEYES_PARENT_RUN_ID")
+    if parent:
+        marks["mlflow.parentRunId"] = parent
+    run = StepRun(tracking, _create_run(tracking, name, marks))
+    status: RunStatus = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        with registry_errors():
+            tracking.client.set_terminated(run.run_id, status)
+
+
+@contextmanager
+def registry_errors() -> Iterator[None]:
+    """Turn what MLflow and its stores raise into ``RegistryError`` or ``RegistryUnreachableError``."""
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        if _is_unreachable(error):
+            raise _unreachable(mlflow.get_tracking_uri(), str(error)) from error
+        raise RegistryError(
+            _without_password(f"MLflow refuses ({_first_line(str(error))})"),
+            "a request that it takes",
+            "Check names and permissions.",
+        ) from error
+    except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
+        raise _unreachable(mlflow.get_tracking_uri(), str(error)) from error
+
+
+def _is_unreachable(error: mlflow.exceptions.MlflowException) -> bool:
+    # Requests that never got an answer are plain MlflowExceptions that name the request; so are database failures.
+    text = str(error)
+    return error.error_code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or any(
+        sign in text for sign in ("failed with exception", "Max retries exceeded", "OperationalError", "DatabaseError")
+    )
+
+
+@cache
+def _connect(uri: str, experiment_id: str) -> Tracking:
+    scheme = uri.partition(":")[0].partition("+")[0]
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if scheme == "sqlite":
+        database = Path(uri.partition(":///")[2].partition("?")[0]).absolute()
+        artifacts: str | None = (database.parent / "mlartifacts").as_uri()
+        with _initialising(database):
+            return _open(uri, experiment_id, artifacts)
+    if scheme in _PORTS:
+        _probe_database(uri, scheme)
+    elif scheme not in ("http", "https", "databricks"):
+        raise RegistryError(
+            _without_password(f'MLFLOW_TRACKING_URI is "{uri}"'),
+            "sqlite:///FILE, http(s)://SERVER or a database: a folder has no registry",
+            "Unset it to use runs/mlflow.db.",
+        )
+    return _open(uri, experiment_id, None)
+
+
+def _open(uri: str, experiment_id: str, artifacts: str | None) -> Tracking:
+    mlflow.set_tracking_uri(uri)
+    with registry_errors():
+        client = mlflow.MlflowClient(uri)
+        with _hurried():
+            client.search_experiments(max_results=1)
+        return Tracking(uri, experiment_id or _find_experiment(client, artifacts), client)
+
+
+def _find_experiment(client: mlflow.MlflowClient, artifacts: str | None) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        found = client.get_experiment_by_name(name)  # another process made it just now
+    if found.lifecycle_stage == "deleted":
+        raise RegistryError(
+            f'experiment "{name}" was deleted',
+            "one that takes runs",
+            f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}",
+        )
+    return str(found.experiment_id)
+
+
+def _create_run(tracking: Tracking, run_name: str, tags: dict[str, str]) -> str:
+    with registry_errors():
+        run = tracking.client.create_run(tracking.experiment_id, tags=tags, run_name=run_name)
+    return str(run.info.run_id)
+
+
+@contextmanager
+def _hurried() -> Iterator[None]:
+    """No retries and a short timeout, for one request that only asks whether anybody is there."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_TIMEOUT_S)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _initialising(database: Path) -> Iterator[None]:
+    """One process at a time: two that create the tables at once fail each other."""
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        lock = (database.parent / f".{database.name}.lock").open("w")
+    except OSError as error:
+        raise _unreachable(f"sqlite:///{database}", str(error)) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if database.exists():
+            _probe_sqlite(database)
+        yield
+
+
+def _probe_sqlite(database: Path) -> None:
+    # MLflow would try a broken file ten times, over minutes.
+    try:
+        connection = sqlite3.connect(database, timeout=PROBE_TIMEOUT_S)
+        try:
+            connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchall()
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise _unreachable(f"sqlite:///{database}", str(error)) from error
+
+
+def _probe_database(uri: str, scheme: str) -> None:
+    # MLflow tries ten times, over minutes; here it is enough to know that somebody listens.
+    url = sqlalchemy.engine.make_url(uri)
+    try:
+        socket.create_connection((url.host or "localhost", url.port or _PORTS[scheme]), PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise _unreachable(uri, str(error)) from error
+
+
+def _unreachable(uri: str, reason: str) -> RegistryUnreachableError:
+    return RegistryUnreachableError(
+        _without_password(f"MLflow at {uri} does not answer ({_first_line(reason)})"),
+        "a tracking server or store that does",
+        "Start it, correct MLFLOW_TRACKING_URI, or unset it to use runs/mlflow.db.",
+    )
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]

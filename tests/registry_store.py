@@ -1,0 +1,123 @@
+"""A store for all registry tests of a process, because MLflow takes seconds to make one, and what to put into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
+
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.recipe import FloorRule
+from manyeyes.registry.gate import ChampionEvidence, judge, write_gate_report
+from manyeyes.registry.tracking import connect
+from manyeyes.registry.versions import RegisteredVersion, register
+from manyeyes.runtime.bundle import REQUIRED_FILES, digest_files
+
+IMAGES = 9
+_URIS: list[str] = []
+
+
+def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tracking URI of the store, in a folder that did not exist before."""
+    if not _URIS:
+        uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/deep/mlflow.db"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", uri)
+            connect()
+        _URIS.append(uri)
+    return _URIS[0]
+
+
+def make_bundle(folder: Path, content: str) -> Path:
+    """A folder that is a bundle as far as checksums go."""
+    folder.mkdir(parents=True)
+    files = {}
+    for name in REQUIRED_FILES:
+        data = f"{name} {content}".encode()
+        (folder / name).write_bytes(data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest = {
+        "format_version": 1,
+        "recipe": "tiny",
+        "recipe_digest": "r" * 64,
+        "data_md5": "d" * 32,
+        "code_digest": "c" * 64,
+        "checkpoint_digest": "k" * 64,
+        "files": files,
+        "digest": digest_files(files),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@dataclass
+class Candidate:
+    """Everything that register takes."""
+
+    bundle: Path
+    scorecard: Path
+    bundle_scorecard: Path
+    items: Path
+    gate: Path
+
+    @property
+    def digest(self) -> str:
+        return str(json.loads((self.bundle / "manifest.json").read_text())["digest"])
+
+
+def make_candidate(
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    floor: float = 0,
+    champion: ChampionEvidence | None = None,
+    wrong: range = range(0),
+    **recipe: object,
+) -> Candidate:
+    bundle = make_bundle(folder / "exported", folder.name)
+    digest = str(json.loads((bundle / "manifest.json").read_text())["digest"])
+    cards = {
+        kind: evaluate(
+            RuleAnswerer(rule_with_errors(IMAGES, wrong), name=kind),
+            make_recipe(**recipe),
+            snapshot=snapshot,
+            out_dir=folder / kind,
+            code_digest="c",
+            model_digest="k" * 64 if kind == "torch" else digest,
+        )
+        for kind in ("torch", "bundle")
+    }
+    report = judge(
+        [FloorRule(rule="floor", benchmark="easy-vqa", at_least=floor)],
+        scorecard=cards["torch"],
+        bundle_scorecard=cards["bundle"],
+        parity=None,
+        validation=None,
+        items=folder / "bundle/items.parquet",
+        champion=champion,
+    )
+    write_gate_report(report, folder / "gate.json")
+    return Candidate(
+        bundle,
+        folder / "torch/scorecard.json",
+        folder / "bundle/scorecard.json",
+        folder / "bundle/items.parquet",
+        folder / "gate.json",
+    )
+
+
+def put(name: str, candidate: Candidate, **options: object) -> RegisteredVersion:
+    return register(
+        name,
+        bundle=candidate.bundle,
+        scorecard=candidate.scorecard,
+        bundle_scorecard=candidate.bundle_scorecard,
+        items=candidate.items,
+        gate=candidate.gate,
+        **options,
+    )

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
+
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.evaluation.scorecard import Scorecard
+from manyeyes.recipe import (
+    ContaminationRule,
+    FloorRule,
+    GateRule,
+    ImageAddsRule,
+    NonInferiorityRule,
+    ParityRule,
+    ValidationRule,
+)
+from manyeyes.registry.gate import ChampionEvidence, GateReport, judge, read_gate_report, write_gate_report
+from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+
+IMAGES = 36
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return make_snapshot(tmp_path_factory.mktemp("snapshot"), images=IMAGES)
+
+
+class Scored:
+    """A model that is wrong on some images, scored as checkpoint and as bundle."""
+
+    def __init__(
+        self, snapshot: Snapshot, folder: Path, wrong: range, *, digest: str = "bundle", **recipe: Any
+    ) -> None:
+        def score(kind: str, digest: str) -> Scorecard:
+            return evaluate(
+                RuleAnswerer(rule_with_errors(IMAGES, wrong), name=kind),
+                make_recipe(**recipe),
+                snapshot=snapshot,
+                out_dir=folder / kind,
+                code_digest="c",
+                model_digest=digest,
+            )
+
+        self.torch = score("torch", "checkpoint")
+        self.bundle = score("bundle", digest)
+        self.items = folder / "bundle" / "items.parquet"
+
+
+@pytest.fixture(scope="module")
+def good(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    return Scored(snapshot, tmp_path_factory.mktemp("good"), range(2))
+
+
+@pytest.fixture(scope="module")
+def worse(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    return Scored(snapshot, tmp_path_factory.mktemp("worse"), range(7), digest="worse")
+
+
+def parity(**changes: Any) -> Any:
+    return SimpleNamespace(
+        **({"items": 200, "token_match": 1.0, "max_abs_logit": 2e-5, "mean_abs_logit": 1e-6} | changes)
+    )
+
+
+def validation(**changes: Any) -> Any:
+    facts = {
+        "verdict": "passed",
+        "suite": "conversations",
+        "rows": 4000,
+        "quarantined": 0,
+        "contaminated_images": 0,
+        "expectations": (),
+    }
+    return SimpleNamespace(**(facts | changes))
+
+
+def judge_one(rule: GateRule, scored: Scored, champion: ChampionEvidence | None = None, **evidence: Any) -> GateReport:
+    given = {"parity": parity(), "validation": validation()} | evidence
+    return judge(
+        [rule],
+        scorecard=scored.torch,
+        bundle_scorecard=scored.bundle,
+        items=scored.items,
+        champion=champion,
+        **given,
+    )
+
+
+def as_champion(scored: Scored, version: int = 3) -> ChampionEvidence:
+    return ChampionEvidence(version, scored.bundle.model.digest, scored.bundle, scored.items)
+
+
+def test_floor(good: Scored) -> None:
+    # 34 of 36 images right: 94.44%.
+    passed = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.4), good)
+    failed = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.5), good)
+    assert (passed.verdict, failed.verdict) == ("passed", "failed")
+    assert failed.rules[0].found == "94.44%"
+    assert failed.rules[0].needed == "at least 94.5%"
+    assert failed.reasons == ("floor (easy-vqa): found 94.44%, needed at least 94.5%",)
+    assert passed.reasons == ()
+
+
+def test_image_adds(good: Scored) -> None:
+    # 25% without the image: it adds 69.44 points.
+    passed = judge_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=69), good)
+    failed = judge_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=70), good)
+    assert (passed.verdict, failed.verdict) == ("passed", "failed")
+    assert failed.rules[0].found == "+69.44 points"
+    assert failed.rules[0].needed == "at least +70 points"
+
+
+def test_non_inferiority(good: Scored, worse: Scored) -> None:
+    rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
+    passed = judge_one(rule, good, as_champion(worse))
+    failed = judge_one(rule, worse, as_champion(good))
+    assert (passed.verdict, failed.verdict) == ("passed", "failed")
+    # Five of 36 images more are wrong: 13.89 points.
+    assert passed.rules[0].found.startswith("+13.89 points (")
+    assert failed.rules[0].found.startswith("-13.89 points (")
+    assert failed.rules[0].needed == "lower end above -0.5 points"
+    assert failed.champion == 3
+    assert failed.champion_digest == "bundle"
+
+
+def test_a_better_mean_with_a_wide_interval_is_not_enough(snapshot: Snapshot, tmp_path: Path, good: Scored) -> None:
+    # Wrong on two other images: equal on average, but nobody knows within half a point.
+    other = Scored(snapshot, tmp_path, range(5, 7), digest="other")
+    rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
+    report = judge_one(rule, other, as_champion(good))
+    assert report.rules[0].found.startswith("+0.00 points (-")
+    assert report.verdict == "failed"
+    assert judge_one(rule.model_copy(update={"margin": -20}), other, as_champion(good)).verdict == "passed"
+
+
+def test_the_same_model_again_is_not_inferior(good: Scored) -> None:
+    rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
+    assert judge_one(rule, good, as_champion(good)).verdict == "passed"
+
+
+def test_the_first_model_has_no_champion_to_be_worse_than(good: Scored) -> None:
+    report = judge_one(NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=0), good)
+    assert report.verdict == "passed"
+    assert report.champion is None
+    assert report.rules[0].found == "no champion yet"
+
+
+def test_a_champion_of_other_questions_is_not_compared(snapshot: Snapshot, tmp_path: Path, good: Scored) -> None:
+    cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
+    rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
+    with pytest.raises(EvaluationError, match='champion version 3 was scored on another "easy-vqa"'):
+        judge_one(rule, good, as_champion(cut))
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, "passed"),
+        ({"token_match": 0.995}, "failed"),
+        ({"max_abs_logit": 2e-3}, "failed"),
+        ({"items": 0}, "failed"),
+    ],
+)
+def test_parity(good: Scored, change: dict[str, float], verdict: str) -> None:
+    report = judge_one(ParityRule(rule="parity"), good, parity=parity(**change))
+    assert report.verdict == verdict
+    if "token_match" in change:
+        assert report.rules[0].found.startswith("99.5% of 200 answers equal")
+
+
+def test_parity_needs_equal_scores_too(good: Scored, worse: Scored) -> None:
+    good_torch_worse_bundle = SimpleNamespace(torch=good.torch, bundle=worse.bundle, items=worse.items)
+    report = judge_one(ParityRule(rule="parity"), good_torch_worse_bundle)
+    assert report.verdict == "failed"
+    assert "scores 13.89 points apart" in report.rules[0].found
+
+
+def test_validation(good: Scored) -> None:
+    rule = ValidationRule(rule="validation")
+    failed = [SimpleNamespace(name="roles alternate", success=False)]
+    assert judge_one(rule, good).verdict == "passed"
+    report = judge_one(rule, good, validation=validation(verdict="failed", expectations=failed))
+    assert report.verdict == "failed"
+    assert report.rules[0].found == "failed"
+    assert "Not met: roles alternate." in report.rules[0].explanation
+
+
+def test_contamination(good: Scored) -> None:
+    rule = ContaminationRule(rule="contamination", max_images=1)
+    assert judge_one(rule, good, validation=validation(contaminated_images=1)).verdict == "passed"
+    report = judge_one(rule, good, validation=validation(contaminated_images=2))
+    assert report.verdict == "failed"
+    assert (report.rules[0].found, report.rules[0].needed) == ("2 images", "at most 1 images")
+
+
+def test_one_failed_rule_fails_the_gate_and_all_rules_are_reported(good: Scored) -> None:
+    recipe = make_recipe()
+    report = judge(
+        recipe.gate,
+        scorecard=good.torch,
+        bundle_scorecard=good.bundle,
+        parity=parity(token_match=0.9),
+        validation=validation(),
+        items=good.items,
+        champion=None,
+    )
+    assert report.verdict == "failed"
+    assert [result.rule for result in report.rules] == [rule.rule for rule in recipe.gate]
+    assert [result.rule for result in report.rules if not result.passed] == ["parity"]
+
+
+def test_items_of_the_checkpoint_are_refused(good: Scored) -> None:
+    with pytest.raises(EvaluationError, match="scorecard and items of one bundle"):
+        judge_one(
+            ValidationRule(rule="validation"),
+            SimpleNamespace(torch=good.torch, bundle=good.bundle, items=good.items.parents[1] / "torch/items.parquet"),
+        )
+
+
+def test_checkpoint_and_bundle_must_have_answered_the_same_questions(
+    snapshot: Snapshot, tmp_path: Path, good: Scored
+) -> None:
+    cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
+    with pytest.raises(EvaluationError, match="different questions"):
+        judge_one(
+            ValidationRule(rule="validation"), SimpleNamespace(torch=cut.torch, bundle=good.bundle, items=good.items)
+        )
+
+
+def test_a_rule_on_a_benchmark_that_was_not_run_is_refused(good: Scored) -> None:
+    with pytest.raises(EvaluationError, match='a gate rule judges "gqa"'):
+        judge_one(FloorRule(rule="floor", benchmark="gqa", at_least=1), good)
+
+
+def test_a_cut_benchmark_is_named_in_the_explanation(snapshot: Snapshot, tmp_path: Path) -> None:
+    cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
+    report = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=1), cut)
+    assert "Only the first 20 of 144 questions were asked." in report.rules[0].explanation
+
+
+def test_the_report_is_read_back_and_shown(good: Scored, tmp_path: Path) -> None:
+    report = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=99), good)
+    write_gate_report(report, tmp_path / "gate.json")
+    assert read_gate_report(tmp_path / "gate.json") == report
+    html, markdown = render_gate_html(report), render_gate_markdown(report)
+    for text in (html, markdown):
+        assert "94.44%" in text
+        assert "at least 99%" in text
+        assert "1 of 1 rules are not met" in text
+    assert "| floor: easy-vqa | 94.44% | at least 99% | **no** |" in markdown
+    with pytest.raises(EvaluationError, match="not a gate report"):
+        read_gate_report(tmp_path / "missing.json")
