@@ -35,6 +35,15 @@ class VisualTokens:
     windows: VisualWindows
     cells: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.tokens.device
+
+    def __getitem__(self, images: Tensor) -> VisualTokens:
+        """Tokens of some images, in that order and as often as named, as a tensor of tokens would give them."""
+        return VisualTokens(tokens=self.tokens[images], windows=self.windows, cells=self.cells[images])
+
 
 @dataclass(frozen=True)
 class Connection:

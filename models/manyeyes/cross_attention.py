@@ -34,8 +34,10 @@ def window_weights(query: Tensor, keys: Tensor, *, num_heads: int, mask: Tensor 
     Raises:
         ShapeError: C is no multiple of ``num_heads``.
     """
-    query_HE, keys_KHE = _split_heads(query, num_heads), _split_heads(keys, num_heads)
-    scores = torch.einsum("...he,...khe->...hk", query_HE, keys_KHE) / math.sqrt(query_HE.shape[-1])
+    query_HE, keys_HKE = _split_heads(query, num_heads), _split_heads(keys, num_heads).transpose(-3, -2)
+    # A product of matrices and no einsum: ONNX Runtime 1.31 dies of a division by zero in an Einsum over no queries at
+    # all, which is what a decoder sees at each step after the first.
+    scores = (keys_HKE @ query_HE.unsqueeze(-1)).squeeze(-1) / math.sqrt(query_HE.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(-2), torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
@@ -66,7 +68,8 @@ def attend_windows(
         Mini-Gemini, arXiv:2403.18814 (one head, one encoder); Cambrian-1, arXiv:2406.16860 (heads, encoders, mask).
     """
     weights_HK = window_weights(query, keys, num_heads=num_heads, mask=mask)
-    return torch.einsum("...hk,...khe->...he", weights_HK, _split_heads(values, num_heads)).flatten(-2)
+    values_HKE = _split_heads(values, num_heads).transpose(-3, -2)
+    return (weights_HK.unsqueeze(-2) @ values_HKE).squeeze(-2).flatten(-2)
 
 
 def split_windows(feature: Tensor, grid: int) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from manyeyes.encoders import Encoder, encoder_transform, load_encoder_weights
+from manyeyes.encoders import Encoder, encoder_row, encoder_transform, load_encoder_weights
 from manyeyes.errors import CheckpointError, RecipeError, StorageError, did_you_mean
 from manyeyes.language_model import (
     find_image_token_id,
@@ -119,7 +119,7 @@ def build_model(
         model.encoders = build_encoders(config.encoders)
         model.connect()
     for entry in chosen:
-        weights = resolve_source(entry.source, snapshot_path=snapshot_path)
+        weights = resolve_source(entry.source, snapshot_path=snapshot_path, files=encoder_row(entry.encoder).files)
         if weights is not None:
             encoder = model.encoders[entry.name]
             assert isinstance(encoder, Encoder)

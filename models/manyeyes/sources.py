@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,12 +21,13 @@ SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_source(source: str, *, snapshot_path: Path | None) -> Path | None:
+def resolve_source(source: str, *, snapshot_path: Path | None, files: Sequence[str] = ()) -> Path | None:
     """Find the files that a source names; fetches only ``hub:``.
 
     Args:
         source: ``hub:``, ``dir:``, ``snapshot:``, ``package:`` or ``scratch:``, as in the head of this module.
         snapshot_path: Folder of the data snapshot; needed for ``snapshot:``.
+        files: Of a hub repository fetch nothing but the first of these that it has, and return that file.
 
     Returns:
         A file or a folder that exists; None for ``scratch:``.
@@ -47,7 +49,7 @@ def resolve_source(source: str, *, snapshot_path: Path | None) -> Path | None:
     if not rest:
         raise SourceError(f'source is "{source}"', f"something must follow {scheme}:", "Name the weights.")
     if scheme == "hub":
-        return _resolve_hub(source, rest)
+        return _resolve_hub(source, rest, files)
     if scheme == "package":
         return _resolve_package(source, rest)
     if scheme == "dir":
@@ -68,9 +70,15 @@ def _existing(path: Path, source: str, *, inside: str) -> Path:
     raise SourceError(f'source is "{source}"', f"no such file or folder in {inside}", did_you_mean(path.name, siblings))
 
 
-def _resolve_hub(source: str, rest: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _resolve_hub(source: str, rest: str, files: Sequence[str]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
 
     repository, at, revision = rest.partition("@")
     if not at or not revision:
@@ -80,8 +88,14 @@ def _resolve_hub(source: str, rest: str) -> Path:
             f"Write hub:{repository}@<commit or tag>.",
         )
     try:
+        for position, name in enumerate(files, start=1):
+            try:
+                return Path(hf_hub_download(repository, name, revision=revision))
+            except (RemoteEntryNotFoundError, LocalEntryNotFoundError):
+                if position == len(files):
+                    raise
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
             f'source is "{source}" ({type(error).__name__}: {error})',
             "the hub must have it, or the local cache",

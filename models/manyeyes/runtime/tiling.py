@@ -157,8 +157,8 @@ def arrange_tokens(width: int, height: int, layout: TokenLayout, *, grid: int) -
         grid: Side of the grid of tokens of one tile.
 
     Returns:
-        ``[N]``: for each place the number of a token, counted over the image's tiles, ``grid * grid`` each, in rows from
-        the top left; ``NEWLINE`` for the token that ends a row.
+        ``[N]``: for each place the number of a token, counted over the image's tiles, ``grid * grid`` each, in rows
+        from the top left; ``NEWLINE`` for the token that ends a row.
 
     Raises:
         RecordError: The image is so long and thin that unpadding leaves nothing of it.
