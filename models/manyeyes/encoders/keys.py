@@ -89,6 +89,27 @@ def from_transformers_clip(tensors: Mapping[str, Tensor]) -> TensorMap:
     return state
 
 
+_LAYER = r"encoder\.layer\.(\d+)\."
+
+VIT_RULES = [
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
+    (_LAYER + r"layernorm_before\.(weight|bias)", r"blocks.\1.norm1.\2"),
+    (_LAYER + r"layernorm_after\.(weight|bias)", r"blocks.\1.norm2.\2"),
+    (_LAYER + r"attention\.attention\.([qkv])\w+\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
+    (_LAYER + r"attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (_LAYER + r"intermediate\.dense\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
+    (_LAYER + r"output\.dense\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
+    (r"layernorm\.(weight|bias)", r"norm.\1"),
+]
+
+
+def from_transformers_vit(tensors: Mapping[str, Tensor]) -> TensorMap:
+    """Transformers' layout of ViT, DPT and I-JEPA to timm's; the prefix is already gone."""
+    return join_qkv(rename(tensors, VIT_RULES))
+
+
 def join_qkv(state: TensorMap) -> TensorMap:
     """``attn.q``, ``attn.k`` and ``attn.v`` to ``attn.qkv``."""
     for kind in ("weight", "bias"):

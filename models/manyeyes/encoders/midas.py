@@ -1,8 +1,8 @@
 """The image encoders of MiDaS 3.0 (DPT-Large) and 3.1 (DPT-BEiT-Large), which estimate depth.
 
 Code: timm (Apache-2.0), a vision transformer and BEiT; the depth head is left out. Papers: "Vision Transformers for
-Dense Prediction", arXiv:2103.13413; "MiDaS v3.1", arXiv:2307.14460; "BEiT", arXiv:2106.08254. Weights: Intel, Apache-2.0
-and MIT. In Cambrian-1's study of 23 encoders (arXiv:2406.16860).
+Dense Prediction", arXiv:2103.13413; "MiDaS v3.1", arXiv:2307.14460; "BEiT", arXiv:2106.08254. Weights: Intel,
+Apache-2.0 and MIT. In Cambrian-1's study of 23 encoders (arXiv:2406.16860).
 
 DPT-Large's map is its last block after the norm; DPT-BEiT's backbone has none at the end.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
@@ -19,41 +20,27 @@ from torch import Tensor, nn
 
 from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import join, join_qkv, rename, strip_prefix
+from manyeyes.encoders.keys import VIT_RULES, from_transformers_vit, join, rename, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
 
+# Of transformers' DPT and BEiT, which Cambrian-1 ran; timm's, which the weights come from, is 1e-6.
+_EPSILON = 1e-12
 _LAYER = r"encoder\.layer\.(\d+)\."
-_SHARED_RULES = [
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
-    (_LAYER + r"layernorm_before\.(weight|bias)", r"blocks.\1.norm1.\2"),
-    (_LAYER + r"layernorm_after\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (_LAYER + r"attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (_LAYER + r"intermediate\.dense\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
-    (_LAYER + r"output\.dense\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
-]
-_DPT_RULES = [
-    *_SHARED_RULES,
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"layernorm\.(weight|bias)", r"norm.\1"),
-    (_LAYER + r"attention\.attention\.([qkv])\w+\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
-]
 _BEIT_RULES = [
-    *_SHARED_RULES,
     (_LAYER + r"lambda_([12])", r"blocks.\1.gamma_\2"),
-    (_LAYER + r"attention\.attention\.([qkv])\w+\.weight", r"blocks.\1.attn.\2.weight"),
     (_LAYER + r"attention\.attention\.([qv])\w+\.bias", r"blocks.\1.attn.\2_bias"),
     (
         _LAYER + r"attention\.attention\.relative_position_bias\.relative_position_bias_table",
         r"blocks.\1.attn.relative_position_bias_table",
     ),
+    *VIT_RULES,
 ]
 
 
 def _convert_dpt(tensors: TensorMap, encoder: Encoder) -> TensorMap:
     """From transformers' DPT (``dpt.``), or timm's own keys."""
     published = strip_prefix(tensors, marker="embeddings.cls_token")
-    return fit_vit(join_qkv(rename(published, _DPT_RULES)) if published else tensors, encoder)
+    return fit_vit(from_transformers_vit(published) if published else tensors, encoder)
 
 
 FAMILY = EncoderFamily(build=build_vit, convert=_convert_dpt)
@@ -109,6 +96,7 @@ def _build_beit(architecture: Mapping[str, object], image_size: int) -> BeitEnco
         use_abs_pos_emb=False,
         use_rel_pos_bias=True,
         init_values=1e-5,
+        norm_layer=partial(nn.LayerNorm, eps=_EPSILON),
     )
     net.norm = nn.Identity()
     return BeitEncoder(
@@ -125,6 +113,7 @@ def _convert_beit(tensors: TensorMap, encoder: Encoder) -> TensorMap:
     """From transformers' DPT with a BEiT backbone (``backbone.``), or timm's own keys; drops heads."""
     published = strip_prefix(tensors, marker="embeddings.cls_token")
     if published:
+        # BEiT's queries and values have biases, its keys none: rules of its own come first.
         tensors = rename(published, _BEIT_RULES)
         tensors = join(tensors, [f"attn.{letter}.weight" for letter in "qkv"], "attn.qkv.weight")
     state = {key: tensor for key, tensor in tensors.items() if not key.startswith(("norm.", "fc_norm.", "head."))}
@@ -142,7 +131,7 @@ BEIT_FAMILY = EncoderFamily(build=_build_beit, convert=_convert_beit)
 _HALF = (0.5, 0.5, 0.5)
 
 ROWS: dict[str, EncoderRow] = {
-    "midas-3.0-l16-384": EncoderRow(
+    "midas-v3-l16-384": EncoderRow(
         family="dpt",
         channels=1024,
         stride=16,
@@ -154,14 +143,13 @@ ROWS: dict[str, EncoderRow] = {
         licence="Apache-2.0",
         source="hub:Intel/dpt-large@main",
         paper="arXiv:2103.13413",
-        # transformers' DPT has an epsilon of 1e-12.
         architecture={
             "patch_size": 16,
             "width": 1024,
             "depth": 24,
             "heads": 16,
             "class_token": True,
-            "epsilon": 1e-12,
+            "epsilon": _EPSILON,
         },
         small={"width": 32, "depth": 2, "heads": 2},
         files=("model.safetensors", "pytorch_model.bin"),
@@ -169,14 +157,14 @@ ROWS: dict[str, EncoderRow] = {
         image_sizes=(384,),
         small_image_size=64,
     ),
-    "midas-3.1-beit-l16-512": EncoderRow(
+    "midas-v31-beit-l16-512": EncoderRow(
         family="beit",
         channels=1024,
         stride=16,
         image_size=512,
         mean=_HALF,
         std=_HALF,
-        parameters=0,
+        parameters=304_647_680,
         pretraining="BEiT, ImageNet-21k, then depth from a mixture of 12 data sets",
         licence="MIT",
         source="hub:Intel/dpt-beit-large-512@main",

@@ -165,7 +165,7 @@ _LARGE = EncoderRow(
     parameters=308_278_272,
     pretraining="promptable segmentation, SA-1B (from masked image modelling)",
     licence="Apache-2.0",
-    source="hub:facebook/sam-vit-large@main",
+    source="hub:facebook/sam-vit-large@70009d56dac23ebb3265377257158b1d6ed4c802",
     paper="arXiv:2304.02643",
     architecture={
         "patch_size": 16,

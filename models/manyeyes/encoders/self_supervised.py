@@ -4,8 +4,8 @@ Code: timm's vision transformer. Papers: "Masked Autoencoders Are Scalable Visio
 "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", arXiv:2301.08243; "An Empirical
 Study of Training Self-Supervised Vision Transformers", arXiv:2104.02057. Weights: Meta, CC BY-NC 4.0.
 
-MAE sees the whole image here: nothing is masked and its decoder is left out. I-JEPA has no class token; its target
-encoder is taken where a file has both. MoCo v3's fixed sine positions are weights like any others.
+MAE sees the whole image here: nothing is masked and its decoder is left out. I-JEPA has no class token; of Meta's own
+file the target encoder is taken. MoCo v3's fixed sine positions are weights like any others.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import strip_prefix
+from manyeyes.encoders.keys import from_transformers_vit, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
 
-_LEFT_OUT = ("decoder_", "mask_token", "predictor", "decoder_pos_embed")
+_LEFT_OUT = ("decoder_", "mask_token")
 
 
 def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
-    """From timm's keys, with the publisher's prefix (``module.base_encoder.``) or without."""
+    """From transformers' layout, or timm's with the publisher's prefix (``module.base_encoder.``) or without."""
+    published = strip_prefix(tensors, marker="embeddings.patch_embeddings.projection.weight")
+    if published:
+        return fit_vit(from_transformers_vit(published), encoder)
     state = strip_prefix(tensors, marker="patch_embed.proj.weight") or tensors
     return fit_vit({key: tensor for key, tensor in state.items() if not key.startswith(_LEFT_OUT)}, encoder)
 
@@ -51,7 +54,7 @@ _HUGE = {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16}
 _MOCO_LARGE = replace(
     _MAE_LARGE,
     pretraining="contrastive between two views, ImageNet-1k",
-    source="hub:nyu-visionx/moco-v3-vit-l@main",
+    source="hub:nyu-visionx/moco-v3-vit-l@7bf75358d616f39b9716148bf4e3425f3bd35b47",
     paper="arXiv:2104.02057",
     entry="state_dict",
 )
@@ -73,7 +76,7 @@ ROWS: dict[str, EncoderRow] = {
         stride=14,
         parameters=630_762_240,
         pretraining="features of hidden blocks from those of seen ones, ImageNet-1k",
-        source="hub:timm/vit_huge_patch14_gap_224.in1k_ijepa@main",
+        source="hub:facebook/ijepa_vith14_1k@main",
         paper="arXiv:2301.08243",
         architecture=_HUGE,
         entry="target_encoder",
