@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
@@ -15,6 +14,7 @@ from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.runtime.bundle import GeneratedAnswer
+from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 
 IMAGES = 18
 EASY_VQA = BENCHMARKS["easy-vqa"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.model_toys import toy_images, write_tokenizer
 
 from manyeyes.errors import RecordError
 from manyeyes.language_model import load_tokenizer
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
+from tests.model_toys import toy_images, write_tokenizer
 
 IMAGE_ID = 3
 GREY = (0.5, 0.5, 0.5)

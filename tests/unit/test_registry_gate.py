@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
@@ -22,6 +21,7 @@ from manyeyes.recipe import (
 )
 from manyeyes.registry.gate import ChampionEvidence, GateReport, judge, read_gate_report, write_gate_report
 from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
 IMAGES = 36
 

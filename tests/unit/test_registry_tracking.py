@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.registry_store import store_uri
 
 from manyeyes.errors import RegistryError, RegistryUnreachableError
 from manyeyes.registry import tracking
 from manyeyes.registry.tracking import connect, default_tracking_uri, end_parent_run, start_parent_run, step_run
+from tests.registry_store import store_uri
 
 ENVIRONMENT = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MANYEYES_PARENT_RUN_ID")
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
-from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
-from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, RegistryError
@@ -31,6 +29,8 @@ from manyeyes.registry.versions import (
     rollback,
 )
 from manyeyes.runtime.bundle import REQUIRED_FILES, GeneratedAnswer, Group
+from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
+from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 
 
 @pytest.fixture(scope="module", autouse=True)

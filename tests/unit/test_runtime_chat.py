@@ -15,7 +15,7 @@ from manyeyes.runtime.chat import (
 )
 
 IMAGE = 999
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>"]
 TEXT = ["USER: what colour is the circle? ASSISTANT: red", "system user assistant yes no blue shape\n"] * 4
 
 
@@ -179,8 +179,10 @@ def test_generation_prompt_after_an_answer_is_refused(byte_level: Tokenizer) -> 
 def test_stop_token_is_the_last_supervised_one(kind: str, name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     encoded = encode_conversation(tokenizer, CHAT_TEMPLATES[name], ONE, image_tokens=[1], image_token_id=IMAGE)
-    last = [token for token, counted in zip(encoded.input_ids, encoded.supervised, strict=True) if counted][-1]
-    assert stop_token_ids(tokenizer, CHAT_TEMPLATES[name]) == [last]
+    counted = [token for token, counted in zip(encoded.input_ids, encoded.supervised, strict=True) if counted]
+    # Neither tokenizer here has ### as one token; its first piece stops.
+    stop = counted[-3] if CHAT_TEMPLATES[name].stop_splits else counted[-1]
+    assert stop_token_ids(tokenizer, CHAT_TEMPLATES[name]) == [stop]
 
 
 def test_template_that_a_tokenizer_cannot_end_is_refused() -> None:

@@ -1,0 +1,61 @@
+"""Pin recipe, data and code, and refuse before any machine time is spent."""
+
+# kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
+# of the body inside the body.
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def resolve_data(
+    recipe: str,
+    recipe_overrides: str,
+    data_md5: str,
+    data_remote: str,
+    registry_model: str,
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+    notes: dsl.Output[dsl.Markdown],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Resolved",
+    [
+        ("recipe_json", str),
+        ("recipe_digest", str),
+        ("data_md5", str),
+        ("data_remote", str),
+        ("code_digest", str),
+        ("encoders", list),
+        ("registry_model", str),
+    ],
+):
+    """Pin recipe, data and code, and refuse before any machine time is spent.
+
+    Args:
+        recipe: A recipe's name, or its text.
+        recipe_overrides: One a.b=value a line.
+        data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
+        data_remote: A folder or s3:// that holds it; empty: the checkout's own.
+        registry_model: Name in the registry; empty: the recipe's own.
+        metrics: Scalars.
+        report: For people.
+        notes: The same in short; the reason, when the step fails.
+    """
+    from manyeyes.steps.base import run_step
+    from manyeyes.steps.resolve_data import STEP
+
+    result = run_step(
+        STEP,
+        metrics=metrics,
+        report=report,
+        notes=notes,
+        recipe=recipe,
+        recipe_overrides=recipe_overrides,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        registry_model=registry_model,
+    )
+    names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest", "encoders", "registry_model")
+    return tuple(result.values[name] for name in names)

@@ -1,0 +1,49 @@
+"""Profile the snapshot and let Great Expectations judge it."""
+
+# kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
+# of the body inside the body.
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def validate_data(
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+    notes: dsl.Output[dsl.Markdown],
+) -> None:
+    """Profile the snapshot and let Great Expectations judge it.
+
+    Args:
+        recipe_json: Recipe with every default filled in.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+        validation: Profile, verdict and quarantine of the snapshot.
+        metrics: Scalars.
+        report: For people.
+        notes: The same in short; the reason, when the step fails.
+    """
+    from manyeyes.steps.base import run_step
+    from manyeyes.steps.validate_data import STEP
+
+    run_step(
+        STEP,
+        metrics=metrics,
+        report=report,
+        notes=notes,
+        outputs={"validation": validation},
+        recipe_json=recipe_json,
+        recipe_digest=recipe_digest,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        code_digest=code_digest,
+    )

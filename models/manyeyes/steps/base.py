@@ -1,0 +1,363 @@
+"""What all steps share: timing, progress, errors, threads, and dying with the runner.
+
+A step is a pure function with plain values and paths in and a ``StepResult`` out. ``run_step`` calls it the same way
+from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from manyeyes.errors import ManyEyesError, StorageError
+from manyeyes.evaluation.page import page
+from manyeyes.steps.events import ErrorReport, emit
+
+USER_ERROR = 2
+OTHER_ERROR = 1
+
+# Between two progress events of one step.
+_PROGRESS_INTERVAL_S = 1.0
+# How long a step may take to end in order, once its runner is gone.
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step function returns.
+
+    Args:
+        figure: The figure that matters, in a few words, for the progress line.
+        metrics: Scalars for Kubeflow's and MLflow's tables.
+        html: Body of the report for people; a whole page is taken as it is.
+        markdown: A few lines for Kubeflow's run page.
+        values: Output parameters.
+        metadata: Written on each output artifact: digests and locations.
+    """
+
+    figure: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    html: str = ""
+    markdown: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+class OutputArtifact(Protocol):
+    """What ``run_step`` needs of an output: Kubeflow's artifacts have it, and so has ``LocalArtifact``."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+@dataclass
+class LocalArtifact:
+    """An output of a step that no pipeline runs."""
+
+    path: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as ``run_step`` takes it.
+
+    Args:
+        name: Its name, the same as its module's and its component's.
+        function: The pure function; its first argument is a ``Reporter``.
+        imports: Heavy modules that the function needs. They are loaded, and timed, before the function's own time
+            starts, so that a slow import is seen as overhead and not as work.
+        outputs: Which of the function's arguments are files or folders that it writes.
+        tracked: Whether it gets an MLflow run.
+    """
+
+    name: str
+    function: Callable[..., StepResult]
+    imports: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    tracked: bool = True
+
+
+class StepLog(Protocol):
+    """Where a step's figures are kept; ``manyeyes.registry.tracking.StepRun`` is one."""
+
+    run_id: str
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Record figures, of the whole step or of one optimizer step."""
+
+    def log_artifact(self, path: Path, *, folder: str | None = None) -> None:
+        """Keep a file."""
+
+
+class Reporter:
+    """Tells the run how far a step is, at most once a second.
+
+    Args:
+        step: The step's name as shown.
+        log: Gets the curves.
+    """
+
+    def __init__(self, step: str, log: StepLog | None = None) -> None:
+        self.step = step
+        self._log = log
+        self._last = 0.0
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run of this step, where it has one."""
+        return None if self._log is None else self._log.run_id
+
+    def progress(
+        self,
+        figure: str,
+        *,
+        done: float | None = None,
+        eta_s: float | None = None,
+        optimizer_step: int | None = None,
+        curves: Mapping[str, float] | None = None,
+    ) -> None:
+        """Show ``figure`` on the step's line.
+
+        Args:
+            figure: A few words, for instance ``loss 0.41, 520 samples/s``.
+            done: Share of the work done, 0 to 1.
+            eta_s: Seconds still to go.
+            optimizer_step: Where ``curves`` stand.
+            curves: Figures at that optimizer step, for MLflow.
+        """
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_INTERVAL_S:
+            return
+        self._last = now
+        emit("progress", self.step, figure=figure, done=done, eta_s=eta_s)
+        if self._log is not None and curves:
+            self._log.log_metrics(curves, step=optimizer_step)
+
+
+def run_step(
+    step: Step,
+    *,
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+    notes: OutputArtifact,
+    label: str = "",
+    outputs: Mapping[str, OutputArtifact] | None = None,
+    **arguments: Any,
+) -> StepResult:
+    """Run a step function and write its reports, or say why it failed.
+
+    Args:
+        step: The step.
+        metrics: Gets the scalars, as metadata and as a small JSON file (kfp.local's cache only hits when every
+            output exists on disk).
+        report: Gets the HTML report.
+        notes: Gets the Markdown report; on failure, the reason.
+        label: Tells apart two tasks of one step, for instance the encoder's name.
+        outputs: Further output artifacts; the function gets their paths under the same names.
+        arguments: The function's other arguments.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        SystemExit: With code 2 after an error that the user can mend; ``error.json`` says which.
+    """
+    name = f"{step.name}[{label}]" if label else step.name
+    outputs = dict(outputs or {})
+    _die_with_runner()
+    _set_threads()
+    emit("started", name)
+    with _explaining_failure(name, metrics=metrics, notes=notes):
+        import_seconds = _import_all(step.imports)
+        with _tracking(step, name) as log:
+            paths = {key: Path(artifact.path) for key, artifact in outputs.items()}
+            emit("progress", name, figure="working", import_seconds=import_seconds)
+            started = time.perf_counter()
+            result = step.function(Reporter(name, log), **arguments, **paths)
+            seconds, ended = time.perf_counter() - started, time.time()
+            figures = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
+            _write_text(metrics, json.dumps(figures, indent=2, sort_keys=True) + "\n")
+            whole = result.html.lstrip().lower().startswith("<!doctype")
+            _write_text(report, result.html if whole else page(name, result.html))
+            _write_text(notes, result.markdown or f"**{name}**: {result.figure}\n")
+            if log is not None:
+                log.log_metrics(figures)
+                _keep_report(log, report, name)
+        metrics.metadata.update(figures)
+        for artifact in (report, *outputs.values()):
+            artifact.metadata.update({**result.metadata, "step": name, "figure": result.figure})
+    gc.freeze()
+    emit("finished", name, figure=result.figure, seconds=seconds, ended=ended, import_seconds=import_seconds)
+    return result
+
+
+def _import_all(modules: Sequence[str]) -> float:
+    """Load modules; the seconds that it took.
+
+    The garbage collector finds nothing in half a million objects that live as long as the process: without it the
+    imports of a training step take a fifth less, and with them frozen the process ends two seconds sooner.
+    """
+    started = time.perf_counter()
+    gc.disable()
+    for module in modules:
+        importlib.import_module(module)
+    gc.enable()
+    gc.freeze()
+    return time.perf_counter() - started
+
+
+def _write_text(artifact: OutputArtifact, text: str) -> None:
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+@contextmanager
+def _tracking(step: Step, name: str) -> Iterator[StepLog | None]:
+    if not step.tracked:
+        yield None
+        return
+    from manyeyes.registry import tracking
+
+    with tracking.step_run(name) as run:
+        yield run
+
+
+def _keep_report(log: StepLog, report: OutputArtifact, name: str) -> None:
+    # Kubeflow's artifact has no suffix, and MLflow shows a page only when its name says that it is one.
+    with tempfile.TemporaryDirectory() as folder:
+        page_file = Path(folder) / f"{name.replace('[', '-').replace(']', '')}.html"
+        page_file.write_bytes(Path(report.path).read_bytes())
+        log.log_artifact(page_file)
+
+
+@contextmanager
+def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArtifact) -> Iterator[None]:
+    """Write ``error.json`` and the reason in Markdown for whatever leaves the block, then let it go on."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        error = sys.exc_info()[1]
+        if not finished and isinstance(error, Exception):
+            _report_failure(name, error, folder=Path(metrics.path).parent, notes=notes)
+
+
+def _report_failure(name: str, error: Exception, *, folder: Path, notes: OutputArtifact) -> None:
+    record = describe_failure(name, error)
+    emit("failed", name, error=record)
+    text = (
+        f"**{name} failed.** {record.error}\n\n- found: {record.found}\n- needed: {record.needed}\n- do: {record.do}\n"
+    )
+    try:
+        _write_text(LocalArtifact(str(folder / "error.json")), record.model_dump_json(indent=2) + "\n")
+        _write_text(notes, text)
+    except OSError as writing:
+        # The disk that made the step fail may refuse this, too; the event and the log have said it.
+        sys.stderr.write(f"error.json could not be written: {writing}\n")
+    sys.stderr.write(f"{name} failed: {error}\n")
+    if record.user_error:
+        traceback.print_exception(error)
+        sys.exit(USER_ERROR)
+
+
+def describe_failure(name: str, error: Exception) -> ErrorReport:
+    """``error.json`` for ``error``, whether a user can mend it or not."""
+    mendable = as_user_error(error)
+    if mendable is not None:
+        return ErrorReport(step=name, user_error=True, **mendable.as_dict())
+    return ErrorReport(
+        step=name,
+        error=type(error).__name__,
+        found=str(error) or type(error).__name__,
+        needed=f"{name} to end without an error",
+        do="This is a defect of ManyEyes or of the machine, not of your input; the log has the traceback.",
+        retry=False,
+        user_error=False,
+    )
+
+
+def as_user_error(error: BaseException) -> ManyEyesError | None:
+    """The error that a user can mend behind ``error``, or None when it is a defect."""
+    if isinstance(error, ManyEyesError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return StorageError(
+            f"{error.filename or 'a file'} could not be written ({error.strerror})",
+            "space and permission to write there",
+            "Free some space or mend the permission, then run the same command again.",
+        )
+    return None
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(*, branches: int = 1) -> int:
+    """Threads that a step may use: ``MANYEYES_THREADS``, or its share of the cores.
+
+    Args:
+        branches: How many steps run side by side on this machine.
+    """
+    given = os.environ.get("MANYEYES_THREADS")
+    return int(given) if given else max(1, num_cores() // branches)
+
+
+def _set_threads() -> None:
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ.setdefault("MANYEYES_THREADS", os.environ["OMP_NUM_THREADS"])
+    # Before numpy or torch are loaded: their thread pools read this once.
+    os.environ["OMP_NUM_THREADS"] = str(num_threads())
+
+
+def _die_with_runner() -> None:
+    """End this process as soon as the runner that started it is gone, however it went.
+
+    The step's parent is a shell, so the parent's pid says nothing. The runner holds an exclusive lock on a file as
+    long as it lives; the kernel frees it even after kill -9, and the thread that waits for it then wakes up.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    lock = os.environ.get("MANYEYES_RUN_LOCK")
+    if lock:
+        threading.Thread(target=wait_for_runner_death, args=(Path(lock), _end), daemon=True).start()
+
+
+def wait_for_runner_death(lock: Path, then: Callable[[], None]) -> None:
+    """Block until the process that holds ``lock`` is gone, then call ``then``."""
+    descriptor = os.open(lock, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    then()
+
+
+def _end() -> None:
+    sys.stderr.write("the runner is gone: this step ends\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os._exit(OTHER_ERROR)
+
+
+def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
+    # As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED.
+    raise KeyboardInterrupt

@@ -1,0 +1,102 @@
+"""What a run tells while it goes: one JSON line an event in ``runs/<run-id>/events.jsonl``.
+
+Steps append ``started``, ``progress``, ``finished`` and ``failed``. The process that runs the pipeline appends
+``cached`` and ``completed`` (a task came out of the cache, or ended well, with its outputs) and ``broken`` (a task
+ended badly, whether its step could say so or not).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EVENTS_FILE = "events.jsonl"
+
+EventKind = Literal["started", "progress", "finished", "failed", "cached", "completed", "broken"]
+
+
+class ErrorReport(BaseModel):
+    """``error.json``: why a step failed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: str = Field(description="The step that failed, with its encoder or model in brackets where it has one.")
+    error: str = Field(description="Name of the error class.")
+    found: str = Field(description="What was found.")
+    needed: str = Field(description="What was needed instead.")
+    do: str = Field(description="What to do about it.")
+    retry: bool = Field(description="Whether the same call may succeed later without any change.")
+    user_error: bool = Field(description="True: the user can mend it, exit code 2. False: exit code 1.")
+
+
+class Artifact(BaseModel):
+    """One output of a task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="Where it lies.")
+    metadata: dict[str, Any] = Field(description="What Kubeflow shows beside it.")
+
+
+class Event(BaseModel):
+    """One line of ``events.jsonl``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: EventKind
+    step: str = Field(description="Step name, or the task's name where the step could not say its own.")
+    time: float = Field(description="Seconds since the epoch.")
+    task: str = Field(default="", description="Name of the Kubeflow task, with its iteration.")
+    figure: str = Field(default="", description="The figure that matters, in words.")
+    done: float | None = Field(default=None, description="Share of the work done, 0 to 1.")
+    eta_s: float | None = Field(default=None, description="Seconds still to go, as estimated.")
+    seconds: float | None = Field(default=None, description="Seconds inside the step function.")
+    ended: float | None = Field(default=None, description="When the step function returned; seconds since the epoch.")
+    import_seconds: float | None = Field(default=None, description="Seconds of imports before it.")
+    error: ErrorReport | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Output parameters of the task.")
+    artifacts: dict[str, Artifact] = Field(default_factory=dict, description="Output artifacts of the task.")
+
+
+def append_event(run_dir: Path, event: Event) -> None:
+    """Append one line; one ``write`` call, so that parallel steps do not mix their lines."""
+    line = event.model_dump_json(exclude_defaults=True) + "\n"
+    descriptor = os.open(run_dir / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def emit(kind: EventKind, step: str, **fields: Any) -> None:
+    """Append an event to the run that ``MANYEYES_RUN_DIR`` names; without one, do nothing."""
+    run_dir = os.environ.get("MANYEYES_RUN_DIR")
+    if run_dir:
+        append_event(Path(run_dir), Event(kind=kind, step=step, time=time.time(), **fields))
+
+
+class EventReader:
+    """Reads a run's events as they come.
+
+    Args:
+        run_dir: Folder of the run; the file may not exist yet.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / EVENTS_FILE
+        self._offset = 0
+
+    def read_new(self) -> list[Event]:
+        """Events written since the last call; a line still being written waits for the next call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [Event.model_validate_json(line) for line in complete.splitlines()]

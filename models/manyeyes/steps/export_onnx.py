@@ -1,0 +1,113 @@
+"""Writes the ONNX bundle and compares its answers with torch's."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from manyeyes.evaluation.benchmarks import Benchmark, find_benchmark, load_benchmark
+from manyeyes.runtime.bundle import Group
+from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
+from manyeyes.steps.inputs import open_inputs
+from manyeyes.steps.report import facts, heading, markdown_facts, section
+
+
+def export_onnx(
+    reporter: Reporter,
+    *,
+    checkpoint: Path,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    bundle: Path,
+    parity: Path,
+) -> StepResult:
+    """Write the bundle's folder and ``parity.json``.
+
+    Args:
+        reporter: Shows the progress.
+        checkpoint: Checkpoint of ``sft``.
+        recipe_json: From ``resolve_data``.
+        recipe_digest: From ``resolve_data``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        bundle: Folder to write.
+        parity: Folder to write ``parity.json`` into.
+    """
+    import torch
+
+    from manyeyes.export.bundle import export_bundle, record_parity
+    from manyeyes.export.manifest import write_json
+    from manyeyes.export.parity import measure_parity
+
+    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    recipe = inputs.recipe
+    torch.set_num_threads(num_threads())
+    reporter.progress("writing the graphs", done=0.1)
+    manifest = export_bundle(checkpoint, bundle, recipe=recipe, data_md5=data_md5, code_digest=code_digest)
+    row = find_benchmark(recipe.evaluation.benchmarks[0])
+    benchmark = load_benchmark(row, snapshot=inputs.snapshot, max_items=recipe.export.parity_items)
+    reporter.progress("comparing with torch", done=0.5)
+    report = measure_parity(
+        checkpoint,
+        bundle,
+        _groups(benchmark),
+        items=recipe.export.parity_items,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+    )
+    record_parity(bundle, report)
+    parity.mkdir(parents=True, exist_ok=True)
+    write_json(report, parity / "parity.json")
+    size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    rows: list[tuple[str, object]] = [
+        ("bundle digest", manifest.digest),
+        ("bytes", size),
+        ("opset", manifest.opset),
+        ("precision", manifest.precision),
+        ("questions compared", report.items),
+        ("same tokens as torch (fraction)", report.token_match),
+        ("largest difference of a logit", report.max_abs_logit),
+        ("mean difference of a logit", report.mean_abs_logit),
+        ("providers", ", ".join(report.providers)),
+    ]
+    files: list[tuple[str, object]] = [(name, file.bytes) for name, file in sorted(manifest.files.items())]
+    return StepResult(
+        figure=f"{size / 1e6:.1f} MB, {report.token_match:.1%} of {report.items} answers token-equal to torch",
+        metrics={
+            "bytes": float(size),
+            "token_match": report.token_match,
+            "max_abs_logit": report.max_abs_logit,
+            "mean_abs_logit": report.mean_abs_logit,
+        },
+        html=heading(f"Bundle of {recipe.name}", "What the bundle holds, and how it compares with torch.")
+        + facts(rows)
+        + section("Files (bytes)", facts(files)),
+        markdown=markdown_facts(rows),
+        metadata={"bundle_digest": manifest.digest, "recipe_digest": recipe_digest, "data_md5": data_md5},
+    )
+
+
+def _groups(benchmark: Benchmark) -> list[Group]:
+    groups = []
+    for record, items in groupby(benchmark.items, key=lambda item: item.record):
+        images = tuple(image.data for image in benchmark.reader.read(record).images)
+        groups.append(Group(images=images, questions=tuple(item.prompt for item in items)))
+    return groups
+
+
+STEP = Step(
+    "export_onnx",
+    export_onnx,
+    imports=(
+        "torch",
+        "manyeyes.model",
+        "manyeyes.export.bundle",
+        "manyeyes.export.parity",
+        "onnxruntime",
+        "manyeyes.registry.tracking",
+    ),
+    outputs=("bundle", "parity"),
+)

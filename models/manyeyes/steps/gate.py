@@ -1,0 +1,91 @@
+"""Decides whether the model may be promoted. Never cached: the champion may be another one today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.inputs import cache_dir, open_inputs
+
+
+def gate(
+    reporter: Reporter,
+    *,
+    registry_model: str,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: Path,
+    scorecard: Path,
+    bundle_scorecard: Path,
+    parity: Path,
+    gate: Path,
+) -> StepResult:
+    """Write ``gate.json``. A failed verdict is a result and not an error.
+
+    Args:
+        reporter: Shows the progress.
+        registry_model: Name in the registry; its champion is what the model is compared with.
+        recipe_json: From ``resolve_data``.
+        recipe_digest: From ``resolve_data``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        validation: Folder of ``validate_data``.
+        scorecard: Folder of ``evaluate`` for torch.
+        bundle_scorecard: Folder of ``evaluate`` for the bundle.
+        parity: Folder of ``export_onnx`` with ``parity.json``.
+        gate: Folder to write ``gate.json`` into.
+    """
+    from manyeyes.data.validation import ValidationReport
+    from manyeyes.evaluation.scorecard import read_scorecard
+    from manyeyes.export.parity import ParityReport
+    from manyeyes.registry.champion import comparable_champion
+    from manyeyes.registry.gate import judge, write_gate_report
+    from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+
+    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    bundle_scores = read_scorecard(bundle_scorecard / "scorecard.json")
+    reporter.progress("fetching the champion's evidence", done=0.1)
+    champion = comparable_champion(
+        registry_model,
+        scorecard=bundle_scores,
+        recipe=inputs.recipe,
+        snapshot=inputs.snapshot,
+        code_digest=code_digest,
+        work_dir=cache_dir() / "champions" / registry_model,
+    )
+    report = judge(
+        inputs.recipe.gate,
+        scorecard=read_scorecard(scorecard / "scorecard.json"),
+        bundle_scorecard=bundle_scores,
+        parity=ParityReport.model_validate_json((parity / "parity.json").read_text()),
+        validation=ValidationReport.model_validate_json((validation / "validation.json").read_text()),
+        items=bundle_scorecard / "items.parquet",
+        champion=champion,
+    )
+    gate.mkdir(parents=True, exist_ok=True)
+    write_gate_report(report, gate / "gate.json")
+    met = sum(rule.passed for rule in report.rules)
+    against = f"champion version {report.champion}" if report.champion is not None else "no champion yet"
+    return StepResult(
+        figure=f"{report.verdict}: {met} of {len(report.rules)} rules met, {against}",
+        metrics={
+            "passed": float(report.verdict == "passed"),
+            "rules": float(len(report.rules)),
+            "rules_met": float(met),
+        },
+        html=render_gate_html(report),
+        markdown=render_gate_markdown(report),
+        metadata={"verdict": report.verdict, "challenger": report.challenger},
+    )
+
+
+STEP = Step(
+    "gate",
+    gate,
+    imports=("manyeyes.data.validation", "manyeyes.export.parity", "manyeyes.registry.champion"),
+    outputs=("gate",),
+)

@@ -1,0 +1,106 @@
+"""What every later step starts from: the recipe, the snapshot, and the folders of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
+from manyeyes.errors import PipelineError, SnapshotError
+from manyeyes.recipe import Recipe, parse_recipe
+
+_MARKER = "absent.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe and its snapshot, opened."""
+
+    recipe: Recipe
+    snapshot: Snapshot
+
+
+def cache_dir() -> Path:
+    """Where snapshots are materialised: ``MANYEYES_CACHE``, ``runs/cache`` by default."""
+    return Path(os.environ.get("MANYEYES_CACHE") or "runs/cache")
+
+
+def work_dir() -> Path:
+    """Where running checkpoints lie: ``MANYEYES_WORKDIR``, ``runs/work`` by default."""
+    return Path(os.environ.get("MANYEYES_WORKDIR") or "runs/work")
+
+
+def open_inputs(recipe_json: str, *, recipe_digest: str, data_md5: str, data_remote: str) -> Inputs:
+    """Read the recipe back and open the snapshot.
+
+    Raises:
+        RecipeError: Not a recipe.
+        PipelineError: The recipe is not the one that ``recipe_digest`` was made of.
+        SnapshotError: The remote lacks the snapshot, or holds a damaged one.
+    """
+    recipe = parse_recipe(recipe_json)
+    if recipe.digest != recipe_digest:
+        raise PipelineError(
+            f"recipe_digest is {recipe_digest[:12]}",
+            f"{recipe.digest[:12]}, the digest of recipe_json",
+            "Pass on both as resolve_data gave them.",
+        )
+    return Inputs(recipe, open_snapshot(md5=data_md5, remote=data_remote, cache_dir=cache_dir()))
+
+
+def locate_data(data_md5: str, data_remote: str) -> tuple[str, str]:
+    """Snapshot and remote, from the checkout where the parameters leave them out.
+
+    Raises:
+        SnapshotError: Neither a parameter nor a checkout says it.
+    """
+    here = Path()
+    if not data_md5 and not (here / "data.dvc").is_file():
+        raise SnapshotError(
+            f"data_md5 is empty and {here.resolve()} has no data.dvc",
+            "the md5 of a snapshot",
+            "Pass data_md5 (outs[0].md5 in data.dvc), or run in a checkout.",
+        )
+    return data_md5 or read_dvc_file(here / "data.dvc").md5, data_remote or read_default_remote(here)
+
+
+def open_data(data_folder: str, *, data_md5: str, data_remote: str) -> Snapshot:
+    """A snapshot by folder, by md5 and remote, or as the checkout says.
+
+    Raises:
+        SnapshotError: It is not there, or damaged.
+    """
+    if data_folder:
+        return open_folder(Path(data_folder))
+    md5, remote = locate_data(data_md5, data_remote)
+    return open_snapshot(md5=md5, remote=remote, cache_dir=cache_dir())
+
+
+def mark_absent(folder: Path, reason: str) -> None:
+    """Leave a marker in place of an artifact that this recipe does not make.
+
+    kfp can neither loop over nothing nor skip a task whose artifact another one takes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).write_text(json.dumps({"reason": reason}) + "\n")
+
+
+def is_absent(folder: Path) -> bool:
+    """Whether ``mark_absent`` left its marker there."""
+    return (folder / _MARKER).is_file()
+
+
+def read_quarantine(validation: Path) -> frozenset[str]:
+    """Ids of the samples that validation put aside."""
+    path = validation / "quarantine.jsonl"
+    if not path.is_file():
+        return frozenset()
+    return frozenset(str(json.loads(line)["id"]) for line in path.read_text().splitlines() if line)
+
+
+def training_datasets(recipe: Recipe) -> list[str]:
+    """Data sets that any stage trains on, each once, in order."""
+    names = [part.dataset for _, stage in recipe.present_stages() for part in stage.mixture]
+    return list(dict.fromkeys(names))

@@ -1,0 +1,93 @@
+"""Registers the bundle with all evidence; promotes it when the gate says so. Never cached."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.report import facts, heading, markdown_facts
+
+
+def register(
+    reporter: Reporter,
+    *,
+    registry_model: str,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: Path,
+    scorecard: Path,
+    bundle_scorecard: Path,
+    parity: Path,
+    bundle: Path,
+    gate: Path,
+) -> StepResult:
+    """Make a version of the registered model, or find the one that this bundle is already.
+
+    Args:
+        reporter: Shows the progress.
+        registry_model: Name in the registry.
+        recipe_json: From ``resolve_data``; kept with the version.
+        recipe_digest: From ``resolve_data``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        validation: Folder of ``validate_data``.
+        scorecard: Folder of ``evaluate`` for torch.
+        bundle_scorecard: Folder of ``evaluate`` for the bundle.
+        parity: Folder of ``export_onnx`` with ``parity.json``.
+        bundle: Folder of ``export_onnx``.
+        gate: Folder of ``gate``.
+
+    Returns:
+        Values: ``name``, ``version``, ``aliases`` and ``verdict``.
+    """
+    from manyeyes.registry.versions import register as register_version
+
+    reporter.progress("copying bundle and evidence", done=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.json"
+        recipe.write_text(recipe_json)
+        registered = register_version(
+            registry_model,
+            bundle=bundle,
+            scorecard=scorecard / "scorecard.json",
+            bundle_scorecard=bundle_scorecard / "scorecard.json",
+            items=bundle_scorecard / "items.parquet",
+            gate=gate / "gate.json",
+            # The runner's, or the image's on a cluster.
+            tags={"data_remote": data_remote, "git_commit": os.environ.get("MANYEYES_GIT_COMMIT") or "unknown"},
+            attachments=(parity / "parity.json", validation / "validation.json", recipe),
+            run_id=reporter.run_id,
+        )
+    aliases = list(registered.aliases)
+    rows: list[tuple[str, object]] = [
+        ("name", registered.name),
+        ("version", registered.version),
+        ("aliases", ", ".join(aliases) or "none"),
+        ("gate", registered.verdict),
+        ("new", "yes" if registered.created else "no, this bundle was registered before"),
+        ("recipe digest", recipe_digest),
+        ("data md5", data_md5),
+        ("code digest", code_digest),
+    ]
+    name = f"{registered.name} version {registered.version}"
+    return StepResult(
+        figure=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
+        metrics={"version": float(registered.version)},
+        html=heading(f"Registered: {name}", "What the registry holds now.") + facts(rows),
+        markdown=markdown_facts(rows),
+        values={
+            "name": registered.name,
+            "version": str(registered.version),
+            "aliases": aliases,
+            "verdict": registered.verdict,
+        },
+    )
+
+
+STEP = Step("register", register, imports=("mlflow.pyfunc", "manyeyes.registry.versions"))

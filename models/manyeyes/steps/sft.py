@@ -1,0 +1,71 @@
+"""Trains the whole model on conversations."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyeyes.errors import RecipeError
+from manyeyes.recipe import parse_recipe
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.inputs import is_absent
+from manyeyes.steps.pretrain_projector import by_encoder
+from manyeyes.steps.stage import HEAVY, train_stage
+
+
+def sft(
+    reporter: Reporter,
+    *,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: Path,
+    encoder_checkpoints: Sequence[Path],
+    pretrained: Path,
+    checkpoint: Path,
+) -> StepResult:
+    """Run the ``sft`` stage.
+
+    Args:
+        reporter: Shows the progress.
+        recipe_json: From ``resolve_data``.
+        recipe_digest: From ``resolve_data``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        validation: Folder of ``validate_data``.
+        encoder_checkpoints: Folders of ``prealign_encoder``; used when the recipe has no pretrain stage.
+        pretrained: Checkpoint of ``pretrain_projector``, or its marker.
+        checkpoint: Folder to write; a copy of ``pretrained`` when the recipe has no sft stage.
+
+    Raises:
+        RecipeError: Neither pretrain nor sft: there is no model to judge.
+    """
+    recipe = parse_recipe(recipe_json)
+    absent = is_absent(pretrained)
+    if recipe.stages.sft is None:
+        if absent:
+            raise RecipeError(
+                f'recipe "{recipe.name}" has neither pretrain nor sft', "a stage that makes a model", "Add stages.sft."
+            )
+        shutil.copytree(pretrained, checkpoint, dirs_exist_ok=True)
+        return StepResult("not in this recipe", markdown="This recipe has no sft stage; pretrain's model is kept.\n")
+    return train_stage(
+        reporter,
+        "sft",
+        recipe_json=recipe_json,
+        recipe_digest=recipe_digest,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        code_digest=code_digest,
+        validation=validation,
+        out=checkpoint,
+        encoder_checkpoints=by_encoder(recipe.prealigned_encoders(), encoder_checkpoints) if absent else {},
+        checkpoint=None if absent else pretrained,
+    )
+
+
+STEP = Step("sft", sft, imports=HEAVY, outputs=("checkpoint",))

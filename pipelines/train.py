@@ -1,0 +1,115 @@
+"""From a recipe and a snapshot to a judged, registered model."""
+
+# kfp reads the annotations themselves: no future import here.
+from kfp import dsl
+
+from components.evaluate.component import evaluate
+from components.export_onnx.component import export_onnx
+from components.gate.component import gate
+from components.prealign_encoder.component import prealign_encoder
+from components.pretrain_projector.component import pretrain_projector
+from components.register.component import register
+from components.resolve_data.component import resolve_data
+from components.sft.component import sft
+from components.validate_data.component import validate_data
+
+
+# A pipeline of its own, because kfp.local 2.17 replaces every upstream parameter of a loop by the loop's item, and can
+# loop over a task's output only when it is called Output (kfp/local/orchestrator/task_spec_utils.py and
+# enhanced_dag_orchestrator.py). A nested pipeline's parameters are no upstream parameters. Fold it into train when that
+# is mended.
+@dsl.pipeline(name="stages")
+def stages(
+    encoders: list,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: dsl.Input[dsl.Dataset],
+) -> dsl.Model:
+    """Run the recipe's stages.
+
+    Args:
+        encoders: Encoders to prealign; one empty name for none.
+        recipe_json: Recipe with every default filled in.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+        validation: Profile, verdict and quarantine of the snapshot.
+    """
+    pinned = {
+        "recipe_json": recipe_json,
+        "recipe_digest": recipe_digest,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "code_digest": code_digest,
+    }
+    with dsl.ParallelFor(encoders) as encoder:
+        aligned = prealign_encoder(encoder=encoder, validation=validation, **pinned)
+    one_encoder = aligned.outputs["encoder_checkpoint"]
+    # One dsl.Collected each: compiling changes the object.
+    pretrained = pretrain_projector(encoder_checkpoints=dsl.Collected(one_encoder), validation=validation, **pinned)
+    trained = sft(
+        encoder_checkpoints=dsl.Collected(one_encoder),
+        pretrained=pretrained.outputs["checkpoint"],
+        validation=validation,
+        **pinned,
+    )
+    return trained.outputs["checkpoint"]
+
+
+@dsl.pipeline(name="train")
+def train(
+    recipe: str = "tiny",
+    recipe_overrides: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
+    registry_model: str = "",
+) -> None:
+    """Train, judge, export and register a model.
+
+    Args:
+        recipe: A recipe's name, or its text (YAML).
+        recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
+        data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
+        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        registry_model: Name in the registry. Empty: the recipe's own.
+    """
+    resolved = resolve_data(
+        recipe=recipe,
+        recipe_overrides=recipe_overrides,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        registry_model=registry_model,
+    ).set_caching_options(False)
+    names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
+    pinned = {name: resolved.outputs[name] for name in names}
+    model_name = resolved.outputs["registry_model"]
+
+    validation = validate_data(**pinned).outputs["validation"]
+    trained = stages(encoders=resolved.outputs["encoders"], validation=validation, **pinned)
+    checkpoint = trained.output
+    torch_scores = evaluate(kind="torch", model=checkpoint, **pinned).set_display_name("evaluate torch")
+    exported = export_onnx(checkpoint=checkpoint, **pinned)
+    bundle_scores = evaluate(
+        kind="bundle",
+        model=exported.outputs["bundle"],
+        other_scorecard=torch_scores.outputs["scorecard"],
+        **pinned,
+    ).set_display_name("evaluate bundle")
+    evidence = {
+        "validation": validation,
+        "scorecard": torch_scores.outputs["scorecard"],
+        "bundle_scorecard": bundle_scores.outputs["scorecard"],
+        "parity": exported.outputs["parity"],
+    }
+    judged = gate(registry_model=model_name, **evidence, **pinned).set_caching_options(False)
+    register(
+        registry_model=model_name,
+        bundle=exported.outputs["bundle"],
+        gate=judged.outputs["gate"],
+        **evidence,
+        **pinned,
+    ).set_caching_options(False)

@@ -1,0 +1,167 @@
+"""The compiled train pipeline, as ``manyeyes run`` runs it: one optimizer step a stage, real records, real registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyeyes.steps.events import EventReader
+from manyeyes.steps.summary import RunSummary
+from tests.pipelines.checkout import Checkout
+
+# Steps in the order in which they end.
+STEPS = [
+    "resolve_data",
+    "validate_data",
+    "prealign_encoder[vit]",
+    "pretrain_projector",
+    "sft",
+    "evaluate[torch]",
+    "export_onnx",
+    "evaluate[bundle]",
+    "gate",
+    "register",
+]
+NEVER_CACHED = {"resolve_data", "gate", "register"}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def first_run(toy_checkout: Checkout) -> tuple[str, RunSummary]:
+    code, output = toy_checkout.run("run", "--recipe", "toy.yaml")
+    assert code == 0, output + toy_checkout.log()[-8000:]
+    return output, toy_checkout.summary()
+
+
+def test_every_step_runs_and_reports(first_run: tuple[str, RunSummary]) -> None:
+    output, summary = first_run
+    assert [step.name for step in summary.steps] == STEPS
+    assert not any(step.cached for step in summary.steps)
+    for step in summary.steps:
+        assert step.seconds > 0
+        assert step.report is not None
+        assert Path(step.report).read_text().lower().startswith("<!doctype html>")
+        assert len([line for line in output.splitlines() if line.split()[:2] == [step.name, "done"]]) == 1
+    assert "\x1b" not in output
+    assert "executor" not in output
+
+
+def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
+    _, summary = first_run
+    assert summary.status == "succeeded"
+    assert summary.recipe == "toy"
+    assert summary.data_md5 is not None
+    assert summary.data_md5 in (toy_checkout.path / "data.dvc").read_text()
+    assert summary.git_commit is None
+    assert summary.scorecard is not None
+    assert summary.scorecard["easy-vqa"].n == 16
+    assert summary.scorecard["easy-vqa"].image_off is not None
+    assert summary.parity is not None
+    assert summary.parity.token_match == 1.0
+    assert summary.bundle is not None
+    files = [path for path in Path(summary.bundle.path).rglob("*") if path.is_file()]
+    assert summary.bundle.bytes == sum(path.stat().st_size for path in files)
+    assert 0 < summary.overhead_s < summary.wall_s
+    written = json.loads((toy_checkout.path / "runs" / "latest" / "summary.json").read_text())
+    assert written["gate"]["verdict"] == "failed"
+
+
+def test_model_of_one_step_is_registered_but_moves_no_alias(first_run: tuple[str, RunSummary]) -> None:
+    output, summary = first_run
+    assert summary.gate is not None
+    assert summary.gate.verdict == "failed"
+    assert "floor" in [rule.rule for rule in summary.gate.rules if not rule.passed]
+    assert summary.model is not None
+    assert (summary.model.name, summary.model.version, summary.model.aliases) == ("manyeyes-toy", "1", [])
+    assert "gate: failed" in output
+
+
+def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
+    _, summary = first_run
+    assert summary.example is not None
+    code, output = toy_checkout.run("ask", "manyeyes-toy/1", summary.example.image, summary.example.question)
+    assert code == 0, output
+    code, output = toy_checkout.run("pull", "manyeyes-toy/1", "pulled")
+    assert code == 0, output
+    assert summary.bundle is not None
+    pulled = json.loads((toy_checkout.path / "pulled" / "manifest.json").read_text())
+    assert pulled == json.loads((Path(summary.bundle.path) / "manifest.json").read_text())
+    code, output = toy_checkout.run("pull", "manyeyes-toy", "champion")
+    assert code == 2
+    assert "champion" in output
+
+
+def test_bundle_scores_the_same_outside_the_pipeline(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
+    _, summary = first_run
+    assert summary.bundle is not None
+    assert summary.bundle_scorecard is not None
+    code, output = toy_checkout.run("evaluate", summary.bundle.path, "--recipe", "toy.yaml", "--out", "again")
+    assert code == 0, output
+    card = json.loads((toy_checkout.path / "again" / "scorecard" / "scorecard.json").read_text())
+    assert card["benchmarks"]["easy-vqa"]["score"] == summary.bundle_scorecard["easy-vqa"].score
+    assert card["model"]["kind"] == "bundle"
+
+
+def test_version_that_the_gate_refused_is_promoted_only_by_force(
+    first_run: tuple[str, RunSummary], toy_checkout: Checkout
+) -> None:
+    code, output = toy_checkout.run("promote", "manyeyes-toy/1")
+    assert code == 2
+    assert "gate" in output
+    code, output = toy_checkout.run("rollback", "manyeyes-toy")
+    assert code == 2
+    assert "champion" in output
+
+
+def test_second_run_comes_from_the_cache_and_finds_the_same_version(
+    first_run: tuple[str, RunSummary], toy_checkout: Checkout
+) -> None:
+    _, first = first_run
+    code, output = toy_checkout.run("run", "--recipe", "toy.yaml", "--require-promotion")
+    assert code == 3, output
+    second = toy_checkout.summary()
+    assert {step.name for step in second.steps if not step.cached} == NEVER_CACHED
+    assert second.model == first.model
+    assert second.scorecard == first.scorecard
+    assert second.code_digest == first.code_digest
+    assert f"{len(STEPS) - 3} of {len(STEPS)} steps from cache" in output
+
+
+def test_edited_library_is_not_answered_from_the_cache(
+    first_run: tuple[str, RunSummary], toy_checkout: Checkout
+) -> None:
+    _, first = first_run
+    edited = toy_checkout.library / "manyeyes" / "steps" / "validate_data.py"
+    before = edited.read_text()
+    # A step that comes from the cache could not raise this.
+    edited.write_text(
+        before.replace("    reporter.progress(", '    raise ValidationError("edited", "", "")\n    reporter.progress(')
+    )
+    try:
+        code, output = toy_checkout.run("run", "--recipe", "toy.yaml")
+    finally:
+        edited.write_text(before)
+    assert code == 2, output
+    assert "validate_data failed: ValidationError" in output
+    assert "edited" in output
+    summary = toy_checkout.summary()
+    assert summary.status == "failed"
+    assert summary.code_digest != first.code_digest
+
+
+def test_unreachable_mlflow_is_refused_before_any_training(toy_checkout: Checkout) -> None:
+    code, output = toy_checkout.run("run", "--recipe", "toy.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert code == 2, output
+    assert "RegistryUnreachableError" in output
+    events = EventReader((toy_checkout.path / "runs" / "latest").resolve()).read_new()
+    assert not [event for event in events if event.step.startswith(("prealign", "pretrain", "sft"))]
+
+
+def test_snapshot_that_the_remote_lacks_is_refused_by_name(toy_checkout: Checkout) -> None:
+    code, output = toy_checkout.run("run", "--recipe", "toy.yaml", "--data-md5", "0" * 32)
+    assert code == 2, output
+    assert "resolve_data failed: SnapshotError" in output
+    assert "0" * 32 in output

@@ -1,0 +1,243 @@
+"""The parts of the steps that need no model: digests, markers, parameters, reports, the summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyeyes.cli.summarise import in_words, summarise
+from manyeyes.errors import PipelineError, RecipeError, SnapshotError
+from manyeyes.recipe import load_recipe
+from manyeyes.steps import code_digest as code_digest_module
+from manyeyes.steps.base import Reporter
+from manyeyes.steps.code_digest import code_digest
+from manyeyes.steps.events import Artifact, Event
+from manyeyes.steps.inputs import is_absent, locate_data, mark_absent, open_inputs, read_quarantine, training_datasets
+from manyeyes.steps.prealign_encoder import prealign_encoder
+from manyeyes.steps.pretrain_projector import by_encoder, pretrain_projector
+from manyeyes.steps.report import Series, line_chart, readable
+from manyeyes.steps.resolve_data import read_recipe
+from manyeyes.steps.sft import sft
+from manyeyes.steps.summary import RunSummary, StepSummary, read_summary, union_seconds, write_summary
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "manyeyes"
+    (folder / "steps").mkdir(parents=True)
+    (folder / "recipes").mkdir()
+    (folder / "errors.py").write_text("a = 1\n")
+    (folder / "recipes" / "tiny.yaml").write_text("name: tiny\n")
+    monkeypatch.setattr(code_digest_module, "__file__", str(folder / "steps" / "code_digest.py"))
+    monkeypatch.delenv("MANYEYES_IMAGE_DIGEST", raising=False)
+    return folder
+
+
+def test_code_digest_changes_with_every_source_file_and_with_constraints(package: Path, tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    first = code_digest(constraints=constraints)
+    assert len(first) == 64
+    constraints.write_text("torch==2\n")
+    pinned = code_digest(constraints=constraints)
+    (package / "errors.py").write_text("a = 2\n")
+    edited = code_digest(constraints=constraints)
+    (package / "errors.py").rename(package / "mistakes.py")
+    renamed = code_digest(constraints=constraints)
+    assert len({first, pinned, edited, renamed}) == 4
+
+
+def test_code_digest_ignores_recipes_and_compiled_files(package: Path, tmp_path: Path) -> None:
+    before = code_digest(constraints=tmp_path / "none")
+    (package / "recipes" / "tiny.yaml").write_text("name: other\n")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "errors.py").write_text("")
+    assert code_digest(constraints=tmp_path / "none") == before
+
+
+def test_image_digest_wins_over_the_source(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_IMAGE_DIGEST", "sha256:abc")
+    assert code_digest() == "abc"
+
+
+def test_recipe_comes_by_name_path_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nname: mine\n")
+    by_path = read_recipe(str(path), "seed=5\n\n stages.sft.epochs=1 \n")
+    assert (by_path.name, by_path.seed) == ("mine", 5)
+    assert by_path.stages.sft is not None
+    assert by_path.stages.sft.epochs == 1
+    assert read_recipe(by_path.canonical_json(), "") == by_path
+    assert read_recipe("extends: tiny\nname: mine\n", "seed=5\nstages.sft.epochs=1") == by_path
+    assert read_recipe("tiny", "") == load_recipe("tiny")
+
+
+def test_wrong_recipe_parameter_is_refused() -> None:
+    with pytest.raises(RecipeError, match="tiny"):
+        read_recipe("tinny", "")
+    with pytest.raises(RecipeError, match="path=value"):
+        read_recipe("tiny", "seed")
+
+
+def test_data_is_named_by_parameters_or_by_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate_data("a" * 32, "s3://bucket") == ("a" * 32, "s3://bucket")
+    with pytest.raises(SnapshotError, match=r"data\.dvc"):
+        locate_data("", "s3://bucket")
+
+
+def test_recipe_and_digest_that_do_not_belong_together_are_refused() -> None:
+    recipe = load_recipe("tiny")
+    with pytest.raises(PipelineError, match="recipe_digest"):
+        open_inputs(recipe.canonical_json(), recipe_digest="0" * 64, data_md5="a" * 32, data_remote="x")
+
+
+def test_every_training_data_set_is_named_once() -> None:
+    assert training_datasets(load_recipe("tiny")) == ["easy-vqa-train"]
+
+
+def test_quarantine_is_read_as_ids(tmp_path: Path) -> None:
+    assert read_quarantine(tmp_path) == frozenset()
+    (tmp_path / "quarantine.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id": "b", "reason": "y"}\n')
+    assert read_quarantine(tmp_path) == {"a", "b"}
+
+
+PINNED = {"data_md5": "a" * 32, "data_remote": "nowhere", "code_digest": "c"}
+
+
+def test_stages_that_a_recipe_lacks_leave_markers_and_load_nothing(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", overrides={"stages.prealign": None, "stages.pretrain": None})
+    pinned = {**PINNED, "recipe_json": recipe.canonical_json(), "recipe_digest": recipe.digest, "validation": tmp_path}
+    result = prealign_encoder(Reporter("p"), encoder="", encoder_checkpoint=tmp_path / "encoder", **pinned)
+    assert result.figure == "not in this recipe"
+    assert is_absent(tmp_path / "encoder")
+    pretrain_projector(
+        Reporter("p"), encoder_checkpoints=[tmp_path / "encoder"], checkpoint=tmp_path / "pretrained", **pinned
+    )
+    assert is_absent(tmp_path / "pretrained")
+    assert by_encoder([], [tmp_path / "encoder"]) == {}
+
+
+def test_recipe_without_sft_keeps_the_pretrained_model(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", overrides={"stages.sft": None})
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "config.json").write_text("{}")
+    sft(
+        Reporter("s"),
+        recipe_json=recipe.canonical_json(),
+        recipe_digest=recipe.digest,
+        validation=tmp_path,
+        encoder_checkpoints=[],
+        pretrained=tmp_path / "pretrained",
+        checkpoint=tmp_path / "checkpoint",
+        **PINNED,
+    )
+    assert (tmp_path / "checkpoint" / "config.json").read_text() == "{}"
+
+
+def test_encoder_checkpoints_are_matched_in_the_recipes_order(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    found = by_encoder(["vit", "efficientnet"], [tmp_path / "a", tmp_path / "b"])
+    assert found == {"vit": tmp_path / "a", "efficientnet": tmp_path / "b"}
+    mark_absent(tmp_path / "b", "test")
+    with pytest.raises(ValueError, match="shorter"):
+        by_encoder(["vit", "efficientnet"], [tmp_path / "a", tmp_path / "b"])
+
+
+def test_parallel_steps_count_once_in_the_time_inside_steps() -> None:
+    assert union_seconds([(0.0, 4.0), (1.0, 3.0), (3.0, 6.0), (10.0, 11.0)]) == pytest.approx(7.0)
+    assert union_seconds([]) == 0.0
+
+
+def test_line_chart_scales_points_into_the_picture() -> None:
+    chart = line_chart([Series("loss", [(0, 2.0), (5, 1.0), (10, 0.0)])], x_label="step", y_label="loss <nats>")
+    points = chart.split('points="')[1].split('"')[0].split()
+    assert [point.split(",")[0] for point in points] == ["68.0", "390.0", "712.0"]
+    assert [point.split(",")[1] for point in points] == ["12.0", "119.0", "226.0"]
+    assert "loss &lt;nats&gt;" in chart
+    assert "Too few points" in line_chart([Series("loss", [(0, 2.0)])], x_label="x", y_label="y")
+
+
+def test_values_are_shown_as_a_person_writes_them() -> None:
+    assert [readable(value) for value in (True, 1234567, 0.123456, 12345.678, "x", None)] == [
+        "yes",
+        "1,234,567",
+        "0.1235",
+        "12,346",
+        "x",
+        "None",
+    ]
+
+
+def event(kind: str, step: str, **fields: object) -> Event:
+    return Event.model_validate({"kind": kind, "step": step, "time": 100.0, **fields})
+
+
+def test_summary_counts_time_outside_step_functions_as_overhead(tmp_path: Path) -> None:
+    report = tmp_path / "page"
+    report.write_text("<!doctype html>")
+    events = [
+        event("finished", "a[x]", seconds=4.0, ended=10.0, figure="good", import_seconds=1.0),
+        event("finished", "a[y]", seconds=4.0, ended=12.0),
+        event("completed", "a[x]", artifacts={"report": Artifact(path=str(report), metadata={})}),
+        event("cached", "b", figure="as before"),
+    ]
+    summary = summarise(
+        events,
+        run_dir=tmp_path,
+        pipeline="toy",
+        status="succeeded",
+        started="now",
+        git_commit=None,
+        git_dirty=None,
+        error=None,
+        wall_s=10.0,
+    )
+    assert summary.overhead_s == pytest.approx(4.0)
+    assert [(step.name, step.seconds, step.cached) for step in summary.steps] == [
+        ("a[x]", 4.0, False),
+        ("a[y]", 4.0, False),
+        ("b", 0.0, True),
+    ]
+    assert summary.reports == {"a[x]": str(tmp_path / "reports" / "a-x.html")}
+    write_summary(summary, tmp_path)
+    assert read_summary(tmp_path) == summary
+
+
+def test_interrupted_run_says_that_nothing_goes_on(tmp_path: Path) -> None:
+    summary = RunSummary(
+        run_id="r", pipeline="train", status="interrupted", started="now", log="l", overhead_s=1, wall_s=65
+    )
+    assert in_words(summary)[0] == "stopped after 1 min 5 s; nothing goes on running"
+
+
+def test_words_name_verdict_version_and_what_to_type_next() -> None:
+    summary = RunSummary.model_validate(
+        {
+            "run_id": "r",
+            "pipeline": "train",
+            "status": "succeeded",
+            "started": "now",
+            "log": "l",
+            "overhead_s": 30,
+            "wall_s": 120,
+            "steps": [StepSummary(name="a", seconds=1, cached=True).model_dump()],
+            "scorecard": {
+                "easy-vqa": {"n": 9673, "score": 98.76, "ci95": [98.1, 99.2], "image_off": 64.2, "parse_failures": 0}
+            },
+            "gate": {"verdict": "passed", "rules": [{"rule": "floor", "found": 1, "needed": 0, "passed": True}]},
+            "model": {"name": "m", "version": "3", "aliases": ["challenger", "champion"]},
+            "bundle": {"path": "/b", "bytes": 25_000_000},
+            "example": {"image": "/i.png", "question": "what?", "reference": "that"},
+        }
+    )
+    lines = in_words(summary)
+    assert lines[0] == ("easy-vqa: 98.8% right (95% interval 98.1 to 99.2, 9,673 questions), without the image 64.2%")
+    assert "gate: passed (1 of 1 rules)" in lines
+    assert "registered: m version 3, now challenger and champion" in lines
+    assert "bundle: /b (25.0 MB)" in lines
+    assert any("30 s (25%)" in line for line in lines)
+    assert '  manyeyes ask m /i.png "what?"' in lines
+    assert json.loads(summary.model_dump_json())["scorecard"]["easy-vqa"]["n"] == 9673
