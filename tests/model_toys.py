@@ -55,7 +55,8 @@ def write_language_model(folder: Path, config: PreTrainedConfig | None = None) -
     vocab_size = write_tokenizer(folder)
     if config is None:
         config = toy_config(vocab_size)
-    config.vocab_size = vocab_size
+    # transformers' tokenizer of Qwen2 adds <|endoftext|> to any vocabulary.
+    config.vocab_size = vocab_size + (config.model_type == "qwen2")
     with torch.random.fork_rng():
         torch.manual_seed(5)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.evaluate import evaluate
@@ -17,6 +16,7 @@ from manyeyes.registry.gate import ChampionEvidence, judge, write_gate_report
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import RegisteredVersion, register
 from manyeyes.runtime.bundle import REQUIRED_FILES, digest_files
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
 
 IMAGES = 9
 _URIS: list[str] = []

@@ -69,6 +69,8 @@ def load_language_model(path: Path, *, pretrained: bool) -> PreTrainedModel:
             "all its weights are needed",
             "Fetch it again, or check that config.json belongs to it.",
         )
+    # A folder of this machine: a checkpoint must not depend on it.
+    model.config.name_or_path = ""
     return model.eval()
 
 
@@ -79,9 +81,11 @@ def load_language_model_config(path: Path) -> PreTrainedConfig:
         SourceError: Not readable, or of a kind that transformers does not know.
     """
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}/config.json cannot be used ({error})", "a known model", "Check it.") from error
+    config.name_or_path = ""
+    return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -99,6 +103,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Make sure that every token of the tokenizer has its row in the language model's embedding table.
+
+    An ``<image>`` beyond the table is let through: visual tokens stand in its place, and it is never looked up.
+
+    Raises:
+        SourceError: The vocabulary is smaller than the tokenizer's.
+    """
+    known = {token: number for token, number in tokenizer.get_vocab().items() if token != "<image>"}
+    beyond = sorted((number, token) for token, number in known.items() if number >= config.vocab_size)
+    if beyond:
+        shown = ", ".join(f'"{token}" is {number}' for number, token in beyond[:3])
+        raise SourceError(
+            f"tokenizer has {len(beyond)} tokens beyond the language model's vocabulary ({shown})",
+            f"ids below {config.vocab_size}, the rows of its embedding table",
+            "Use the tokenizer that belongs to the weights, or grow their table first (resize_token_embeddings).",
+        )
 
 
 def find_image_token_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:

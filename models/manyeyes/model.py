@@ -18,8 +18,10 @@ from transformers.utils import logging
 from manyeyes.encoders import Encoder, encoder_row, encoder_transform, load_encoder_weights
 from manyeyes.errors import CheckpointError, RecipeError, StorageError, did_you_mean
 from manyeyes.language_model import (
+    check_vocabulary,
     find_image_token_id,
     load_language_model,
+    load_language_model_config,
     load_tokenizer,
     resolve_language_model,
 )
@@ -95,6 +97,7 @@ def build_model(
     chosen = _choose_encoders(spec, encoders)
     path, pretrained = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path)
     tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, load_language_model_config(path))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with _without_progress_bars():

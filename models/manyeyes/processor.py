@@ -18,14 +18,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from manyeyes.chat import IGNORE_INDEX, BranchGroup, labels_of, question_with_images, split_branches
+from manyeyes.chat import (
+    IGNORE_INDEX,
+    BranchGroup,
+    find_chat_template,
+    labels_of,
+    question_with_images,
+    split_branches,
+)
 from manyeyes.errors import RecordError
 from manyeyes.runtime.chat import (
     IMAGE_PLACEHOLDER,
     ChatTemplate,
     Encoded,
     encode_conversation,
-    get_chat_template,
+    render,
     stop_token_ids,
 )
 from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels, transform_image
@@ -49,7 +56,7 @@ class ManyEyesProcessor(ProcessorMixin):
     Attributes:
         tokenizer: The language model's.
         transforms: How each encoder wants its pixels, by encoder name; ``ImageTransform.as_dict`` values.
-        template: Name of the chat template.
+        template: Name of the chat template; ``tokenizer`` for the tokenizer's own.
         system: Replaces the template's system text; None keeps it.
         num_image_tokens: Visual tokens an image; with a layout, a tile.
         image_token_id: Id that stands where visual tokens go.
@@ -82,7 +89,9 @@ class ManyEyesProcessor(ProcessorMixin):
         self.layout = None if layout is None else dict(layout)
         self.sends_image_sizes = sends_image_sizes
         self._layout = None if layout is None else TokenLayout.from_dict(layout)
-        self._template = get_chat_template(template)
+        self._template = find_chat_template(template, tokenizer)
+        # A system text that the template has no place for is refused here, before any record is read.
+        render(self._template, [("human", "")], system=system, generation_prompt=True)
         self._transforms = {name: ImageTransform.from_dict(values) for name, values in self.transforms.items()}
 
     @property

@@ -100,7 +100,9 @@ class LanguageModelSpec(_Strict):
 class ChatSpec(_Strict):
     """How turns become text."""
 
-    template: str = "vicuna_v1"
+    template: str = Field(
+        default="vicuna_v1", description="A row of CHAT_TEMPLATES, or tokenizer for the tokenizer's own."
+    )
     system: str | None = Field(default=None, description="Replaces the template's own system text.")
 
 
@@ -137,6 +139,11 @@ class MixturePart(_Strict):
         default=0.0, ge=0, le=1, description="Share of samples shown without their image, redrawn each epoch."
     )
     max_samples: int | None = Field(default=None, gt=0)
+    questions: Literal["record", "brief"] = Field(
+        default="record",
+        description="record: as the records ask. brief: for captions, one of LLaVA's eleven ways to ask for a brief "
+        "description, redrawn each epoch.",
+    )
 
 
 class Schedule(_Strict):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.model_toys import toy_spec, write_language_model
 
 from manyeyes.connection import VisualTokens
 from manyeyes.errors import BundleError, RecipeError, RecordError
@@ -18,6 +17,7 @@ from manyeyes.model import ManyEyesForConditionalGeneration, build_model, load_c
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.tiling import NEWLINE, PINPOINTS, TokenLayout, arrange_tokens, choose_grid, tile_image
+from tests.model_toys import toy_spec, write_language_model
 
 PLAIN = ImageTransform(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="stretch")
 AGGREGATOR = {

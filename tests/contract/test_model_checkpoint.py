@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 from timm.layers import RotaryEmbeddingCat
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -30,6 +29,7 @@ from manyeyes.model import (
     load_checkpoint,
     save_checkpoint,
 )
+from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
 Parts = tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]
 PRINT_LOGITS = """

@@ -7,10 +7,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tests.model_toys import toy_images, toy_spec, write_language_model
 from transformers import Trainer, TrainingArguments
 
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor, build_model
+from tests.model_toys import toy_images, toy_spec, write_language_model
 
 Parts = tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]
 

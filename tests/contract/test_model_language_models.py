@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 from transformers import (
     CohereConfig,
     FalconH1Config,
@@ -23,6 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from manyeyes.errors import RecipeError
 from manyeyes.language_model import compute_logits, decoder_of
 from manyeyes.model import build_model
+from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,

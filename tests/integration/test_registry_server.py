@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.evaluation_fakes import make_snapshot
-from tests.registry_store import IMAGES, make_candidate, put
 
 from manyeyes.errors import BundleError, RegistryUnreachableError
 from manyeyes.registry.tracking import connect, start_parent_run, step_run
 from manyeyes.registry.versions import champion_evidence, pull, rollback
+from tests.evaluation_fakes import make_snapshot
+from tests.registry_store import IMAGES, make_candidate, put
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 START_TIMEOUT_S = 180

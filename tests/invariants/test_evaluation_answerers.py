@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.evaluation_fakes import make_recipe, make_snapshot
-from tests.model_toys import toy_images, toy_spec, write_language_model
 
 from manyeyes.errors import RecordError
 from manyeyes.evaluation.answerers import BundleAnswerer, TorchAnswerer
@@ -22,6 +20,8 @@ from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.export.bundle import export_bundle
 from manyeyes.model import build_model, load_checkpoint, save_checkpoint
 from manyeyes.runtime.bundle import Group, load_bundle
+from tests.evaluation_fakes import make_recipe, make_snapshot
+from tests.model_toys import toy_images, toy_spec, write_language_model
 
 TOKENS = 5
 

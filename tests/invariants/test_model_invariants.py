@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.model_toys import toy_images, toy_spec, write_language_model
 from torch import Tensor
 
 from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor, build_model
 from manyeyes.recipe import ModelSpec
+from tests.model_toys import toy_images, toy_spec, write_language_model
 
 Parts = tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]
 

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from manyeyes.data.questions import ask_briefly
 from manyeyes.data.records import PLACEHOLDER, Record, Turn
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot
@@ -37,7 +38,7 @@ class Sample:
     """One record as it is shown in one epoch.
 
     Attributes:
-        record: The record, as stored.
+        record: The record, as stored; with another question where the mixture draws questions.
         turns: ``independent``: each pair sees the images and itself alone; ``chained``: pairs follow each other.
         image_dropped: Shown without its images and their placeholders.
         order: Order of the question-answer pairs; shuffled for ``chained`` samples whose images all stand in front.
@@ -136,12 +137,16 @@ class Mixture:
 
         Raises:
             IndexError: ``index`` is outside.
+            RecordError: The mixture draws questions, and the record is no caption.
             SnapshotError: The shard cannot be read there.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number, row = self._locate(epoch, index)
         part, record = self._parts[number], self._readers[number].read(row)
+        if part.questions == "brief":
+            key = int(_keys(np.asarray([row]), self._seed, number, epoch, "question")[0])
+            record = ask_briefly(record, draw=key)
         pairs = tuple(range(len(record.turns) // 2))
         if part.turns == "chained" and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
             keys = _keys(np.arange(len(pairs)), self._seed, number, epoch, row, "pairs")

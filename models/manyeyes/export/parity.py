@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import BundleError, EvaluationError
-from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor, load_checkpoint
 from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
+
+if TYPE_CHECKING:  # the gate reads reports and needs no torch
+    from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 
 _MAX_MISMATCHES = 20
 
@@ -74,6 +77,8 @@ def measure_parity(
         BundleError: The bundle is incomplete or was changed.
         RecordError: An image cannot be decoded, or a question is too long.
     """
+    from manyeyes.model import load_checkpoint
+
     chosen = list(_first_questions(groups, items))
     count = sum(len(group.questions) for group in chosen)
     if count == 0:

@@ -9,104 +9,32 @@ key-value cache evaluation, the bundle and training share (``Encoded.prefix_leng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
-from manyeyes.errors import BundleError, RecipeError, RecordError, did_you_mean
+from manyeyes.errors import RecipeError, RecordError
+from manyeyes.runtime.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, ChatTemplate, get_chat_template
+
+__all__ = [
+    "CHAT_TEMPLATES",
+    "IMAGE_PLACEHOLDER",
+    "TOKENIZER_TEMPLATE",
+    "ChatTemplate",
+    "Encoded",
+    "Turns",
+    "encode_conversation",
+    "get_chat_template",
+    "render",
+    "render_with_spans",
+    "stop_token_ids",
+]
 
 IMAGE_PLACEHOLDER = "<image>"
 
 Turns = Sequence[tuple[str, str]]
 """Speaker (``human`` or ``gpt``) and text of each turn, in order."""
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The text around turns.
-
-    A conversation reads: ``system_prefix system system_suffix``, then for each exchange ``human_prefix text
-    human_suffix gpt_prefix gpt_lead answer gpt_end gpt_after``. An empty system text takes its prefix and suffix
-    along. The beginning-of-sequence token is the tokenizer's own affair: it comes first where the tokenizer's
-    post-processor puts one.
-
-    Attributes:
-        name: Its row in ``CHAT_TEMPLATES``.
-        system: System text; a recipe may replace it.
-        system_prefix: Before the system text.
-        system_suffix: After the system text.
-        human_prefix: Before a question.
-        human_suffix: After a question.
-        gpt_prefix: Where the generation prompt ends.
-        gpt_lead: Before an answer; supervised, because the model writes it.
-        gpt_end: Ends an answer; supervised. Its last token stops generation.
-        gpt_after: After the end; not supervised.
-        images_only: Of a question only its images are kept (captioning, as in LLaVA's first stage).
-    """
-
-    name: str
-    system: str = ""
-    system_prefix: str = ""
-    system_suffix: str = ""
-    human_prefix: str = ""
-    human_suffix: str = ""
-    gpt_prefix: str = ""
-    gpt_lead: str = ""
-    gpt_end: str = ""
-    gpt_after: str = ""
-    images_only: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ChatTemplate:
-        """Read what ``as_dict`` wrote.
-
-        Raises:
-            BundleError: A field is unknown, or the name is missing.
-        """
-        names = {field.name for field in fields(cls)}
-        if not {"name"} <= set(values) <= names:
-            raise BundleError(
-                f"chat template has the fields {sorted(values)}",
-                f"name is needed, and no more than {sorted(names)}",
-                "Export the bundle again.",
-            )
-        return cls(**values)
-
-
-CHAT_TEMPLATES: dict[str, ChatTemplate] = {
-    # LLaVA's first stage: image, caption, newline (github.com/haotian-liu/LLaVA, preprocess_plain).
-    "plain": ChatTemplate(name="plain", gpt_end="\n", images_only=True),
-    # Vicuna 1.1, as LLaVA-1.5 uses it (conv_vicuna_v1).
-    "vicuna_v1": ChatTemplate(
-        name="vicuna_v1",
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        system_suffix=" ",
-        human_prefix="USER: ",
-        human_suffix=" ",
-        gpt_prefix="ASSISTANT:",
-        gpt_lead=" ",
-        gpt_end="</s>",
-    ),
-    # OpenAI's chat markup, as Qwen uses it.
-    "chatml": ChatTemplate(
-        name="chatml",
-        system="You are a helpful assistant.",
-        system_prefix="<|im_start|>system\n",
-        system_suffix="<|im_end|>\n",
-        human_prefix="<|im_start|>user\n",
-        human_suffix="<|im_end|>\n",
-        gpt_prefix="<|im_start|>assistant\n",
-        gpt_end="<|im_end|>",
-        gpt_after="\n",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -140,21 +68,6 @@ class _ImageSlot:
     """An image goes here."""
 
 
-def get_chat_template(name: str) -> ChatTemplate:
-    """A row of ``CHAT_TEMPLATES``.
-
-    Raises:
-        RecipeError: No such template; names the nearest.
-    """
-    if name not in CHAT_TEMPLATES:
-        raise RecipeError(
-            f'chat template is "{name}"',
-            "no such template",
-            f"{did_you_mean(name, CHAT_TEMPLATES)}The templates are {', '.join(CHAT_TEMPLATES)}.",
-        )
-    return CHAT_TEMPLATES[name]
-
-
 def render(template: ChatTemplate, turns: Turns, *, system: str | None = None, generation_prompt: bool = False) -> str:
     """The conversation as one text, ``<image>`` where an image goes.
 
@@ -166,9 +79,36 @@ def render(template: ChatTemplate, turns: Turns, *, system: str | None = None, g
 
     Raises:
         RecordError: Turns do not alternate, or an answer holds ``<image>``.
+        RecipeError: A system text that the template has no place for.
     """
-    pieces = _pieces(template, turns, system=system, generation_prompt=generation_prompt)
-    return "".join(piece.text if isinstance(piece, _Text) else IMAGE_PLACEHOLDER for piece in pieces)
+    return render_with_spans(template, turns, system=system, generation_prompt=generation_prompt)[0]
+
+
+def render_with_spans(
+    template: ChatTemplate, turns: Turns, *, system: str | None = None, generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as one text, and where in it the loss counts.
+
+    Args:
+        template: The text around turns.
+        turns: Speaker and text of each turn.
+        system: Replaces the template's system text.
+        generation_prompt: Whether to end where the model goes on.
+
+    Returns:
+        The text with ``<image>`` where an image goes, and start and end in characters of each supervised stretch.
+
+    Raises:
+        RecordError: Turns do not alternate, or an answer holds ``<image>``.
+        RecipeError: A system text that the template has no place for.
+    """
+    text, spans = "", []
+    for piece in _pieces(template, turns, system=system, generation_prompt=generation_prompt):
+        start = len(text)
+        text += piece.text if isinstance(piece, _Text) else IMAGE_PLACEHOLDER
+        if isinstance(piece, _Text) and piece.supervised:
+            spans.append((start, len(text)))
+    return text, spans
 
 
 def encode_conversation(
@@ -198,6 +138,7 @@ def encode_conversation(
     Raises:
         RecordError: Turns do not alternate, an answer holds ``<image>``, or there are more or fewer placeholders
             than images.
+        RecipeError: A system text that the template has no place for.
     """
     pieces = list(_pieces(template, turns, system=system, generation_prompt=generation_prompt))
     num_slots = sum(isinstance(piece, _ImageSlot) for piece in pieces)
@@ -208,7 +149,7 @@ def encode_conversation(
             "Mend the record.",
         )
     encoded = Encoded()
-    leading = _leading_ids(tokenizer)
+    leading = _leading_ids(tokenizer) if template.adds_bos else []
     encoded.input_ids.extend(leading)
     encoded.supervised.extend([False] * len(leading))
     lengths = iter(image_tokens)
@@ -228,37 +169,45 @@ def encode_conversation(
 
 
 def stop_token_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    """Ids that end an answer: the last token of ``gpt_end``.
+    """Ids that end an answer: the token of ``template.stop``, or of ``gpt_end`` without white space in front.
 
     Raises:
         RecipeError: The tokenizer has no token of its own for the end of a turn, so generation could not stop.
     """
     probe = "a" + template.gpt_end
     encoding = tokenizer.encode(probe, add_special_tokens=False)
-    start = encoding.offsets[-1][0] if encoding.offsets else 0
     # White space may stand before the token; where all is white space, the last character counts.
-    stripped = template.gpt_end.lstrip() or template.gpt_end[-1:]
-    if not stripped or start != len(probe) - len(stripped):
+    stop = template.stop or template.gpt_end.lstrip() or template.gpt_end[-1:]
+    start = probe.rfind(stop) if stop else -1
+    ids = [token for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True) if begin >= start >= 0]
+    begins = any(begin == start for begin, _ in encoding.offsets)
+    if not begins or (len(ids) > 1 and not template.stop_splits):
         raise RecipeError(
             f'chat template "{template.name}" ends a turn with {template.gpt_end!r}, which the tokenizer splits',
             "one token that ends a turn is needed",
             "Add it to the tokenizer as a special token, or choose another template.",
         )
-    return [encoding.ids[-1]]
+    return ids[:1]
 
 
 def _pieces(
     template: ChatTemplate, turns: Turns, *, system: str | None, generation_prompt: bool
 ) -> Iterator[_Text | _ImageSlot]:
     _check_turns(turns, generation_prompt=generation_prompt)
-    system = template.system if system is None else system
-    if system:
-        yield _Text(template.system_prefix + system + template.system_suffix)
-    for speaker, text in turns:
+    if generation_prompt and template.asked_as:
+        template = get_chat_template(template.asked_as)
+    opening = _system_text(template, system)
+    yield _Text(template.start)
+    if not template.system_inside:
+        yield _Text(opening)
+    for position, (speaker, text) in enumerate(turns):
+        text = text.strip() if template.trims else text
         if speaker == "human":
-            yield _Text(template.human_prefix)
-            for position, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
-                if position > 0:
+            yield _Text((template.between if position else "") + template.human_prefix)
+            if template.system_inside and position == 0:
+                yield _Text(opening)
+            for place, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+                if place > 0:
                     yield _ImageSlot()
                 if not template.images_only:
                     yield _Text(part)
@@ -266,6 +215,18 @@ def _pieces(
         else:
             yield _Text(template.gpt_lead + text + template.gpt_end, supervised=True)
             yield _Text(template.gpt_after)
+
+
+def _system_text(template: ChatTemplate, system: str | None) -> str:
+    system = template.system if system is None else system
+    system = system.strip() if template.trims else system
+    if system and not template.takes_system:
+        raise RecipeError(
+            f'system text is "{system[:40]}"',
+            f'chat template "{template.name}" has no place for one',
+            'Leave it out, or set it to "".',
+        )
+    return template.system_prefix + system + template.system_suffix if system else ""
 
 
 def _check_turns(turns: Turns, *, generation_prompt: bool) -> None:

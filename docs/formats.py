@@ -1,0 +1,84 @@
+"""Print docs/formats.md: every JSON file of ManyEyes, from the pydantic models that check it on write and read.
+
+Run ``make docs`` after changing a model; a test compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# (file, module, class, who writes it)
+FORMATS = [
+    ("summary.json", "manyeyes.steps.summary", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
+    ("scorecard.json", "manyeyes.evaluation.scorecard", "Scorecard", "the step `evaluate`"),
+    ("gate.json", "manyeyes.registry.gate", "GateReport", "the step `gate`"),
+    ("manifest.json (bundle)", "manyeyes.export.manifest", "BundleManifest", "the step `export_onnx`"),
+    ("preprocess.json (bundle)", "manyeyes.export.manifest", "PreprocessFile", "the step `export_onnx`"),
+    ("chat.json (bundle)", "manyeyes.export.manifest", "ChatFile", "the step `export_onnx`"),
+    ("parity.json", "manyeyes.export.parity", "ParityReport", "the step `export_onnx`"),
+    ("validation.json", "manyeyes.data.validation", "ValidationReport", "the step `validate_data`"),
+    ("manifest.json (snapshot)", "manyeyes.data.builders.manifest", "SnapshotManifest", "`manyeyes data build`"),
+    ("stage.json", "manyeyes.training.stage", "StageReport", "every training step"),
+    ("checkpoint.json", "manyeyes.model", "CheckpointManifest", "every training step"),
+    ("error.json", "manyeyes.steps.events", "ErrorReport", "any step that fails"),
+]
+
+
+def describe(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """One short phrase for a JSON schema."""
+    if "$ref" in schema:
+        name = schema["$ref"].split("/")[-1]
+        target = definitions[name]
+        return f"[{name}](#{name.lower()})" if "properties" in target else describe(target, definitions)
+    if "anyOf" in schema or "oneOf" in schema:
+        return " or ".join(describe(choice, definitions) for choice in schema.get("anyOf", schema.get("oneOf")))
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return " or ".join(f"`{choice}`" for choice in schema["enum"])
+    if schema.get("type") == "array":
+        if "prefixItems" in schema:
+            return "[" + ", ".join(describe(item, definitions) for item in schema["prefixItems"]) + "]"
+        return f"list of {describe(schema['items'], definitions)}" if "items" in schema else "list"
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"map of {describe(schema['additionalProperties'], definitions)}"
+    return str(schema.get("type", "any"))
+
+
+def table(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """A Markdown table of the fields of one object."""
+    required = set(schema.get("required", []))
+    lines = ["| field | type | meaning |", "| --- | --- | --- |"]
+    for name, field in schema["properties"].items():
+        meaning = field.get("description", "")
+        if name not in required and "default" in field:
+            meaning += f" Default: `{field['default']}`." if field["default"] not in (None, "") else ""
+        kind = describe(field, definitions).replace("|", "\\|")
+        lines.append(f"| `{name}` | {kind} | {meaning.strip()} |")
+    return lines
+
+
+def render() -> str:
+    """The whole document."""
+    lines = [
+        "# JSON files",
+        "",
+        "Every file below is written and read through one pydantic model: an unknown or missing field is an error that",
+        "names it. This page is generated from those models by `make docs`.",
+    ]
+    for title, module, class_name, writer in FORMATS:
+        model = getattr(importlib.import_module(module), class_name)
+        schema = model.model_json_schema(mode="serialization")
+        definitions = schema.get("$defs", {})
+        lines += ["", f"## {title}", "", f"Written by {writer}. {schema.get('description', '').splitlines()[0]}", ""]
+        lines += table(schema, definitions)
+        for name, definition in definitions.items():
+            if "properties" in definition:
+                summary = (definition.get("description") or "").splitlines()[:1]
+                lines += ["", f"### {name}", "", *summary, *([""] if summary else []), *table(definition, definitions)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(render(), end="")
