@@ -1,0 +1,194 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from manyeyes.errors import RecipeError
+from manyeyes.modeling import ManyEyesForConditionalGeneration
+from manyeyes.recipe import StageSpec
+from manyeyes.training.batches import Batch, BatchBuilder
+from manyeyes.training.optimizer import schedule_factor, set_learning_rates
+from manyeyes.training.processes import Processes
+from manyeyes.training.running import HistoryPoint, RunningState, load_running, save_running
+
+HISTORY_POINTS = 100
+PROGRESS_EVERY_S = 1.0
+
+
+class Progress(BaseModel):
+    """How far a stage is; for people and for MLflow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str = Field(description="prealign, pretrain or sft.")
+    encoder: str | None = Field(description="The encoder that prealign trains.")
+    step: int = Field(description="Optimizer steps done.")
+    steps: int = Field(description="Optimizer steps of the stage.")
+    loss: float = Field(description="Loss at this step, nats a supervised token.")
+    learning_rate: float = Field(description="The highest of the groups' rates.")
+    grad_norm: float = Field(description="Norm of the gradient, before clipping.")
+    samples_per_s: float = Field(description="Samples a second in this attempt.")
+    eta_s: float = Field(description="Seconds until the last step at this speed.")
+    seconds: float = Field(description="Seconds trained so far, over all attempts.")
+
+
+def train(
+    model: ManyEyesForConditionalGeneration,
+    builder: BatchBuilder,
+    stage: StageSpec,
+    *,
+    steps: int,
+    num_samples: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+    folder: Path,
+    seed: int,
+    report: Callable[[int, HistoryPoint, float, float], None],
+) -> tuple[RunningState, int]:
+    """Train the parameters of a stage, from its newest running checkpoint where there is one.
+
+    Every step draws its batch and its random numbers from its own number alone, so a resumed run repeats an unbroken
+    one bit for bit (on CPU, with the same number of threads).
+
+    Args:
+        model: Frozen but for ``parameters``.
+        builder: Batches by position in the stream of samples.
+        stage: Batch size, schedule and the like.
+        steps: Optimizer steps.
+        num_samples: Samples in all; the last step takes what is left.
+        parameters: Those that train, by name.
+        optimizer: Over them.
+        processes: Who else takes part.
+        folder: The stage's working folder, for running checkpoints.
+        seed: Of dropout and the like.
+        report: Called about once a second with steps done, the current figures, samples a second and seconds so far.
+
+    Returns:
+        The state after the last step (its sha256 is empty), and the step that this attempt began at.
+
+    Raises:
+        RecipeError: The loss is no longer a finite number.
+        StorageError: No space for a running checkpoint; the one before is untouched.
+    """
+    found = load_running(folder, parameters=parameters, optimizer=optimizer)
+    begin = found.step if found else 0
+    history = list(found.history) if found else []
+    first_loss, seconds_before = (found.first_loss, found.seconds) if found else (math.nan, 0.0)
+    trained = list(parameters.values())
+    started = saved = reported = marked = time.monotonic()
+    losses, samples, samples_since_mark = [], 0, 0
+    every = max(1, steps // HISTORY_POINTS)
+    for step in range(begin, steps):
+        torch.manual_seed(_step_seed(seed, step, processes.rank))
+        rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
+        positions = range(step * stage.batch_size, min((step + 1) * stage.batch_size, num_samples))
+        batches = _micro_batches(builder, positions[processes.rank :: processes.size], stage)
+        total = processes.sum(torch.tensor([float(sum(batch.num_supervised for batch in batches))])).item()
+        step_loss = torch.zeros(1)
+        for batch in batches:
+            with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
+                loss = summed_loss(model, batch, device=processes.device) / max(1.0, total)
+            if loss.requires_grad:  # not where only encoders train and no sample shows its image
+                loss.backward()
+            step_loss += loss.detach().cpu()
+        processes.sum_gradients(trained)
+        norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
+        loss_value = processes.sum(step_loss).item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm)):
+            raise RecipeError(
+                f"loss {loss_value} and gradient norm {norm} at step {step + 1}",
+                "finite numbers are needed",
+                "Lower the learning rates or raise schedule.warmup_ratio.",
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+        losses.append(loss_value)
+        if step == 0:
+            first_loss = loss_value
+        samples += len(positions)
+        samples_since_mark += len(positions)
+        now = time.monotonic()
+        done, last = step + 1, step + 1 == steps
+        point = HistoryPoint(
+            step=done, loss=loss_value, learning_rate=rate, grad_norm=norm, samples_per_s=samples / (now - started)
+        )
+        if done % every == 0 or last:
+            speed = samples_since_mark / (now - marked)
+            history.append(point.model_copy(update={"loss": sum(losses) / len(losses), "samples_per_s": speed}))
+            losses, samples_since_mark, marked = [], 0, now
+        if processes.is_main and (now - reported >= PROGRESS_EVERY_S or last):
+            report(done, point, point.samples_per_s, seconds_before + now - started)
+            reported = now
+        if processes.is_main and not last and now - saved >= stage.checkpoint_every_s and not losses:
+            save_running(
+                folder,
+                step=done,
+                seconds=seconds_before + now - started,
+                first_loss=first_loss,
+                history=history,
+                parameters=parameters,
+                optimizer=optimizer,
+            )
+            saved = time.monotonic()
+    seconds = seconds_before + time.monotonic() - started
+    state = RunningState(step=steps, seconds=seconds, first_loss=first_loss, history=tuple(history), sha256="")
+    return state, begin
+
+
+def summed_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device) -> Tensor:
+    """Loss summed over the supervised tokens of a batch.
+
+    Images run through the encoders once. Independent samples share the prefix that ends with their images; chained
+    ones run as whole rows.
+    """
+    visual_tokens = None
+    if batch.pixel_values:
+        visual_tokens = model.encode_images({name: pixels.to(device) for name, pixels in batch.pixel_values.items()})
+    losses: list[Tensor | None] = []
+    if batch.prefixes is not None:
+        prefixes = {name: tensor.to(device) for name, tensor in batch.prefixes.items()}
+        spans = prefixes["image_spans"]
+        cache = model.prefill_prefix(
+            prefixes["input_ids"],
+            prefixes["attention_mask"],
+            visual_tokens=visual_tokens if len(spans) else None,
+            image_spans=spans if len(spans) else None,
+        )
+        for bucket in batch.branches:
+            branches = {name: tensor.to(device) for name, tensor in bucket.items()}
+            losses.append(model.forward_branches(cache, prefixes["attention_mask"], **branches).loss)
+    if batch.chains is not None:
+        chains = {name: tensor.to(device) for name, tensor in batch.chains.items()}
+        spans = chains["image_spans"]
+        losses.append(
+            model(
+                input_ids=chains["input_ids"],
+                attention_mask=chains["attention_mask"],
+                visual_tokens=visual_tokens if len(spans) else None,
+                image_spans=spans if len(spans) else None,
+                labels=chains["labels"],
+                use_cache=False,
+                num_items_in_batch=1,
+            ).loss
+        )
+    return torch.stack([loss for loss in losses if loss is not None]).sum()
+
+
+def _micro_batches(builder: BatchBuilder, positions: Sequence[int], stage: StageSpec) -> list[Batch]:
+    size = stage.micro_batch_size or stage.batch_size
+    return [builder.build(positions[start : start + size]) for start in range(0, len(positions), size)]
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")

@@ -1,0 +1,373 @@
+"""Runs one training stage of a recipe, from its inputs to its result, through any number of kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.data.mixture import Mixture
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.encoders import Encoder, load_encoder_weights
+from manyeyes.errors import CheckpointError, RecipeError, did_you_mean
+from manyeyes.model import (
+    ManyEyesForConditionalGeneration,
+    ManyEyesProcessor,
+    build_model,
+    checkpoint_digest,
+    load_checkpoint,
+    save_checkpoint,
+)
+from manyeyes.recipe import Recipe, StageName, StageSpec
+from manyeyes.storage import new_folder
+from manyeyes.training.batches import BatchBuilder
+from manyeyes.training.loop import Progress, train
+from manyeyes.training.optimizer import build_optimizer, freeze_others, learning_rates
+from manyeyes.training.processes import Processes, training_processes
+from manyeyes.training.running import HistoryPoint, drop_running, stage_lock
+
+ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
+
+
+class StageReport(BaseModel):
+    """``stage.json``: what a stage did."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: StageName = Field(description="prealign, pretrain or sft.")
+    encoder: str | None = Field(description="The encoder that prealign trained; null for other stages.")
+    stage_digest: str = Field(description="sha256 over everything that determines the result, hexadecimal.")
+    steps: int = Field(description="Optimizer steps.")
+    samples: int = Field(description="Samples seen, each epoch counted.")
+    seconds: float = Field(description="Seconds of training over all attempts, loading and saving left out.")
+    resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
+    first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
+    final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
+    checkpoint_digest: str = Field(description="Digest of the checkpoint, or of the encoder that prealign made.")
+    trainable_parameters: dict[str, int] = Field(description="Trained parameters by group.")
+    history: tuple[HistoryPoint, ...] = Field(description="At most about a hundred points.")
+
+
+class EncoderFacts(BaseModel):
+    """``encoder.json`` beside a prealigned encoder's ``encoder.safetensors``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Its name in the recipe.")
+    encoder: str = Field(description="Row of ENCODERS.")
+    image_size: int = Field(description="Pixels a side.")
+    sha256: str = Field(description="Of encoder.safetensors, hexadecimal.")
+
+
+def run_stage(
+    recipe: Recipe,
+    stage: StageName,
+    *,
+    snapshot: Snapshot,
+    code_digest: str,
+    out: Path,
+    work_dir: Path,
+    encoder: str | None = None,
+    encoder_checkpoints: Mapping[str, Path] | None = None,
+    checkpoint: Path | None = None,
+    quarantine: frozenset[str] = frozenset(),
+    on_progress: Callable[[Progress], None] | None = None,
+) -> StageReport:
+    """Run a stage, or go on with it where a killed run left off, or hand out the result of a finished one.
+
+    Args:
+        recipe: What the model is and how the stage trains it.
+        stage: ``prealign`` trains one encoder with a projector of its own; ``pretrain`` and ``sft`` the whole model.
+        snapshot: Training data and pretrained parts.
+        code_digest: Of the code; another code trains anew.
+        out: Folder to write. ``prealign``: ``encoder.safetensors`` and ``encoder.json``; else a checkpoint. Both with
+            ``stage.json``.
+        work_dir: Where running checkpoints live, under the stage's digest.
+        encoder: For ``prealign``, the encoder's name in the recipe.
+        encoder_checkpoints: Results of ``prealign`` by encoder name; used where the model is built.
+        checkpoint: Result of the stage before. The model is built from the recipe when left out.
+        quarantine: Ids of samples to leave out.
+        on_progress: Called about once a second, and after the last step, by the main process.
+
+    Returns:
+        What ``stage.json`` says.
+
+    Raises:
+        RecipeError: The recipe lacks the stage or the encoder, or the loss is no longer finite.
+        CheckpointError: An input checkpoint is missing, incomplete or of another encoder.
+        LockedError: Another process trains this very stage.
+        StorageError: No space; the last running checkpoint is untouched.
+        SnapshotError: A shard cannot be read.
+    """
+    spec = _stage_spec(recipe, stage, encoder)
+    job = _Job(
+        recipe=recipe,
+        stage=stage,
+        spec=spec,
+        snapshot=snapshot,
+        encoder=encoder,
+        encoder_checkpoints=dict(encoder_checkpoints or {}),
+        checkpoint=checkpoint,
+        quarantine=quarantine,
+        code_digest=code_digest,
+    )
+    folder = work_dir / job.digest()
+    done = folder / "done"
+    with training_processes() as processes, _owned(folder, processes):
+        if not done.exists():
+            _train_and_save(job, folder, done, processes=processes, on_progress=on_progress)
+        processes.wait()
+        if processes.is_main:
+            drop_running(folder)
+            _copy(done, out)
+        processes.wait()
+        return read_report(done)
+
+
+def read_report(path: Path) -> StageReport:
+    """Read ``stage.json`` of a stage's result.
+
+    Raises:
+        CheckpointError: Missing or broken.
+    """
+    try:
+        return StageReport.model_validate_json((path / STAGE_REPORT).read_text())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path / STAGE_REPORT} cannot be read ({error})", "the report of a stage", "Run the stage again."
+        ) from error
+
+
+def encoder_digest(path: Path) -> str:
+    """Digest of a prealigned encoder: sha256 over its weights and facts.
+
+    Args:
+        path: Folder that ``prealign`` wrote.
+
+    Raises:
+        CheckpointError: Missing, incomplete or changed.
+    """
+    facts = _read_encoder_facts(path)
+    return hashlib.sha256(facts.model_dump_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that determines a stage's result."""
+
+    recipe: Recipe
+    stage: StageName
+    spec: StageSpec
+    snapshot: Snapshot
+    encoder: str | None
+    encoder_checkpoints: Mapping[str, Path]
+    checkpoint: Path | None
+    quarantine: frozenset[str]
+    code_digest: str
+
+    @property
+    def seed(self) -> int:
+        """Each stage and encoder draws other numbers."""
+        text = f"{self.recipe.seed}/{self.stage}/{self.encoder or ''}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    def digest(self) -> str:
+        inputs = {name: encoder_digest(path) for name, path in sorted(self.encoder_checkpoints.items())}
+        facts = {
+            "model": self.recipe.model.model_dump(mode="json"),
+            "stage": self.stage,
+            # How often it saves does not change what it learns.
+            "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s"}),
+            "seed": self.seed,
+            "encoder": self.encoder,
+            "data_md5": self.snapshot.md5,
+            "quarantine": sorted(self.quarantine),
+            "code_digest": self.code_digest,
+            "encoder_checkpoints": inputs,
+            "checkpoint": checkpoint_digest(self.checkpoint) if self.checkpoint else None,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _stage_spec(recipe: Recipe, stage: StageName, encoder: str | None) -> StageSpec:
+    present = dict(recipe.present_stages())
+    if stage not in present:
+        raise RecipeError(
+            f'recipe "{recipe.name}" has no stage "{stage}"', f"its stages are {', '.join(present)}", "Run one of them."
+        )
+    known = recipe.prealigned_encoders()
+    if stage == "prealign" and encoder not in known:
+        raise RecipeError(
+            f'encoder is "{encoder}"',
+            f"prealign trains {', '.join(known)}",
+            did_you_mean(encoder or "", known) or "Name one of them.",
+        )
+    if stage != "prealign" and encoder is not None:
+        raise RecipeError(
+            f'stage "{stage}" with encoder "{encoder}"', "it trains the whole model", "Leave encoder out."
+        )
+    return present[stage]
+
+
+@contextmanager
+def _owned(folder: Path, processes: Processes) -> Iterator[None]:
+    with stage_lock(folder) if processes.is_main else nullcontext():
+        processes.wait()
+        yield
+
+
+def _train_and_save(
+    job: _Job,
+    folder: Path,
+    done: Path,
+    *,
+    processes: Processes,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    spec = job.spec
+    model, processor = _build(job)
+    groups = model.parameter_groups()
+    rates = learning_rates(spec.train, groups)
+    parameters = freeze_others(groups, rates)
+    model.to(processes.device).train()
+    for group in groups:
+        if group not in rates:
+            model.get_submodule(group).eval()
+    mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
+    num_samples = spec.epochs * len(mixture)
+    steps = math.ceil(num_samples / spec.batch_size)
+    if spec.max_steps is not None and spec.max_steps < steps:
+        steps, num_samples = spec.max_steps, spec.max_steps * spec.batch_size
+
+    def report(step: int, point: HistoryPoint, speed: float, seconds: float) -> None:
+        if on_progress is not None:
+            on_progress(
+                Progress(
+                    stage=job.stage,
+                    encoder=job.encoder,
+                    step=step,
+                    steps=steps,
+                    loss=point.loss,
+                    learning_rate=point.learning_rate,
+                    grad_norm=point.grad_norm,
+                    samples_per_s=speed,
+                    eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / speed,
+                    seconds=seconds,
+                )
+            )
+
+    state, begin = train(
+        model,
+        BatchBuilder(mixture, processor),
+        spec,
+        steps=steps,
+        num_samples=num_samples,
+        parameters=parameters,
+        optimizer=build_optimizer(groups, rates, spec),
+        processes=processes,
+        folder=folder,
+        seed=job.seed,
+        report=report,
+    )
+    if not processes.is_main:
+        return
+    model.to("cpu").eval()
+    with new_folder(done) as new:
+        result = new / "result"
+        digest = save_checkpoint(model, processor, result) if job.encoder is None else _save_encoder(model, job, result)
+        for file in list(result.iterdir()):
+            file.rename(new / file.name)
+        result.rmdir()
+        stage_report = StageReport(
+            stage=job.stage,
+            encoder=job.encoder,
+            stage_digest=folder.name,
+            steps=steps,
+            samples=num_samples,
+            seconds=state.seconds,
+            resumed_from_step=begin or None,
+            first_loss=state.first_loss,
+            final_loss=state.history[-1].loss,
+            checkpoint_digest=digest,
+            trainable_parameters={group: sum(parameter.numel() for _, parameter in groups[group]) for group in rates},
+            history=state.history,
+        )
+        (new / STAGE_REPORT).write_text(stage_report.model_dump_json(indent=2) + "\n")
+
+
+def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    if job.checkpoint is not None:
+        return load_checkpoint(job.checkpoint)
+    model, processor = build_model(
+        job.recipe.model,
+        snapshot_path=job.snapshot.path,
+        seed=job.seed,
+        encoders=None if job.encoder is None else [job.encoder],
+    )
+    for name, path in job.encoder_checkpoints.items():
+        _load_encoder(model, name, path)
+    return model, processor
+
+
+def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path) -> str:
+    assert job.encoder is not None
+    entry = next(entry for entry in model.config.encoders or [] if entry["name"] == job.encoder)
+    encoder = model.encoders[job.encoder]
+    with new_folder(path) as folder:
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
+        facts = EncoderFacts(
+            name=job.encoder,
+            encoder=entry["encoder"],
+            image_size=entry["image_size"],
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        (folder / ENCODER_WEIGHTS).write_bytes(data)
+        (folder / ENCODER_FACTS).write_text(facts.model_dump_json(indent=2) + "\n")
+    return encoder_digest(path)
+
+
+def _load_encoder(model: ManyEyesForConditionalGeneration, name: str, path: Path) -> None:
+    facts = _read_encoder_facts(path)
+    entry = next((entry for entry in model.config.encoders or [] if entry["name"] == name), None)
+    found = (facts.name, facts.encoder, facts.image_size)
+    if entry is None or found != (name, entry["encoder"], entry["image_size"]):
+        raise CheckpointError(
+            f'{path} holds encoder "{facts.name}" ({facts.encoder}, {facts.image_size} pixels)',
+            f'"{name}" of this recipe is needed',
+            "Run prealign with this recipe.",
+        )
+    encoder = model.encoders[name]
+    assert isinstance(encoder, Encoder)
+    load_encoder_weights(encoder, facts.encoder, path / ENCODER_WEIGHTS)
+
+
+def _read_encoder_facts(path: Path) -> EncoderFacts:
+    try:
+        facts = EncoderFacts.model_validate_json((path / ENCODER_FACTS).read_text())
+        found = hashlib.sha256((path / ENCODER_WEIGHTS).read_bytes()).hexdigest()
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path} is not a prealigned encoder ({error})", f"{ENCODER_FACTS} and {ENCODER_WEIGHTS}", "Run prealign."
+        ) from error
+    if found != facts.sha256:
+        raise CheckpointError(
+            f"{path / ENCODER_WEIGHTS} has sha256 {found}", f"{facts.sha256} in {ENCODER_FACTS}", "Run prealign again."
+        )
+    return facts
+
+
+def _copy(source: Path, out: Path) -> None:
+    with new_folder(out) as folder:
+        for file in source.rglob("*"):
+            if file.is_file():
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
