@@ -1,0 +1,91 @@
+"""``manyeyes run`` killed with kill -9 in every stage, and started again: the weights of a run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from manyeyes.steps.events import EventReader
+from tests.pipelines.checkout import Checkout, is_alive
+
+STAGES = ["prealign_encoder[vit]", "pretrain_projector", "sft"]
+# Enough steps that each stage can be killed in the middle of its training.
+LONGER = [
+    *("--set", "stages.prealign.max_steps=300", "--set", "stages.prealign.epochs=80"),
+    *("--set", "stages.pretrain.max_steps=300", "--set", "stages.pretrain.epochs=80"),
+    *("--set", "stages.sft.max_steps=300", "--set", "stages.sft.epochs=80"),
+    *("--set", "stages.prealign.checkpoint_every_s=0.2", "--set", "stages.pretrain.checkpoint_every_s=0.2"),
+    *("--set", "stages.sft.checkpoint_every_s=0.2"),
+]
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def processes_in(folder: Path) -> set[int]:
+    """Processes whose working directory is ``folder``."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and is_alive(int(entry.name)):
+            try:
+                if (entry / "cwd").resolve() == folder.resolve():
+                    found.add(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def kill_in(stage: str, checkout: Checkout) -> None:
+    """Start the run, kill the command in the middle of ``stage``, and see that nothing goes on."""
+    process = checkout.start("run", "--recipe", "toy.yaml", *LONGER)
+    latest, seen, deadline = checkout.path / "runs" / "latest", None, time.monotonic() + 400
+    before = latest.resolve() if latest.exists() else None
+    while True:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{stage} did not begin"
+        time.sleep(0.1)
+        if not latest.exists() or latest.resolve() == before:
+            continue
+        seen = seen or EventReader(latest.resolve())
+        if any(event.step == stage and event.figure.startswith("step ") for event in seen.read_new()):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while processes_in(checkout.path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    orphans = processes_in(checkout.path)
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+    assert not orphans, "a process went on after its run was killed"
+
+
+def digest_of(checkout: Checkout) -> tuple[str, int | None]:
+    """Checkpoint digest of the latest run's sft stage, and the step that it went on from."""
+    reports = sorted((checkout.path / "runs" / "work").glob("*/done/stage.json"))
+    sft = [report for report in (json.loads(path.read_text()) for path in reports) if report["stage"] == "sft"]
+    assert len(sft) == 1
+    return sft[0]["checkpoint_digest"], sft[0]["resumed_from_step"]
+
+
+def test_run_killed_in_every_stage_equals_one_that_never_was(toy_checkout: Checkout, tmp_path: Path) -> None:
+    killed = Checkout(tmp_path / "killed", toy_checkout.library, toy_checkout.environment)
+    shutil.copytree(toy_checkout.path, killed.path, ignore=shutil.ignore_patterns("runs"))
+    for stage in STAGES:
+        kill_in(stage, killed)
+    for checkout in (killed, toy_checkout):
+        code, output = checkout.run("run", "--recipe", "toy.yaml", *LONGER)
+        assert code == 0, output + checkout.log()[-4000:]
+    found, resumed = digest_of(killed)
+    expected, never = digest_of(toy_checkout)
+    assert found == expected
+    assert resumed is not None
+    assert never is None
+    # Loaders and evaluation give the same, too.
+    assert killed.summary().bundle_scorecard == toy_checkout.summary().bundle_scorecard
