@@ -23,7 +23,7 @@ run: setup ## the main job: recipe tiny from versioned data to a promoted bundle
 	@$(BIN)/manyeyes run train --recipe tiny
 
 test: setup ## all tests that need no outside service
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration"
 
 check: setup ## formatting, lint, types, import layers
 	@$(BIN)/ruff format --check .

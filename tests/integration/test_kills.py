@@ -23,6 +23,8 @@ LONGER = [
     *("--set", "stages.prealign.checkpoint_every_s=0.2", "--set", "stages.pretrain.checkpoint_every_s=0.2"),
     *("--set", "stages.sft.checkpoint_every_s=0.2"),
 ]
+# As on a machine of two cores and more.
+TWO_PROCESSES = {"MANYEYES_PROCESSES": "2"}
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -42,7 +44,7 @@ def processes_in(folder: Path) -> set[int]:
 
 def kill_in(stage: str, checkout: Checkout) -> None:
     """Start the run, kill the command in the middle of ``stage``, and see that nothing goes on."""
-    process = checkout.start("run", "--recipe", "toy.yaml", *LONGER)
+    process = checkout.start("run", "--recipe", "toy.yaml", *LONGER, **TWO_PROCESSES)
     latest, seen, deadline = checkout.path / "runs" / "latest", None, time.monotonic() + 400
     before = latest.resolve() if latest.exists() else None
     while True:
@@ -80,7 +82,7 @@ def test_run_killed_in_every_stage_equals_one_that_never_was(toy_checkout: Check
     for stage in STAGES:
         kill_in(stage, killed)
     for checkout in (killed, toy_checkout):
-        code, output = checkout.run("run", "--recipe", "toy.yaml", *LONGER)
+        code, output = checkout.run("run", "--recipe", "toy.yaml", *LONGER, **TWO_PROCESSES)
         assert code == 0, output + checkout.log()[-4000:]
     found, resumed = digest_of(killed)
     expected, never = digest_of(toy_checkout)

@@ -16,7 +16,7 @@ def pretrain_encoder(
     data_folder: str = "",
     data_md5: str = "",
     data_remote: str = "",
-    seed: int = 0,
+    seed: int = 1,
 ) -> StepResult:
     """Train an encoder to fill in masked patches.
 

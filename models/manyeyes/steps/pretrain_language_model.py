@@ -15,7 +15,7 @@ def pretrain_language_model(
     data_folder: str = "",
     data_md5: str = "",
     data_remote: str = "",
-    seed: int = 0,
+    seed: int = 1,
 ) -> StepResult:
     """Train a small language model and its tokenizer on the training set's text and on documentation.
 

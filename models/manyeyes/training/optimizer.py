@@ -69,7 +69,9 @@ def build_optimizer(groups: ParameterGroups, rates: Mapping[str, float], stage: 
         for parameters, decay in ((matrices, stage.weight_decay), (others, 0.0)):
             if parameters:
                 parameter_groups.append({"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(parameter_groups, betas=(0.9, 0.999), fused=True)
+    # The second beta of language model training (LLaMA, arXiv:2302.13971): 0.999 averages over more steps than a short
+    # stage has. docs/log.md has the trial.
+    return torch.optim.AdamW(parameter_groups, betas=(0.9, 0.95), fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -47,10 +47,10 @@ class LanguageModelPlan:
     heads: int = 4
     feed_forward: int = 352
     max_positions: int = 1024
-    steps: int = 2500
-    turn_rows: int = 96
-    text_rows: int = 4
-    text_tokens: int = 128
+    steps: int = 800
+    turn_rows: int = 128
+    text_rows: int = 12
+    text_tokens: int = 96
     learning_rate: float = 3e-3
     other_weight: float = 0.3
 
