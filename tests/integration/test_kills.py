@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -44,7 +45,19 @@ def processes_in(folder: Path) -> set[int]:
 
 def kill_in(stage: str, checkout: Checkout) -> None:
     """Start the run, kill the command in the middle of ``stage``, and see that nothing goes on."""
-    process = checkout.start("run", "--recipe", "toy.yaml", *LONGER, **TWO_PROCESSES)
+    with checkout.start("run", "--recipe", "toy.yaml", *LONGER, **TWO_PROCESSES) as process:
+        kill_during(stage, process, checkout)
+    deadline = time.monotonic() + 30
+    while processes_in(checkout.path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    orphans = processes_in(checkout.path)
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+    assert not orphans, "a process went on after its run was killed"
+
+
+def kill_during(stage: str, process: subprocess.Popen[str], checkout: Checkout) -> None:
+    """Wait for a training step of ``stage``, then kill -9 the command."""
     latest, seen, deadline = checkout.path / "runs" / "latest", None, time.monotonic() + 400
     before = latest.resolve() if latest.exists() else None
     while True:
@@ -57,15 +70,7 @@ def kill_in(stage: str, checkout: Checkout) -> None:
         if any(event.step == stage and event.figure.startswith("step ") for event in seen.read_new()):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while processes_in(checkout.path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    orphans = processes_in(checkout.path)
-    for pid in orphans:
-        os.kill(pid, signal.SIGKILL)
-    assert not orphans, "a process went on after its run was killed"
+    process.kill()
 
 
 def digest_of(checkout: Checkout) -> tuple[str, int | None]:
