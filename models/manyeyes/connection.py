@@ -193,13 +193,40 @@ def connect(
     cells = torch.arange(tokens.shape[0] * tokens.shape[1], device=tokens.device).view(tokens.shape[:2])
     if layout is not None:
         newline = connection.newline
-        if newline is None and bool((layout == NEWLINE).any()):
+        # The exporter cannot look into a tensor; in a bundle the layout comes from the recipe that the newline is from.
+        if newline is None and not torch.compiler.is_exporting() and bool((layout == NEWLINE).any()):
             raise ShapeError("a layout with newlines", "this model has no newline token", "Set model.layout.newline.")
         flat = tokens.flatten(0, 1)
         # The newline is the last row, which is where -1 points.
         table = flat if newline is None else torch.cat([flat, newline.to(flat.dtype)[None]])
         tokens, cells = table[layout], layout
     return tokens if windows is None else VisualTokens(tokens=tokens, windows=windows, cells=cells)
+
+
+def place_visual_tokens(
+    embeds_BTD: Tensor, visual_tokens: Tensor | VisualTokens | None, image_spans: Tensor | None
+) -> Tensor:
+    """Token embeddings with visual tokens in their places.
+
+    Args:
+        embeds_BTD: Embeddings of the text; anything at image spans.
+        visual_tokens: ``[I, N, D]``.
+        image_spans: ``[S, 4]``: row, start and length in tokens, and image; an image may stand in several rows.
+
+    Raises:
+        ShapeError: Spans without visual tokens or the reverse, or a span longer than N.
+    """
+    if visual_tokens is not None and image_spans is None:
+        raise ShapeError("images without image_spans", "spans say where they go", "Pass both, or neither.")
+    if image_spans is None or image_spans.shape[0] == 0:
+        return embeds_BTD
+    if visual_tokens is None:
+        raise ShapeError("image_spans without images", "pixels or visual tokens are needed", "Pass both, or neither.")
+    if isinstance(visual_tokens, VisualTokens):
+        visual_tokens = visual_tokens.tokens
+    places, wanted, image = span_places(image_spans, num_tokens=visual_tokens.shape[1], width=embeds_BTD.shape[1])
+    values = visual_tokens[image][wanted].to(embeds_BTD.dtype)
+    return embeds_BTD.flatten(0, 1).index_put((places,), values).view_as(embeds_BTD)
 
 
 def window_index(visual: VisualTokens, image_spans: Tensor, *, rows: int, width: int) -> Tensor:

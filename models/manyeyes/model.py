@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, encoder_transform, load_encoder_weights
@@ -33,8 +34,9 @@ from manyeyes.modeling import (
     ManyEyesOutput,
     build_encoders,
 )
-from manyeyes.processor import ManyEyesProcessor
-from manyeyes.recipe import EncoderSpec, FusionSpec, ModelSpec
+from manyeyes.processor import SHARED, ManyEyesProcessor
+from manyeyes.recipe import EncoderSpec, FusionSpec, LayoutSpec, ModelSpec, SharedSpec
+from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.tiling import TokenLayout
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
@@ -48,9 +50,11 @@ __all__ = [
     "ManyEyesOutput",
     "ManyEyesProcessor",
     "build_model",
+    "build_skeleton",
     "checkpoint_digest",
     "load_checkpoint",
     "save_checkpoint",
+    "write_manifest",
 ]
 
 MANIFEST = "checkpoint.json"
@@ -88,12 +92,6 @@ def build_model(
         SourceError: A pretrained part cannot be had or does not fit.
         ShapeError: Parts do not fit together.
     """
-    if spec.preprocess != "independent":
-        raise RecipeError(
-            f'model.preprocess is "{spec.preprocess}"',
-            "only independent is built so far",
-            "Set model.preprocess to independent.",
-        )
     chosen = _choose_encoders(spec, encoders)
     path, pretrained = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path)
     tokenizer = load_tokenizer(path)
@@ -103,16 +101,8 @@ def build_model(
         with _without_progress_bars():
             language_model = load_language_model(path, pretrained=pretrained)
         text_config = language_model.config
-        config = ManyEyesConfig(
-            text_config=text_config,
-            encoders=[_encoder_entry(entry) for entry in chosen],
-            fusion=_fusion_entry(spec, chosen),
-            projector=spec.projector.model_dump(),
-            reinjection=spec.reinjection.model_dump()
-            if spec.reinjection and len(chosen) == len(spec.encoders)
-            else None,
-            layout=_layout_entry(spec, chosen),
-            image_token_id=find_image_token_id(tokenizer, text_config),
+        config = _configure(
+            spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
         )
         # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
         with torch.device("meta"):
@@ -122,22 +112,23 @@ def build_model(
         model.encoders = build_encoders(config.encoders)
         model.connect()
     for entry in chosen:
-        weights = resolve_source(entry.source, snapshot_path=snapshot_path, files=encoder_row(entry.encoder).files)
+        row = encoder_row(entry.encoder)
+        weights = resolve_source(
+            entry.source, snapshot_path=snapshot_path, files=row.files, parts=list(row.parts.values())
+        )
         if weights is not None:
             encoder = model.encoders[entry.name]
             assert isinstance(encoder, Encoder)
             load_encoder_weights(encoder, entry.encoder, weights)
     processor = ManyEyesProcessor(
         tokenizer,
-        transforms={
-            entry.name: encoder_transform(entry.encoder, image_size=entry.image_size).as_dict() for entry in chosen
-        },
+        transforms={name: transform.as_dict() for name, transform in _image_transforms(spec, chosen).items()},
         template=spec.chat.template,
         system=spec.chat.system,
         num_image_tokens=model.num_image_tokens,
         image_token_id=config.image_token_id,
         max_length=spec.language_model.max_length,
-        layout=config.layout,
+        layout=_processor_layout(config),
         sends_image_sizes=model.fusion.uses_image_sizes,
     )
     generation = model.generation_config
@@ -145,6 +136,25 @@ def build_model(
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
     return model.eval(), processor
+
+
+def build_skeleton(
+    spec: ModelSpec, *, text_config: PreTrainedConfig, encoders: Sequence[str] | None = None
+) -> ManyEyesForConditionalGeneration:
+    """Make a recipe's model on the meta device: true sizes, no memory, no weights and no network.
+
+    Args:
+        spec: What the model is.
+        text_config: The language model's configuration.
+        encoders: Only these, by their names in the recipe (prealign); all when left out.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, option or name in ``encoders``.
+        ShapeError: Parts do not fit together.
+    """
+    config = _configure(spec, _choose_encoders(spec, encoders), text_config=text_config, image_token_id=0)
+    with torch.device("meta"):
+        return ManyEyesForConditionalGeneration(config)
 
 
 def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor, path: Path) -> str:
@@ -178,9 +188,22 @@ def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyes
                 f"{path} cannot be written ({error})", "space and permission to write there", "Free some space."
             ) from error
         processor.save_pretrained(folder)
-        files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-        manifest = CheckpointManifest(files=files, digest=_digest(files))
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        digest = write_manifest(folder)
+    return digest
+
+
+def write_manifest(folder: Path) -> str:
+    """Write ``checkpoint.json`` over every file that is in a folder now.
+
+    Args:
+        folder: Holds a whole checkpoint.
+
+    Returns:
+        The checkpoint's digest.
+    """
+    files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    manifest = CheckpointManifest(files=files, digest=_digest(files))
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     return manifest.digest
 
 
@@ -248,6 +271,21 @@ def checkpoint_digest(path: Path) -> str:
     return manifest.digest
 
 
+def _configure(
+    spec: ModelSpec, chosen: Sequence[EncoderSpec], *, text_config: PreTrainedConfig, image_token_id: int
+) -> ManyEyesConfig:
+    return ManyEyesConfig(
+        text_config=text_config,
+        encoders=[_encoder_entry(entry) for entry in chosen],
+        fusion=_fusion_entry(spec, chosen),
+        projector=spec.projector.model_dump(),
+        reinjection=spec.reinjection.model_dump() if spec.reinjection and len(chosen) == len(spec.encoders) else None,
+        layout=_layout_entry(spec, chosen),
+        shared_pixels=_shared_entry(spec),
+        image_token_id=image_token_id,
+    )
+
+
 def _choose_encoders(spec: ModelSpec, names: Sequence[str] | None) -> list[EncoderSpec]:
     known = [entry.name for entry in spec.encoders]
     for name in names or ():
@@ -272,7 +310,7 @@ def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, A
     tiled = [entry for entry in chosen if entry.name not in spec.layout.whole]
     if not tiled:
         raise RecipeError("model.layout.whole names every encoder", "one must see tiles", "Leave the first one out.")
-    size = encoder_transform(tiled[0].encoder, image_size=tiled[0].image_size).size
+    size = _shared_size(spec) if spec.preprocess == "shared" else _encoder_size(tiled[0])
     return TokenLayout(**spec.layout.model_dump(), tile_size=size).as_dict()
 
 
@@ -284,8 +322,53 @@ def _fusion_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, A
 
 
 def _encoder_entry(entry: EncoderSpec) -> dict[str, Any]:
-    image_size = encoder_transform(entry.encoder, image_size=entry.image_size).size
-    return {"name": entry.name, "encoder": entry.encoder, "image_size": image_size, "small": False}
+    return {"name": entry.name, "encoder": entry.encoder, "image_size": _encoder_size(entry), "small": entry.small}
+
+
+def _encoder_size(entry: EncoderSpec) -> int:
+    row = encoder_row(entry.encoder)
+    default = row.small_image_size if entry.small else None
+    return entry.image_size or default or row.image_size
+
+
+def _shared_size(spec: ModelSpec) -> int:
+    if spec.shared is not None and spec.shared.image_size is not None:
+        return spec.shared.image_size
+    layout = spec.layout or LayoutSpec()
+    # A fixed grid of tiles is cut from the whole image, which then has to be so many times as large.
+    grid = layout.image_grid if layout.tiling == "grid" else 1
+    return max(_encoder_size(entry) * (1 if entry.name in layout.whole else grid) for entry in spec.encoders)
+
+
+def _shared_entry(spec: ModelSpec) -> dict[str, Any] | None:
+    if spec.preprocess != "shared":
+        return None
+    shared = spec.shared or SharedSpec()
+    return {
+        "image_size": _shared_size(spec),
+        "align_corners": shared.align_corners,
+        "antialias": shared.antialias,
+    }
+
+
+def _image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
+    if spec.preprocess != "shared":
+        return {
+            entry.name: encoder_transform(entry.encoder, image_size=_encoder_size(entry), fill=entry.fill)
+            for entry in chosen
+        }
+    # An encoder that is prealigned alone sees the pixels that it will see in company.
+    name = (spec.shared or SharedSpec()).base or spec.encoders[0].name
+    base = next(entry for entry in spec.encoders if entry.name == name)
+    return {SHARED: encoder_transform(base.encoder, image_size=_shared_size(spec), fill=base.fill)}
+
+
+def _processor_layout(config: ManyEyesConfig) -> dict[str, Any] | None:
+    layout: dict[str, Any] | None = config.layout
+    if layout is None or config.shared_pixels is None or layout["tiling"] != "grid":
+        return layout
+    # The model cuts the tiles of a fixed grid itself, from the one tensor that shows the whole image.
+    return {**layout, "whole": [SHARED]}
 
 
 @contextmanager

@@ -111,14 +111,24 @@ def test_cambrian_has_600_tokens_and_fewer_of_a_padded_image() -> None:
     assert len(arrange_tokens(480, 640, layout, grid=24)) == 24 * 19
 
 
+def test_a_single_tile_may_have_one_newline_at_its_end_as_in_llava() -> None:
+    layout = TokenLayout(newline=True, newline_at="end")
+    assert arrange_tokens(640, 480, layout, grid=2).tolist() == [0, 1, 2, 3, NEWLINE]
+    assert len(arrange_tokens(100, 30, layout, grid=24)) == 577
+
+
 def test_an_image_that_is_all_padding_is_refused() -> None:
     with pytest.raises(RecordError, match="4000 x 1 pixels"):
         arrange_tokens(4000, 1, TokenLayout(unpad=True), grid=24)
 
 
 def test_layout_survives_json() -> None:
-    layout = TokenLayout(tiling="anyres", pinpoints=((1, 2),), newline=True, whole=("a",), tile_size=64)
+    layout = TokenLayout(
+        tiling="anyres", pinpoints=((1, 2),), newline=True, newline_at="end", whole=("a",), tile_size=64
+    )
     assert TokenLayout.from_dict(layout.as_dict()) == layout
+    # As written before there was a choice of where newlines stand.
+    assert TokenLayout.from_dict({"tiling": "none", "newline": True}).newline_at == "rows"
     with pytest.raises(BundleError, match="tile"):
         TokenLayout.from_dict({"tile": 3})
 
@@ -264,6 +274,9 @@ def test_what_cannot_be_laid_out_says_why(changes: dict[str, Any], message: str,
     [
         ({"tiling": "grid", "newline": True}, "no rows for newline"),
         ({"tiling": "anyres", "whole": ["vit"]}, "whole belongs to tiling grid"),
+        ({"newline_at": "end"}, "newline_at end belongs to newline true"),
+        ({"newline": True, "newline_at": "end", "unpad": True}, "newline_at end belongs to newline true"),
+        ({"newline": True, "newline_at": "end", "tiling": "anyres"}, "newline_at end belongs to newline true"),
     ],
 )
 def test_a_recipe_refuses_layouts_that_contradict_themselves(layout: dict[str, Any], message: str) -> None:

@@ -252,7 +252,6 @@ def test_prealign_builds_with_the_chosen_encoder_alone(language_model: Path) -> 
     ("changes", "encoders", "error", "message"),
     [
         ({}, ["efficientnett"], RecipeError, 'Did you mean "efficientnet"'),
-        ({"preprocess": "shared"}, None, RecipeError, "only independent"),
         ({"chat": {"template": "vicuna"}}, None, RecipeError, 'Did you mean "vicuna_v1"'),
         ({"language_model": {"source": "scratch:"}}, None, SourceError, "a folder with config.json"),
     ],
@@ -262,6 +261,16 @@ def test_what_cannot_be_built_says_why(
 ) -> None:
     with pytest.raises(error, match=message):
         build_model(toy_spec(language_model, **changes), snapshot_path=None, seed=1, encoders=encoders)
+
+
+def test_colour_of_the_padding_comes_from_the_recipe(language_model: Path) -> None:
+    encoders = [
+        {"name": "vit", "encoder": "vit-tiny-p16-64", "fill": [122, 116, 104]},
+        {"name": "efficientnet", "encoder": "efficientnet-lite0", "image_size": 64},
+    ]
+    _, processor = build_model(toy_spec(language_model, encoders=encoders), snapshot_path=None, seed=1)
+    filled = {name: transform.fill_colour for name, transform in processor.image_transforms.items()}
+    assert filled == {"vit": (122, 116, 104), "efficientnet": (127, 127, 127)}
 
 
 def test_language_model_from_scratch_takes_configuration_only(language_model: Path, parts: Parts) -> None:

@@ -158,6 +158,22 @@ def test_padding_is_the_mean_colour_on_both_sides() -> None:
     np.testing.assert_array_equal(resized[5:], np.broadcast_to([127, 63, 191], (3, 8, 3)))
 
 
+def test_padding_may_have_another_colour_than_the_mean() -> None:
+    """Cambrian-1 pads SigLIP's images with CLIP's mean colour and normalises them with 0.5."""
+    transform = ImageTransform(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fill=(122, 116, 104))
+    for image in (np.full((2, 8, 3), 255, np.uint8), np.full((8, 2, 3), 255, np.uint8)):
+        resized = resize_image(image, transform)
+        np.testing.assert_array_equal(resized[[0, 0, -1, -1], [0, -1, 0, -1]], [[122, 116, 104]] * 4)
+
+
+def test_colour_of_the_padding_is_stated_in_json() -> None:
+    clip = ImageTransform(size=8, mean=(0.48145466, 0.4578275, 0.40821073), std=(1, 1, 1))
+    assert clip.as_dict()["fill"] == [122, 116, 104]
+    before_there_was_a_choice = {name: value for name, value in clip.as_dict().items() if name != "fill"}
+    assert ImageTransform.from_dict(before_there_was_a_choice) == clip
+    assert ImageTransform.from_dict({**clip.as_dict(), "fill": [1, 2, 3]}).fill_colour == (1, 2, 3)
+
+
 def test_crop_equals_resize_of_the_short_side_then_centre_crop() -> None:
     image = photo(100, 60)
     transform = ImageTransform(size=24, mean=(0, 0, 0), std=(1, 1, 1), fit="crop")
@@ -183,7 +199,16 @@ def test_transform_survives_json() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 0}, {"std": [1, 1, 0]}, {"mean": [0, 0]}, {"resample": "nearest"}, {"fit": "fill"}, {"extra": 1}],
+    [
+        {"size": 0},
+        {"std": [1, 1, 0]},
+        {"mean": [0, 0]},
+        {"resample": "nearest"},
+        {"fit": "fill"},
+        {"fill": [0, 0]},
+        {"fill": [0, 0, 256]},
+        {"extra": 1},
+    ],
 )
 def test_wrong_transform_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(BundleError):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from manyeyes.chat import BranchGroup
+from manyeyes.connection import VisualTokens
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.model import load_checkpoint
+from manyeyes.processor import CutImage
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 
 
@@ -51,9 +53,13 @@ class TorchAnswerer:
         if len(asking) < len(groups):
             answered = iter(self.answer_groups(asking, max_new_tokens=max_new_tokens))
             return [next(answered) if group.questions else [] for group in groups]
+        # The same image may stand in several groups; it is decoded and encoded once.
+        cut = {data: self.processor.cut_image(data) for group in groups for data in group.images}
         encoded = [
             self.processor.encode_group(
-                [(question, None) for question in group.questions], num_images=len(group.images)
+                [(question, None) for question in group.questions],
+                num_images=len(group.images),
+                image_sizes=[cut[data].size for data in group.images],
             )
             for group in groups
         ]
@@ -63,7 +69,7 @@ class TorchAnswerer:
         cache = self.model.prefill_prefix(
             prefixes["prefix_ids"].to(self._device),
             prefix_mask,
-            visual_tokens=self._visual_tokens(images),
+            visual_tokens=self._visual_tokens(images, cut),
             image_spans=prefixes["image_spans"].to(self._device) if images else None,
         )
         # Questions of like length run together, so that little of a batch is padding.
@@ -88,13 +94,18 @@ class TorchAnswerer:
                 answers[which] = GeneratedAnswer(self.processor.decode_answer(token_ids), tuple(token_ids))
         return [[answers[row, place] for place in range(len(group.branches))] for row, group in enumerate(encoded)]
 
-    def _visual_tokens(self, images: Sequence[bytes]) -> torch.Tensor | None:
+    def _visual_tokens(
+        self, images: Sequence[bytes], cut: Mapping[bytes, CutImage]
+    ) -> torch.Tensor | VisualTokens | None:
         if not images:
             return None
-        # The same image may stand in several groups; it is encoded once.
-        places = {image: place for place, image in enumerate(dict.fromkeys(images))}
-        pixels = {name: values.to(self._device) for name, values in self.processor.pixel_values(list(places)).items()}
-        tokens: torch.Tensor = self.model.encode_images(pixels)
+        pixels = self.processor.normalize_images(list(cut.values()))
+        sizes = self.processor.size_inputs([image.size for image in cut.values()])
+        tokens: torch.Tensor | VisualTokens = self.model.encode_images(
+            {name: values.to(self._device) for name, values in pixels.items()},
+            **{name: values.to(self._device) for name, values in sizes.items()},
+        )
+        places = {image: place for place, image in enumerate(cut)}
         return tokens[torch.tensor([places[image] for image in images], device=tokens.device)]
 
     def _pad_branches(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

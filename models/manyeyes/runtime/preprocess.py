@@ -53,7 +53,8 @@ class ImageTransform:
         std: Standard deviation of each RGB channel, on a scale of 0 to 1.
         resample: Filter; antialiased when shrinking.
         fit: ``stretch`` ignores the aspect ratio. ``crop`` fits the short side and keeps the centre. ``pad`` puts
-            the image in the centre of a square of the mean colour first, as LLaVA-1.5 does (arXiv:2310.03744).
+            the image in the centre of a square of one colour first, as LLaVA-1.5 does (arXiv:2310.03744).
+        fill: That colour, RGB, 0 to 255. Left out, the mean colour, ``int(255 * mean)``; always set afterwards.
     """
 
     size: int
@@ -61,12 +62,22 @@ class ImageTransform:
     std: tuple[float, float, float]
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     fit: Literal["stretch", "crop", "pad"] = "pad"
+    fill: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         problem = self._problem()
         if problem is not None:
             found, needed = problem
             raise BundleError(f"image transform has {found}", needed, "Mend the encoder's row or preprocess.json.")
+        object.__setattr__(self, "fill", self.fill_colour)
+
+    @property
+    def fill_colour(self) -> tuple[int, int, int]:
+        """Colour around an image that is padded, RGB, 0 to 255."""
+        if self.fill is not None:
+            return self.fill
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
 
     def _problem(self) -> tuple[str, str] | None:
         if self.size < 1:
@@ -79,11 +90,13 @@ class ImageTransform:
             return f'resample "{self.resample}"', f"one of {', '.join(_RESAMPLING)} is needed"
         if self.fit not in ("stretch", "crop", "pad"):
             return f'fit "{self.fit}"', "one of stretch, crop, pad is needed"
+        if self.fill is not None and (len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill)):
+            return f"fill {self.fill}", "three values from 0 to 255 are needed"
         return None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them back."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "fill": list(self.fill_colour)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageTransform:
@@ -99,7 +112,9 @@ class ImageTransform:
                 f"size, mean and std are needed, and no more than {sorted(names)}",
                 "Export the bundle again.",
             )
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        fill = values.get("fill")
+        tuples = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "fill": fill and tuple(fill)}
+        return cls(**{**values, **tuples})
 
     def scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Factors so that a normalised pixel is ``pixel * scale + offset``.
@@ -257,8 +272,7 @@ def _pad_to_square(picture: Image.Image, transform: ImageTransform) -> Image.Ima
         picture = picture.resize(shrunk, _RESAMPLING[transform.resample])
         width, height = picture.size
         longest = max(width, height)
-    red, green, blue = (int(channel * 255) for channel in transform.mean)
-    square = Image.new("RGB", (longest, longest), (red, green, blue))
+    square = Image.new("RGB", (longest, longest), transform.fill_colour)
     square.paste(picture, ((longest - width) // 2, (longest - height) // 2))
     return square
 

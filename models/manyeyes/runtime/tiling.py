@@ -38,6 +38,8 @@ class TokenLayout:
         image_grid: For ``grid``, tiles a side.
         newline: A learned token ends each row of the grid; with ``anyres`` each row of the joined tiles, and the whole
             image has none.
+        newline_at: ``rows``, as above; ``end``: one newline after the last token of an image (LLaVA-1.6 does so to an
+            image of a single tile).
         unpad: Rows or columns that show nothing but padding are left out.
         whole: Encoders, by name, that see the whole image once, at their own size, whatever the tiling.
         tile_size: Pixels a side of a tile of the first tiled encoder; ``anyres`` counts in these.
@@ -47,6 +49,7 @@ class TokenLayout:
     pinpoints: tuple[tuple[int, int], ...] = PINPOINTS
     image_grid: int = 2
     newline: bool = False
+    newline_at: Literal["rows", "end"] = "rows"
     unpad: bool = False
     whole: tuple[str, ...] = ()
     tile_size: int = 336
@@ -174,9 +177,39 @@ def arrange_tokens(width: int, height: int, layout: TokenLayout, *, grid: int) -
     return np.concatenate([np.arange(per_tile), _rows(joined, width, height, layout)])
 
 
+def arrange_images(
+    sizes: Sequence[tuple[int, int]], layout: TokenLayout, *, grid: int
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Where the tokens of several images stand in their sequences, as the model takes it.
+
+    Args:
+        sizes: Width and height of each image, in pixels.
+        layout: How they were cut.
+        grid: Side of the grid of tokens of one tile.
+
+    Returns:
+        ``[I, M]``: as ``arrange_tokens``, with tokens counted over the tiles of all images, and 0 behind the end of a
+        shorter sequence; and the length of each.
+
+    Raises:
+        RecordError: As ``arrange_tokens``.
+    """
+    rows, first = [], 0
+    for width, height in sizes:
+        places = arrange_tokens(width, height, layout, grid=grid)
+        rows.append(np.where(places == NEWLINE, NEWLINE, places + first))
+        first += layout.num_tiles(width, height) * grid * grid
+    lengths = [len(row) for row in rows]
+    longest = max(lengths, default=0)
+    padded = [np.pad(row, (0, longest - len(row))) for row in rows]
+    return np.stack(padded) if padded else np.zeros((0, 0), np.int64), lengths
+
+
 def _rows(numbers: NDArray[np.int64], width: int, height: int, layout: TokenLayout) -> NDArray[np.int64]:
     if layout.unpad:
         numbers = _unpad(numbers, width, height)
+    if layout.newline and layout.newline_at == "end":
+        return np.append(numbers.flatten(), NEWLINE)
     if layout.newline:
         ends = np.full((numbers.shape[0], 1), NEWLINE, np.int64)
         numbers = np.concatenate([numbers, ends], axis=1)

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from manyeyes.chat import IGNORE_INDEX, split_branches
 from manyeyes.data.mixture import Mixture, Sample
 from manyeyes.data.records import ImageFile
-from manyeyes.processor import ManyEyesProcessor
+from manyeyes.processor import CutImage, ManyEyesProcessor
 from manyeyes.runtime.chat import Encoded
-from manyeyes.runtime.preprocess import decode_image, normalize_pixels, resize_image
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
 CONVERSATIONS_IN_MEMORY = 100_000
@@ -30,7 +27,8 @@ class Batch:
     """Samples of one forward pass.
 
     Attributes:
-        pixel_values: ``[I, 3, size, size]`` by encoder name, float32; empty without images.
+        pixel_values: ``[I, 3, size, size]`` by encoder name, with tiles one a tile, float32; empty without images.
+        size_inputs: ``layout`` and ``image_sizes``, where the model must know of images' sizes; empty without images.
         prefixes: ``input_ids`` and ``attention_mask`` ``[R, P]`` and ``image_spans`` of the independent samples,
             padded on the left; None when there are none.
         branches: What follows the prefixes, in buckets of like length: ``rows`` ``[Q]``, ``input_ids``,
@@ -42,6 +40,7 @@ class Batch:
     """
 
     pixel_values: dict[str, Tensor]
+    size_inputs: dict[str, Tensor]
     prefixes: dict[str, Tensor] | None
     branches: tuple[dict[str, Tensor], ...]
     chains: dict[str, Tensor] | None
@@ -60,8 +59,8 @@ class BatchBuilder:
     def __init__(self, mixture: Mixture, processor: ManyEyesProcessor) -> None:
         self._mixture = mixture
         self._processor = processor
-        self._pixels: dict[str, dict[str, NDArray[np.uint8]]] = {}
-        self._pixels_bytes = 0
+        self._cut: dict[str, CutImage] = {}
+        self._cut_bytes = 0
         self._encode = lru_cache(maxsize=CONVERSATIONS_IN_MEMORY)(self._encode_uncached)
 
     def build(self, positions: Sequence[int]) -> Batch:
@@ -77,15 +76,20 @@ class BatchBuilder:
         samples = [self._mixture.sample(*divmod(position, len(self._mixture))) for position in positions]
         independent = [sample for sample in samples if sample.turns == "independent"]
         chained = [sample for sample in samples if sample.turns == "chained"]
-        groups = [split_branches(self._conversations(sample)) for sample in independent]
-        chains = [encoded for sample in chained for encoded in self._conversations(sample)]
-        images = [image for sample in (*independent, *chained) for image in _shown_images(sample)]
+        images = [[self._cut_image(image) for image in _shown_images(sample)] for sample in (*independent, *chained)]
+        conversations = [
+            self._conversations(sample, own) for sample, own in zip((*independent, *chained), images, strict=True)
+        ]
+        groups = [split_branches(branches) for branches in conversations[: len(independent)]]
+        chains = [encoded for chain in conversations[len(independent) :] for encoded in chain]
+        shown = [image for own in images for image in own]
         prefixes, branches = _bucket(self._processor.pad_groups(groups)) if groups else (None, ())
         padded_chains = self._processor.pad(chains, side="right", labels=True) if chains else None
         if padded_chains is not None:
             padded_chains["image_spans"][:, 3] += sum(len(group.image_spans) for group in groups)
         return Batch(
-            pixel_values=self._pixel_values(images),
+            pixel_values=self._processor.normalize_images(shown) if shown else {},
+            size_inputs=self._processor.size_inputs([image.size for image in shown]) if shown else {},
             prefixes=prefixes,
             branches=branches,
             chains=padded_chains,
@@ -96,39 +100,29 @@ class BatchBuilder:
             num_samples=len(samples),
         )
 
-    def _conversations(self, sample: Sample) -> list[Encoded]:
-        num_images = 0 if sample.image_dropped else len(sample.record.images)
+    def _conversations(self, sample: Sample, images: Sequence[CutImage]) -> list[Encoded]:
+        # Where sizes do not matter, images of any size share a tokenised text.
+        sizes = tuple(image.size for image in images) if self._processor.layout is not None else None
         return [
-            self._encode(tuple((turn.speaker, turn.text) for turn in turns), num_images)
+            self._encode(tuple((turn.speaker, turn.text) for turn in turns), len(images), sizes)
             for turns in sample.conversations()
         ]
 
-    def _encode_uncached(self, turns: tuple[tuple[str, str], ...], num_images: int) -> Encoded:
-        return self._processor.encode(turns, num_images=num_images)
+    def _encode_uncached(
+        self, turns: tuple[tuple[str, str], ...], num_images: int, image_sizes: tuple[tuple[int, int], ...] | None
+    ) -> Encoded:
+        return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes)
 
-    def _pixel_values(self, images: Sequence[ImageFile]) -> dict[str, Tensor]:
-        if not images:
-            return {}
-        resized = [self._resized(image) for image in images]
-        return {
-            name: torch.from_numpy(normalize_pixels(np.stack([pixels[name] for pixels in resized]), transform))
-            for name, transform in self._processor.image_transforms.items()
-        }
-
-    def _resized(self, image: ImageFile) -> dict[str, NDArray[np.uint8]]:
-        """Pixels for each encoder as ``uint8``, from memory while there is room."""
-        known = self._pixels.get(image.sha256)
+    def _cut_image(self, image: ImageFile) -> CutImage:
+        """An image's tiles as ``uint8``, from memory while there is room."""
+        known = self._cut.get(image.sha256)
         if known is not None:
             return known
-        decoded = decode_image(image.data)
-        pixels = {
-            name: resize_image(decoded, transform) for name, transform in self._processor.image_transforms.items()
-        }
-        size_bytes = sum(array.nbytes for array in pixels.values())
-        if self._pixels_bytes + size_bytes <= PIXELS_IN_MEMORY_BYTES:
-            self._pixels[image.sha256] = pixels
-            self._pixels_bytes += size_bytes
-        return pixels
+        cut = self._processor.cut_image(image.data)
+        if self._cut_bytes + cut.nbytes <= PIXELS_IN_MEMORY_BYTES:
+            self._cut[image.sha256] = cut
+            self._cut_bytes += cut.nbytes
+        return cut
 
 
 def _bucket(padded: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]:

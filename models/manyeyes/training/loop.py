@@ -154,7 +154,10 @@ def summed_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device
     """
     visual_tokens = None
     if batch.pixel_values:
-        visual_tokens = model.encode_images({name: pixels.to(device) for name, pixels in batch.pixel_values.items()})
+        visual_tokens = model.encode_images(
+            {name: pixels.to(device) for name, pixels in batch.pixel_values.items()},
+            **{name: tensor.to(device) for name, tensor in batch.size_inputs.items()},
+        )
     losses: list[Tensor | None] = []
     if batch.prefixes is not None:
         prefixes = {name: tensor.to(device) for name, tensor in batch.prefixes.items()}

@@ -1,14 +1,10 @@
-"""From images and conversations to one batch for the model.
-
-Pixels come from ``manyeyes.runtime.preprocess`` and tokens from ``manyeyes.runtime.chat``, the same code that a bundle
-runs.
-"""
+"""The processor: what is saved and loaded beside the model."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,36 +14,35 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from manyeyes.chat import (
-    IGNORE_INDEX,
-    BranchGroup,
-    find_chat_template,
-    labels_of,
-    question_with_images,
-    split_branches,
-)
+from manyeyes.chat import BranchGroup, find_chat_template, question_with_images, split_branches
 from manyeyes.errors import RecordError
-from manyeyes.runtime.chat import (
-    IMAGE_PLACEHOLDER,
-    ChatTemplate,
-    Encoded,
-    encode_conversation,
-    render,
-    stop_token_ids,
-)
-from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels, transform_image
-from manyeyes.runtime.tiling import TokenLayout, arrange_tokens, tile_image
-
-Image = bytes | NDArray[np.uint8]
-"""An image file's bytes, or decoded pixels ``[H, W, 3]``."""
-
-Images = Sequence[Image] | Sequence[Sequence[Image]] | Image | None
-"""Images of a batch: a list per conversation, one flat list, one image, or none."""
-
-Conversation = Sequence[tuple[str, str]]
-"""Speaker (``human`` or ``gpt``) and text of each turn."""
+from manyeyes.processor.matching import Conversation, Image, Images, count_placeholders, flatten, from_questions
+from manyeyes.processor.padding import pad_branch_groups, pad_conversations
+from manyeyes.runtime.chat import ChatTemplate, Encoded, encode_conversation, render, stop_token_ids
+from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels
+from manyeyes.runtime.tiling import TokenLayout, arrange_images, arrange_tokens, tile_image
 
 PIXELS = "pixel_values."
+SHARED = "shared"
+"""Name of the pixels that every encoder's input is made from, in a model with ``preprocess: shared``."""
+
+
+@dataclass(frozen=True)
+class CutImage:
+    """An image that is ready but for normalisation; small enough to keep.
+
+    Attributes:
+        size: Width and height of the decoded image, in pixels.
+        tiles: ``[tiles, size, size, 3]``, uint8, by the name of the pixels.
+    """
+
+    size: tuple[int, int]
+    tiles: Mapping[str, NDArray[np.uint8]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(array.nbytes for array in self.tiles.values())
 
 
 class ManyEyesProcessor(ProcessorMixin):
@@ -55,7 +50,8 @@ class ManyEyesProcessor(ProcessorMixin):
 
     Attributes:
         tokenizer: The language model's.
-        transforms: How each encoder wants its pixels, by encoder name; ``ImageTransform.as_dict`` values.
+        transforms: How each encoder wants its pixels, by encoder name; ``ImageTransform.as_dict`` values. A model
+            that makes every encoder's pixels from one tensor has a single entry, ``shared``.
         template: Name of the chat template; ``tokenizer`` for the tokenizer's own.
         system: Replaces the template's system text; None keeps it.
         num_image_tokens: Visual tokens an image; with a layout, a tile.
@@ -64,6 +60,7 @@ class ManyEyesProcessor(ProcessorMixin):
         layout: How an image becomes tiles and its tokens a sequence, as ``TokenLayout.as_dict``; None for one tile,
             its tokens as they are.
         sends_image_sizes: Whether batches hold ``image_sizes``, for a fusion that masks padding.
+        image_marks: Text before and after each image, instead of the template's own; None keeps those.
     """
 
     def __init__(
@@ -78,6 +75,7 @@ class ManyEyesProcessor(ProcessorMixin):
         chat_template: str | None = None,
         layout: Mapping[str, Any] | None = None,
         sends_image_sizes: bool = False,
+        image_marks: Sequence[str] | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.transforms = {name: dict(values) for name, values in transforms.items()}
@@ -90,6 +88,10 @@ class ManyEyesProcessor(ProcessorMixin):
         self.sends_image_sizes = sends_image_sizes
         self._layout = None if layout is None else TokenLayout.from_dict(layout)
         self._template = find_chat_template(template, tokenizer)
+        self.image_marks = None if image_marks is None else list(image_marks)
+        if self.image_marks is not None:
+            before, after = self.image_marks
+            self._template = replace(self._template, image_prefix=before, image_suffix=after)
         # A system text that the template has no place for is refused here, before any record is read.
         render(self._template, [("human", "")], system=system, generation_prompt=True)
         self._transforms = {name: ImageTransform.from_dict(values) for name, values in self.transforms.items()}
@@ -161,11 +163,11 @@ class ManyEyesProcessor(ProcessorMixin):
             raise ValueError("give either text or conversations")
         if text is not None:
             questions = [text] if isinstance(text, str) else list(text)
-            conversations, images = _from_questions(questions, images)
+            conversations, images = from_questions(questions, images)
         assert conversations is not None
-        counts = [_count_placeholders(conversation) for conversation in conversations]
-        flat = _decode(_flatten(images, counts))
-        sizes = [(image.shape[1], image.shape[0]) for image in flat]
+        counts = [count_placeholders(conversation) for conversation in conversations]
+        cut = [self.cut_image(image) for image in flatten(images, counts)]
+        sizes = [image.size for image in cut]
         firsts = np.cumsum([0, *counts]).tolist()
         encoded = [
             self.encode(turns, num_images=count, image_sizes=sizes[first : first + count])
@@ -173,8 +175,8 @@ class ManyEyesProcessor(ProcessorMixin):
         ]
         trains = all(turns and turns[-1][0] == "gpt" for turns in conversations)
         batch = self.pad(encoded, side=padding_side or ("right" if trains else "left"), labels=trains)
-        if flat:
-            batch.update({PIXELS + name: pixels for name, pixels in self.pixel_values(flat).items()})
+        if cut:
+            batch.update({PIXELS + name: pixels for name, pixels in self.normalize_images(cut).items()})
             batch.update(self.size_inputs(sizes))
         else:
             del batch["image_spans"]
@@ -194,14 +196,8 @@ class ManyEyesProcessor(ProcessorMixin):
         """
         inputs = {}
         if self._layout is not None:
-            rows, first = [], 0
-            for width, height in image_sizes:
-                places = self._arrange((width, height))
-                rows.append(np.where(places >= 0, places + first, places))
-                first += self._layout.num_tiles(width, height) * self.num_image_tokens
-            longest = max(map(len, rows), default=0)
-            padded = [np.pad(row, (0, longest - len(row))) for row in rows]
-            inputs["layout"] = torch.from_numpy(np.stack(padded))
+            layout, _ = arrange_images(image_sizes, self._layout, grid=math.isqrt(self.num_image_tokens))
+            inputs["layout"] = torch.from_numpy(layout)
         if self.sends_image_sizes:
             inputs["image_sizes"] = torch.tensor(image_sizes, dtype=torch.long)
         return inputs
@@ -284,21 +280,30 @@ class ManyEyesProcessor(ProcessorMixin):
         Raises:
             RecordError: An image cannot be decoded.
         """
-        decoded = _decode(images)
-        if self._layout is not None:
-            return {
-                name: torch.from_numpy(
-                    np.concatenate(
-                        [
-                            normalize_pixels(tile_image(image, transform, self._layout, encoder=name), transform)
-                            for image in decoded
-                        ]
-                    )
-                )
+        return self.normalize_images([self.cut_image(image) for image in images])
+
+    def cut_image(self, image: Image) -> CutImage:
+        """Decode an image, and resize and cut it for every encoder: all of ``pixel_values`` but ``normalize_images``.
+
+        Args:
+            image: Image file or decoded pixels.
+
+        Raises:
+            RecordError: It cannot be decoded.
+        """
+        decoded, layout = _decode(image), self._layout or TokenLayout()
+        return CutImage(
+            size=(decoded.shape[1], decoded.shape[0]),
+            tiles={
+                name: tile_image(decoded, transform, layout, encoder=name)
                 for name, transform in self._transforms.items()
-            }
+            },
+        )
+
+    def normalize_images(self, images: Sequence[CutImage]) -> dict[str, Tensor]:
+        """Pixels of images that ``cut_image`` made: ``pixel_values`` of the same images, bit for bit."""
         return {
-            name: torch.from_numpy(np.stack([transform_image(image, transform) for image in decoded]))
+            name: torch.from_numpy(normalize_pixels(np.concatenate([image.tiles[name] for image in images]), transform))
             for name, transform in self._transforms.items()
         }
 
@@ -313,24 +318,7 @@ class ManyEyesProcessor(ProcessorMixin):
         Returns:
             ``input_ids``, ``attention_mask`` and, if asked for, ``labels``, ``[B, T]``; ``image_spans`` ``[I, 4]``.
         """
-        rows = [conversation.input_ids for conversation in encoded]
-        input_ids, attention_mask = _pad_rows(rows, self.tokenizer.pad_token_id, side=side)
-        width = input_ids.shape[1]
-        spans = [
-            (row, start + (width - len(conversation.input_ids) if side == "left" else 0), length)
-            for row, conversation in enumerate(encoded)
-            for start, length in conversation.image_spans
-        ]
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "image_spans": _span_tensor(spans),
-        }
-        if labels:
-            batch["labels"] = _pad_rows([labels_of(conversation) for conversation in encoded], IGNORE_INDEX, side=side)[
-                0
-            ]
-        return batch
+        return pad_conversations(encoded, pad_id=self.tokenizer.pad_token_id, side=side, labels=labels)
 
     def pad_groups(self, groups: Sequence[BranchGroup]) -> dict[str, Tensor]:
         """Pad groups for ``prefill_prefix`` and ``forward_branches``.
@@ -344,95 +332,12 @@ class ManyEyesProcessor(ProcessorMixin):
             ``[Q]``, each branch's prefix; ``input_ids``, ``attention_mask`` and ``labels`` ``[Q, L]``, padded on the
             right.
         """
-        pad_id = self.tokenizer.pad_token_id
-        prefix_ids, prefix_mask = _pad_rows([group.prefix_ids for group in groups], pad_id, side="left")
-        width = prefix_ids.shape[1]
-        spans = [
-            (row, width - len(group.prefix_ids) + start, length)
-            for row, group in enumerate(groups)
-            for start, length in group.image_spans
-        ]
-        branches = [(row, branch) for row, group in enumerate(groups) for branch in group.branches]
-        input_ids, attention_mask = _pad_rows([branch.input_ids for _, branch in branches], pad_id, side="right")
-        labels, _ = _pad_rows([branch.labels for _, branch in branches], IGNORE_INDEX, side="right")
-        return {
-            "prefix_ids": prefix_ids,
-            "prefix_mask": prefix_mask,
-            "image_spans": _span_tensor(spans),
-            "rows": torch.tensor([row for row, _ in branches], dtype=torch.long),
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-        }
+        return pad_branch_groups(groups, pad_id=self.tokenizer.pad_token_id)
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, without special tokens and surrounding white space."""
         return self.rust_tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
 
-def _pad_rows(rows: Sequence[Sequence[int]], fill: int, *, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    lengths = np.array([len(row) for row in rows], np.int64)
-    width = int(lengths.max(initial=0))
-    columns = np.arange(width)
-    real = columns >= width - lengths[:, None] if side == "left" else columns < lengths[:, None]
-    values = np.full((len(rows), width), fill, np.int64)
-    values[real] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, count=int(lengths.sum()))
-    return torch.from_numpy(values), torch.from_numpy(real.astype(np.int64))
-
-
-def _span_tensor(spans: Sequence[tuple[int, int, int]]) -> Tensor:
-    rows = [(row, start, length, image) for image, (row, start, length) in enumerate(spans)]
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, 4)
-
-
-def _decode(images: Sequence[Image]) -> list[NDArray[np.uint8]]:
-    return [decode_image(image) if isinstance(image, bytes) else image for image in images]
-
-
-def _count_placeholders(conversation: Conversation) -> int:
-    return sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in conversation if speaker == "human")
-
-
-def _from_questions(questions: Sequence[str], images: Images) -> tuple[list[Conversation], Images]:
-    if any(IMAGE_PLACEHOLDER in question for question in questions):
-        return [[("human", question)] for question in questions], images
-    nested = _nest(images)
-    if len(questions) == 1:
-        nested = [[image for own in nested for image in own]]
-    elif not nested:
-        nested = [[] for _ in questions]
-    if len(nested) != len(questions):
-        raise RecordError(
-            f"{len(questions)} questions and images for {len(nested)}",
-            "as many lists of images as questions are needed",
-            "Give each question its own list of images, or put <image> into the questions.",
-        )
-    turns: list[Conversation] = [
-        [("human", question_with_images(question, num_images=len(own)))]
-        for question, own in zip(questions, nested, strict=True)
-    ]
-    return turns, nested
-
-
-def _nest(images: Images) -> list[list[Image]]:
-    """One list a conversation; an image alone stands in a list of its own."""
-    if images is None:
-        return []
-    if isinstance(images, bytes | np.ndarray):
-        return [[images]]
-    return [[image] if isinstance(image, bytes | np.ndarray) else list(image) for image in images]
-
-
-def _flatten(images: Images, counts: Sequence[int]) -> list[Image]:
-    nested = _nest(images)
-    flat = [image for own in nested for image in own]
-    # Lists of images belong to their conversations; a flat list goes by placeholders.
-    own_lists = isinstance(images, list | tuple) and bool(images) and isinstance(images[0], list | tuple)
-    if len(flat) != sum(counts) or (own_lists and [len(own) for own in nested] != list(counts)):
-        found = [len(own) for own in nested] if own_lists else len(flat)
-        raise RecordError(
-            f"conversations have {list(counts)} {IMAGE_PLACEHOLDER} and {found} images",
-            "one placeholder per image is needed",
-            "Mend the conversations or the images.",
-        )
-    return flat
+def _decode(image: Image) -> NDArray[np.uint8]:
+    return decode_image(image) if isinstance(image, bytes) else image

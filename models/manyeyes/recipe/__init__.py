@@ -1,0 +1,85 @@
+"""Recipes: named YAML files that say what a model is and how it is trained, judged and exported.
+
+A recipe is data. ``load_recipe`` reads the YAML, follows one ``extends:`` parent, applies dotted overrides and
+checks every field; ``Recipe.digest`` is stamped on every artifact.
+"""
+
+from manyeyes.recipe.gate import (
+    ContaminationRule,
+    FloorRule,
+    GateRule,
+    ImageAddsRule,
+    NonInferiorityRule,
+    ParityRule,
+    ValidationRule,
+)
+from manyeyes.recipe.loading import (
+    change_recipe,
+    list_recipes,
+    load_recipe,
+    parse_overrides,
+    parse_recipe,
+)
+from manyeyes.recipe.model import (
+    ChatSpec,
+    EncoderSpec,
+    FusionSpec,
+    LanguageModelSpec,
+    LayoutSpec,
+    ModelSpec,
+    ProjectorSpec,
+    ReinjectionSpec,
+    SharedSpec,
+)
+from manyeyes.recipe.recipe import (
+    DataSpec,
+    EvaluationSpec,
+    ExportSpec,
+    Recipe,
+    RegistrySpec,
+)
+from manyeyes.recipe.stages import (
+    STAGE_NAMES,
+    LoraSpec,
+    MixturePart,
+    Schedule,
+    StageName,
+    StageSpec,
+    StagesSpec,
+)
+
+__all__ = [
+    "STAGE_NAMES",
+    "ChatSpec",
+    "ContaminationRule",
+    "DataSpec",
+    "EncoderSpec",
+    "EvaluationSpec",
+    "ExportSpec",
+    "FloorRule",
+    "FusionSpec",
+    "GateRule",
+    "ImageAddsRule",
+    "LanguageModelSpec",
+    "LayoutSpec",
+    "LoraSpec",
+    "MixturePart",
+    "ModelSpec",
+    "NonInferiorityRule",
+    "ParityRule",
+    "ProjectorSpec",
+    "Recipe",
+    "RegistrySpec",
+    "ReinjectionSpec",
+    "Schedule",
+    "SharedSpec",
+    "StageName",
+    "StageSpec",
+    "StagesSpec",
+    "ValidationRule",
+    "change_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_overrides",
+    "parse_recipe",
+]

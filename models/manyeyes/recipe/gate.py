@@ -1,0 +1,61 @@
+"""What a version must do to be promoted: ``gate`` in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from manyeyes.recipe.strict import Strict
+
+
+class FloorRule(Strict):
+    """The score is at least so much."""
+
+    rule: Literal["floor"]
+    benchmark: str
+    at_least: float
+
+
+class NonInferiorityRule(Strict):
+    """The lower end of challenger minus champion (paired, clustered by image, 95%) is above a margin."""
+
+    rule: Literal["non-inferiority"]
+    benchmark: str
+    margin: float = Field(le=0, description="Points; 0 or below.")
+
+
+class ImageAddsRule(Strict):
+    """The score with the image is so many points above the score without."""
+
+    rule: Literal["image-adds"]
+    benchmark: str
+    at_least: float
+
+
+class ParityRule(Strict):
+    """The bundle answers as torch does."""
+
+    rule: Literal["parity"]
+    token_match: float = Field(default=1.0, ge=0, le=1)
+    max_abs_logit: float = Field(default=1e-3, gt=0)
+    max_score_difference: float = Field(default=0.1, ge=0, description="Points between torch's and bundle's score.")
+
+
+class ValidationRule(Strict):
+    """The data passed validation."""
+
+    rule: Literal["validation"]
+
+
+class ContaminationRule(Strict):
+    """No more than so many training images are also in an evaluation set (exact sha256)."""
+
+    rule: Literal["contamination"]
+    max_images: int = Field(default=0, ge=0)
+
+
+GateRule = Annotated[
+    FloorRule | NonInferiorityRule | ImageAddsRule | ParityRule | ValidationRule | ContaminationRule,
+    Field(discriminator="rule"),
+]

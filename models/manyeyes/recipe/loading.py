@@ -1,0 +1,230 @@
+"""From YAML, overrides and canonical JSON to a checked recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from manyeyes.errors import RecipeError, did_you_mean
+from manyeyes.recipe.gate import (
+    ContaminationRule,
+    FloorRule,
+    ImageAddsRule,
+    NonInferiorityRule,
+    ParityRule,
+    ValidationRule,
+)
+from manyeyes.recipe.recipe import Recipe
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    files = resources.files("manyeyes").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, *, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        name_or_path: A shipped recipe's name, or the path of a YAML file.
+        overrides: Values by dotted path, for instance ``{"stages.sft.epochs": 1}``; list items by index.
+
+    Raises:
+        RecipeError: No such recipe, not YAML, an unknown field, a wrong value, or an override that names nothing.
+    """
+    tree = _read_tree(name_or_path, seen=())
+    for path, value in (overrides or {}).items():
+        _apply_override(tree, path, value)
+    return _check(tree, where=name_or_path)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read a recipe back from ``Recipe.canonical_json``.
+
+    Raises:
+        RecipeError: Not a recipe.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"recipe text is not JSON ({error})", "the text that Recipe.canonical_json wrote", "Pass it on unchanged."
+        ) from error
+    return _check(tree, where="recipe")
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with some of its values replaced, checked as a whole again.
+
+    Args:
+        recipe: Left as it is.
+        changes: Values by dotted path, as for ``load_recipe``.
+
+    Raises:
+        RecipeError: A path that names nothing, or a value that does not fit.
+    """
+    tree = recipe.model_dump(mode="json")
+    for path, value in changes.items():
+        _apply_override(tree, path, value)
+    return _check(tree, where=recipe.name)
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """Turn ``["a.b=1", "c=[x]"]`` into ``{"a.b": 1, "c": ["x"]}``; values are YAML.
+
+    Raises:
+        RecipeError: An assignment without ``=``, or a value that is not YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals or not path:
+            raise RecipeError(f'override is "{assignment}"', "path=value", "For instance: --set stages.sft.epochs=1")
+        try:
+            overrides[path] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f'value of override "{path}" is not YAML ({error})', "a YAML value", "Quote it."
+            ) from error
+    return overrides
+
+
+def _read_tree(name_or_path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f'recipe file is "{name_or_path}"', "no such file", "Check the path.")
+        text = path.read_text()
+    else:
+        names = list_recipes()
+        if name_or_path not in names:
+            raise RecipeError(
+                f'recipe is "{name_or_path}"',
+                "no such recipe",
+                f"{did_you_mean(name_or_path, names)}List them with: manyeyes recipe list",
+            )
+        text = resources.files("manyeyes").joinpath("recipes", f"{name_or_path}.yaml").read_text()
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{name_or_path} is not YAML ({error})", "a YAML mapping", "Mend the line named above."
+        ) from error
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            f"{name_or_path} holds {type(tree).__name__}",
+            "a mapping with name, model, stages, evaluation, gate and registry",
+            "See one with: manyeyes recipe show tiny",
+        )
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if seen:
+        raise RecipeError(
+            f'"{seen[-1]}" extends "{name_or_path}", which extends "{parent}"',
+            "one parent at most",
+            f'Let "{seen[-1]}" extend "{parent}" and copy the difference.',
+        )
+    base = _read_tree(str(parent), seen=(*seen, name_or_path))
+    return _merge(base, tree)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # A stage's learning rates are one decision: naming them again replaces all of them.
+        merged[key] = _merge(merged[key], value) if both and key != "train" else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], path: str, value: Any) -> None:
+    node: Any = tree
+    keys = path.split(".")
+    # Group names such as encoders.vit hold a dot: everything after "train" is one key.
+    if "train" in keys[:-1]:
+        at = keys.index("train")
+        keys = [*keys[: at + 1], ".".join(keys[at + 1 :])]
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError(
+                    f'override "{path}" has "{key}" at a list of {len(node)}', f"an index from 0 to {len(node) - 1}", ""
+                )
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+            continue
+        if last:
+            node[key] = value
+            return
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict | list):
+            raise RecipeError(f'override "{path}" goes below "{key}", which is {child!r}', "a field with fields", "")
+        node = child
+
+
+def _check(tree: dict[str, Any], *, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where=where) from error
+
+
+def _explain(error: ValidationError, *, where: str) -> RecipeError:
+    problems = error.errors()
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"]) or "recipe"
+    more = f" ({len(problems) - 1} more of its fields are wrong too.)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(first["loc"][:-1])
+        name = str(first["loc"][-1])
+        known = f"The fields there are {', '.join(fields)}." if fields else ""
+        return RecipeError(f"{where}: {place}", "no such field", f"{did_you_mean(name, fields)}{known}{more}")
+    if first["type"] == "missing":
+        return RecipeError(f"{where}: {place} is missing", "this field has no default", f"Add it.{more}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+    return RecipeError(f"{where}: {place}{shown}", message, f"See a whole recipe with: manyeyes recipe show tiny{more}")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = getattr(model, "model_fields", {}).get(part)
+        # A part that is no field is the tag of a gate rule.
+        model = _GATE_RULES.get(part) if field is None else _model_inside(field.annotation)
+    return sorted(getattr(model, "model_fields", {}))
+
+
+_GATE_RULES: dict[str, type[BaseModel]] = {
+    "floor": FloorRule,
+    "non-inferiority": NonInferiorityRule,
+    "image-adds": ImageAddsRule,
+    "parity": ParityRule,
+    "validation": ValidationRule,
+    "contamination": ContaminationRule,
+}
+
+
+def _model_inside(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_inside(inner)
+        if found is not None:
+            return found
+    return None

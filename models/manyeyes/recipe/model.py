@@ -1,0 +1,185 @@
+"""What the model is: ``model`` in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from manyeyes.errors import did_you_mean
+from manyeyes.recipe.strict import Strict
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+class EncoderSpec(Strict):
+    """One vision encoder of the model."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="Its name inside this model; keys of pixel tensors.")
+    encoder: str = Field(description="A row of ENCODERS.")
+    source: str = Field(default="scratch:", description="hub:, dir:, snapshot:, package: or scratch:.")
+    image_size: int | None = Field(default=None, gt=0, description="Pixels a side; the row's own when left out.")
+    fill: tuple[Channel, Channel, Channel] | None = Field(
+        default=None,
+        description="Colour around an image that is padded to a square, RGB, 0 to 255; the row's own when left out: "
+        "the mean colour, unless it says otherwise.",
+    )
+    small: bool = Field(
+        default=False,
+        description="The row's small size: the same code with fewer and narrower blocks, at its small image size, from "
+        "fresh weights.",
+    )
+
+    @model_validator(mode="after")
+    def _small_has_no_weights(self) -> EncoderSpec:
+        if self.small and self.source != "scratch:":
+            raise ValueError(f'small encoder "{self.name}" has source {self.source}; a small size has no weights: scratch:')
+        return self
+
+
+class FusionSpec(Strict):
+    """How several encoders' features become one set of visual tokens."""
+
+    strategy: str = Field(default="channel-concat", description="A row of FUSIONS.")
+    grid: int = Field(gt=0, description="Side of the visual token grid.")
+    options: dict[str, Any] = Field(default={}, description="The strategy's own options: manyeyes fusions.")
+
+
+class ProjectorSpec(Strict):
+    """From fused features to the language model's width."""
+
+    kind: Literal["linear", "mlp", "identity", "pixel-unshuffle", "resampler", "c-abstractor"] = "mlp"
+    depth: int = Field(default=2, ge=1, description="Linear layers of an mlp, GELU between them.")
+    options: dict[str, Any] = Field(default={}, description="The kind's own options.")
+
+
+class ReinjectionSpec(Strict):
+    """Lets the language model look at the image again: after layer start + k * stride, for k below count.
+
+    Needs the fusion spatial-vision-aggregator, whose windows it looks at.
+    """
+
+    start: int = Field(default=0, ge=0, description="First decoder layer, from 0, after whose output it looks.")
+    stride: int = Field(ge=1, description="Layers from one look to the next.")
+    count: int | None = Field(default=None, ge=1, description="How often; as many as fit when left out.")
+
+
+class LayoutSpec(Strict):
+    """How an image becomes tiles, and its tokens a sequence."""
+
+    tiling: Literal["none", "anyres", "grid"] = Field(
+        default="none",
+        description="none: one tile. anyres: the whole image, then tiles of the grid that suits it best (LLaVA-1.6). "
+        "grid: the whole image, then image_grid x image_grid tiles (Mini-Gemini HD).",
+    )
+    pinpoints: tuple[tuple[int, int], ...] = Field(
+        default=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+        min_length=1,
+        description="Columns and rows of the grids that anyres chooses from.",
+    )
+    image_grid: int = Field(default=2, ge=2, description="Tiles a side, for grid.")
+    newline: bool = Field(default=False, description="A learned token ends each row of visual tokens.")
+    newline_at: Literal["rows", "end"] = Field(
+        default="rows",
+        description="rows: as newline says. end: one newline after an image's last token and none before, as LLaVA-1.6 "
+        "does where an image is a single tile.",
+    )
+    unpad: bool = Field(default=False, description="Rows and columns that show nothing but padding are left out.")
+    whole: tuple[str, ...] = Field(
+        default=(), description="Encoders, by name, that see the whole image once, whatever the tiling."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> LayoutSpec:
+        if self.tiling == "grid" and (self.newline or self.unpad):
+            raise ValueError("grid puts one tile's tokens after another's: it has no rows for newline or unpad")
+        if self.whole and self.tiling != "grid":
+            raise ValueError("whole belongs to tiling grid")
+        if self.newline_at == "end" and (not self.newline or self.unpad or self.tiling != "none"):
+            raise ValueError("newline_at end belongs to newline true, unpad false and tiling none")
+        return self
+
+
+class SharedSpec(Strict):
+    """One input for all encoders; the defaults are Eagle's (arXiv:2408.15998).
+
+    The image is resized and normalised once; the tensor is then interpolated (bilinear, in fp32) to every encoder's
+    size.
+    """
+
+    image_size: int | None = Field(
+        default=None, gt=0, description="Pixels a side; what the encoder that needs most takes when left out."
+    )
+    base: str | None = Field(
+        default=None,
+        description="The encoder, by name, with whose mean, standard deviation, filter, fit and fill it is made; the "
+        "first when left out.",
+    )
+    align_corners: bool = Field(default=True, description="Corner pixels keep the place of their centres.")
+    antialias: bool = Field(
+        default=False, description="Widen the filter when shrinking; only with align_corners false."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_filter(self) -> SharedSpec:
+        if self.align_corners and self.antialias:
+            # Seen with torch 2.14 and onnxruntime 1.31: up to 1.0 apart on normalised noise.
+            raise ValueError(
+                "antialias needs align_corners false: torch and ONNX Runtime place an antialiased filter with aligned "
+                "corners differently, and no published model has it"
+            )
+        return self
+
+
+class LanguageModelSpec(Strict):
+    """Any Hugging Face causal language model."""
+
+    source: str
+    max_length: int = Field(default=2048, gt=0, description="Tokens, image tokens included.")
+
+
+class ChatSpec(Strict):
+    """How turns become text."""
+
+    template: str = Field(
+        default="vicuna_v1", description="A row of CHAT_TEMPLATES, or tokenizer for the tokenizer's own."
+    )
+    system: str | None = Field(default=None, description="Replaces the template's own system text.")
+
+
+class ModelSpec(Strict):
+    """What the model is."""
+
+    encoders: tuple[EncoderSpec, ...] = Field(min_length=1)
+    preprocess: Literal["independent", "shared"] = Field(
+        default="independent",
+        description="independent: the uint8 image is resized for each encoder. shared: one tensor, as shared says.",
+    )
+    shared: SharedSpec | None = Field(default=None, description="For preprocess shared; Eagle's when left out.")
+    fusion: FusionSpec
+    projector: ProjectorSpec = ProjectorSpec()
+    reinjection: ReinjectionSpec | None = None
+    layout: LayoutSpec | None = None
+    language_model: LanguageModelSpec
+    chat: ChatSpec = ChatSpec()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ModelSpec:
+        names = [encoder.name for encoder in self.encoders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"encoder names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _sharing_is_sound(self) -> ModelSpec:
+        names = [encoder.name for encoder in self.encoders]
+        if self.preprocess == "independent":
+            if self.shared is not None:
+                raise ValueError("shared belongs to preprocess shared")
+            return self
+        if "shared" in names:
+            raise ValueError('with preprocess shared no encoder may have the name "shared"')
+        base = self.shared.base if self.shared else None
+        if base is not None and base not in names:
+            raise ValueError(f'shared.base names "{base}"; the encoders are {names}. {did_you_mean(base, names)}')
+        return self

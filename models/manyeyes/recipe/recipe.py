@@ -1,0 +1,103 @@
+"""A whole recipe, and its parts that have one field each in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from manyeyes.errors import did_you_mean
+from manyeyes.recipe.gate import GateRule
+from manyeyes.recipe.model import ModelSpec
+from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
+from manyeyes.recipe.strict import Strict
+
+
+class DataSpec(Strict):
+    """How the snapshot is checked."""
+
+    suite: str = Field(default="conversations", description="Great Expectations suite in manyeyes/data/suites.")
+    eval_datasets: tuple[str, ...] = Field(default=(), description="Data sets that training data must not contain.")
+
+
+class EvaluationSpec(Strict):
+    """What the model is judged on."""
+
+    benchmarks: tuple[str, ...] = Field(min_length=1)
+    max_new_tokens: int = Field(default=16, gt=0)
+    batch_size: int = Field(default=32, gt=0, description="Images a batch.")
+    max_items: int | None = Field(default=None, gt=0, description="First so many items only; for trials.")
+
+
+class ExportSpec(Strict):
+    """The ONNX bundle."""
+
+    precision: Literal["fp32"] = "fp32"
+    opset: int = Field(default=20, ge=18)
+    parity_items: int = Field(default=200, gt=0, description="Questions on which bundle and torch are compared.")
+
+
+class RegistrySpec(Strict):
+    """Where the model is registered."""
+
+    model: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Recipe(Strict):
+    """A whole recipe, every default filled in."""
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    stages: StagesSpec
+    evaluation: EvaluationSpec
+    export: ExportSpec = ExportSpec()
+    gate: tuple[GateRule, ...] = Field(min_length=1)
+    registry: RegistrySpec
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Recipe:
+        names = [encoder.name for encoder in self.model.encoders]
+        groups = ["encoders", *(f"encoders.{name}" for name in names), "fusion", "projector", "language_model"]
+        for stage_name, stage in self.present_stages():
+            for group in stage.train:
+                if group not in groups:
+                    raise ValueError(
+                        f'stages.{stage_name}.train names "{group}"; the groups are {", ".join(groups)}. '
+                        f"{did_you_mean(group, groups)}"
+                    )
+            for name in stage.encoders or ():
+                if name not in names:
+                    raise ValueError(f'stages.{stage_name}.encoders names "{name}"; the encoders are {names}')
+        for rule in self.gate:
+            benchmark = getattr(rule, "benchmark", None)
+            if benchmark is not None and benchmark not in self.evaluation.benchmarks:
+                raise ValueError(
+                    f'gate rule "{rule.rule}" names benchmark "{benchmark}"; evaluation.benchmarks lacks it'
+                )
+        return self
+
+    def present_stages(self) -> list[tuple[StageName, StageSpec]]:
+        """The stages that this recipe has, in order."""
+        stages = ((name, getattr(self.stages, name)) for name in STAGE_NAMES)
+        return [(name, stage) for name, stage in stages if stage is not None]
+
+    def prealigned_encoders(self) -> list[str]:
+        """Names of the encoders that the prealign stage trains; empty without that stage."""
+        stage = self.stages.prealign
+        if stage is None:
+            return []
+        return list(stage.encoders or [encoder.name for encoder in self.model.encoders])
+
+    def canonical_json(self) -> str:
+        """Sorted, compact JSON of every field; ``parse_recipe`` reads it back."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of ``canonical_json``, hexadecimal."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""How it is trained: ``stages`` in a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from manyeyes.recipe.strict import Strict
+
+StageName = Literal["prealign", "pretrain", "sft"]
+STAGE_NAMES: tuple[StageName, ...] = ("prealign", "pretrain", "sft")
+
+
+class MixturePart(Strict):
+    """One data set of a mixture."""
+
+    dataset: str = Field(description="A data set of the snapshot, for instance easy-vqa-train.")
+    turns: Literal["independent", "chained"] = Field(
+        default="chained",
+        description="independent: each turn sees the image and itself alone. chained: turns follow each other, "
+        "shuffled each epoch.",
+    )
+    image_dropout: float = Field(
+        default=0.0, ge=0, le=1, description="Share of samples shown without their image, redrawn each epoch."
+    )
+    max_samples: int | None = Field(default=None, gt=0)
+    questions: Literal["record", "brief"] = Field(
+        default="record",
+        description="record: as the records ask. brief: for captions, one of LLaVA's eleven ways to ask for a brief "
+        "description, redrawn each epoch.",
+    )
+
+
+class Schedule(Strict):
+    """Learning rate over a stage."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+
+
+class LoraSpec(Strict):
+    """Low-rank adapters on the linear layers of the language model, its head left out (arXiv:2106.09685).
+
+    ``train.language_model`` is their learning rate; the layers themselves stay frozen. The stage's result has the
+    adapters merged into the weights.
+    """
+
+    rank: int = Field(gt=0, description="Width of an adapter.")
+    alpha: float = Field(gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Of an adapter's input.")
+
+
+class StageSpec(Strict):
+    """One training stage. A group that ``train`` does not name is frozen, bit for bit."""
+
+    train: dict[str, float] = Field(
+        min_length=1,
+        description="Learning rate by group: encoders, encoders.<name>, fusion, projector, language_model.",
+    )
+    encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
+    mixture: tuple[MixturePart, ...] = Field(min_length=1)
+    epochs: int = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="Stop after so many optimizer steps.")
+    max_samples: int | None = Field(default=None, gt=0, description="Stop after so many records, epochs counted.")
+    batch_size: int = Field(gt=0, description="Records (images) an optimizer step, over all processes.")
+    micro_batch_size: int | None = Field(default=None, gt=0, description="Records a forward pass; batch_size if unset.")
+    schedule: Schedule = Schedule()
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="AdamW's. 0.999 as the second is transformers' default, and the published runs'."
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_encoders: bool = Field(
+        default=False,
+        description="Trained encoders compute the inside of their blocks again in the backward pass instead of keeping "
+        "it: less memory, more time, the same gradients.",
+    )
+    template: str | None = Field(
+        default=None, description="A row of CHAT_TEMPLATES for this stage alone; model.chat's when left out."
+    )
+    fit: Literal["stretch", "crop", "pad"] | None = Field(
+        default=None,
+        description="What happens to images that are not square in this stage alone; the encoders' own when left out.",
+    )
+    lora: LoraSpec | None = Field(
+        default=None, description="Train adapters of the language model in place of the language model."
+    )
+    checkpoint_every_s: float = Field(default=30.0, gt=0, description="Seconds between running checkpoints.")
+
+    @model_validator(mode="after")
+    def _adapters_have_a_rate(self) -> StageSpec:
+        if self.lora is not None and "language_model" not in self.train:
+            raise ValueError("lora needs train.language_model, the learning rate of its adapters")
+        return self
+
+
+class StagesSpec(Strict):
+    """The stages, in order; a recipe may leave one out."""
+
+    prealign: StageSpec | None = None
+    pretrain: StageSpec | None = None
+    sft: StageSpec | None = None
