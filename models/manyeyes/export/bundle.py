@@ -7,20 +7,21 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from manyeyes.errors import BundleError
 from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
 from manyeyes.export.manifest import (
     BundleFile,
     BundleManifest,
     ChatFile,
     EncoderPixels,
+    ImageLayout,
     ParitySummary,
     PreprocessFile,
+    SharedInput,
     load_manifest,
     write_json,
 )
 from manyeyes.export.parity import ParityReport
-from manyeyes.model import checkpoint_digest, load_checkpoint
+from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
 from manyeyes.storage import new_folder
@@ -46,21 +47,17 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
         BundleError: The model cannot be exported.
         StorageError: No space or no permission to write.
     """
-    if recipe.model.preprocess != "independent":
-        raise BundleError(
-            f'recipe has preprocess "{recipe.model.preprocess}"',
-            'a bundle does "independent"',
-            "Set model.preprocess to independent.",
-        )
     model, processor = load_checkpoint(checkpoint)
     model = model.eval().float()
     opset = recipe.export.opset
     transforms = processor.image_transforms
     sizes = {name: transform.size for name, transform in transforms.items()}
-    check_exportable(model, sizes, num_image_tokens=processor.num_image_tokens)
+    check_exportable(model, processor)
     preprocess = PreprocessFile(
-        mode="independent",
+        mode="independent" if model.shared_pixels is None else "shared",
+        shared=_describe_shared(model),
         encoders={name: EncoderPixels(**transform.as_dict()) for name, transform in transforms.items()},
+        layout=None if processor.layout is None else ImageLayout(**processor.layout),
     )
     chat = ChatFile(
         template=processor.conversation_template.as_dict(),
@@ -74,7 +71,7 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
         graphs = {
             VISION: export_vision(model, sizes, folder / VISION, opset=opset),
             EMBED: export_embed(model.language_model, folder / EMBED, opset=opset),
-            DECODER: export_decoder(model.language_model, folder / DECODER, opset=opset),
+            DECODER: export_decoder(model.language_model, folder / DECODER, opset=opset, reinjection=model.reinjection),
         }
         _save_tokenizer(processor.rust_tokenizer, folder / TOKENIZER)
         write_json(preprocess, folder / PREPROCESS)
@@ -115,6 +112,15 @@ def record_parity(bundle: Path, report: ParityReport) -> BundleManifest:
     manifest = load_manifest(bundle).model_copy(update={"parity": summary})
     write_json(manifest, bundle / MANIFEST)
     return manifest
+
+
+def _describe_shared(model: ManyEyesForConditionalGeneration) -> SharedInput | None:
+    shared = model.shared_pixels
+    if shared is None:
+        return None
+    return SharedInput(
+        align_corners=shared.align_corners, antialias=shared.antialias, encoder_sizes=model.encoder_sizes
+    )
 
 
 def _save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:

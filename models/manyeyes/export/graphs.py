@@ -1,28 +1,32 @@
-"""The three graphs of a bundle, traced by torch's exporter.
-
-Tracing makes an axis static when a sample has 0 or 1 there, and folds a mask of ones away; so every dynamic axis is 2
-or more in the samples, sizes differ where axes are independent, and the sample mask has zeros.
-"""
+"""The three graphs of a bundle."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from manyeyes.errors import BundleError, ShapeError
-from manyeyes.export.manifest import GraphSignature, GraphTensor
-from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.connection import VisualTokens
+from manyeyes.errors import BundleError
+from manyeyes.export.manifest import GraphSignature
+from manyeyes.export.tracing import export_graph
+from manyeyes.language_model import compute_logits, decoder_of
+from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
+from manyeyes.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
+from manyeyes.runtime.tiling import NEWLINE, TokenLayout
+from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
+from manyeyes.vision_sampler import VisionSampler, VisualWindows
 
-_ROWS, _QUERY, _PAST = 2, 3, 5
+# Sizes of the samples' axes; see ``manyeyes.export.tracing``.
+_ROWS, _QUERY, _PAST, _TILES, _LAID_OUT, _SIDE = 2, 3, 5, 7, 11, 32
+_LOOKS = (0, 2, 3, 5)
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -41,15 +45,20 @@ class CacheShape:
 
 
 class _Vision(nn.Module):
-    def __init__(self, model: ManyEyesForConditionalGeneration, names: Sequence[str]) -> None:
+    def __init__(self, model: ManyEyesForConditionalGeneration, names: Sequence[str], of_images: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self.names = tuple(names)
+        self.of_images = tuple(of_images)
 
-    def forward(self, pixels: list[Tensor]) -> Tensor:
-        tokens = self.model.encode_images(dict(zip(self.names, pixels, strict=True)))
-        assert isinstance(tokens, Tensor)  # check_exportable has seen to it
-        return tokens
+    def forward(self, pixels: list[Tensor], of_images: Sequence[Tensor] = ()) -> Tensor | tuple[Tensor, ...]:
+        tokens = self.model.encode_images(
+            dict(zip(self.names, pixels, strict=True)), **dict(zip(self.of_images, of_images, strict=True))
+        )
+        if not isinstance(tokens, VisualTokens):
+            return tokens
+        windows = tokens.windows
+        return tokens.tokens, windows.keys, windows.mask, windows.overall
 
 
 class _Embed(nn.Module):
@@ -63,9 +72,10 @@ class _Embed(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(self, language_model: PreTrainedModel, reinjection: Reinjection | None) -> None:
         super().__init__()
         self.language_model = language_model
+        self.reinjection = reinjection
 
     def forward(
         self,
@@ -74,79 +84,109 @@ class _Decoder(nn.Module):
         position_ids: Tensor,
         logits_positions: Tensor,
         past: KeyValues,
+        looks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, KeyValues]:
         cache = DynamicCache()
         for layer, (key, value) in enumerate(past):
             cache.update(key, value, layer)
-        output = self.language_model(
+        context, keywords = None, {}
+        if self.reinjection is not None:
+            places, keys, mask, overall = looks
+            context = VisualContext(places, VisualWindows(keys=keys, mask=mask, overall=overall))
+            keywords[VISUAL_CONTEXT] = context
+        output = decoder_of(self.language_model)(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=logits_positions,
+            **keywords,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        check_read(context, self.reinjection, self.language_model)
+        logits = compute_logits(self.language_model, output.last_hidden_state[:, logits_positions])
+        return logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def check_exportable(
-    model: ManyEyesForConditionalGeneration, image_sizes: Mapping[str, int], *, num_image_tokens: int
-) -> None:
-    """Refuse a model of which a bundle would leave something out.
+def check_exportable(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor) -> None:
+    """Refuse a model whose bundle would not run.
 
     Args:
         model: In evaluation mode, fp32, on the CPU.
-        image_sizes: Side of each encoder's input in pixels.
-        num_image_tokens: Visual tokens an image, as the processor counts them.
+        processor: The model's.
 
     Raises:
-        BundleError: The model cuts images into tiles, looks at them again from inside the language model, or needs
-            to know where padding is.
+        BundleError: The processor counts other visual tokens than the model makes, or an encoder has the name of
+            another input of the vision graph.
     """
-    if model.config.to_dict().get("layout") is not None:
-        raise _not_exportable("model.layout", "one tile an image")
+    for name in (LAYOUT, IMAGE_SIZES):
+        if name in model.encoders:
+            raise BundleError(
+                f'an encoder is called "{name}"', "the vision graph has an input of that name", "Rename the encoder."
+            )
+    square = np.zeros((_SIDE, _SIDE, 3), np.uint8)
+    sizes = torch.tensor([[_SIDE, _SIDE]]) if model.fusion.uses_image_sizes else None
     with torch.no_grad():
-        try:
-            tokens = model.encode_images({name: torch.zeros(1, 3, size, size) for name, size in image_sizes.items()})
-        except ShapeError as error:
-            raise _not_exportable(error.needed, "pixels and nothing else") from error
-    if not isinstance(tokens, Tensor):
-        raise _not_exportable("model.reinjection", "visual tokens and nothing else")
-    if tokens.shape[1] != num_image_tokens:
-        raise _not_exportable(f"{tokens.shape[1]} visual tokens an image", f"{num_image_tokens}, as its processor says")
-
-
-def _not_exportable(found: str, needed: str) -> BundleError:
-    return BundleError(f"this model has {found}", f"a bundle of this format holds {needed}", "Evaluate it in torch.")
+        tokens = model.encode_images(processor.pixel_values([square]), image_sizes=sizes)
+    if isinstance(tokens, VisualTokens):
+        tokens = tokens.tokens
+    if tokens.shape[1] != processor.num_image_tokens:
+        raise BundleError(
+            f"this model has {tokens.shape[1]} visual tokens a tile",
+            f"its processor counts {processor.num_image_tokens}",
+            "Write the checkpoint again with the processor that belongs to it.",
+        )
 
 
 def export_vision(
-    model: ManyEyesForConditionalGeneration, image_sizes: Mapping[str, int], out: Path, *, opset: int
+    model: ManyEyesForConditionalGeneration, sides: Mapping[str, int], out: Path, *, opset: int
 ) -> GraphSignature:
-    """Write encoders, fusion and projector as one graph.
+    """Write encoders, fusion, projector and the layout of tokens as one graph.
 
     Args:
         model: In evaluation mode, fp32, on the CPU.
-        image_sizes: Side of each encoder's input in pixels.
+        sides: Side of each encoder's input in pixels.
         out: The ``.onnx`` file to write.
         opset: ONNX operator set.
 
     Returns:
-        One input ``[tiles, 3, size, size]`` per encoder, named by it; output ``visual_tokens``, ``[images, N, D]``.
+        One input ``[tiles, 3, side, side]`` per encoder, named by it; with a layout ``layout`` ``[images, places]``,
+        as ``encode_images`` takes it; where the fusion masks padding ``image_sizes`` ``[images, 2]``, width and
+        height. Output ``visual_tokens`` ``[images, N, D]``; with reinjection also ``window_keys``, ``window_mask`` and
+        ``window_overall``, what each token of each tile looks at.
 
     Raises:
         BundleError: The graph lacks an input.
     """
-    images = Dim("images")
-    pixels = [torch.zeros(_ROWS, 3, size, size) for size in image_sizes.values()]
-    return _export(
-        _Vision(model, list(image_sizes)),
-        (pixels,),
-        ([{0: images} for _ in pixels],),
+    layout = None if model.config.layout is None else TokenLayout.from_dict(model.config.layout)
+    images, num_tiles = Dim("images"), _ROWS
+    tiles: Any = images
+    if layout is not None and layout.tiling == "grid":
+        num_tiles = _ROWS * layout.num_tiles(_SIDE, _SIDE)
+        tiles = layout.num_tiles(_SIDE, _SIDE) * images
+    elif layout is not None and layout.tiling == "anyres":
+        num_tiles, tiles = _TILES, Dim("tiles")
+    whole = () if layout is None or layout.tiling == "none" else layout.whole
+    if model.shared_pixels is not None and model.shared_pixels.image_grid > 1:
+        # The model cuts the tiles itself, from one tensor that shows the whole image.
+        whole = tuple(sides)
+    pixels = [torch.zeros(_ROWS if name in whole else num_tiles, 3, side, side) for name, side in sides.items()]
+    pixel_axes = [{0: images if name in whole else tiles} for name in sides]
+    of_images: dict[str, tuple[Tensor, dict[int, Any]]] = {}
+    if layout is not None:
+        places = torch.arange(_ROWS * _LAID_OUT).view(_ROWS, _LAID_OUT) % (num_tiles * model.num_image_tokens)
+        if layout.newline:
+            places[:, 1] = NEWLINE
+        of_images[LAYOUT] = (places, {0: images, 1: Dim("places")})
+    if model.fusion.uses_image_sizes:
+        of_images[IMAGE_SIZES] = (torch.tensor([[64, 48], [48, 64]]), {0: images})
+    return export_graph(
+        _Vision(model, list(sides), list(of_images)),
+        (pixels, *_unless_empty([tensor for tensor, _ in of_images.values()])),
+        (pixel_axes, *_unless_empty([axes for _, axes in of_images.values()])),
         out,
         opset=opset,
-        input_names=list(image_sizes),
-        output_names=["visual_tokens"],
+        input_names=[*sides, *of_images],
+        output_names=[TOKENS] if model.reinjection is None else [TOKENS, *WINDOWS],
     )
 
 
@@ -164,7 +204,7 @@ def export_embed(language_model: PreTrainedModel, out: Path, *, opset: int) -> G
     Raises:
         BundleError: The graph lacks an input.
     """
-    return _export(
+    return export_graph(
         _Embed(language_model.get_input_embeddings()),
         (torch.zeros(_ROWS, _QUERY, dtype=torch.long),),
         ({0: Dim("batch"), 1: Dim("query")},),
@@ -175,7 +215,9 @@ def export_embed(language_model: PreTrainedModel, out: Path, *, opset: int) -> G
     )
 
 
-def export_decoder(language_model: PreTrainedModel, out: Path, *, opset: int) -> GraphSignature:
+def export_decoder(
+    language_model: PreTrainedModel, out: Path, *, opset: int, reinjection: Reinjection | None = None
+) -> GraphSignature:
     """Write the language model as one graph for prefixes, questions and single tokens.
 
     Attention is traced as plain products with an additive, finite mask: a row of the mask without a single one (all
@@ -185,15 +227,19 @@ def export_decoder(language_model: PreTrainedModel, out: Path, *, opset: int) ->
         language_model: In evaluation mode, fp32, on the CPU. Its attention implementation is set to ``eager``.
         out: The ``.onnx`` file to write.
         opset: ONNX operator set.
+        reinjection: Its blocks, attached to it; None without them.
 
     Returns:
         Inputs ``inputs_embeds`` ``[batch, query, D]``, ``attention_mask`` ``[batch, total]`` (past + query),
         ``position_ids`` ``[batch, query]``, ``logits_positions`` ``[kept]`` (places in the query whose logits are
         wanted; may be empty) and ``past_key_values.<layer>.key`` and ``.value`` ``[batch, heads, past, width]``;
+        with reinjection ``window_places`` ``[looks]`` (``row * query + position`` of each visual token; may be empty),
+        ``window_keys`` ``[looks, cells, C]``, ``window_mask`` ``[looks, cells]`` and ``window_overall`` ``[looks, C]``;
         outputs ``logits`` ``[batch, kept, V]`` and ``present.<layer>.key`` and ``.value``. Past may be 0.
 
     Raises:
         BundleError: The graph lacks an input.
+        RecipeError: This family of language models does not look back.
     """
     language_model.set_attn_implementation("eager")
     shape = read_cache_shape(language_model)
@@ -207,15 +253,24 @@ def export_decoder(language_model: PreTrainedModel, out: Path, *, opset: int) ->
     ]
     batch, query, length, total, kept = Dim("batch"), Dim("query"), Dim("past"), Dim("total"), Dim("kept")
     layers = [f"{layer}.{kind}" for layer in range(len(past)) for kind in ("key", "value")]
-    return _export(
-        _Decoder(language_model),
-        (torch.zeros(_ROWS, _QUERY, width), attention_mask, position_ids, torch.tensor([0, 2]), past),
+    looks = [] if reinjection is None else _sample_looks(reinjection)
+    return export_graph(
+        _Decoder(language_model, reinjection),
+        (
+            torch.zeros(_ROWS, _QUERY, width),
+            attention_mask,
+            position_ids,
+            torch.tensor([0, 2]),
+            past,
+            *_unless_empty(looks),
+        ),
         (
             {0: batch, 1: query},
             {0: batch, 1: total},
             {0: batch, 1: query},
             {0: kept},
             [({0: batch, 2: length}, {0: batch, 2: length}) for _ in past],
+            *_unless_empty([{0: Dim("looks")} for _ in looks]),
         ),
         out,
         opset=opset,
@@ -225,6 +280,7 @@ def export_decoder(language_model: PreTrainedModel, out: Path, *, opset: int) ->
             "position_ids",
             "logits_positions",
             *(f"past_key_values.{layer}" for layer in layers),
+            *((PLACES, *WINDOWS) if looks else ()),
         ],
         output_names=["logits", *(f"present.{layer}" for layer in layers)],
     )
@@ -246,69 +302,15 @@ def read_cache_shape(language_model: PreTrainedModel) -> CacheShape:
     )
 
 
-def _export(
-    module: nn.Module,
-    samples: tuple[Any, ...],
-    dynamic_shapes: tuple[Any, ...],
-    out: Path,
-    *,
-    opset: int,
-    input_names: list[str],
-    output_names: list[str],
-) -> GraphSignature:
-    with warnings.catch_warnings(), torch.no_grad():
-        # torch 2.14 says so once for every further axis that has the same name; sharing names is the point.
-        warnings.filterwarnings("ignore", message="# The axis name: .* will not be used", category=UserWarning)
-        program = torch.onnx.export(
-            module.eval(),
-            samples,
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=opset,
-            input_names=input_names,
-            output_names=output_names,
-            verbose=False,
-        )
-    assert program is not None  # only a given file name makes it None
-    model = program.model
-    found = [value.name for value in model.graph.inputs], [value.name for value in model.graph.outputs]
-    if found != (input_names, output_names):
-        raise BundleError(
-            f"{out.name} has the inputs and outputs {found}",
-            f"{(input_names, output_names)} are needed",
-            "The exporter dropped one; report the model.",
-        )
-    _strip_traces(model)
-    program.save(str(out))
-    return GraphSignature(
-        inputs=[_describe(value) for value in model.graph.inputs],
-        outputs=[_describe(value) for value in model.graph.outputs],
-    )
+def _unless_empty(argument: list[Any]) -> list[list[Any]]:
+    # The exporter gives axes their names only where every argument holds a tensor.
+    return [argument] if argument else []
 
 
-def _strip_traces(model: onnx_ir.Model) -> None:
-    # Stack traces name files of this machine, and would make two exports of one checkpoint differ.
-    model.metadata_props.clear()
-    model.doc_string = None
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for value in (*graph.inputs, *graph.initializers.values()):
-            value.metadata_props.clear()
-            value.doc_string = None
-        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-                value.doc_string = None
-
-
-def _describe(value: onnx_ir.Value) -> GraphTensor:
-    if value.name is None or value.dtype is None or value.shape is None:
-        raise BundleError(f"graph value {value.name} has no type", "a typed value is needed", "Report the model.")
-    return GraphTensor(
-        name=value.name,
-        dtype=str(value.dtype.numpy()),
-        shape=[size if isinstance(size, int) else str(size) for size in value.shape],
-    )
+def _sample_looks(reinjection: Reinjection) -> list[Tensor]:
+    sampler = reinjection.samplers[0]
+    assert isinstance(sampler, VisionSampler)
+    channels, cells = sampler.context_projection.in_features, sum(sampler.cells)
+    mask = torch.ones(len(_LOOKS), cells, dtype=torch.bool)
+    mask[0, -1] = False
+    return [torch.tensor(_LOOKS), torch.zeros(len(_LOOKS), cells, channels), mask, torch.zeros(len(_LOOKS), channels)]

@@ -79,15 +79,49 @@ class EncoderPixels(_Strict):
     std: tuple[float, float, float] = Field(description="Standard deviation of each RGB channel, scale of 0 to 1.")
     resample: Literal["bicubic", "bilinear"] = Field(description="Resizing filter, antialiased.")
     fit: Literal["stretch", "crop", "pad"] = Field(description="What happens to an image that is not square.")
+    fill: tuple[int, int, int] | None = Field(
+        default=None, description="Colour around a padded image, RGB, 0 to 255; null for the mean colour."
+    )
+
+
+class ImageLayout(_Strict):
+    """How an image becomes tiles, and its visual tokens a sequence."""
+
+    tiling: Literal["none", "anyres", "grid"] = Field(
+        description="none: one tile. anyres: the image as a whole, then the tiles of the grid among pinpoints that "
+        "suits it best. grid: the image as a whole, then image_grid x image_grid tiles."
+    )
+    pinpoints: list[tuple[int, int]] = Field(description="For anyres: columns and rows of the grids to choose from.")
+    image_grid: int = Field(ge=1, description="For grid: tiles a side.")
+    newline: bool = Field(description="Whether a learned token ends each row of visual tokens.")
+    newline_at: Literal["rows", "end"] = Field(
+        description="rows: as newline says. end: one such token after the image's last token instead."
+    )
+    unpad: bool = Field(description="Whether rows and columns that show nothing but padding are left out.")
+    whole: list[str] = Field(description="Encoders that see the whole image once, whatever the tiling.")
+    tile_size: int = Field(gt=0, description="Side of a tile of the first tiled encoder, in pixels.")
+
+
+class SharedInput(_Strict):
+    """How the vision graph makes each encoder's input from its one input: bilinear interpolation, in fp32."""
+
+    align_corners: bool = Field(description="Whether corner pixels keep the place of their centres.")
+    antialias: bool = Field(description="Whether the filter is widened when shrinking.")
+    encoder_sizes: dict[str, int] = Field(description="Side of each encoder's input in pixels, by its name.")
 
 
 class PreprocessFile(_Strict):
     """``preprocess.json``: from image files to the vision graph's inputs."""
 
-    mode: Literal["independent"] = Field(
-        description="independent: each encoder's input is resized from the uint8 image."
+    mode: Literal["independent", "shared"] = Field(
+        description="independent: each encoder's input is resized from the uint8 image. shared: the graph takes one "
+        "input, named shared, and makes each encoder's from it."
     )
     encoders: dict[str, EncoderPixels] = Field(description="By the name of the graph's input.")
+    shared: SharedInput | None = Field(default=None, description="Inside the graph, with mode shared; else null.")
+    layout: ImageLayout | None = Field(
+        default=None, description="Tiles and the order of their tokens; null for one tile, its tokens as they are."
+    )
 
 
 class ChatFile(_Strict):
@@ -96,7 +130,7 @@ class ChatFile(_Strict):
     template: dict[str, str | bool] = Field(description="The text around turns; fields of ChatTemplate.")
     system: str | None = Field(description="Replaces the template's system text; null keeps it.")
     image_token_id: int = Field(ge=0, description="Stands at visual tokens; never looked up in the embedding table.")
-    image_tokens: int = Field(gt=0, description="Visual tokens an image.")
+    image_tokens: int = Field(gt=0, description="Visual tokens an image; with a layout, a tile.")
     max_length: int = Field(gt=0, description="Most tokens, question, image and answer together.")
     stop_token_ids: list[int] = Field(description="Token ids that end an answer.")
 

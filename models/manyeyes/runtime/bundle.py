@@ -25,8 +25,10 @@ from tokenizers import Tokenizer
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
 from manyeyes.runtime.decoding import Continuation, Decoder
-from manyeyes.runtime.preprocess import ImageTransform, decode_image, transform_image
+from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
+from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.runtime.vision import ImageTokens, Vision
 
 FORMAT_VERSION = 1
 VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
@@ -83,19 +85,16 @@ class Bundle:
         self.manifest = manifest
         self._tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
         preprocess, chat = _read_json(path / PREPROCESS), _read_json(path / CHAT)
-        self._transforms = _read_transforms(preprocess)
         self._template = ChatTemplate.from_dict(_field(chat, CHAT, "template", dict))
         self._system: str | None = chat.get("system")
         self._image_token_id = _field(chat, CHAT, "image_token_id", int)
-        self._image_tokens = _field(chat, CHAT, "image_tokens", int)
         self._max_length = _field(chat, CHAT, "max_length", int)
-        self._vision = Graph(path / VISION, providers=providers, threads=threads)
-        if set(self._vision.input_names) != set(self._transforms):
-            raise BundleError(
-                f"{PREPROCESS} describes {sorted(self._transforms)}",
-                f"{VISION} takes {sorted(self._vision.input_names)}",
-                "Export the bundle again.",
-            )
+        self._vision = Vision(
+            Graph(path / VISION, providers=providers, threads=threads),
+            _read_transforms(preprocess),
+            layout=_read_layout(preprocess),
+            tile_tokens=_field(chat, CHAT, "image_tokens", int),
+        )
         self._decoder = Decoder(
             Graph(path / EMBED, providers=providers, threads=threads),
             Graph(path / DECODER, providers=providers, threads=threads),
@@ -150,7 +149,7 @@ class Bundle:
             answers.extend(self._answer_window(window, max_new_tokens, batch_size, first_logits))
         return answers
 
-    def encode_images(self, images: Sequence[bytes], *, batch_size: int = 32) -> NDArray[np.float32]:
+    def encode_images(self, images: Sequence[bytes], *, batch_size: int = 32) -> list[ImageTokens]:
         """Run images through encoders, fusion and projector.
 
         Args:
@@ -158,35 +157,32 @@ class Bundle:
             batch_size: Most images a run.
 
         Returns:
-            Visual tokens, ``[images, N, D]``, float32.
+            Visual tokens of each, and what they look at where the language model looks back.
 
         Raises:
-            RecordError: An image cannot be decoded.
+            RecordError: An image cannot be decoded, or unpadding leaves nothing of it.
         """
-        batches = []
+        encoded: list[ImageTokens] = []
         for start in range(0, len(images), batch_size):
-            decoded = [decode_image(data) for data in images[start : start + batch_size]]
-            pixels = {
-                name: np.stack([transform_image(image, transform) for image in decoded])
-                for name, transform in self._transforms.items()
-            }
-            batches.append(self._vision.run(pixels, on_host=self._vision.output_names)["visual_tokens"].numpy())
-        return np.concatenate(batches)
+            encoded.extend(self._vision.encode(images[start : start + batch_size]))
+        return encoded
 
     def _answer_window(
         self, groups: Sequence[Group], max_new_tokens: int, batch_size: int, first_logits: bool
     ) -> list[list[GeneratedAnswer]]:
-        prompts = list(self._encode_prompts(groups))
+        unique = list(dict.fromkeys(data for group in groups if group.questions for data in group.images))
+        # How many tokens an image has may depend on its size, so images come before prompts.
+        tokens = dict(zip(unique, self.encode_images(unique, batch_size=batch_size), strict=True))
+        images = [[tokens[data] for data in group.images] if group.questions else [] for group in groups]
+        prompts = list(self._encode_prompts(groups, images))
         if not prompts:
             return [[] for _ in groups]
-        unique = {data: place for place, data in enumerate(dict.fromkeys(data for g in groups for data in g.images))}
-        tokens = self.encode_images(list(unique), batch_size=batch_size) if unique else np.zeros((0, 0, 0), np.float32)
         # Any question of a group has the group's prefix; a group without questions needs none.
         of_group = {prompt.group: prompt.encoded for prompt in prompts}
         rows = {group: row for row, group in enumerate(of_group)}
         prefixes = self._decoder.run_prefixes(
             [encoded.input_ids[: encoded.prefix_length] for encoded in of_group.values()],
-            [[tokens[unique[data]] for data in groups[group].images] for group in of_group],
+            [images[group] for group in of_group],
             [encoded.image_spans for encoded in of_group.values()],
         )
         found: dict[tuple[int, int], Continuation] = {}
@@ -206,7 +202,7 @@ class Bundle:
             for index, group in enumerate(groups)
         ]
 
-    def _encode_prompts(self, groups: Sequence[Group]) -> Iterator[_Prompt]:
+    def _encode_prompts(self, groups: Sequence[Group], images: Sequence[Sequence[ImageTokens]]) -> Iterator[_Prompt]:
         for index, group in enumerate(groups):
             for place, question in enumerate(group.questions):
                 if IMAGE_PLACEHOLDER in question:
@@ -219,7 +215,7 @@ class Bundle:
                     self._tokenizer,
                     self._template,
                     [("human", f"{IMAGE_PLACEHOLDER}\n" * len(group.images) + question)],
-                    image_tokens=[self._image_tokens] * len(group.images),
+                    image_tokens=[len(image.tokens) for image in images[index]],
                     image_token_id=self._image_token_id,
                     system=self._system,
                     generation_prompt=True,
@@ -355,9 +351,18 @@ def _field(content: Mapping[str, Any], file: str, name: str, kind: type[Any]) ->
 
 
 def _read_transforms(preprocess: Mapping[str, Any]) -> dict[str, ImageTransform]:
-    if preprocess.get("mode") != "independent":
+    mode, encoders = preprocess.get("mode"), _field(preprocess, PREPROCESS, "encoders", dict)
+    # With "shared" there is one input, and the graph makes each encoder's from it.
+    if mode not in ("independent", "shared") or (mode == "shared" and set(encoders) != {"shared"}):
         raise BundleError(
-            f"{PREPROCESS} has mode {preprocess.get('mode')!r}", 'this runtime knows "independent"', "Update manyeyes."
+            f"{PREPROCESS} has mode {mode!r} and inputs for {', '.join(encoders)}",
+            'this runtime knows "independent", and "shared" with one input of that name',
+            "Update manyeyes.",
         )
-    encoders = _field(preprocess, PREPROCESS, "encoders", dict)
     return {name: ImageTransform.from_dict(values) for name, values in encoders.items()}
+
+
+def _read_layout(preprocess: Mapping[str, Any]) -> TokenLayout | None:
+    if preprocess.get("layout") is None:
+        return None
+    return TokenLayout.from_dict(_field(preprocess, PREPROCESS, "layout", dict))

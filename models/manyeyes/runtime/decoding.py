@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from manyeyes.runtime.sessions import Graph
+from manyeyes.runtime.vision import PLACES, WINDOWS, ImageTokens
 
 _ON_HOST = ("logits",)
 
@@ -50,7 +52,7 @@ class Decoder:
 
     Args:
         embed: Token ids to embeddings.
-        decoder: Embeddings, mask, positions and cache to logits and cache.
+        decoder: Embeddings, mask, positions, cache and what visual tokens look at to logits and cache.
         stop_ids: Tokens that end an answer.
     """
 
@@ -59,30 +61,37 @@ class Decoder:
         self._decoder = decoder
         self._stop_ids = frozenset(stop_ids)
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
+        # What a step without images looks at.
+        self._no_looks = _no_looks(decoder) if PLACES in decoder.input_names else {}
 
     def run_prefixes(
         self,
         prefixes: Sequence[Sequence[int]],
-        visual_tokens: Sequence[Sequence[NDArray[np.float32]]],
+        images: Sequence[Sequence[ImageTokens]],
         image_spans: Sequence[Sequence[tuple[int, int]]],
     ) -> Prefixes:
         """Run prefixes through the decoder once.
 
         Args:
             prefixes: Token ids of each; ids at image spans do not matter. May be empty.
-            visual_tokens: ``[N, D]`` for each image of each prefix.
+            images: The images of each prefix.
             image_spans: Start and length in tokens of each image of each prefix.
         """
         ids, mask = _pad_left(prefixes)
         if ids.shape[1] == 0:
             return Prefixes(cache=self._empty_cache(len(prefixes)), mask=mask)
         embeddings = self._embed_tokens(ids)
-        for row, (prefix, images, spans) in enumerate(zip(prefixes, visual_tokens, image_spans, strict=True)):
+        places: list[NDArray[np.int64]] = []
+        for row, (prefix, own, spans) in enumerate(zip(prefixes, images, image_spans, strict=True)):
             padding = ids.shape[1] - len(prefix)
-            for image, (start, length) in zip(images, spans, strict=True):
-                embeddings[row, padding + start : padding + start + length] = image
+            for image, (start, length) in zip(own, spans, strict=True):
+                first = padding + start
+                embeddings[row, first : first + length] = image.tokens
+                places.append(row * ids.shape[1] + first + image.looks)
+        looks = self._gather_looks(places, [image for own in images for image in own])
         no_logits = np.zeros(0, np.int64)
-        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), positions_of_logits=no_logits)
+        empty = self._empty_cache(len(prefixes))
+        _, cache = self._step(embeddings, mask, empty, positions_of_logits=no_logits, looks=looks)
         return Prefixes(cache=cache, mask=mask)
 
     def continue_greedily(
@@ -135,6 +144,7 @@ class Decoder:
         cache: Mapping[str, ort.OrtValue],
         *,
         positions_of_logits: NDArray[np.int64] | None = None,
+        looks: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
         length = embeddings.shape[1]
         position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
@@ -145,11 +155,20 @@ class Decoder:
             "position_ids": position_ids,
             "logits_positions": last if positions_of_logits is None else positions_of_logits,
             **cache,
+            **(self._no_looks if looks is None else looks),
         }
         outputs = self._decoder.run(inputs, on_host=_ON_HOST)
         present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self._cache_names}
         logits: NDArray[np.float32] = outputs["logits"].numpy()
         return logits[:, -1] if logits.shape[1] else logits[:, 0:0], present
+
+    def _gather_looks(
+        self, places: Sequence[NDArray[np.int64]], images: Sequence[ImageTokens]
+    ) -> Mapping[str, NDArray[Any]]:
+        if not self._no_looks or not images:
+            return self._no_looks
+        windows = {name: np.concatenate([image.windows[name] for image in images]) for name in WINDOWS}
+        return {PLACES: np.concatenate(places), **windows}
 
     def _embed_tokens(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         embeddings: NDArray[np.float32] = self._embed.run({"input_ids": ids}, on_host=("inputs_embeds",))[
@@ -167,6 +186,14 @@ class Decoder:
     def _take(self, cache: Mapping[str, ort.OrtValue], rows: Sequence[int]) -> dict[str, ort.OrtValue]:
         index = np.asarray(rows, np.int64)
         return {name: self._decoder.to_device(np.take(value.numpy(), index, axis=0)) for name, value in cache.items()}
+
+
+def _no_looks(decoder: Graph) -> dict[str, NDArray[Any]]:
+    empty: dict[str, NDArray[Any]] = {PLACES: np.zeros(0, np.int64)}
+    for name in WINDOWS:
+        _, *sizes = decoder.input_shape(name)
+        empty[name] = np.zeros((0, *map(int, sizes)), bool if name == "window_mask" else np.float32)
+    return empty
 
 
 def _pad_left(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
