@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 
 from manyeyes.errors import SourceError, did_you_mean
@@ -21,13 +21,16 @@ SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_source(source: str, *, snapshot_path: Path | None, files: Sequence[str] = ()) -> Path | None:
+def resolve_source(
+    source: str, *, snapshot_path: Path | None, files: Sequence[str] = (), parts: Sequence[str] = ()
+) -> Path | None:
     """Find the files that a source names; fetches only ``hub:``.
 
     Args:
         source: ``hub:``, ``dir:``, ``snapshot:``, ``package:`` or ``scratch:``, as in the head of this module.
         snapshot_path: Folder of the data snapshot; needed for ``snapshot:``.
         files: Of a hub repository fetch nothing but the first of these that it has, and return that file.
+        parts: Of a hub repository fetch nothing but these, by their paths in it, and return the folder.
 
     Returns:
         A file or a folder that exists; None for ``scratch:``.
@@ -49,7 +52,7 @@ def resolve_source(source: str, *, snapshot_path: Path | None, files: Sequence[s
     if not rest:
         raise SourceError(f'source is "{source}"', f"something must follow {scheme}:", "Name the weights.")
     if scheme == "hub":
-        return _resolve_hub(source, rest, files)
+        return _resolve_hub(source, rest, files, parts)
     if scheme == "package":
         return _resolve_package(source, rest)
     if scheme == "dir":
@@ -63,6 +66,21 @@ def resolve_source(source: str, *, snapshot_path: Path | None, files: Sequence[s
     return _existing(path, source, inside=f"the snapshot {snapshot_path}")
 
 
+def committed_config(source: str) -> Path | None:
+    """The ``config.json`` of a hub's language model that is committed here, so that its sizes are known offline.
+
+    Args:
+        source: ``hub:<id>@<revision>``; the revision does not matter, a model keeps its sizes.
+
+    Returns:
+        ``manyeyes/hub_configs/<id with -- for />.json``, or None for other sources and models without one.
+    """
+    scheme, _, rest = source.partition(":")
+    name = rest.partition("@")[0].replace("/", "--")
+    path = Path(str(resources.files("manyeyes"))) / "hub_configs" / f"{name}.json"
+    return path if scheme == "hub" and path.is_file() else None
+
+
 def _existing(path: Path, source: str, *, inside: str) -> Path:
     if path.exists():
         return path
@@ -70,7 +88,7 @@ def _existing(path: Path, source: str, *, inside: str) -> Path:
     raise SourceError(f'source is "{source}"', f"no such file or folder in {inside}", did_you_mean(path.name, siblings))
 
 
-def _resolve_hub(source: str, rest: str, files: Sequence[str]) -> Path:
+def _resolve_hub(source: str, rest: str, files: Sequence[str], parts: Sequence[str]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -88,13 +106,13 @@ def _resolve_hub(source: str, rest: str, files: Sequence[str]) -> Path:
             f"Write hub:{repository}@<commit or tag>.",
         )
     try:
-        for position, name in enumerate(files, start=1):
+        for position, name in enumerate(() if parts else files, start=1):
             try:
                 return Path(hf_hub_download(repository, name, revision=revision))
             except (RemoteEntryNotFoundError, LocalEntryNotFoundError):
                 if position == len(files):
                     raise
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(parts or _HUB_FILES)))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
             f'source is "{source}" ({type(error).__name__}: {error})',

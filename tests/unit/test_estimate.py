@@ -1,0 +1,226 @@
+"""Estimates against the built model, torch's own counters on real tensors, and formulas by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyeyes.cli.show_recipe import recipe_as_json, recipe_as_text
+from manyeyes.errors import RecipeError, SourceError
+from manyeyes.estimate import RecipeEstimate, as_rows, estimate, language_model_config, stage_memory
+from manyeyes.estimate.dry_run import count_sample, image_shape
+from manyeyes.language_model import load_language_model_config
+from manyeyes.model import ManyEyesForConditionalGeneration, build_model, build_skeleton
+from manyeyes.recipe import Recipe, load_recipe
+from manyeyes.training.optimizer import freeze_others, learning_rates
+from tests.model_toys import toy_spec, write_language_model
+
+TEXT, SUPERVISED = 40, 24
+TRAINED = {
+    "projector alone": {"projector": 1e-3},
+    "encoders and projector": {"encoders": 1e-3, "projector": 1e-3},
+    "everything": {"encoders": 1e-3, "projector": 1e-3, "language_model": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_model(tmp_path_factory.mktemp("language-model"))
+
+
+@pytest.fixture(scope="module")
+def real(folder: Path) -> ManyEyesForConditionalGeneration:
+    model, _ = build_model(toy_spec(folder), snapshot_path=None, seed=0)
+    return model
+
+
+def real_loss(model: ManyEyesForConditionalGeneration) -> Tensor:
+    """One image behind the first token, and the loss of the last tokens, as training computes it."""
+    visual = model.num_image_tokens
+    pixels = {name: torch.zeros(1, 3, 64, 64) for name in model.encoders}
+    labels = torch.full((1, TEXT + visual), -100)
+    labels[:, -SUPERVISED:] = 5
+    loss = model(
+        input_ids=torch.full((1, TEXT + visual), 5),
+        pixel_values=pixels,
+        image_spans=torch.tensor([[0, 1, visual, 0]]),
+        labels=labels,
+        use_cache=False,
+        num_items_in_batch=1,
+    ).loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_flops_are_those_that_torch_counts_on_real_tensors(
+    trained: str, real: ManyEyesForConditionalGeneration, folder: Path
+) -> None:
+    skeleton = build_skeleton(toy_spec(folder), text_config=load_language_model_config(folder))
+    for model in (real, skeleton):
+        groups = model.parameter_groups()
+        freeze_others(groups, learning_rates(TRAINED[trained], groups))
+        model.train()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        real_loss(real).backward()
+    real.zero_grad()
+    found = count_sample(
+        skeleton, image_shape(skeleton), text_tokens=TEXT, longest_text=TEXT, supervised=SUPERVISED
+    ).flops
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_bytes_kept_for_the_backward_pass_are_those_of_the_real_model(
+    real: ManyEyesForConditionalGeneration, folder: Path
+) -> None:
+    skeleton = build_skeleton(toy_spec(folder), text_config=load_language_model_config(folder))
+    for model in (real, skeleton):
+        groups = model.parameter_groups()
+        freeze_others(groups, learning_rates(TRAINED["everything"], groups))
+        model.train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in own:
+            kept[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = real_loss(real)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert loss.requires_grad
+    found = count_sample(
+        skeleton, image_shape(skeleton), text_tokens=8, longest_text=TEXT, supervised=SUPERVISED
+    ).saved_bytes
+    assert found == pytest.approx(measured, rel=0.05)
+
+
+def test_memory_is_the_formula_by_hand() -> None:
+    full = stage_memory(
+        parameters=1_000_000_000, trained=100_000_000, saved_bytes=50_000_000, micro_batch=8, tokens=1, bf16=False
+    )
+    assert (full.weights, full.gradients, full.optimizer) == (4.0, 0.4, 0.8)
+    assert full.activations == pytest.approx(0.4)
+    half = stage_memory(
+        parameters=1_000_000_000, trained=100_000_000, saved_bytes=50_000_000, micro_batch=8, tokens=1, bf16=True
+    )
+    # A bf16 copy of what trains, and activations of half the size.
+    assert half.weights == pytest.approx(4.2)
+    assert (half.gradients, half.optimizer) == (0.4, 0.8)
+    assert half.activations == pytest.approx(0.2)
+
+
+@pytest.fixture(scope="module")
+def toy(folder: Path) -> tuple[Recipe, RecipeEstimate]:
+    recipe = load_recipe("tiny", overrides={"model": toy_spec(folder).model_dump()})
+    return recipe, estimate(recipe)
+
+
+def test_parameters_are_those_of_the_built_model(
+    toy: tuple[Recipe, RecipeEstimate], real: ManyEyesForConditionalGeneration
+) -> None:
+    _, found = toy
+    groups = {name: sum(p.numel() for _, p in members) for name, members in real.parameter_groups().items()}
+    assert found.parameters.encoders == {
+        "vit": groups["encoders.vit"],
+        "efficientnet": groups["encoders.efficientnet"],
+    }
+    assert found.parameters.encoders == {"vit": 1_092_096, "efficientnet": 700_768}
+    assert found.parameters.projector == groups["projector"]
+    # Tied weights count once.
+    assert found.parameters.language_model == groups["language_model"]
+    assert (found.parameters.fusion, found.parameters.reinjection) == (0, 0)
+    assert found.parameters.total == sum(groups.values())
+    assert (found.visual_tokens, found.channels) == (16, 128 + 112)
+
+
+def test_stages_need_what_they_train(toy: tuple[Recipe, RecipeEstimate]) -> None:
+    recipe, found = toy
+    total, projector = found.parameters.total, found.parameters.projector
+    assert list(found.memory_gb) == ["prealign", "pretrain", "sft"] == list(found.flops_per_sample)
+    assert found.memory_parts_gb["sft"].optimizer == pytest.approx(8 * total / 1e9)
+    assert found.memory_parts_gb["pretrain"].optimizer == pytest.approx(8 * projector / 1e9)
+    assert found.memory_parts_gb["pretrain"].weights == pytest.approx(4 * total / 1e9)
+    assert found.memory_parts_gb["sft"].micro_batch == 16
+    assert found.memory_parts_gb["sft"].tokens == recipe.model.language_model.max_length
+    assert found.flops_per_sample["sft"] > found.flops_per_sample["pretrain"]
+    assert found.disk_gb.running == pytest.approx(24 * total / 1e9, abs=1e-6)
+    assert found.disk_gb.bundle == pytest.approx(4 * total / 1e9, abs=1e-6)
+    shown = dict(as_rows(found))
+    assert shown["parameters"] == total
+    assert "micro-batch 16 of 256 tokens" in shown["memory of sft, each device"]
+
+
+def test_micro_batch_and_stages_change_memory_as_they_should(toy: tuple[Recipe, RecipeEstimate]) -> None:
+    recipe, found = toy
+    sft = recipe.stages.sft
+    assert sft is not None
+    stages = recipe.stages.model_copy(
+        update={"prealign": None, "pretrain": None, "sft": sft.model_copy(update={"micro_batch_size": 4})}
+    )
+    smaller = estimate(recipe.model_copy(update={"stages": stages}))
+    assert list(smaller.memory_gb) == ["sft"]
+    assert smaller.memory_parts_gb["sft"].activations == pytest.approx(found.memory_parts_gb["sft"].activations / 4)
+
+
+def test_llava_7b_costs_what_the_usual_formula_says_and_needs_no_network() -> None:
+    part = {"mixture": [{"dataset": "d"}], "batch_size": 128, "micro_batch_size": 1, "precision": "bf16"}
+    recipe = load_recipe(
+        "tiny",
+        overrides={
+            "model.encoders": [{"name": "clip", "encoder": "clip-l14-336"}],
+            "model.fusion": {"strategy": "channel-concat", "grid": 24},
+            "model.language_model": {"source": "hub:lmsys/vicuna-7b-v1.5@main", "max_length": 2048},
+            "stages": {"sft": {"train": {"projector": 2e-5, "language_model": 2e-5}, **part}},
+        },
+    )
+    found = estimate(recipe)
+    assert found.parameters.language_model == 6_738_415_616  # as published
+    assert found.parameters.projector == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert (found.visual_tokens, found.channels) == (576, 1024)
+    tokens, clip_tokens = 576 + 128, 577
+    blocks = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    forward = 2 * tokens * blocks + 32 * 4 * tokens**2 * 4096 + 2 * 64 * 4096 * 32000
+    projector = 2 * 576 * found.parameters.projector
+    # 23 of CLIP's 24 blocks are run, and frozen: forward only. What follows is forward, and twice that backward.
+    clip = 23 * (2 * clip_tokens * 12 * 1024**2 + 4 * clip_tokens**2 * 1024)
+    by_hand = clip + 3 * (forward + projector)
+    assert found.flops_per_sample["sft"] == pytest.approx(by_hand, rel=0.05)
+
+
+def test_language_model_without_a_committed_configuration_is_refused_without_a_snapshot() -> None:
+    with pytest.raises(SourceError, match="no snapshot"):
+        language_model_config("snapshot:pretrained/tiny-lm", snapshot_path=None)
+    with pytest.raises(SourceError, match=r"a model with a config\.json"):
+        language_model_config("scratch:", snapshot_path=None)
+    assert language_model_config("scratch:hub:lmsys/vicuna-13b-v1.5@main", snapshot_path=None).hidden_size == 5120
+
+
+def test_parts_that_do_not_fit_are_refused_without_building_them(folder: Path) -> None:
+    spec = toy_spec(folder).model_copy(
+        update={"fusion": toy_spec(folder).fusion.model_copy(update={"options": {"averge": True}})}
+    )
+    recipe = load_recipe("tiny", overrides={"model": spec.model_dump()})
+    with pytest.raises(RecipeError, match="averge"):
+        estimate(recipe)
+
+
+def test_recipe_show_prints_what_the_recipe_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("tiny", overrides={"model": toy_spec(folder).model_dump()})
+    shown = json.loads(recipe_as_json(recipe))
+    assert shown["recipe"]["name"] == "tiny"
+    assert set(shown["parameters"]) >= {"encoders", "fusion", "projector", "language_model", "reinjection"}
+    assert (shown["visual_tokens"], shown["channels"]) == (16, 240)
+    assert set(shown["memory_gb"]) == set(shown["flops_per_sample"]) == {"prealign", "pretrain", "sft"}
+    # Outside a checkout the sizes of a language model in a snapshot are not known, and that is said.
+    monkeypatch.chdir(folder)
+    assert "data.dvc" in json.loads(recipe_as_json(load_recipe("tiny")))["not_estimated"]["found"]
+    assert "# what it needs is not known here: " in recipe_as_text(load_recipe("tiny"))
