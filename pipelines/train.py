@@ -7,10 +7,12 @@ from components.evaluate.component import evaluate
 from components.export_onnx.component import export_onnx
 from components.gate.component import gate
 from components.prealign_encoder.component import prealign_encoder
+from components.preflight.component import preflight
 from components.pretrain_projector.component import pretrain_projector
 from components.register.component import register
 from components.resolve_data.component import resolve_data
 from components.sft.component import sft
+from components.summarise_run.component import summarise_run
 from components.validate_data.component import validate_data
 
 
@@ -77,39 +79,43 @@ def train(
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
         registry_model: Name in the registry. Empty: the recipe's own.
     """
-    resolved = resolve_data(
-        recipe=recipe,
-        recipe_overrides=recipe_overrides,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        registry_model=registry_model,
-    ).set_caching_options(False)
-    names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
-    pinned = {name: resolved.outputs[name] for name in names}
-    model_name = resolved.outputs["registry_model"]
-
-    validation = validate_data(**pinned).outputs["validation"]
-    trained = stages(encoders=resolved.outputs["encoders"], validation=validation, **pinned)
-    checkpoint = trained.output
-    torch_scores = evaluate(kind="torch", model=checkpoint, **pinned).set_display_name("evaluate torch")
-    exported = export_onnx(checkpoint=checkpoint, **pinned)
-    bundle_scores = evaluate(
-        kind="bundle",
-        model=exported.outputs["bundle"],
-        other_scorecard=torch_scores.outputs["scorecard"],
-        **pinned,
-    ).set_display_name("evaluate bundle")
-    evidence = {
-        "validation": validation,
-        "scorecard": torch_scores.outputs["scorecard"],
-        "bundle_scorecard": bundle_scores.outputs["scorecard"],
-        "parity": exported.outputs["parity"],
+    form = {
+        "recipe": recipe,
+        "recipe_overrides": recipe_overrides,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "registry_model": registry_model,
     }
-    judged = gate(registry_model=model_name, **evidence, **pinned).set_caching_options(False)
-    register(
-        registry_model=model_name,
-        bundle=exported.outputs["bundle"],
-        gate=judged.outputs["gate"],
-        **evidence,
-        **pinned,
-    ).set_caching_options(False)
+    summary = summarise_run(pipeline="train", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+        checked = preflight(**form).set_caching_options(False)
+        resolved = resolve_data(**form).set_caching_options(False).after(checked)
+        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
+        pinned = {name: resolved.outputs[name] for name in names}
+        model_name = resolved.outputs["registry_model"]
+
+        validation = validate_data(**pinned).outputs["validation"]
+        trained = stages(encoders=resolved.outputs["encoders"], validation=validation, **pinned)
+        checkpoint = trained.output
+        torch_scores = evaluate(kind="torch", model=checkpoint, **pinned).set_display_name("evaluate torch")
+        exported = export_onnx(checkpoint=checkpoint, **pinned)
+        bundle_scores = evaluate(
+            kind="bundle",
+            model=exported.outputs["bundle"],
+            other_scorecard=torch_scores.outputs["scorecard"],
+            **pinned,
+        ).set_display_name("evaluate bundle")
+        evidence = {
+            "validation": validation,
+            "scorecard": torch_scores.outputs["scorecard"],
+            "bundle_scorecard": bundle_scores.outputs["scorecard"],
+            "parity": exported.outputs["parity"],
+        }
+        judged = gate(registry_model=model_name, **evidence, **pinned).set_caching_options(False)
+        register(
+            registry_model=model_name,
+            bundle=exported.outputs["bundle"],
+            gate=judged.outputs["gate"],
+            **evidence,
+            **pinned,
+        ).set_caching_options(False)

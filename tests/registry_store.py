@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +34,14 @@ def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return _URIS[0]
 
 
-def make_bundle(folder: Path, content: str) -> Path:
-    """A folder that is a bundle as far as checksums go."""
+def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
+    """A folder that is a bundle as far as checksums go; ``decoder.onnx`` has so many bytes at least."""
     folder.mkdir(parents=True)
     files = {}
     for name in REQUIRED_FILES:
         data = f"{name} {content}".encode()
+        if name == "decoder.onnx":
+            data += random.Random(content).randbytes(max(0, decoder_bytes - len(data)))
         (folder / name).write_bytes(data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest = {
@@ -77,9 +80,11 @@ def make_candidate(
     floor: float = 0,
     champion: ChampionEvidence | None = None,
     wrong: range = range(0),
+    bundle: Path | None = None,
+    decoder_bytes: int = 0,
     **recipe: object,
 ) -> Candidate:
-    bundle = make_bundle(folder / "exported", folder.name)
+    bundle = bundle or make_bundle(folder / "exported", folder.name, decoder_bytes=decoder_bytes)
     digest = str(json.loads((bundle / "manifest.json").read_text())["digest"])
     cards = {
         kind: evaluate(

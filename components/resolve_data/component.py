@@ -1,4 +1,4 @@
-"""Pin recipe, data and code, and refuse before any machine time is spent."""
+"""Pin recipe, data and code, of which the cache keys of all later steps are made."""
 
 # kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
 # of the body inside the body.
@@ -31,7 +31,7 @@ def resolve_data(
         ("registry_model", str),
     ],
 ):
-    """Pin recipe, data and code, and refuse before any machine time is spent.
+    """Pin recipe, data and code, of which the cache keys of all later steps are made.
 
     Args:
         recipe: A recipe's name, or its text.

@@ -11,6 +11,7 @@
     ├── ShapeError             tensors or grids that do not fit together
     ├── SourceError            pretrained parts that cannot be had or do not fit
     ├── CheckpointError        a checkpoint that is missing, incomplete or does not match
+    ├── DrawingError           a text-to-image pipeline that is missing or does not fit
     ├── BundleError            an ONNX bundle that is missing, incomplete or does not match
     ├── EvaluationError        an unknown benchmark, or answers that cannot be scored
     ├── RegistryError          a model, version or alias that is not there
@@ -18,12 +19,14 @@
     ├── StorageError           no space, or no permission, where something must be written
     ├── LockedError            another process owns this run or this running checkpoint
     └── PipelineError          a pipeline or a step that failed, or that cannot be started
+        ├── PreflightError     something that a run needs is missing or wrong; says all of it at once
+        └── EndpointError      a Kubeflow endpoint that refuses, or does not answer
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class ManyEyesError(Exception):
@@ -91,6 +94,10 @@ class CheckpointError(ManyEyesError):
     """A checkpoint that is missing, incomplete or does not match."""
 
 
+class DrawingError(ManyEyesError):
+    """A text-to-image pipeline that is missing or does not fit."""
+
+
 class BundleError(ManyEyesError):
     """An ONNX bundle that is missing, incomplete or does not match."""
 
@@ -119,6 +126,30 @@ class LockedError(ManyEyesError):
 
 class PipelineError(ManyEyesError):
     """A pipeline or a step that failed, or that cannot be started."""
+
+
+class EndpointError(PipelineError):
+    """A Kubeflow endpoint that refuses, or does not answer."""
+
+
+class PreflightError(PipelineError):
+    """Something that a run needs is missing or wrong.
+
+    Args:
+        problems: All of it, each as ``subject``, ``found``, ``needed`` and ``do``.
+        retry: Whether waiting may mend some of it.
+    """
+
+    def __init__(self, problems: Sequence[Mapping[str, str]], *, retry: bool) -> None:
+        count = f"{len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong"
+        steps = [problem["do"] for problem in problems if problem["do"]]
+        super().__init__(
+            f"{count}: " + "; ".join(f"{problem['subject']}: {problem['found']}" for problem in problems),
+            "; ".join(problem["needed"] for problem in problems if problem["needed"]),
+            steps[0] if len(steps) == 1 else " ".join(f"({place}) {step}" for place, step in enumerate(steps, start=1)),
+            retry=retry,
+        )
+        self.problems = tuple(dict(problem) for problem in problems)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -15,22 +15,24 @@ from tests.pipelines.checkout import ROOT, Checkout, make_checkout, push
 SIZES = {"train": 16, "val": 4, "test": 8}
 
 
-@pytest.fixture(scope="session")
-def toy_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A snapshot's folder: the first records of every easy-VQA data set, and a language model of a few kilobytes."""
+def make_snapshot(folder: Path, *, cache: Path, sizes: dict[str, int]) -> Path:
+    """The first records of every easy-VQA data set, and a language model of a few kilobytes.
+
+    Args:
+        folder: Of the snapshot.
+        cache: Gets the whole of what ``data.dvc`` names.
+        sizes: Records of each split; each has one image.
+    """
     from manyeyes.training.warmup import LanguageModelPlan, pretrain_language_model
 
     whole = open_snapshot(
-        md5=read_dvc_file(ROOT / "data.dvc").md5,
-        remote=str(ROOT / "infra" / "dvc-remote"),
-        cache_dir=tmp_path_factory.mktemp("cache"),
+        md5=read_dvc_file(ROOT / "data.dvc").md5, remote=str(ROOT / "infra" / "dvc-remote"), cache_dir=cache
     )
-    folder = tmp_path_factory.mktemp("snapshot")
-    for split, count in SIZES.items():
+    for split, count in sizes.items():
         reader = RecordReader(whole.shards(f"easy-vqa-{split}"))
         write_shards((reader.read(index) for index in range(count)), folder / "easy-vqa", split)
     provenance = {
-        **{f"easy-vqa-{split}": Provenance("MIT", "the first records of easy-VQA") for split in SIZES},
+        **{f"easy-vqa-{split}": Provenance("MIT", "the first records of easy-VQA") for split in sizes},
         "toy-lm": Provenance("Apache-2.0", "made by a test"),
     }
     write_manifest(folder, provenance=provenance)
@@ -38,6 +40,12 @@ def toy_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain_language_model(folder / "pretrained" / "toy-lm", snapshot=open_folder(folder), seed=0, plan=plan)
     write_manifest(folder, provenance=provenance)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A snapshot's folder of toy size."""
+    return make_snapshot(tmp_path_factory.mktemp("snapshot"), cache=tmp_path_factory.mktemp("cache"), sizes=SIZES)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from manyeyes.cli.pipeline import PIPELINES, compile_pipeline
+from manyeyes.errors import PipelineError
 from manyeyes.recipe import list_recipes
 from tests.pipelines.checkout import ROOT
 
@@ -17,12 +20,58 @@ def test_committed_pipeline_is_current(name: str, tmp_path: Path) -> None:
     assert committed.read_text() == fresh.read_text(), "run: manyeyes pipeline compile"
 
 
-def test_form_of_train_is_short_and_offers_the_recipes() -> None:
-    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text())
-    parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) <= 12
-    assert parameters["recipe"]["literals"] == list_recipes()
-    assert all(parameter["description"] for parameter in parameters.values())
+def test_every_pipeline_file_is_in_the_table_and_compiled() -> None:
+    """A module that is left out of the table could not be compiled, uploaded or run by name."""
+    modules = {path.stem for path in (ROOT / "pipelines").glob("*.py")} - {"__init__"}
+    assert set(PIPELINES) == modules
+    assert {path.stem for path in (ROOT / "pipelines" / "compiled").glob("*.yaml")} == modules
+    for name, place in PIPELINES.items():
+        assert place == f"pipelines.{name}:{name}"
+
+
+def form_of(name: str) -> dict[str, Any]:
+    text = (ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text()
+    spec = next(yaml.load_all(text, Loader=yaml.CSafeLoader))
+    found: dict[str, Any] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return found
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_form_is_short_described_and_reads_well_in_alphabetical_order(name: str) -> None:
+    """The UI sorts the fields by name and shows no group: what belongs together must share a prefix."""
+    form = form_of(name)
+    assert len(form) <= 12
+    for parameter, definition in form.items():
+        assert definition.get("description", "").strip(), f"{parameter} is not described"
+    shown = [parameter.partition("_")[0] for parameter in sorted(form)]
+    runs_of_a_prefix = [prefix for prefix, _ in groupby(shown)]
+    assert len(runs_of_a_prefix) == len(set(runs_of_a_prefix)), f"{sorted(form)} mixes its groups"
+    # One spelling for one thing, on every form.
+    assert not {"model_name", "registered_model", "md5", "remote", "overrides"} & set(form)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_recipe_is_a_drop_down_wherever_it_is_asked_for(name: str) -> None:
+    form = form_of(name)
+    if "recipe" in form:
+        assert form["recipe"]["literals"] == list_recipes()
+        assert form["recipe"]["defaultValue"] in list_recipes()
+
+
+@pytest.mark.parametrize("image", ["manyeyes-steps:0.1.0", "manyeyes-steps", "a@sha256:123", "a@sha256:" + "g" * 64])
+def test_image_without_a_whole_digest_is_refused(image: str, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="digest"):
+        compile_pipeline("train", tmp_path / "train.yaml", root=ROOT, image=image)
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_goes_into_every_step_with_its_digest_as_code_digest(tmp_path: Path) -> None:
+    image = "registry.example:5000/team/steps@sha256:" + "7" * 64
+    path = compile_pipeline("train", tmp_path / "train.yaml", root=ROOT, image=image)
+    spec = next(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
+    for executor in spec["deploymentSpec"]["executors"].values():
+        assert executor["container"]["image"] == image
+        assert {"name": "MANYEYES_IMAGE_DIGEST", "value": "sha256:" + "7" * 64} in executor["container"]["env"]
 
 
 def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
@@ -31,13 +80,13 @@ def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
     tasks = {name: task for group in groups for name, task in group["tasks"].items()}
     leaves = {name for name, task in tasks.items() if "dag" not in spec["components"][task["componentRef"]["name"]]}
     uncached = {name for name in leaves if not tasks[name]["cachingOptions"].get("enableCache")}
-    assert uncached == {"resolve-data", "gate", "register"}
+    assert uncached == {"preflight", "resolve-data", "gate", "register", "summarise-run"}
 
 
 def test_later_steps_take_what_their_cache_key_needs_and_nothing_that_changes_between_runs() -> None:
     spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text())
     for name, component in spec["components"].items():
-        if "executorLabel" not in component or name == "comp-resolve-data":
+        if "executorLabel" not in component or name in ("comp-preflight", "comp-resolve-data", "comp-summarise-run"):
             continue
         parameters = set(component["inputDefinitions"]["parameters"])
         assert {"recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest"} <= parameters, name

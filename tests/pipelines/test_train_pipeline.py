@@ -13,6 +13,7 @@ from tests.pipelines.checkout import Checkout
 
 # Steps in the order in which they end.
 STEPS = [
+    "preflight",
     "resolve_data",
     "validate_data",
     "prealign_encoder[vit]",
@@ -23,8 +24,9 @@ STEPS = [
     "evaluate[bundle]",
     "gate",
     "register",
+    "summarise_run",
 ]
-NEVER_CACHED = {"resolve_data", "gate", "register"}
+NEVER_CACHED = {"preflight", "resolve_data", "gate", "register", "summarise_run"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -127,7 +129,7 @@ def test_second_run_comes_from_the_cache_and_finds_the_same_version(
     assert second.model == first.model
     assert second.scorecard == first.scorecard
     assert second.code_digest == first.code_digest
-    assert f"{len(STEPS) - 3} of {len(STEPS)} steps from cache" in output
+    assert f"{len(STEPS) - len(NEVER_CACHED)} of {len(STEPS)} steps from cache" in output
 
 
 def test_edited_library_is_not_answered_from_the_cache(
@@ -163,5 +165,40 @@ def test_unreachable_mlflow_is_refused_before_any_training(toy_checkout: Checkou
 def test_snapshot_that_the_remote_lacks_is_refused_by_name(toy_checkout: Checkout) -> None:
     code, output = toy_checkout.run("run", "--recipe", "toy.yaml", "--data-md5", "0" * 32)
     assert code == 2, output
-    assert "resolve_data failed: SnapshotError" in output
+    assert "preflight failed: PreflightError" in output
     assert "0" * 32 in output
+
+
+def test_everything_that_is_wrong_is_said_at_once_before_any_step(toy_checkout: Checkout) -> None:
+    code, output = toy_checkout.run(
+        "run",
+        *("--recipe", "toy.yaml", "--data-md5", "0" * 32, "--registry-model", "no such/name"),
+        *("--set", "model.encoders.0.source=dir:nowhere"),
+    )
+    assert code == 2, output
+    error = toy_checkout.summary().error
+    assert error is not None
+    assert [problem.subject for problem in error.problems] == ["registry name", "data", "encoder vit"]
+    for problem in error.problems:
+        assert problem.found in output
+        assert f"do      {problem.do}" in output
+    events = EventReader((toy_checkout.path / "runs" / "latest").resolve()).read_new()
+    assert {event.step for event in events if event.kind == "started"} == {"preflight", "summarise_run"}
+    # The exit handler learns of it through MLflow.
+    summary = next(event for event in events if event.step == "summarise_run" and event.kind == "finished")
+    assert "toy failed in preflight" in summary.figure
+    notes = Path(next(event for event in events if event.kind == "completed").artifacts["notes"].path).read_text()
+    assert all(problem.found in notes for problem in error.problems)
+
+
+def test_run_is_summarised_with_its_verdict_and_steps(
+    first_run: tuple[str, RunSummary], toy_checkout: Checkout
+) -> None:
+    _, summary = first_run
+    step = next(step for step in summary.steps if step.name == "summarise_run")
+    assert "train of toy succeeded" in step.figure
+    assert "gate failed" in step.figure
+    assert "manyeyes-toy version 1" in step.figure
+    assert step.report is not None
+    page = Path(step.report).read_text()
+    assert all(name in page for name in STEPS[:-1] if name not in ("resolve_data",))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from manyeyes import __version__
+from manyeyes.cli.ask import ask_command
 from manyeyes.cli.chat import render_command
+from manyeyes.cli.group import Group as _Group
+from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
+from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
 
 USER_ERROR = 2
@@ -22,8 +25,10 @@ INTERRUPTED = 130
 # Which extra of this package brings which import.
 EXTRAS = {
     "boto3": "data",
+    "diffusers": "drawing",
     "great_expectations": "data",
     "kfp": "pipeline",
+    "kfp_server_api": "pipeline",
     "mlflow": "registry",
     "onnx": "export",
     "onnxscript": "export",
@@ -34,18 +39,6 @@ EXTRAS = {
     "torch": "train",
     "transformers": "train",
 }
-
-
-class _Group(click.Group):
-    """Offers the nearest spelling of an unknown command."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if self.get_command(ctx, args[0]) is None:
-            hint = did_you_mean(args[0], self.list_commands(ctx))
-            raise click.UsageError(f'no command "{args[0]}". {hint}See: {ctx.command_path} --help', ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _show_error(error: ManyEyesError) -> None:
@@ -72,6 +65,7 @@ def cli() -> None:
 @click.option("--data-md5", default="", help="Snapshot; the checkout's data.dvc says it by default.")
 @click.option("--data-remote", default="", help="A folder or s3://; the checkout's default remote by default.")
 @click.option("--registry-model", default="", help="Name in the registry; the recipe's own by default.")
+@click.option("--param", "given", multiple=True, metavar="NAME=VALUE", help="Another parameter of the pipeline.")
 @click.option("--require-promotion", is_flag=True, help="Exit with code 3 when the gate fails.")
 @click.option("--no-cache", is_flag=True, help="Run every step again.")
 def run(
@@ -81,32 +75,30 @@ def run(
     data_md5: str,
     data_remote: str,
     registry_model: str,
+    given: tuple[str, ...],
     require_promotion: bool,
     no_cache: bool,
 ) -> None:
     """Run a compiled PIPELINE on this machine."""
     from rich.console import Console
 
+    from manyeyes.cli.parameters import local_parameters
     from manyeyes.cli.progress import ProgressView
     from manyeyes.cli.run import RunOptions, find_pipeline, run_pipeline
     from manyeyes.cli.summarise import in_words
-    from manyeyes.recipe import load_recipe, parse_overrides
-    from manyeyes.steps.inputs import locate_data
 
     path = find_pipeline(pipeline, root=Path())
     if importlib.util.find_spec("kfp") is None:
         raise ModuleNotFoundError("no kfp", name="kfp")
-    # Wrong input is refused here at once; resolve_data checks it again, for those who start a pipeline elsewhere.
-    checked = load_recipe(recipe, overrides=parse_overrides(list(assignments)))
-    md5, remote = locate_data(data_md5, data_remote)
-    is_file = recipe.endswith((".yaml", ".yml"))
-    arguments = {
-        "recipe": checked.canonical_json() if is_file else recipe,
-        "recipe_overrides": "" if is_file else "\n".join(assignments),
-        "data_md5": md5,
-        "data_remote": remote,
-        "registry_model": registry_model,
-    }
+    arguments = local_parameters(
+        path,
+        recipe=recipe,
+        assignments=assignments,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        registry_model=registry_model,
+        given=given,
+    )
     options = RunOptions(path, path.stem, arguments, use_cache=not no_cache)
     summary = run_pipeline(options, view=ProgressView(Console(stderr=False)))
     click.echo()
@@ -125,20 +117,7 @@ def run(
 # --- pipeline ------------------------------------------------------------------------------------------------------
 
 
-@cli.group(cls=_Group)
-def pipeline() -> None:
-    """Compile pipelines."""
-
-
-@pipeline.command("compile")
-@click.argument("names", nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("pipelines/compiled"), show_default=True)
-def pipeline_compile(names: tuple[str, ...], out: Path) -> None:
-    """Write pipelines/compiled/NAME.yaml; all pipelines by default."""
-    from manyeyes.cli.pipeline import PIPELINES, compile_pipeline
-
-    for name in names or PIPELINES:
-        click.echo(str(compile_pipeline(name, out / f"{name}.yaml")))
+cli.add_command(pipeline_group)
 
 
 # --- step ----------------------------------------------------------------------------------------------------------
@@ -231,40 +210,19 @@ def recipe_list() -> None:
 @recipe.command("show")
 @click.argument("name")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, with the digest.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, with the digest and what the recipe needs.")
 def recipe_show(name: str, assignments: tuple[str, ...], as_json: bool) -> None:
-    """The recipe NAME with every default filled in."""
-    import yaml
-
+    """The recipe NAME with every default filled in, and what it needs: parameters, tokens, memory, disk, FLOPs."""
+    from manyeyes.cli.show_recipe import recipe_as_json, recipe_as_text
     from manyeyes.recipe import load_recipe, parse_overrides
 
     shown = load_recipe(name, overrides=parse_overrides(list(assignments)))
-    if as_json:
-        click.echo(json.dumps({"digest": shown.digest, "recipe": shown.model_dump(mode="json")}, indent=2))
-    else:
-        click.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False, width=120), nl=False)
-        click.echo(f"# digest {shown.digest}")
+    click.echo(recipe_as_json(shown) if as_json else recipe_as_text(shown))
 
 
-@cli.command()
-def encoders() -> None:
-    """The vision encoders that a recipe may name."""
-    from manyeyes.encoders import ENCODERS
-
-    for name, row in ENCODERS.items():
-        click.echo(
-            f"{name:<24} {row.family:<14} {row.image_size:>4} px, stride {row.stride}, {row.channels} channels; "
-            f"{row.pretraining}; {row.licence}"
-        )
-
-
-@cli.command()
-def fusions() -> None:
-    """The ways to join encoders that a recipe may name."""
-    from manyeyes.fusion import FUSIONS
-
-    for name, row in FUSIONS.items():
-        click.echo(f"{name:<24} {row.description}")
+cli.add_command(encoders_command)
+cli.add_command(fusions_command)
+cli.add_command(projectors_command)
 
 
 @cli.group(cls=_Group)
@@ -303,26 +261,7 @@ def evaluate(
     )
 
 
-@cli.command()
-@click.argument("model")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.argument("question")
-@click.option("--max-new-tokens", default=32, show_default=True)
-def ask(model: str, image: Path, question: str, max_new_tokens: int) -> None:
-    """Ask MODEL[@ALIAS or /VERSION], or the bundle in the folder MODEL, QUESTION about IMAGE."""
-    from manyeyes.runtime.bundle import load_bundle
-
-    if not image.is_file():
-        raise PipelineError(f'image is "{image}"', "an image file", "Check the path.")
-    if (Path(model) / "manifest.json").is_file():
-        click.echo(
-            load_bundle(Path(model)).answer(question, images=[image.read_bytes()], max_new_tokens=max_new_tokens)
-        )
-        return
-    from manyeyes.cli.models import pulled_bundle
-
-    bundle = load_bundle(pulled_bundle(model))
-    click.echo(bundle.answer(question, images=[image.read_bytes()], max_new_tokens=max_new_tokens))
+cli.add_command(ask_command)
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,13 +24,25 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from manyeyes.cli.profiles import Profile
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
 from manyeyes.recipe import list_recipes
 from manyeyes.steps.base import OTHER_ERROR, USER_ERROR, describe_failure, wait_for_runner_death
 from manyeyes.steps.events import Artifact, ErrorReport, emit
 
 REQUEST_FILE = "request.json"
-PIPELINES = ("train",)
+IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"
+# A compiled pipeline is a quarter of a megabyte; libyaml, where it is there, reads it ten times faster.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Every pipeline: its name, and where its function is. The module is pipelines/<name>.py of a checkout.
+PIPELINES: dict[str, str] = {
+    "train": "pipelines.train:train",
+    "evaluate": "pipelines.evaluate:evaluate",
+    "search_encoders": "pipelines.search_encoders:search_encoders",
+    "ablate": "pipelines.ablate:ablate",
+    "promote": "pipelines.promote:promote",
+    "rollback": "pipelines.rollback:rollback",
+}
 
 
 class RunRequest(BaseModel):
@@ -49,7 +62,9 @@ class RunRequest(BaseModel):
 # --- compiling ---------------------------------------------------------------------------------------------------
 
 
-def compile_pipeline(name: str, out: Path, *, root: Path = Path()) -> Path:
+def compile_pipeline(
+    name: str, out: Path, *, root: Path = Path(), image: str = "", profile: Profile | None = None
+) -> Path:
     """Compile ``pipelines/<name>.py`` of a checkout and inject the drop-downs.
 
     The SDK cannot emit ``literals`` (``typing.Literal`` in a signature is refused), the backend and the UI read them:
@@ -59,38 +74,75 @@ def compile_pipeline(name: str, out: Path, *, root: Path = Path()) -> Path:
         name: Pipeline name.
         out: YAML file to write.
         root: The checkout.
+        image: ``REF@sha256:...`` that the steps run in, and whose digest becomes their code digest. Empty: the tag of
+            this version, as in the committed file.
+        profile: What a cluster needs; none in the committed file.
 
     Raises:
-        PipelineError: No such pipeline, or not in a checkout.
+        PipelineError: No such pipeline, not in a checkout, or an image without a digest.
     """
-    if not (root / "pipelines" / f"{name}.py").is_file():
+    if name not in PIPELINES or not (root / "pipelines" / f"{name}.py").is_file():
         raise PipelineError(
             f'pipeline is "{name}", and {root.resolve()} has no pipelines/{name}.py',
             "a checkout of ManyEyes and one of its pipelines",
             f"{did_you_mean(name, PIPELINES)}Change to the checkout.",
         )
+    digest = image_digest(image) if image else ""
     from kfp import compiler
 
     if str(root.resolve()) not in sys.path:
         sys.path.insert(0, str(root.resolve()))
-    module = importlib.import_module(f"pipelines.{name}")
+    module, _, function = PIPELINES[name].partition(":")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.stem}.tmp.yaml")
-    compiler.Compiler().compile(getattr(module, name), package_path=str(temporary))
-    temporary.write_text(_with_literals(temporary.read_text(), {"recipe": list_recipes()}))
+    compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(temporary))
+    text = temporary.read_text()
+    documents = list(yaml.load_all(text, Loader=_LOADER))
+    _inject_literals(documents[0], {"recipe": list_recipes()})
+    if digest:
+        _put_image(documents[0], image, digest)
+    if profile is not None:
+        from manyeyes.cli.profile_compiler import apply_profile
+
+        documents = apply_profile(documents, profile)
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
+    temporary.write_text("\n".join(comments) + "\n" + body)
     temporary.replace(out)
     return out
 
 
-def _with_literals(text: str, literals: dict[str, list[str]]) -> str:
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    documents = list(yaml.safe_load_all(text))
-    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+def image_digest(image: str) -> str:
+    """The 64 hexadecimal digits of ``REF@sha256:...``.
+
+    Raises:
+        PipelineError: An image without a digest: a tag may mean other code tomorrow, and Kubeflow's cache would not see
+            it (https://github.com/kubeflow/pipelines/issues/13862).
+    """
+    match = re.fullmatch(r"[\w][\w.:/-]*@sha256:([0-9a-f]{64})", image)
+    if match is None:
+        raise PipelineError(
+            f'image is "{image}"',
+            "a reference with a digest: REGISTRY/NAME@sha256:<64 hexadecimal digits>",
+            "Push the image and take the digest that the push prints, or ask: docker buildx imagetools inspect IMAGE",
+        )
+    return match[1]
+
+
+def _inject_literals(spec: dict[str, Any], literals: dict[str, list[str]]) -> None:
+    parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     for name, values in literals.items():
         if name in parameters:
             parameters[name]["literals"] = values
-    body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
-    return "\n".join(comments) + "\n" + body
+
+
+def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:
+    for executor in spec["deploymentSpec"]["executors"].values():
+        if "container" in executor:
+            container = executor["container"]
+            container["image"] = image
+            others = [variable for variable in container.get("env", []) if variable["name"] != IMAGE_DIGEST]
+            container["env"] = [*others, {"name": IMAGE_DIGEST, "value": f"sha256:{digest}"}]
 
 
 # --- running, in the child process -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from manyeyes.steps.code_digest import code_digest
 from manyeyes.steps.inputs import locate_data
 
 STEP_NAMES = (
+    "preflight",
     "resolve_data",
     "validate_data",
     "prealign_encoder",

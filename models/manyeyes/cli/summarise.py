@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from manyeyes.steps.events import Artifact, ErrorReport, Event
+from manyeyes.steps.events import Artifact, ErrorReport, Event, Problem
 from manyeyes.steps.summary import (
     EXAMPLE_FILE,
     BundleSummary,
@@ -21,6 +21,9 @@ from manyeyes.steps.summary import (
     StepSummary,
     union_seconds,
 )
+
+# Steps, train's aside, whose report is the result of their pipeline.
+_RESULT_STEPS = ("merge_scorecards", "advance_search", "compare_trials", "promote_version", "restore_previous")
 
 
 def summarise(
@@ -71,7 +74,9 @@ def summarise(
         git_commit=git_commit,
         git_dirty=git_dirty,
         steps=steps,
-        scorecard=_scores(_artifact(ended, "evaluate[torch]", "scorecard")),
+        scorecard=_scores(
+            _artifact(ended, "evaluate[torch]", "scorecard") or _artifact(ended, "merge_scorecards", "scorecard")
+        ),
         bundle_scorecard=_scores(_artifact(ended, "evaluate[bundle]", "scorecard")),
         parity=_parity(_artifact(ended, "export_onnx", "parity")),
         gate=_gate(_artifact(ended, "gate", "gate")),
@@ -82,7 +87,7 @@ def summarise(
         else None,
         bundle=_bundle(_artifact(ended, "export_onnx", "bundle")),
         example=_example(_artifact(ended, "evaluate[torch]", "scorecard"), run_dir),
-        report=reports.get("evaluate[torch]"),
+        report=_report_of_result(reports),
         reports=reports,
         log=str(run_dir / "pipeline.log"),
         error=error,
@@ -119,6 +124,12 @@ def _copy_reports(ended: dict[str, Event], run_dir: Path) -> dict[str, str]:
         shutil.copyfile(source.path, target)
         copies[step] = str(target)
     return copies
+
+
+def _report_of_result(reports: dict[str, str]) -> str | None:
+    """The report that a person wants to see first: of the last step that has the pipeline's result."""
+    found = [path for step, path in reports.items() if step.partition("[")[0] in _RESULT_STEPS]
+    return reports.get("evaluate[torch]") or (found[-1] if found else None)
 
 
 def _artifact(ended: dict[str, Event], step: str, name: str) -> Path | None:
@@ -176,13 +187,12 @@ def _bundle(folder: Path | None) -> BundleSummary | None:
 def in_words(summary: RunSummary) -> list[str]:
     """The last lines on the terminal, for a run that ended."""
     if summary.error is not None:
-        return [
-            f"{summary.error.step} failed: {summary.error.error}",
-            f"  found   {summary.error.found}",
-            f"  needed  {summary.error.needed}",
-            f"  do      {summary.error.do}",
-            f"  log     {_short(summary.log)}",
-        ]
+        lines = [f"{summary.error.step} failed: {summary.error.error}"]
+        for problem in summary.error.problems or (summary.error,):
+            if isinstance(problem, Problem):
+                lines.append(f"  {problem.subject}")
+            lines += [f"  found   {problem.found}", f"  needed  {problem.needed}", f"  do      {problem.do}"]
+        return [*lines, f"  log     {_short(summary.log)}"]
     if summary.status == "interrupted":
         return [
             f"stopped after {_duration(summary.wall_s)}; nothing goes on running",
@@ -206,6 +216,8 @@ def in_words(summary: RunSummary) -> list[str]:
         lines.append(f"registered: {summary.model.name} version {summary.model.version}{aliases}")
     if summary.bundle is not None:
         lines.append(f"bundle: {_short(summary.bundle.path)} ({summary.bundle.bytes / 1e6:.1f} MB)")
+    if not lines:
+        lines += [f"{step.name}: {step.figure}" for step in summary.steps if step.report == summary.report][-1:]
     if summary.report is not None:
         lines.append(f"report: {_short(summary.report)}")
     cached = sum(step.cached for step in summary.steps)

@@ -38,6 +38,8 @@ def render_html(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmarks: S
         f'<p class="quiet">Model <code>{escape(scorecard.model.digest[:16])}</code>, data '
         f"<code>{escape(scorecard.data_md5[:16])}</code>. All intervals are at 95% and clustered by image.</p>",
     ]
+    if len(benchmarks) > 1:
+        parts.append(_overview(scorecard, benchmarks))
     for benchmark in benchmarks:
         name = benchmark.row.name
         mine = [outcome for outcome in outcomes if outcome.benchmark == name]
@@ -81,6 +83,30 @@ def render_markdown(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmark
                 "",
             ]
     return "\n".join(lines)
+
+
+def _overview(scorecard: Scorecard, benchmarks: Sequence[Benchmark]) -> str:
+    """One row a benchmark, and the mean over them."""
+    rows = []
+    for benchmark in benchmarks:
+        score = scorecard.benchmarks[benchmark.row.name]
+        rows.append(
+            [
+                escape(benchmark.row.title),
+                f"{score.n:,}",
+                f"{score.score:.2f}",
+                _span(score.ci95),
+                f"{score.image_off:.2f}",
+                f"{score.image_adds:+.2f}",
+                _span(score.image_adds_ci95),
+                f"{score.parse_failures:,}",
+            ]
+        )
+    mean = sum(score.score for score in scorecard.benchmarks.values()) / len(scorecard.benchmarks)
+    mean_off = sum(score.image_off for score in scorecard.benchmarks.values()) / len(scorecard.benchmarks)
+    rows.append(["Mean", "", f"{mean:.2f}", "", f"{mean_off:.2f}", f"{mean - mean_off:+.2f}", "", ""])
+    header = ["", "questions", "score %", "95%", "no image %", "image adds", "95%", "not understood"]
+    return f"<h2>{len(benchmarks)} benchmarks</h2>{table(header, rows, numbers=[1, 2, 4, 5, 7])}"
 
 
 def _figures(score: float, ci95: Interval, image_off: float, image_off_ci95: Interval) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from manyeyes.errors import RegistryError, RegistryUnreachableError
-from manyeyes.registry.tracking import Tracking, registry_errors
+from manyeyes.registry.mlflow_errors import registry_errors
+from manyeyes.registry.tracking import Tracking
 
 SCORECARD = "scorecard.json"
 BUNDLE_SCORECARD = "bundle-scorecard.json"
@@ -16,6 +18,8 @@ ITEMS = "items.parquet"
 GATE = "gate.json"
 BUNDLE_PATH = "artifacts/bundle"
 EVIDENCE_PATH = "artifacts/evidence"
+
+_ATTEMPTS = 4
 
 
 def download(tracking: Tracking, version: ModelVersion, path: str, destination: Path) -> Path:
@@ -35,18 +39,23 @@ def download(tracking: Tracking, version: ModelVersion, path: str, destination: 
         RegistryUnreachableError: The registry or its storage does not answer.
     """
     uri = f"models:/{version.name}/{version.version}/{path}"
-    try:
-        with registry_errors():
-            return Path(
-                mlflow.artifacts.download_artifacts(
-                    uri, dst_path=str(destination), tracking_uri=tracking.uri, registry_uri=tracking.uri
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with registry_errors():
+                return Path(
+                    mlflow.artifacts.download_artifacts(
+                        uri, dst_path=str(destination), tracking_uri=tracking.uri, registry_uri=tracking.uri
+                    )
                 )
-            )
-    except (OSError, RegistryError) as error:
-        if isinstance(error, RegistryUnreachableError):
-            raise
-        raise RegistryError(
-            f"{path} of {version.name}/{version.version} cannot be fetched ({error.__cause__ or error})",
-            "the files that were registered with it",
-            "Check that the artifact store answers and still has them.",
-        ) from error
+        except RegistryUnreachableError:
+            # MLflow repeats a request, but not a download that breaks off.
+            if attempt == _ATTEMPTS:
+                raise
+            time.sleep(2**attempt)
+        except (OSError, RegistryError) as error:
+            raise RegistryError(
+                f"{path} of {version.name}/{version.version} cannot be fetched ({error.__cause__ or error})",
+                "the files that were registered with it",
+                "Check that the artifact store answers and still has them.",
+            ) from error
+    raise AssertionError("unreachable: the last attempt returns or raises")

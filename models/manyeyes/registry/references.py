@@ -9,7 +9,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from manyeyes.errors import RegistryError, did_you_mean
-from manyeyes.registry.tracking import Tracking, registry_errors
+from manyeyes.registry.mlflow_errors import registry_errors
+from manyeyes.registry.tracking import Tracking
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 _REFERENCE = re.compile(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import socket
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,15 @@ import sqlalchemy.exc
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-from manyeyes.errors import RegistryError, RegistryUnreachableError
+from manyeyes.errors import RegistryError
+from manyeyes.registry.mlflow_errors import (
+    REQUEST,
+    asked_once,
+    create_once,
+    registry_errors,
+    unreachable,
+    without_password,
+)
 
 EXPERIMENT = "manyeyes"
 PROBE_TIMEOUT_S = 5
@@ -215,31 +223,6 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
             tracking.client.set_terminated(run.run_id, status)
 
 
-@contextmanager
-def registry_errors() -> Iterator[None]:
-    """Turn what MLflow and its stores raise into ``RegistryError`` or ``RegistryUnreachableError``."""
-    try:
-        yield
-    except mlflow.exceptions.MlflowException as error:
-        if _is_unreachable(error):
-            raise _unreachable(mlflow.get_tracking_uri(), str(error)) from error
-        raise RegistryError(
-            _without_password(f"MLflow refuses ({_first_line(str(error))})"),
-            "a request that it takes",
-            "Check names and permissions.",
-        ) from error
-    except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
-        raise _unreachable(mlflow.get_tracking_uri(), str(error)) from error
-
-
-def _is_unreachable(error: mlflow.exceptions.MlflowException) -> bool:
-    # Requests that never got an answer are plain MlflowExceptions that name the request; so are database failures.
-    text = str(error)
-    return error.error_code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or any(
-        sign in text for sign in ("failed with exception", "Max retries exceeded", "OperationalError", "DatabaseError")
-    )
-
-
 @cache
 def _connect(uri: str, experiment_id: str) -> Tracking:
     scheme = uri.partition(":")[0].partition("+")[0]
@@ -254,7 +237,7 @@ def _connect(uri: str, experiment_id: str) -> Tracking:
         _probe_database(uri, scheme)
     elif scheme not in ("http", "https", "databricks"):
         raise RegistryError(
-            _without_password(f'MLFLOW_TRACKING_URI is "{uri}"'),
+            without_password(f'MLFLOW_TRACKING_URI is "{uri}"'),
             "sqlite:///FILE, http(s)://SERVER or a database: a folder has no registry",
             "Unset it to use runs/mlflow.db.",
         )
@@ -265,7 +248,7 @@ def _open(uri: str, experiment_id: str, artifacts: str | None) -> Tracking:
     mlflow.set_tracking_uri(uri)
     with registry_errors():
         client = mlflow.MlflowClient(uri)
-        with _hurried():
+        with asked_once(timeout_s=PROBE_TIMEOUT_S):
             client.search_experiments(max_results=1)
         return Tracking(uri, experiment_id or _find_experiment(client, artifacts), client)
 
@@ -290,25 +273,18 @@ def _find_experiment(client: mlflow.MlflowClient, artifacts: str | None) -> str:
 
 
 def _create_run(tracking: Tracking, run_name: str, tags: dict[str, str]) -> str:
-    with registry_errors():
-        run = tracking.client.create_run(tracking.experiment_id, tags=tags, run_name=run_name)
-    return str(run.info.run_id)
+    marks = tags | {REQUEST: uuid.uuid4().hex}
 
+    def create() -> str:
+        run = tracking.client.create_run(tracking.experiment_id, tags=marks, run_name=run_name)
+        return str(run.info.run_id)
 
-@contextmanager
-def _hurried() -> Iterator[None]:
-    """No retries and a short timeout, for one request that only asks whether anybody is there."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_TIMEOUT_S)}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    def find() -> str | None:
+        with registry_errors():
+            runs = tracking.client.search_runs([tracking.experiment_id], f"tags.`{REQUEST}` = '{marks[REQUEST]}'")
+        return str(runs[0].info.run_id) if runs else None
+
+    return create_once(create, find=find)
 
 
 @contextmanager
@@ -318,7 +294,7 @@ def _initialising(database: Path) -> Iterator[None]:
         database.parent.mkdir(parents=True, exist_ok=True)
         lock = (database.parent / f".{database.name}.lock").open("w")
     except OSError as error:
-        raise _unreachable(f"sqlite:///{database}", str(error)) from error
+        raise unreachable(f"sqlite:///{database}", str(error)) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if database.exists():
@@ -335,7 +311,7 @@ def _probe_sqlite(database: Path) -> None:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        raise _unreachable(f"sqlite:///{database}", str(error)) from error
+        raise unreachable(f"sqlite:///{database}", str(error)) from error
 
 
 def _probe_database(uri: str, scheme: str) -> None:
@@ -344,20 +320,4 @@ def _probe_database(uri: str, scheme: str) -> None:
     try:
         socket.create_connection((url.host or "localhost", url.port or _PORTS[scheme]), PROBE_TIMEOUT_S).close()
     except OSError as error:
-        raise _unreachable(uri, str(error)) from error
-
-
-def _unreachable(uri: str, reason: str) -> RegistryUnreachableError:
-    return RegistryUnreachableError(
-        _without_password(f"MLflow at {uri} does not answer ({_first_line(reason)})"),
-        "a tracking server or store that does",
-        "Start it, correct MLFLOW_TRACKING_URI, or unset it to use runs/mlflow.db.",
-    )
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+        raise unreachable(uri, str(error)) from error

@@ -7,28 +7,22 @@ lineage. Tags say what it is, aliases say what it is for: ``challenger`` is the 
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from manyeyes import __version__
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.champion import champion_evidence, comparable_champion
 from manyeyes.registry.evidence import BUNDLE_SCORECARD, GATE, ITEMS, SCORECARD
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report
-from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+from manyeyes.registry.logged_model import log_model, log_scores
+from manyeyes.registry.mlflow_errors import create_once, registry_errors
 from manyeyes.registry.pull import pull
 from manyeyes.registry.references import (
     CHALLENGER,
@@ -39,11 +33,8 @@ from manyeyes.registry.references import (
     find_version,
     parse_model_reference,
 )
-from manyeyes.registry.tracking import Tracking, connect, registry_errors, step_run
+from manyeyes.registry.tracking import Tracking, connect, step_run
 from manyeyes.runtime.bundle import check_files, read_manifest
-
-if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
 
 __all__ = [
     "ModelReference",
@@ -54,12 +45,12 @@ __all__ = [
     "parse_model_reference",
     "promote",
     "pull",
+    "read_aliases",
     "register",
     "rollback",
 ]
 
 _TAG_CHARACTERS = 5000
-_MAX_NEW_TOKENS = 32
 _PENDING, _DONE = "pending", "done"
 
 
@@ -136,8 +127,8 @@ def register(
         evidence |= {path.name: path for path in attachments}
         marks = _tags(manifest, score, report) | dict(tags or {})
         with _run(name, run_id) as run:
-            model_id, source = _log_model(tracking, run, bundle=bundle, evidence=evidence, report=report, tags=marks)
-            _log_scores(tracking, run, model_id, score)
+            model_id, source = log_model(tracking, run, bundle=bundle, evidence=evidence, report=report, tags=marks)
+            log_scores(tracking, run, model_id, score)
             version = _create_version(tracking, name, source=source, run_id=run, model_id=model_id, tags=marks)
     elif version.tags.get("gate") == "failed" and report.verdict == "passed":
         _set_tags(tracking, version, _gate_tags(report))
@@ -151,13 +142,14 @@ def register(
     return _describe(tracking, name, int(version.version), created=created)
 
 
-def promote(name: str, version: int, *, force: bool = False) -> RegisteredVersion:
+def promote(name: str, version: int, *, force: bool = False, reason: str = "") -> RegisteredVersion:
     """Make a version the champion; the old champion becomes ``previous``.
 
     Args:
         name: Of the registered model.
         version: Number.
         force: Promote a version that the gate failed, too.
+        reason: Why; kept as the version's tag ``promotion_reason``.
 
     Raises:
         RegistryError: No such model or version, or the gate failed it.
@@ -172,12 +164,17 @@ def promote(name: str, version: int, *, force: bool = False) -> RegisteredVersio
             "Choose another version, or say --force.",
         )
     _make_champion(tracking, found, expected=find_alias(tracking, name, CHAMPION))
-    _set_tags(tracking, found, {"promotion": "forced" if found.tags.get("gate") != "passed" else _DONE})
+    marks = {"promotion": "forced" if found.tags.get("gate") != "passed" else _DONE}
+    _set_tags(tracking, found, marks | _reason_tags(reason))
     return _describe(tracking, name, version)
 
 
-def rollback(name: str) -> RegisteredVersion:
+def rollback(name: str, *, reason: str = "") -> RegisteredVersion:
     """Make ``previous`` the champion again; the two swap, so a second rollback undoes the first.
+
+    Args:
+        name: Of the registered model.
+        reason: Why; kept as the tag ``promotion_reason`` of the version that is champion again.
 
     Raises:
         RegistryError: No such model, or no earlier champion.
@@ -195,7 +192,22 @@ def rollback(name: str) -> RegisteredVersion:
     with registry_errors():
         tracking.client.set_registered_model_alias(name, CHAMPION, str(previous))
         tracking.client.set_registered_model_alias(name, PREVIOUS, str(champion))
+    restored = find_version(tracking, ModelReference(name, None, previous))
+    _set_tags(tracking, restored, _reason_tags(reason))
     return _describe(tracking, name, previous)
+
+
+def read_aliases(name: str) -> dict[str, int]:
+    """Version by alias.
+
+    Raises:
+        RegistryError: No such model.
+        RegistryUnreachableError: The registry does not answer.
+    """
+    tracking = connect()
+    with registry_errors():
+        model = tracking.client.get_registered_model(name)
+    return {alias: int(number) for alias, number in model.aliases.items()}
 
 
 def describe(reference: ModelReference) -> RegisteredVersion:
@@ -244,93 +256,30 @@ def _make_champion(tracking: Tracking, version: ModelVersion, *, expected: int |
         tracking.client.set_registered_model_alias(name, CHAMPION, str(number))
 
 
-def _log_model(
-    tracking: Tracking,
-    run_id: str,
-    *,
-    bundle: Path,
-    evidence: Mapping[str, Path],
-    report: GateReport,
-    tags: Mapping[str, str],
-) -> tuple[str, str]:
-    """The MLflow model with bundle and evidence; its id and where its files are."""
-    with tempfile.TemporaryDirectory(prefix="manyeyes-register-") as name:
-        staging = Path(name)
-        # MLflow names artifact folders after their last path component, and follows no symbolic link out of them.
-        shutil.copytree(bundle, staging / "bundle", copy_function=_link_or_copy)
-        (staging / "evidence").mkdir()
-        for target, path in evidence.items():
-            _link_or_copy(path, staging / "evidence" / target)
-        (staging / "evidence" / "gate.html").write_text(render_gate_html(report), encoding="utf-8")
-        (staging / "evidence" / "gate.md").write_text(render_gate_markdown(report), encoding="utf-8")
-        with registry_errors(), _quiet_mlflow() as pyfunc:
-            logged = tracking.client.create_logged_model(
-                tracking.experiment_id,
-                name="bundle",
-                source_run_id=run_id,
-                tags=dict(tags),
-                model_type="manyeyes-bundle",
-            )
-            pyfunc.log_model(
-                model_id=logged.model_id,
-                name="bundle",
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={"bundle": str(staging / "bundle"), "evidence": str(staging / "evidence")},
-                signature=_signature(),
-                pip_requirements=_requirements(),
-            )
-            tracking.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-    return str(logged.model_id), str(logged.artifact_location)
-
-
-@contextmanager
-def _quiet_mlflow() -> Iterator[Any]:
-    """``mlflow.pyfunc`` without what does not concern the user.
-
-    Its import warns of MLflow's own classes, and logging wants an input example, for which it would load the bundle.
-    ``log_model`` would also take the run in ``MLFLOW_RUN_ID`` for its own and end it; here ``source_run_id`` says which
-    run it is.
-    """
-    injected = os.environ.pop("MLFLOW_RUN_ID", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*(is inferred as AnyType|An input example was not provided)", UserWarning
-            )
-            import mlflow.pyfunc  # takes a second, and nothing else here needs it
-
-            yield mlflow.pyfunc
-    finally:
-        if injected is not None:
-            os.environ["MLFLOW_RUN_ID"] = injected
-
-
-def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-
-
-def _log_scores(tracking: Tracking, run_id: str, model_id: str, score: Scorecard) -> None:
-    metrics = [Metric(key, value, 0, 0, model_id=model_id, run_id=run_id) for key, value in score.metrics().items()]
-    with registry_errors():
-        tracking.client.log_batch(run_id, metrics=metrics)
-
-
 def _create_version(
     tracking: Tracking, name: str, *, source: str, run_id: str, model_id: str, tags: Mapping[str, str]
 ) -> ModelVersion:
-    with registry_errors():
+    def create_model() -> bool:
         try:
             tracking.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        created = tracking.client.create_model_version(
+        return True
+
+    def create() -> int:
+        made = tracking.client.create_model_version(
             name, source=source, run_id=run_id, model_id=model_id, tags=dict(tags)
         )
-    return find_version(tracking, ModelReference(name, None, int(created.version)))
+        return int(made.version)
+
+    def find() -> int | None:
+        with registry_errors():
+            found = tracking.client.search_model_versions(f"name='{name}' and source_path='{source}'")
+        return min((int(version.version) for version in found), default=None)
+
+    create_once(create_model, find=lambda: None)
+    return find_version(tracking, ModelReference(name, None, create_once(create, find=find)))
 
 
 def _set_tags(tracking: Tracking, version: ModelVersion, tags: Mapping[str, str]) -> None:
@@ -350,27 +299,14 @@ def _tags(manifest: Mapping[str, Any], score: Scorecard, report: GateReport) -> 
     }
 
 
+def _reason_tags(reason: str) -> dict[str, str]:
+    return {"promotion_reason": reason[:_TAG_CHARACTERS]} if reason else {}
+
+
 def _gate_tags(report: GateReport) -> dict[str, str]:
     reasons = "; ".join(report.reasons)[:_TAG_CHARACTERS]
     promotion = _PENDING if report.verdict == "passed" else "refused"
     return {"gate": report.verdict, "gate_reasons": reasons or "none", "promotion": promotion}
-
-
-def _signature() -> ModelSignature:
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), name="image", required=False), ColSpec(DataType.string, name="question")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema([ParamSpec("max_new_tokens", DataType.integer, _MAX_NEW_TOKENS)]),
-    )
-
-
-def _requirements() -> list[str]:
-    """What serving needs: this package's core and MLflow's own base; no torch."""
-    names = ("mlflow", "numpy", "pillow", "tokenizers")
-    return [f"manyeyes=={__version__}", *(f"{name}=={metadata.version(name)}" for name in names)]
 
 
 @contextmanager

@@ -19,15 +19,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from manyeyes.errors import ManyEyesError, StorageError
-from manyeyes.evaluation.page import page
-from manyeyes.steps.events import ErrorReport, emit
+from manyeyes.errors import ManyEyesError, PreflightError, StorageError
+from manyeyes.evaluation.page import markdown_table, page
+from manyeyes.steps.events import ErrorReport, Problem, emit, error_line
+from manyeyes.steps.refusals import earlier_refusal, remember_refusal
+from manyeyes.steps.traces import ERROR_TAG, error_as_tag, pipeline_tags, result_tags
 
 USER_ERROR = 2
 OTHER_ERROR = 1
@@ -104,6 +106,9 @@ class StepLog(Protocol):
 
     def log_artifact(self, path: Path, *, folder: str | None = None) -> None:
         """Keep a file."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
 
 
 class Reporter:
@@ -184,6 +189,7 @@ def run_step(
     _die_with_runner()
     _set_threads()
     emit("started", name)
+    _stop_if_refused(metrics=metrics, notes=notes)
     with _explaining_failure(name, metrics=metrics, notes=notes):
         import_seconds = _import_all(step.imports)
         with _tracking(step, name) as log:
@@ -199,6 +205,7 @@ def run_step(
             _write_text(notes, result.markdown or f"**{name}**: {result.figure}\n")
             if log is not None:
                 log.log_metrics(figures)
+                log.set_tags(result_tags(result.figure, result.metadata))
                 _keep_report(log, report, name)
         metrics.metadata.update(figures)
         for artifact in (report, *outputs.values()):
@@ -238,8 +245,22 @@ def _tracking(step: Step, name: str) -> Iterator[StepLog | None]:
         return
     from manyeyes.registry import tracking
 
-    with tracking.step_run(name) as run:
+    with tracking.step_run(name, tags=pipeline_tags()) as run, telling_why(name, run):
         yield run
+
+
+@contextmanager
+def telling_why(name: str, run: StepLog) -> Iterator[None]:
+    """Leave the reason of a failure on a step's MLflow run, where the run's summary finds it."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        error = sys.exc_info()[1]
+        if not finished and isinstance(error, Exception):
+            with suppress(ManyEyesError):  # MLflow itself may be what failed
+                run.set_tags({ERROR_TAG: error_as_tag(describe_failure(name, error))})
 
 
 def _keep_report(log: StepLog, report: OutputArtifact, name: str) -> None:
@@ -260,32 +281,57 @@ def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArti
     finally:
         error = sys.exc_info()[1]
         if not finished and isinstance(error, Exception):
-            _report_failure(name, error, folder=Path(metrics.path).parent, notes=notes)
+            _report_failure(name, error, metrics=metrics, notes=notes)
 
 
-def _report_failure(name: str, error: Exception, *, folder: Path, notes: OutputArtifact) -> None:
+def _stop_if_refused(*, metrics: OutputArtifact, notes: OutputArtifact) -> None:
+    """Fail as an earlier attempt did, when only the user can mend what that one failed with."""
+    record = earlier_refusal(getattr(metrics, "uri", ""))
+    if record is not None:
+        _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+        sys.stderr.write("An earlier attempt failed with this: the step is not tried again.\n")
+        sys.exit(USER_ERROR)
+
+
+def _report_failure(name: str, error: Exception, *, metrics: OutputArtifact, notes: OutputArtifact) -> None:
     record = describe_failure(name, error)
-    emit("failed", name, error=record)
-    text = (
-        f"**{name} failed.** {record.error}\n\n- found: {record.found}\n- needed: {record.needed}\n- do: {record.do}\n"
-    )
+    _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+    sys.stderr.write(f"{name} failed: {error}\n")
+    if record.user_error:
+        traceback.print_exception(error)
+        with suppress(OSError):  # the disk that made the step fail
+            remember_refusal(getattr(metrics, "uri", ""), record)
+        sys.exit(USER_ERROR)
+
+
+def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -> None:
+    emit("failed", record.step, error=record)
+    text = f"**{record.step} failed.** {record.error}\n\n"
+    if record.problems:
+        rows = [[problem.subject, problem.found, problem.needed, problem.do] for problem in record.problems]
+        text += markdown_table(["what", "found", "needed", "do"], rows) + "\n"
+    else:
+        text += f"- found: {record.found}\n- needed: {record.needed}\n- do: {record.do}\n"
     try:
         _write_text(LocalArtifact(str(folder / "error.json")), record.model_dump_json(indent=2) + "\n")
         _write_text(notes, text)
     except OSError as writing:
         # The disk that made the step fail may refuse this, too; the event and the log have said it.
         sys.stderr.write(f"error.json could not be written: {writing}\n")
-    sys.stderr.write(f"{name} failed: {error}\n")
-    if record.user_error:
-        traceback.print_exception(error)
-        sys.exit(USER_ERROR)
+    sys.stderr.write(error_line(record))
 
 
 def describe_failure(name: str, error: Exception) -> ErrorReport:
     """``error.json`` for ``error``, whether a user can mend it or not."""
     mendable = as_user_error(error)
     if mendable is not None:
-        return ErrorReport(step=name, user_error=True, **mendable.as_dict())
+        problems = mendable.problems if isinstance(mendable, PreflightError) else ()
+        return ErrorReport(
+            step=name,
+            user_error=True,
+            problems=tuple(Problem(**problem) for problem in problems),
+            **mendable.as_dict(),  # type: ignore[arg-type]
+        )
     return ErrorReport(
         step=name,
         error=type(error).__name__,

@@ -12,11 +12,22 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EVENTS_FILE = "events.jsonl"
 
 EventKind = Literal["started", "progress", "finished", "failed", "cached", "completed", "broken"]
+
+
+class Problem(BaseModel):
+    """One of several things that are wrong."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    subject: str = Field(description="What was looked at.")
+    found: str = Field(description="What was found.")
+    needed: str = Field(description="What was needed instead.")
+    do: str = Field(description="What to do about it.")
 
 
 class ErrorReport(BaseModel):
@@ -31,6 +42,28 @@ class ErrorReport(BaseModel):
     do: str = Field(description="What to do about it.")
     retry: bool = Field(description="Whether the same call may succeed later without any change.")
     user_error: bool = Field(description="True: the user can mend it, exit code 2. False: exit code 1.")
+    problems: tuple[Problem, ...] = Field(default=(), description="Each by itself, where preflight found several.")
+
+
+# How a failed step says the same in its log: an endpoint hands out a failed task's log, but not its files.
+_ERROR_LINE = "manyeyes-error: "
+
+
+def error_line(report: ErrorReport) -> str:
+    """``error.json`` as one line of a log."""
+    return f"{_ERROR_LINE}{report.model_dump_json()}\n"
+
+
+def find_error_line(log: str) -> ErrorReport | None:
+    """The last such line of a log, or None."""
+    for line in reversed(log.splitlines()):
+        _, mark, text = line.partition(_ERROR_LINE)
+        if mark:
+            try:
+                return ErrorReport.model_validate_json(text)
+            except ValidationError:
+                continue
+    return None
 
 
 class Artifact(BaseModel):

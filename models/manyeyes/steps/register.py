@@ -46,6 +46,7 @@ def register(
     Returns:
         Values: ``name``, ``version``, ``aliases`` and ``verdict``.
     """
+    from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.registry.versions import register as register_version
 
     reporter.progress("copying bundle and evidence", done=0.1)
@@ -75,6 +76,10 @@ def register(
         ("data md5", data_md5),
         ("code digest", code_digest),
     ]
+    scores = "; ".join(
+        f"{benchmark} {score.score:.1f}% ({score.ci95[0]:.1f} to {score.ci95[1]:.1f}, {score.n:,} questions)"
+        for benchmark, score in read_scorecard(bundle_scorecard / "scorecard.json").benchmarks.items()
+    )
     name = f"{registered.name} version {registered.version}"
     return StepResult(
         figure=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
@@ -86,6 +91,13 @@ def register(
             "version": str(registered.version),
             "aliases": aliases,
             "verdict": registered.verdict,
+        },
+        metadata={
+            "model": registered.name,
+            "version": registered.version,
+            "aliases": ", ".join(aliases),
+            "verdict": registered.verdict,
+            "scores": scores,
         },
     )
 

@@ -1,6 +1,7 @@
-"""The first step: pins recipe, data and code, and refuses before any machine time is spent.
+"""Pins recipe, data and code, after preflight has seen that all of it can be had.
 
-Never cached: its outputs are what the cache keys of every later step are made of.
+Never cached: its outputs are what the cache keys of every later step are made of. It loads nothing heavy and writes
+nothing to MLflow; ``preflight`` has done so.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import re
 import tempfile
 from pathlib import Path
 
-from manyeyes.data.snapshot import open_snapshot
+from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError, RegistryError
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.code_digest import code_digest
-from manyeyes.steps.inputs import cache_dir, locate_data, training_datasets
+from manyeyes.steps.inputs import locate_data
 from manyeyes.steps.report import facts, heading, markdown_facts
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -29,7 +30,7 @@ def resolve_data(
     data_remote: str = "",
     registry_model: str = "",
 ) -> StepResult:
-    """Turn a pipeline's parameters into what every later step takes, and check that all of it can be had.
+    """Turn a pipeline's parameters into what every later step takes.
 
     Args:
         reporter: Shows the progress.
@@ -45,52 +46,37 @@ def resolve_data(
 
     Raises:
         RecipeError: Unknown recipe or field, or no stage that makes a model.
-        SnapshotError: The remote lacks the snapshot, or a data set of the recipe is not in it.
-        SourceError: A pretrained part cannot be had.
-        EvaluationError: Unknown benchmark.
-        RegistryError: Not a model name, or MLflow does not answer.
+        SnapshotError: Neither a parameter nor a checkout names the snapshot.
+        RegistryError: Not a model name.
     """
+    reporter.progress("reading the recipe", done=0.1)
     resolved = read_recipe(recipe, recipe_overrides)
     model = registry_model or resolved.registry.model
-    if not _MODEL_NAME.fullmatch(model):
-        raise RegistryError(
-            f'registry_model is "{model}"',
-            "letters, digits, dots, dashes and underscores",
-            "For instance: manyeyes-tiny",
-        )
+    check_registry_name(model)
     _check_stages(resolved)
-    md5, remote = locate_data(data_md5, data_remote)
-    reporter.progress("fetching the snapshot", done=0.3)
-    snapshot = open_snapshot(md5=md5, remote=remote, cache_dir=cache_dir())
-    rows = {name: snapshot.dataset(name).rows for name in _datasets(resolved)}
-    reporter.progress("checking pretrained parts", done=0.7)
-    _check_sources(resolved, snapshot.path)
-    from manyeyes.registry import tracking
-
-    tracking.connect()
+    given, remote = locate_data(data_md5, data_remote)
+    md5 = normalise_md5(given)
     digest = code_digest()
     encoders = resolved.prealigned_encoders()
     facts_shown = [
         ("recipe", resolved.name),
         ("recipe digest", resolved.digest),
         ("overrides", recipe_overrides.replace("\n", ", ") or "none"),
-        ("snapshot (md5)", snapshot.md5),
+        ("snapshot (md5)", md5),
         ("remote", remote),
         ("code digest", digest),
         ("encoders to prealign", ", ".join(encoders) or "none"),
         ("registered as", model),
-        *((f"records of {name}", count) for name, count in rows.items()),
     ]
     return StepResult(
-        figure=f"recipe {resolved.name} {resolved.digest[:8]}, data {snapshot.md5[:8]}, code {digest[:8]}",
-        metrics={"records": float(sum(rows.values()))},
+        figure=f"recipe {resolved.name} {resolved.digest[:8]}, data {md5[:8]}, code {digest[:8]}",
         html=heading(f"Recipe {resolved.name}", "What this run trains, on which data, with which code.")
         + facts(facts_shown),
         markdown=markdown_facts(facts_shown),
         values={
             "recipe_json": resolved.canonical_json(),
             "recipe_digest": resolved.digest,
-            "data_md5": snapshot.md5,
+            "data_md5": md5,
             "data_remote": remote,
             "code_digest": digest,
             "encoders": encoders or [""],
@@ -115,13 +101,6 @@ def read_recipe(recipe: str, overrides: str) -> Recipe:
         return load_recipe(str(path), overrides=parsed)
 
 
-def _datasets(recipe: Recipe) -> list[str]:
-    from manyeyes.evaluation.benchmarks import find_benchmark
-
-    judged = [find_benchmark(name).dataset for name in recipe.evaluation.benchmarks]
-    return list(dict.fromkeys([*training_datasets(recipe), *recipe.data.eval_datasets, *judged]))
-
-
 def _check_stages(recipe: Recipe) -> None:
     if recipe.stages.pretrain is None and recipe.stages.sft is None:
         raise RecipeError(
@@ -129,15 +108,18 @@ def _check_stages(recipe: Recipe) -> None:
         )
 
 
-def _check_sources(recipe: Recipe, snapshot_path: Path) -> None:
-    from manyeyes.sources import resolve_source
+def check_registry_name(model: str) -> None:
+    """That MLflow and a command line take the name.
 
-    for source in [*(encoder.source for encoder in recipe.model.encoders), recipe.model.language_model.source]:
-        # Weights on the hub may be large: the stage that needs them fetches them.
-        # scratch:<folder> takes that folder's configuration.
-        place = source.removeprefix("scratch:") or source
-        if not place.startswith("hub:"):
-            resolve_source(place, snapshot_path=snapshot_path)
+    Raises:
+        RegistryError: They do not.
+    """
+    if not _MODEL_NAME.fullmatch(model):
+        raise RegistryError(
+            f'registry_model is "{model}"',
+            "letters, digits, dots, dashes and underscores",
+            "For instance: manyeyes-tiny",
+        )
 
 
-STEP = Step("resolve_data", resolve_data, imports=("pyarrow.parquet", "manyeyes.registry.tracking"))
+STEP = Step("resolve_data", resolve_data, tracked=False)

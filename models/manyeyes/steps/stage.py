@@ -12,7 +12,7 @@ from manyeyes.steps.inputs import open_inputs, read_quarantine, work_dir
 from manyeyes.steps.report import Series, facts, heading, line_chart, markdown_facts, section
 
 # kfp.local runs at most two iterations of a loop at a time (kfp/local/orchestrator/enhanced_dag_orchestrator.py).
-_LOCAL_BRANCHES = 2
+LOCAL_BRANCHES = 2
 
 HEAVY = ("torch", "manyeyes.model", "manyeyes.training.launch", "manyeyes.registry.tracking")
 
@@ -31,15 +31,19 @@ def train_stage(
     encoder: str | None = None,
     encoder_checkpoints: Mapping[str, Path] | None = None,
     checkpoint: Path | None = None,
+    branches: int | None = None,
 ) -> StepResult:
-    """Run one stage of the recipe; arguments as for ``manyeyes.training.stage.run_stage``."""
+    """Run one stage of the recipe; arguments as for ``manyeyes.training.stage.run_stage``.
+
+    ``branches`` says how many such steps run side by side on this machine; the recipe says it when left out.
+    """
     import torch
 
     from manyeyes.training.launch import launch_stage
     from manyeyes.training.loop import Progress
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
-    threads = num_threads(branches=parallel_branches(inputs.recipe, stage))
+    threads = num_threads(branches=branches or parallel_branches(inputs.recipe, stage))
     processes = num_processes(threads=threads, gpus=torch.cuda.device_count())
 
     def show(progress: Progress) -> None:
@@ -124,4 +128,4 @@ def parallel_branches(recipe: Recipe, stage: StageName) -> int:
     """How many steps of a stage this machine runs side by side; on a cluster each has its own pod."""
     if stage != "prealign" or "MANYEYES_RUN_LOCK" not in os.environ:
         return 1
-    return min(len(recipe.prealigned_encoders()), _LOCAL_BRANCHES)
+    return min(len(recipe.prealigned_encoders()), LOCAL_BRANCHES)

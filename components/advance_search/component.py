@@ -1,0 +1,56 @@
+"""Close one round of a search: who won, whether to go on, and with which sets."""
+
+# kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
+# of the body inside the body.
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def advance_search(
+    round_number: int,
+    recipe_json: str,
+    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    before: dsl.Input[dsl.Artifact],
+    trials: dsl.Input[list[dsl.Artifact]],
+    search: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+    notes: dsl.Output[dsl.Markdown],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Advanced", [("candidates", list), ("encoders", list)]
+):
+    """Close one round of a search: who won, whether to go on, and with which sets.
+
+    Args:
+        round_number: 0 for the start set's.
+        recipe_json: Recipe whose encoders are the pool.
+        code_digest: Digest of the image or of the library's source.
+        before: The search before this round.
+        trials: This round's trials.
+        search: search.json and the trials so far.
+        metrics: Scalars.
+        report: For people.
+        notes: The same in short; the reason, when the step fails.
+    """
+    from pathlib import Path
+
+    from manyeyes.steps.advance_search import STEPS
+    from manyeyes.steps.base import run_step
+    from manyeyes.steps.search import has_ended
+
+    result = run_step(
+        STEPS["ended" if has_ended(Path(before.path)) else "going on"],
+        metrics=metrics,
+        report=report,
+        notes=notes,
+        label=f"round {int(round_number)}",
+        outputs={"search": search},
+        recipe_json=recipe_json,
+        before=Path(before.path),
+        trials=[Path(artifact.path) for artifact in trials],
+    )
+    return tuple(result.values[name] for name in ("candidates", "encoders"))

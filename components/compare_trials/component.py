@@ -1,0 +1,47 @@
+"""Put the trials of an ablation side by side."""
+
+# kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
+# of the body inside the body.
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def compare_trials(
+    variants: list,
+    recipe_json: str,
+    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    trials: dsl.Input[list[dsl.Artifact]],
+    comparison: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+    notes: dsl.Output[dsl.Markdown],
+) -> None:
+    """Put the trials of an ablation side by side.
+
+    Args:
+        variants: From plan_ablation; the first is what the others are compared with.
+        recipe_json: Recipe with every default filled in.
+        code_digest: Digest of the image or of the library's source.
+        trials: One of every variant.
+        comparison: comparison.json and every trial.
+        metrics: Scalars.
+        report: For people.
+        notes: The same in short; the reason, when the step fails.
+    """
+    from pathlib import Path
+
+    from manyeyes.steps.base import run_step
+    from manyeyes.steps.compare_trials import STEP
+
+    run_step(
+        STEP,
+        metrics=metrics,
+        report=report,
+        notes=notes,
+        outputs={"comparison": comparison},
+        recipe_json=recipe_json,
+        variants=[str(text) for text in variants],
+        trials=[Path(artifact.path) for artifact in trials],
+    )

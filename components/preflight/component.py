@@ -1,0 +1,46 @@
+"""Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for."""
+
+# kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
+# of the body inside the body.
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def preflight(
+    recipe: str,
+    recipe_overrides: str,
+    data_md5: str,
+    data_remote: str,
+    registry_model: str,
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+    notes: dsl.Output[dsl.Markdown],
+) -> None:
+    """Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for.
+
+    Args:
+        recipe: A recipe's name, or its text.
+        recipe_overrides: One a.b=value a line.
+        data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
+        data_remote: A folder or s3:// that holds it; empty: the checkout's own.
+        registry_model: Name in the registry; empty: the recipe's own.
+        metrics: Scalars.
+        report: For people.
+        notes: One table of everything that is wrong and how to mend it.
+    """
+    from manyeyes.steps.base import run_step
+    from manyeyes.steps.preflight import STEP
+
+    run_step(
+        STEP,
+        metrics=metrics,
+        report=report,
+        notes=notes,
+        recipe=recipe,
+        recipe_overrides=recipe_overrides,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        registry_model=registry_model,
+    )

@@ -1,0 +1,324 @@
+"""``manyeyes pipeline ...``: compile, and what a Kubeflow endpoint is asked to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from manyeyes.cli.group import Group
+from manyeyes.errors import PipelineError, did_you_mean
+
+if TYPE_CHECKING:
+    from manyeyes.cli.endpoint import Endpoint
+
+USER_ERROR = 2
+OTHER_ERROR = 1
+INTERRUPTED = 130
+COMPILED = Path("pipelines/compiled")
+# For what names an image or a profile: the committed files name neither.
+COMPILED_FOR_CLUSTER = Path("runs/compiled")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(cls=Group)
+def pipeline() -> None:
+    """Compile pipelines; upload, run and schedule them on a Kubeflow endpoint.
+
+    KFP_ENDPOINT says where the endpoint is; KFP_TOKEN_FILE, KFP_TOKEN or KFP_COOKIE sign in; KFP_NAMESPACE is the
+    user's namespace in Kubeflow of several users.
+    """
+
+
+def _endpoint_options(command: F) -> F:
+    return click.option("--endpoint", "url", default="", metavar="URL", help="KFP_ENDPOINT by default.")(command)
+
+
+def _recipe_options(command: F) -> F:
+    command = click.option(
+        "--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe."
+    )(command)
+    return click.option("--param", "given", multiple=True, metavar="NAME=VALUE", help="A pipeline parameter.")(command)
+
+
+def _connect(url: str) -> Endpoint:
+    from manyeyes.cli.endpoint import Endpoint
+    from manyeyes.cli.endpoint_transport import EndpointSettings
+
+    return Endpoint(EndpointSettings.from_environment(url))
+
+
+@pipeline.command("compile")
+@click.argument("names", nargs=-1)
+@click.option("--image", default="", metavar="REF@sha256:...", help="What the steps run in.")
+@click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help=f"Folder; {COMPILED} by default, {COMPILED_FOR_CLUSTER} with an image or a profile.",
+)
+def compile_command(names: Sequence[str], image: str, profile: str, out: Path | None) -> None:
+    """Write NAME.yaml of each pipeline; all pipelines by default."""
+    from manyeyes.cli.pipeline import PIPELINES, compile_pipeline
+    from manyeyes.cli.profiles import load_profile
+
+    settings = load_profile(profile) if profile else None
+    folder = out or (COMPILED_FOR_CLUSTER if image or profile else COMPILED)
+    for name in names or PIPELINES:
+        click.echo(str(compile_pipeline(name, folder / f"{name}.yaml", image=image, profile=settings)))
+
+
+@pipeline.command("upload")
+@click.argument("names", nargs=-1)
+@click.option("--image", default="", metavar="REF@sha256:...", help="What the steps run in.")
+@click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
+@_endpoint_options
+def upload_command(names: Sequence[str], image: str, profile: str, url: str) -> None:
+    """Add a version of each pipeline NAME to the endpoint; all pipelines by default.
+
+    A version is named <package version>-<git commit>-<image digest, first 12>; one that is there is left alone.
+    """
+    from manyeyes.cli.pipeline import PIPELINES, image_digest
+    from manyeyes.cli.uploading import upload_pipeline
+
+    image_digest(image)
+    for name in names:
+        if name not in PIPELINES:
+            raise PipelineError(
+                f'pipeline is "{name}"', f"one of {', '.join(PIPELINES)}", did_you_mean(name, PIPELINES)
+            )
+    with _connect(url) as endpoint:
+        for name in names or PIPELINES:
+            done = upload_pipeline(endpoint, name, image=image, profile=profile)
+            if done.dirty:
+                click.echo("warning: the checkout differs from its commit; the version's name says so", err=True)
+            click.echo(f"{done.pipeline}  {done.version}  {'uploaded' if done.new else 'was there already'}")
+
+
+@pipeline.command("run")
+@click.argument("name")
+@_recipe_options
+@click.option("--version", default="", help="Name of a version; the newest by default.")
+@click.option("--name", "run_name", default="", help="Name of the run; one of that name is not started twice.")
+@click.option("--experiment", default="manyeyes", show_default=True, help="Kubeflow experiment to list it under.")
+@click.option("--service-account", default="", help="Kubernetes account of the pods; the endpoint's default.")
+@click.option("--follow", is_flag=True, help="Show each task's state until the run ends.")
+@click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@_endpoint_options
+def run_command(
+    name: str,
+    given: Sequence[str],
+    assignments: Sequence[str],
+    version: str,
+    run_name: str,
+    experiment: str,
+    service_account: str,
+    follow: bool,
+    poll_s: float,
+    url: str,
+) -> None:
+    """Start pipeline NAME on the endpoint.
+
+    With --follow the exit code is 0 for a run that succeeded, 2 for an error that you can mend, else 1.
+    """
+    from manyeyes.cli.endpoint_runs import find_version, pipeline_parameters, run_parameters, start_run
+
+    with _connect(url) as endpoint:
+        chosen = find_version(endpoint, name, version)
+        parameters = run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments)
+        started, new = start_run(
+            endpoint,
+            chosen,
+            pipeline=name,
+            parameters=parameters,
+            name=run_name,
+            experiment=experiment,
+            service_account=service_account,
+        )
+        click.echo(f"{started.display_name}  {started.run_id}  {'started' if new else 'was there already'}")
+        if endpoint.settings.ui:
+            click.echo(f"{endpoint.settings.ui}/#/runs/details/{started.run_id}")
+        if follow:
+            _follow(endpoint, started.run_id, poll_s=poll_s)
+        else:
+            click.echo(f"follow it with: manyeyes pipeline status {started.run_id} --follow")
+
+
+@pipeline.command("status")
+@click.argument("run", default="")
+@click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@_endpoint_options
+def status_command(run: str, follow: bool, poll_s: float, url: str) -> None:
+    """The tasks of RUN (a name or an id), and why it failed; without RUN, the newest runs."""
+    from manyeyes.cli.endpoint_runs import find_run, task_states
+
+    with _connect(url) as endpoint:
+        if not run:
+            _list_runs(endpoint)
+            return
+        found = find_run(endpoint, run)
+        if follow:
+            _follow(endpoint, found.run_id, poll_s=poll_s)
+            return
+        click.echo(f"{found.display_name}  {found.run_id}  {(found.state or 'PENDING').lower()}")
+        for task in task_states(found):
+            took = f"  {task.seconds:,.0f} s" if task.seconds is not None else ""
+            click.echo(f"  {task.name:<28} {task.state.lower()}{took}")
+        if found.state == "FAILED":
+            _show_failures(endpoint, found)
+
+
+def _list_runs(endpoint: Endpoint) -> None:
+    from manyeyes.cli.endpoint_runs import list_runs
+
+    runs = list_runs(endpoint)
+    if not runs:
+        click.echo("no runs yet; start one with: manyeyes pipeline run train")
+    for run in runs:
+        created = f"{run.created_at:%Y-%m-%d %H:%M}" if run.created_at else ""
+        click.echo(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {created}  {run.display_name}")
+
+
+def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float) -> None:
+    from manyeyes.cli.endpoint_runs import follow_run
+
+    again = f"the run goes on; follow it with: manyeyes pipeline status {run_id} --follow"
+    try:
+        run = follow_run(endpoint, run_id, say=click.echo, poll_s=poll_s)
+    except KeyboardInterrupt:
+        click.echo(f"\n{again}", err=True)
+        sys.exit(INTERRUPTED)
+    except PipelineError:
+        click.echo(again, err=True)
+        raise
+    if run.state == "SUCCEEDED":
+        return
+    if run.state != "FAILED":
+        click.echo(f"run {run.display_name} was {(run.state or 'ended').lower()}", err=True)
+        sys.exit(OTHER_ERROR)
+    mendable = _show_failures(endpoint, run)
+    sys.exit(USER_ERROR if mendable else OTHER_ERROR)
+
+
+def _show_failures(endpoint: Endpoint, run: Any) -> bool:
+    """Print why a run failed; whether a user can mend all of it."""
+    from manyeyes.cli.endpoint_runs import failures_of
+
+    reports = failures_of(endpoint, run)
+    for report in reports:
+        click.echo(f"{report.step}: {report.error}", err=True)
+        for field in ("found", "needed", "do"):
+            click.echo(f"  {field:<7} {getattr(report, field)}", err=True)
+    return all(report.user_error for report in reports)
+
+
+# --- recurring runs ------------------------------------------------------------------------------------------------
+
+
+@pipeline.group("schedule", cls=Group)
+def schedule() -> None:
+    """Runs that start by themselves."""
+
+
+@schedule.command("create")
+@click.argument("name")
+@click.option(
+    "--cron", default="", metavar='"M H D M W"', help="When: five cron fields, or six with seconds first; UTC."
+)
+@click.option("--every", default="", metavar="6h", help="Or how often: a number and m, h, d or w.")
+@_recipe_options
+@click.option("--version", default="", help="Name of a version; the newest of today by default.")
+@click.option("--name", "schedule_name", default="", help="Name of the schedule; the pipeline's by default.")
+@click.option("--max-concurrency", default=1, show_default=True, type=click.IntRange(1, 10), help="Runs at one time.")
+@click.option("--catch-up", is_flag=True, help="Make up for starts that were missed.")
+@click.option("--experiment", default="manyeyes", show_default=True, help="Kubeflow experiment to list runs under.")
+@click.option("--service-account", default="", help="Kubernetes account of the pods; the endpoint's default.")
+@_endpoint_options
+def schedule_create(
+    name: str,
+    cron: str,
+    every: str,
+    given: Sequence[str],
+    assignments: Sequence[str],
+    version: str,
+    schedule_name: str,
+    max_concurrency: int,
+    catch_up: bool,
+    experiment: str,
+    service_account: str,
+    url: str,
+) -> None:
+    """Run pipeline NAME again and again, always the same version."""
+    from manyeyes.cli.endpoint_runs import find_version, pipeline_parameters, run_parameters
+    from manyeyes.cli.schedules import create_schedule, in_words, make_trigger
+
+    trigger = make_trigger(cron=cron, every=every)
+    with _connect(url) as endpoint:
+        chosen = find_version(endpoint, name, version)
+        found, new = create_schedule(
+            endpoint,
+            chosen,
+            name=schedule_name or name,
+            trigger=trigger,
+            parameters=run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments),
+            max_concurrency=max_concurrency,
+            catch_up=catch_up,
+            experiment=experiment,
+            service_account=service_account,
+        )
+        click.echo(f"{found.display_name}  {in_words(found)}  {'created' if new else 'was there already'}")
+
+
+@schedule.command("list")
+@_endpoint_options
+def schedule_list(url: str) -> None:
+    """Names, when they run, and whether they are on."""
+    from manyeyes.cli.schedules import in_words, list_schedules
+
+    with _connect(url) as endpoint:
+        for found in list_schedules(endpoint):
+            click.echo(f"{found.display_name:<28} {in_words(found)}")
+
+
+@schedule.command("disable")
+@click.argument("name")
+@_endpoint_options
+def schedule_disable(name: str, url: str) -> None:
+    """Keep schedule NAME, but start no more runs."""
+    from manyeyes.cli.schedules import find_schedule
+
+    with _connect(url) as endpoint:
+        found = find_schedule(endpoint, name)
+        endpoint.schedules.recurring_run_service_disable_recurring_run(found.recurring_run_id)
+        click.echo(f"{name}  off")
+
+
+@schedule.command("enable")
+@click.argument("name")
+@_endpoint_options
+def schedule_enable(name: str, url: str) -> None:
+    """Switch schedule NAME on again."""
+    from manyeyes.cli.schedules import find_schedule
+
+    with _connect(url) as endpoint:
+        found = find_schedule(endpoint, name)
+        endpoint.schedules.recurring_run_service_enable_recurring_run(found.recurring_run_id)
+        click.echo(f"{name}  on")
+
+
+@schedule.command("delete")
+@click.argument("name")
+@_endpoint_options
+def schedule_delete(name: str, url: str) -> None:
+    """Remove schedule NAME; its runs stay."""
+    from manyeyes.cli.schedules import delete_schedule
+
+    with _connect(url) as endpoint:
+        delete_schedule(endpoint, name)
+        click.echo(f"{name}  deleted")

@@ -1,0 +1,251 @@
+"""What a cluster needs of every pod, as data: ``infra/profiles/<name>.yaml``, applied to a compiled pipeline.
+
+A profile changes no code and no cache key: Kubeflow's cache looks at image, command and inputs only.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from manyeyes.errors import PipelineError, did_you_mean
+
+FOLDER = Path("infra") / "profiles"
+_QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+# Values of such variables belong into a secret; a profile is committed.
+_SECRET_WORDS = re.compile(r"(^|_)(PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIALS?|WEBHOOK_URL)(_|$)")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gpu(_Strict):
+    """Accelerators of a step."""
+
+    resource: str = Field(default="nvidia.com/gpu", description="The extended resource's name on the cluster.")
+    count: int = Field(ge=0, description="How many each pod of the step gets; 0 for none.")
+
+
+class SecretEnv(_Strict):
+    """A Kubernetes secret or config map whose keys become environment variables."""
+
+    name: str = Field(pattern=_NAME, description="Name of the secret or config map; its values never stand here.")
+    env: dict[str, str] = Field(min_length=1, description="Environment variable -> key in the secret or config map.")
+    optional: bool = Field(default=False, description="Whether a pod starts without it.")
+
+    @model_validator(mode="after")
+    def _one_variable_a_key(self) -> SecretEnv:
+        if len(set(self.env.values())) < len(self.env):
+            raise ValueError("two variables come from one key; Kubeflow takes one variable a key")
+        return self
+
+
+class Volume(_Strict):
+    """A folder of every pod: an existing claim, or a disk that lives as long as the pod."""
+
+    path: str = Field(pattern=r"^/", description="Where it is mounted.")
+    claim: str | None = Field(default=None, pattern=_NAME, description="An existing PersistentVolumeClaim.")
+    sub_path: str = Field(default="", description="Folder of the claim.")
+    size: str | None = Field(default=None, pattern=_QUANTITY, description="Size of a disk made for each pod.")
+    storage_class: str | None = Field(default=None, description="Storage class of that disk; the cluster's default.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Volume:
+        if (self.claim is None) == (self.size is None):
+            raise ValueError("needs either claim (an existing one) or size (a disk for each pod)")
+        return self
+
+
+class Toleration(_Strict):
+    """A taint of nodes that pods put up with."""
+
+    key: str = Field(description="The taint's key.")
+    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="How value is compared.")
+    value: str | None = Field(default=None, description="The taint's value, with Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="The taint's effect; all by default."
+    )
+
+
+class Retries(_Strict):
+    """How often Kubernetes starts a failed step again."""
+
+    count: int = Field(ge=0, le=10, description="Further attempts after the first.")
+    backoff_s: int = Field(default=60, ge=0, description="Seconds before the second attempt.")
+    factor: int = Field(default=2, ge=1, description="By how much the pause grows with each attempt.")
+
+    @property
+    def pauses_s(self) -> int:
+        """All pauses together, in seconds."""
+        return sum(self.backoff_s * self.factor**attempt for attempt in range(self.count))
+
+
+class StepSettings(_Strict):
+    """What the pods of one step get. A field that a step leaves out is taken from ``defaults``."""
+
+    cpu_request: str | None = Field(default=None, pattern=_QUANTITY, description="CPU cores asked for.")
+    cpu_limit: str | None = Field(default=None, pattern=_QUANTITY, description="CPU cores at most.")
+    memory_request: str | None = Field(default=None, pattern=_QUANTITY, description="Memory asked for.")
+    memory_limit: str | None = Field(default=None, pattern=_QUANTITY, description="Memory at most.")
+    gpu: Gpu | None = Field(default=None, description="Accelerators.")
+    shared_memory: str | None = Field(
+        default=None, pattern=_QUANTITY, description="Size of /dev/shm in memory; counts towards the memory limit."
+    )
+    node_selector: dict[str, str] | None = Field(default=None, description="Labels that a node must have.")
+    tolerations: list[Toleration] | None = Field(default=None, description="Taints that pods put up with.")
+    timeout_s: int | None = Field(default=None, gt=0, description="Seconds before Kubernetes ends a pod.")
+    retries: Retries | None = Field(
+        default=None,
+        description="Attempts after a failure that is not the user's (those fail again at once). Needs timeout_s.",
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="Further environment variables.")
+
+
+class KeepRuns(_Strict):
+    """How long a finished run's pods and workflow stay, in seconds; Kubeflow's own record stays."""
+
+    success_s: int | None = Field(default=None, ge=0, description="After a run that succeeded.")
+    failure_s: int | None = Field(default=None, ge=0, description="After a run that failed: logs go with the pods.")
+
+
+class RunAs(_Strict):
+    """User of the container's process."""
+
+    user: int | None = Field(default=None, ge=0, description="Numeric user.")
+    group: int | None = Field(default=None, ge=0, description="Numeric group.")
+    non_root: bool = Field(default=True, description="Refuse to start as root.")
+
+
+class Profile(_Strict):
+    """``infra/profiles/<name>.yaml``: everything that a cluster needs, and nothing of a model."""
+
+    description: str = Field(description="Which cluster this is for.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of every step.")
+    secrets: list[SecretEnv] = Field(default_factory=list, description="Secrets that become variables.")
+    config_maps: list[SecretEnv] = Field(default_factory=list, description="Config maps that become variables.")
+    volumes: list[Volume] = Field(default_factory=list, description="Folders of every step.")
+    image_pull_secrets: list[str] = Field(default_factory=list, description="Secrets of the image registry.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        default=None, description="When a node pulls the image; the cluster's default."
+    )
+    run_as: RunAs | None = Field(default=None, description="User of the process; the image's own by default.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels of every pod.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of every pod.")
+    run_timeout_s: int | None = Field(default=None, gt=0, description="Seconds before a whole run is ended.")
+    keep_runs: KeepRuns | None = Field(default=None, description="How long finished runs stay.")
+    defaults: StepSettings = Field(default_factory=StepSettings, description="Of every step.")
+    steps: dict[str, StepSettings] = Field(default_factory=dict, description="By step: what differs from defaults.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Profile:
+        places = {"env": self.env, **{f"steps.{name}.env": step.env for name, step in self.steps.items()}}
+        for place, variables in {**places, "defaults.env": self.defaults.env}.items():
+            for name in variables:
+                if _SECRET_WORDS.search(name.upper()):
+                    raise ValueError(f"{place}.{name} looks like a secret; name a Kubernetes secret under secrets")
+        for step in self.steps or {"": StepSettings()}:
+            settings = self.settings_of(step)
+            if settings.retries is not None and settings.retries.count and settings.timeout_s is None:
+                # Argo ends a task that it may retry after a limit for all attempts, an hour unless told otherwise.
+                raise ValueError(f"{step or 'defaults'} has retries and no timeout_s, which one attempt may take")
+        workdir = self.env.get("MANYEYES_WORKDIR")
+        if workdir and not any(Path(workdir).is_relative_to(volume.path) for volume in self.volumes):
+            raise ValueError(f"env.MANYEYES_WORKDIR is {workdir}, which lies on none of volumes: it would not last")
+        return self
+
+    def settings_of(self, step: str) -> StepSettings:
+        """The settings of one step, with the defaults filled in."""
+        own = self.steps.get(step, StepSettings())
+        given = {name: getattr(own, name) for name in own.model_fields_set}
+        env = {**self.env, **self.defaults.env, **own.env}
+        return self.defaults.model_copy(update={**given, "env": env})
+
+
+def list_profiles(root: Path = Path()) -> list[str]:
+    """Names of the profiles of a checkout."""
+    return sorted(path.stem for path in (root / FOLDER).glob("*.yaml"))
+
+
+def load_profile(name_or_path: str, *, root: Path = Path()) -> Profile:
+    """Read and check a profile.
+
+    Args:
+        name_or_path: A name in ``infra/profiles`` or the path of a YAML file.
+        root: The checkout.
+
+    Raises:
+        PipelineError: No such profile, not YAML, an unknown field or a wrong value.
+    """
+    is_file = name_or_path.endswith((".yaml", ".yml"))
+    path = Path(name_or_path) if is_file else root / FOLDER / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = list_profiles(root)
+        raise PipelineError(
+            f'profile is "{name_or_path}"',
+            f"one of {', '.join(names) or 'none here'}, or the path of a YAML file",
+            f"{did_you_mean(name_or_path, names)}Profiles lie in {FOLDER}.",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{path} is not YAML ({error})", "a YAML file", "Mend the line that it names.") from error
+    if not isinstance(tree, dict):
+        raise PipelineError(f"{path} holds no fields", "a map of fields", "See infra/profiles/laptop.yaml.")
+    try:
+        profile = Profile.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, path) from error
+    _check_step_names(profile, path, root)
+    return profile
+
+
+def _check_step_names(profile: Profile, path: Path, root: Path) -> None:
+    known = sorted(folder.parent.name for folder in (root / "components").glob("*/component.py"))
+    for name in profile.steps:
+        if known and name not in known:
+            raise PipelineError(
+                f"{path}: steps.{name}", f"one of {', '.join(known)}", f"{did_you_mean(name, known)}Rename it."
+            )
+
+
+def _explain(error: ValidationError, path: Path) -> PipelineError:
+    problems = error.errors()
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"])
+    where = f"{path}: {place}" if place else str(path)
+    more = f" ({len(problems) - 1} more of its fields are wrong too.)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(first["loc"][:-1])
+        hint = did_you_mean(str(first["loc"][-1]), fields)
+        return PipelineError(where, "no such field", f"{hint}The fields there are {', '.join(fields)}.{more}")
+    if first["type"] == "missing":
+        return PipelineError(f"{where} is missing", "this field has no default", f"Add it.{more}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict | BaseModel) else f" is {first['input']!r}"
+    return PipelineError(f"{where}{shown}", message, f"Every field is described in docs/formats.md.{more}")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    schema = Profile.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location:
+        node = _resolve(node, schema)
+        inside = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
+        node = inside if inside is not None else node.get("additionalProperties", {})
+    return sorted(_resolve(node, schema).get("properties", {}))
+
+
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    for choice in (node, *node.get("anyOf", [])):
+        if "$ref" in choice:
+            found: dict[str, Any] = schema["$defs"][choice["$ref"].split("/")[-1]]
+            return found
+        if choice.get("type") == "array":
+            return dict(choice)
+    return node

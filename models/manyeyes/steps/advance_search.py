@@ -1,0 +1,86 @@
+"""Closes one round of a search: who won, whether to go on, and with which sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyeyes.errors import PipelineError
+from manyeyes.recipe import parse_recipe
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.inputs import is_absent
+from manyeyes.steps.search import close_round, copy_trials, gains, read_search, trial_folder, write_search
+from manyeyes.steps.search_page import search_html, search_markdown
+from manyeyes.steps.trial import read_trial
+
+NOTHING = [""]
+
+
+def advance_search(
+    reporter: Reporter,  # noqa: ARG001  (every step has one)
+    *,
+    recipe_json: str,
+    before: Path,
+    trials: Sequence[Path],
+    search: Path,
+) -> StepResult:
+    """Write ``search.json`` with one round more, the trials so far, and the page with the ladder of sets.
+
+    Args:
+        reporter: Not needed.
+        recipe_json: From ``resolve_data``.
+        before: Folder of the search before this round.
+        trials: Folders of ``train_trial``; markers once the search has ended.
+        search: Folder to write.
+
+    Returns:
+        Values: ``candidates`` of the next round, one empty text when the search has ended (kfp can neither loop over
+        nothing nor leave a loop), and ``encoders``, the best set so far.
+
+    Raises:
+        PipelineError: Trials of another round.
+    """
+    state, known = read_search(before)
+    copy_trials({key: trial_folder(before, key) for key in known}, search)
+    if state.ended is None:
+        found = {read_trial(folder).variant.key: folder for folder in trials if not is_absent(folder)}
+        best = known[state.best].encoders if state.best else ()
+        expected = {variant.key for variant in state.next_sets(best)}
+        if set(found) != expected:
+            raise PipelineError(
+                f"trials of {', '.join(sorted(found)) or 'nothing'}",
+                f"those of this round: {', '.join(sorted(expected))}",
+                "Pass on what train_trial made of the candidates.",
+            )
+        state = close_round(state, before, found)
+        copy_trials(found, search)
+    write_search(state, search)
+    state, known = read_search(search)
+    differences = gains(state, search)
+    assert state.best is not None
+    winner = known[state.best]
+    candidates = NOTHING if state.ended else [variant.text() for variant in state.next_sets(winner.encoders)]
+    recipe = parse_recipe(recipe_json)
+    return StepResult(
+        figure=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"
+        + (f"; ended: {state.ended}" if state.ended else ""),
+        metrics={
+            "mean_score": winner.mean,
+            "encoders": float(len(winner.encoders)),
+            "trials": float(len(known)),
+            "visual_tokens": float(winner.visual_tokens),
+        },
+        html=search_html(state, known, differences, seed=recipe.seed),
+        markdown=search_markdown(state, known, differences),
+        values={"candidates": candidates, "encoders": list(winner.encoders)},
+        metadata={"best": state.best, "ended": state.ended or "no"},
+    )
+
+
+# After the end of a search nothing is done, and that must cost nothing.
+STEPS: dict[str, Step] = {
+    "going on": Step(
+        "advance_search", advance_search, imports=("pyarrow.parquet", "manyeyes.registry.tracking"), outputs=("search",)
+    ),
+    "ended": Step("advance_search", advance_search, outputs=("search",), tracked=False),
+}

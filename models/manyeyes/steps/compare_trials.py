@@ -1,0 +1,146 @@
+"""Puts the trials of an ablation side by side: ``comparison.json`` and one page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.errors import PipelineError
+from manyeyes.evaluation.page import page
+from manyeyes.recipe import parse_recipe
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.report import heading, section
+from manyeyes.steps.trial import Difference, Trial, difference, read_items, read_trial
+from manyeyes.steps.trial_page import (
+    Row,
+    difference_strips,
+    duration,
+    fine_print,
+    markdown_trials,
+    score_bars,
+    span,
+    tiles,
+    trials_table,
+)
+from manyeyes.steps.variant import parse_variant
+
+COMPARISON_FILE = "comparison.json"
+_MANY = (
+    "Differences are to the first row, on the same questions (paired, clustered by image, 95%), each trained once with "
+    "one seed: the interval covers which questions were asked and not how another seed would train. Of twenty "
+    "variants that change nothing, one is expected outside its interval."
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComparedTrial(_Strict):
+    """One row of the table."""
+
+    label: str = Field(description="The variant, for people.")
+    trial: Trial = Field(description="What was found.")
+    difference: float | None = Field(description="Mean score minus the first row's; points. Null for the first row.")
+    difference_ci95: tuple[float, float] | None = Field(description="Its 95% interval, paired; points.")
+
+
+class Comparison(_Strict):
+    """``comparison.json``: the trials of an ablation."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    recipe: str = Field(description="Name of the recipe that all are variants of.")
+    recipe_digest: str = Field(description="Its sha256.")
+    trials: tuple[ComparedTrial, ...] = Field(description="In the order of the grid.")
+
+
+def compare_trials(
+    reporter: Reporter,  # noqa: ARG001  (every step has one)
+    *,
+    recipe_json: str,
+    variants: Sequence[str],
+    trials: Sequence[Path],
+    comparison: Path,
+) -> StepResult:
+    """Write ``comparison.json``, every trial, and the page.
+
+    Args:
+        reporter: Not needed.
+        recipe_json: From ``resolve_data``.
+        variants: From ``plan_ablation``; the first is what the others are compared with.
+        trials: Folders of ``train_trial``, in any order.
+        comparison: Folder to write.
+
+    Raises:
+        PipelineError: A trial is missing.
+        EvaluationError: The trials were asked different questions.
+    """
+    recipe = parse_recipe(recipe_json)
+    folders = {read_trial(folder).variant.text(): folder for folder in trials}
+    wanted = [parse_variant(text) for text in variants]
+    missing = [variant.label for variant in wanted if variant.text() not in folders]
+    if missing:
+        raise PipelineError(f"no trial of {', '.join(missing)}", "one of every variant", "Run the ablation again.")
+    first = read_items(folders[wanted[0].text()])
+    rows: list[Row] = []
+    for number, variant in enumerate(wanted):
+        folder = folders[variant.text()]
+        gained: Difference | None = difference(read_items(folder), first) if number else None
+        rows.append(Row(variant.label, read_trial(folder), gained))
+        shutil.copytree(folder, comparison / "trials" / f"{number:02d}-{variant.key}", dirs_exist_ok=True)
+    best = max(range(len(rows)), key=lambda index: rows[index].trial.mean)
+    rows[best] = Row(rows[best].name, rows[best].trial, rows[best].difference, wins=True)
+    written = Comparison(
+        recipe=recipe.name,
+        recipe_digest=recipe.digest,
+        trials=tuple(
+            ComparedTrial(
+                label=row.name,
+                trial=row.trial,
+                difference=row.difference.mean if row.difference else None,
+                difference_ci95=row.difference.ci95 if row.difference else None,
+            )
+            for row in rows
+        ),
+    )
+    (comparison / COMPARISON_FILE).write_text(written.model_dump_json(indent=2) + "\n")
+    winner = rows[best]
+    return StepResult(
+        figure=f"best of {len(rows)}: {winner.name}, {winner.trial.mean:.1f}%",
+        metrics={"trials": float(len(rows)), "mean_score": winner.trial.mean},
+        html=comparison_html(recipe.name, rows),
+        markdown=markdown_trials(rows, name="variant", compared_with="the first"),
+        metadata={"recipe_digest": recipe.digest, "best": winner.name},
+    )
+
+
+def comparison_html(recipe: str, rows: Sequence[Row]) -> str:
+    """The whole page: the first row is what the others are compared with."""
+    winner = next(row for row in rows if row.wins)
+    certain = sum(1 for row in rows if row.difference is not None and row.difference.is_certain)
+    figures = [
+        (f"{winner.trial.mean:.2f}%", "mean score of the best", span(winner.trial.mean_ci95)),
+        (f"{winner.trial.mean - rows[0].trial.mean:+.2f}", "points over the first row", rows[0].name),
+        (f"{certain} of {len(rows) - 1}", "differences that are certain", "the 95% interval excludes 0"),
+        (f"{len(rows)}", "variants trained", duration(sum(row.trial.train_seconds for row in rows))),
+    ]
+    parts = [
+        heading(f"Ablation of {recipe}", f"Best: {winner.name}."),
+        tiles(figures),
+        section("Mean score", score_bars(rows)),
+        section(f"Difference to {rows[0].name}", difference_strips(rows)),
+        section("All figures", trials_table(rows, name="variant", compared_with="the first")),
+        f'<p class="quiet">{escape(_MANY)}</p>',
+        fine_print(rows),
+    ]
+    return page(f"Ablation of {recipe}", "\n".join(parts))
+
+
+STEP = Step(
+    "compare_trials", compare_trials, imports=("pyarrow.parquet", "manyeyes.registry.tracking"), outputs=("comparison",)
+)

@@ -1,0 +1,103 @@
+"""Puts the scorecards of a model's benchmarks together: one scorecard, one file of answers, one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
+from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
+from manyeyes.evaluation.output import write_file
+from manyeyes.evaluation.report import render_html, render_markdown
+from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.inputs import open_inputs
+
+
+def merge_scorecards(
+    reporter: Reporter,
+    *,
+    scorecards: Sequence[Path],
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    scorecard: Path,
+) -> StepResult:
+    """Write ``scorecard.json``, ``items.parquet``, ``report.html`` and ``report.md`` of all benchmarks.
+
+    Args:
+        reporter: Shows the progress.
+        scorecards: Folders of ``score_benchmark``, in any order.
+        recipe_json: From ``plan_evaluation``.
+        recipe_digest: From ``plan_evaluation``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        scorecard: Folder to write.
+
+    Raises:
+        EvaluationError: A benchmark is missing, or the scorecards are not of one model.
+    """
+    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    cards = [read_scorecard(folder / "scorecard.json") for folder in scorecards]
+    names = list(inputs.recipe.evaluation.benchmarks)
+    card = merge(cards, names=names, recipe=inputs.recipe.name, recipe_digest=recipe_digest)
+    files = [read_outcomes(folder / "items.parquet") for folder in scorecards]
+    digests = {name: digest for file in files for name, digest in file.benchmark_digests.items()}
+    outcomes = [outcome for name in names for file in files for outcome in file.of(name)]
+    reporter.progress("reading the images of the report", done=0.5)
+    limit = inputs.recipe.evaluation.max_items
+    benchmarks = [load_benchmark(find_benchmark(n), snapshot=inputs.snapshot, max_items=limit) for n in names]
+    write_outcomes(OutcomeFile(card.model.digest, card.model.kind, digests, outcomes), scorecard / "items.parquet")
+    html, markdown = render_html(card, outcomes, benchmarks), render_markdown(card, outcomes, benchmarks)
+    write_file(scorecard / "report.html", html.encode())
+    write_file(scorecard / "report.md", markdown.encode())
+    write_scorecard(card, scorecard / "scorecard.json")
+    return StepResult(
+        figure=", ".join(f"{name} {score.score:.1f}%" for name, score in card.benchmarks.items()),
+        metrics=card.metrics(),
+        html=html,
+        markdown=markdown,
+        metadata={"model_digest": card.model.digest, "kind": card.model.kind, "recipe_digest": recipe_digest},
+    )
+
+
+def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, recipe_digest: str) -> Scorecard:
+    """One scorecard of several, benchmarks in the order of ``names``.
+
+    Raises:
+        EvaluationError: A benchmark is missing or there twice, or the scorecards are not of one model and snapshot.
+    """
+    found = [name for card in cards for name in card.benchmarks]
+    if sorted(found) != sorted(names):
+        raise EvaluationError(
+            f"scorecards of {', '.join(sorted(found)) or 'nothing'}",
+            f"one of each of {', '.join(names)}",
+            "Score the benchmarks that are missing.",
+        )
+    facts = {(card.model, card.data_md5, card.code_digest, card.max_new_tokens) for card in cards}
+    if len(facts) != 1:
+        raise EvaluationError(
+            "scorecards of different models, snapshots, code or answer lengths",
+            "one model, asked in one way",
+            "Score all benchmarks again.",
+        )
+    scores = {name: score for card in cards for name, score in card.benchmarks.items()}
+    return cards[0].model_copy(
+        update={
+            "recipe": recipe,
+            "recipe_digest": recipe_digest,
+            "benchmarks": {name: scores[name] for name in names},
+        }
+    )
+
+
+STEP = Step(
+    "merge_scorecards",
+    merge_scorecards,
+    imports=("pyarrow.parquet", "manyeyes.evaluation.report", "manyeyes.registry.tracking"),
+    outputs=("scorecard",),
+)

@@ -1,0 +1,59 @@
+"""Turns the grid of an ablation into variants, and refuses a wrong one before anything is trained."""
+
+from __future__ import annotations
+
+from html import escape
+
+from manyeyes.errors import RecipeError
+from manyeyes.evaluation.page import markdown_table, table
+from manyeyes.recipe import parse_recipe
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.report import heading
+from manyeyes.steps.variant import read_grid
+
+
+def plan_ablation(
+    reporter: Reporter,  # noqa: ARG001  (every step has one)
+    *,
+    recipe_json: str,
+    ablate_grid: str,
+) -> StepResult:
+    """Check every variant of the grid.
+
+    Args:
+        reporter: Not needed.
+        recipe_json: From ``resolve_data``.
+        ablate_grid: One ``path=[value, value, ...]`` a line.
+
+    Returns:
+        Values: ``variants``, their texts; the first is what the others are compared with.
+
+    Raises:
+        RecipeError: A wrong grid, or a variant that is no recipe, has no model, or is judged on other questions.
+    """
+    recipe = parse_recipe(recipe_json)
+    variants = read_grid(ablate_grid)
+    for variant in variants:
+        changed = variant.apply(recipe)
+        if changed.stages.pretrain is None and changed.stages.sft is None:
+            raise RecipeError(f'variant "{variant.label}" trains no model', "pretrain, sft or both", "Keep one.")
+        if (changed.evaluation.benchmarks, changed.evaluation.max_items) != (
+            recipe.evaluation.benchmarks,
+            recipe.evaluation.max_items,
+        ):
+            raise RecipeError(
+                f'variant "{variant.label}" is asked other questions than the rest',
+                "the same benchmarks and max_items for all, or nothing can be compared",
+                "Change them in recipe_overrides.",
+            )
+    rows = [[str(number), escape(variant.label)] for number, variant in enumerate(variants, start=1)]
+    return StepResult(
+        figure=f"{len(variants)} variants of {recipe.name}",
+        html=heading(f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.")
+        + table(["", "variant"], rows, numbers=[0]),
+        markdown=markdown_table(["", "variant"], [[str(n), v.label] for n, v in enumerate(variants, start=1)]) + "\n",
+        values={"variants": [variant.text() for variant in variants]},
+    )
+
+
+STEP = Step("plan_ablation", plan_ablation, tracked=False)

@@ -1,0 +1,97 @@
+"""Finds the model to score and the benchmarks to ask, and refuses before any machine time is spent. Never cached."""
+
+from __future__ import annotations
+
+import re
+
+from manyeyes.data.snapshot import open_snapshot
+from manyeyes.recipe import Recipe, change_recipe, parse_recipe
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.inputs import cache_dir
+from manyeyes.steps.model_location import locate_model
+from manyeyes.steps.report import facts, heading, markdown_facts
+
+
+def plan_evaluation(
+    reporter: Reporter,
+    *,
+    evaluate_model: str,
+    evaluate_benchmarks: str,
+    recipe_json: str,
+    data_md5: str,
+    data_remote: str,
+) -> StepResult:
+    """Pin the model and the list of benchmarks.
+
+    Args:
+        reporter: Shows the progress.
+        evaluate_model: As for ``locate_model``.
+        evaluate_benchmarks: Names separated by commas, spaces or lines; empty: the recipe's own.
+        recipe_json: From ``resolve_data``; says how many items, and how long answers may be.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+
+    Returns:
+        Values: ``recipe_json`` and ``recipe_digest`` with these benchmarks, ``benchmarks`` (never empty), and ``kind``,
+        ``model`` and ``model_digest``.
+
+    Raises:
+        EvaluationError: Unknown benchmark.
+        SnapshotError: The snapshot lacks a benchmark's data set.
+        CheckpointError: No model there.
+        RegistryError: No such registered model.
+    """
+    from manyeyes.evaluation.benchmarks import find_benchmark
+
+    recipe = parse_recipe(recipe_json)
+    named = [name for name in re.split(r"[,\s]+", evaluate_benchmarks) if name]
+    benchmarks = list(dict.fromkeys(named)) or list(recipe.evaluation.benchmarks)
+    rows = [find_benchmark(name) for name in benchmarks]
+    planned = ask_benchmarks(recipe, benchmarks)
+    reporter.progress("looking for the model", done=0.2)
+    location = locate_model(evaluate_model)
+    reporter.progress("looking for the benchmarks", done=0.6)
+    snapshot = open_snapshot(md5=data_md5, remote=data_remote, cache_dir=cache_dir())
+    counts = {row.name: snapshot.dataset(row.dataset).rows for row in rows}
+    shown: list[tuple[str, object]] = [
+        ("model", location.place),
+        ("kind", "checkpoint in PyTorch" if location.kind == "torch" else "ONNX bundle"),
+        ("model digest", location.digest),
+        ("recipe", recipe.name),
+        ("snapshot (md5)", data_md5),
+        ("items at most", recipe.evaluation.max_items or "all"),
+        *((f"records of {name}", count) for name, count in counts.items()),
+    ]
+    return StepResult(
+        figure=f"{location.kind} {location.digest[:8]}, {', '.join(benchmarks)}",
+        metrics={"benchmarks": float(len(benchmarks)), "records": float(sum(counts.values()))},
+        html=heading(f"To score: {evaluate_model.strip()}", "Which model, and on which benchmarks.") + facts(shown),
+        markdown=markdown_facts(shown),
+        values={
+            "recipe_json": planned.canonical_json(),
+            "recipe_digest": planned.digest,
+            "benchmarks": benchmarks,
+            "kind": location.kind,
+            "model": location.place,
+            "model_digest": location.digest,
+        },
+    )
+
+
+def ask_benchmarks(recipe: Recipe, benchmarks: list[str]) -> Recipe:
+    """The recipe with other benchmarks; gate rules about those that are gone are left out.
+
+    Args:
+        recipe: Left as it is.
+        benchmarks: At least one.
+    """
+    rules = [rule.model_dump(mode="json") for rule in recipe.gate]
+    kept = [rule for rule in rules if rule.get("benchmark") in (None, *benchmarks)]
+    # A recipe has one rule at least; nothing here is judged by it.
+    changes = {"evaluation.benchmarks": benchmarks, "gate": kept or [{"rule": "validation"}]}
+    return change_recipe(recipe, changes)
+
+
+STEP = Step(
+    "plan_evaluation", plan_evaluation, imports=("pyarrow.parquet", "manyeyes.registry.tracking"), tracked=False
+)

@@ -1,0 +1,88 @@
+"""Makes a version the champion, for people who live in Kubeflow's UI. Never cached."""
+
+from __future__ import annotations
+
+from manyeyes.errors import RegistryError
+from manyeyes.evaluation.page import markdown_table, table
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.report import facts, heading, markdown_facts, section
+
+
+def promote_version(
+    reporter: Reporter,  # noqa: ARG001  (every step has one)
+    *,
+    model: str,
+    version: str,
+    reason: str,
+    force: bool = False,
+) -> StepResult:
+    """Move ``champion`` to a version; the old champion becomes ``previous``.
+
+    Args:
+        reporter: Not needed.
+        model: Name in the registry.
+        version: Number or alias, for instance ``challenger``.
+        reason: Why; kept with the version.
+        force: Promote a version that the gate failed, too.
+
+    Raises:
+        RegistryError: No reason, no such model or version, or the gate failed it.
+    """
+    from manyeyes.registry import versions
+
+    check_reason(reason, "promote")
+    separator = "/" if version.strip().isdigit() else "@"
+    chosen = versions.describe(versions.parse_model_reference(f"{model.strip()}{separator}{version.strip()}"))
+    before = versions.read_aliases(chosen.name)
+    promoted = versions.promote(chosen.name, chosen.version, force=force, reason=reason.strip())
+    return alias_report(
+        f"{chosen.name} version {chosen.version} is champion",
+        before=before,
+        after=versions.read_aliases(chosen.name),
+        about=[
+            ("gate", promoted.verdict),
+            ("forced", "yes" if force and promoted.verdict != "passed" else "no"),
+            ("reason", reason.strip()),
+        ],
+    )
+
+
+def alias_report(
+    title: str, *, before: dict[str, int], after: dict[str, int], about: list[tuple[str, object]]
+) -> StepResult:
+    """Which alias moved from where to where.
+
+    Args:
+        title: What the registry says now.
+        before: Version by alias.
+        after: Version by alias.
+        about: More facts.
+    """
+    rows = [
+        [alias, _version(before.get(alias)), _version(after.get(alias)), "moved" if moved else "as it was"]
+        for alias in sorted({*before, *after})
+        for moved in [before.get(alias) != after.get(alias)]
+    ]
+    moves = [f"{alias} from {old} to {new}" for alias, old, new, what in rows if what == "moved"]
+    header = ["alias", "before", "now", ""]
+    return StepResult(
+        figure=f"{title}; " + (", ".join(moves) if moves else "no alias moved"),
+        html=heading(title, "; ".join(moves) or "No alias moved: it was so already.")
+        + section("Aliases", table(header, rows))
+        + section("About", facts(about)),
+        markdown=f"**{title}**\n\n{markdown_table(header, rows)}\n\n{markdown_facts(about)}",
+        values={"moves": moves},
+    )
+
+
+def check_reason(reason: str, verb: str) -> None:
+    """Refuse to move an alias without a reason."""
+    if not reason.strip():
+        raise RegistryError("reason is empty", f"why to {verb}; it is kept with the version", "Write a sentence.")
+
+
+def _version(number: int | None) -> str:
+    return "none" if number is None else f"version {number}"
+
+
+STEP = Step("promote_version", promote_version, imports=("manyeyes.registry.versions",))

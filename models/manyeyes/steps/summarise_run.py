@@ -1,0 +1,238 @@
+"""The exit handler: says how a run went and where everything is, and tells a webhook. Runs whatever happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from html import escape
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import ManyEyesError
+from manyeyes.evaluation import page
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.events import ErrorReport
+from manyeyes.steps.report import facts, heading, section
+from manyeyes.steps.traces import ERROR_TAG, FIGURE_TAG
+from manyeyes.steps.webhook import post_json
+
+WEBHOOK_URL = "MANYEYES_WEBHOOK_URL"
+
+State = Literal["succeeded", "failed", "stopped"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NoticeStep(_Strict):
+    """One step that ran."""
+
+    name: str = Field(description="Step name, with its encoder or model in brackets where it has one.")
+    state: Literal["finished", "failed", "stopped", "running"]
+    seconds: float | None = Field(description="From start to end; null where it has not ended.")
+    figure: str = Field(description="The figure that matters, in words.")
+    link: str = Field(description="Page of its MLflow run; empty where the store is a file.")
+
+
+class RunNotice(_Strict):
+    """How a pipeline run went: the body that the webhook gets."""
+
+    text: str = Field(description="All of it in one line, which chat services show as it is.")
+    pipeline: str
+    subject: str = Field(description="What it was run for, for instance the recipe.")
+    run_id: str = Field(description="Of the pipeline run.")
+    state: State
+    verdict: str = Field(default="", description="The gate's: passed or failed; empty where no gate was reached.")
+    model: str = Field(default="", description="Name in the registry; empty where nothing was registered.")
+    version: str = Field(default="", description="Version in the registry.")
+    aliases: str = Field(default="", description="Aliases that point at it now.")
+    scores: str = Field(default="", description="The bundle's score by benchmark, in words.")
+    steps: list[NoticeStep] = Field(description="That ran in this run, in order; those from the cache did not run.")
+    error: ErrorReport | None = Field(default=None, description="Of the first step that failed.")
+    links: dict[str, str] = Field(default_factory=dict, description="Pages, by what they show.")
+
+
+def summarise_run(
+    reporter: Reporter,
+    *,
+    pipeline: str,
+    subject: str = "",
+    run_id: str = "",
+    state: str,
+    message: str = "",
+) -> StepResult:
+    """Say how a run went, from what its steps left in MLflow, and tell the webhook where one is set.
+
+    An exit handler gets no outputs of the steps, so MLflow is what it asks; where MLflow does not answer, it says so
+    and the rest.
+
+    Args:
+        reporter: Shows the progress.
+        pipeline: Name of the pipeline.
+        subject: What it was run for; the first line is shown.
+        run_id: Of the pipeline run.
+        state: Kubeflow's word for how it ended.
+        message: What Kubeflow says of the failure.
+    """
+    notice, remark = _read_history(pipeline, _first_line(subject), run_id, state, message)
+    url = os.environ.get(WEBHOOK_URL, "")
+    told = ""
+    if url:
+        reporter.progress("telling the webhook", done=0.5)
+        told = post_json(url, notice.model_dump_json())
+    rows = _rows(notice, remark=remark, told=told)
+    return StepResult(
+        figure=notice.text,
+        metrics={"succeeded": float(notice.state == "succeeded"), "steps": float(len(notice.steps))},
+        html=_as_html(notice, rows),
+        markdown=_as_markdown(notice, rows),
+    )
+
+
+def _read_history(pipeline: str, subject: str, run_id: str, state: str, message: str) -> tuple[RunNotice, str]:
+    from manyeyes.registry.run_history import step_records, version_url
+
+    notice = RunNotice(
+        text="", pipeline=pipeline, subject=subject, run_id=run_id, state=_state(state), steps=[], error=None
+    )
+    remark = ""
+    try:
+        records = step_records()
+        for record in records:
+            notice.steps.append(
+                NoticeStep(
+                    name=record.step,
+                    state=record.state,
+                    seconds=record.seconds,
+                    figure=record.tags.get(FIGURE_TAG, ""),
+                    link=record.url,
+                )
+            )
+            if record.state == "failed" and notice.error is None:
+                notice.error = _read_error(record.tags.get(ERROR_TAG, ""))
+            if record.step == "gate":
+                notice.verdict = record.tags.get("manyeyes.verdict", "")
+            if record.step == "register" and record.state == "finished":
+                for name in ("verdict", "model", "version", "aliases", "scores"):
+                    setattr(notice, name, record.tags.get(f"manyeyes.{name}", ""))
+        if notice.model and (link := version_url(notice.model, notice.version)):
+            notice.links["version"] = link
+        if not records:
+            remark = "no step left anything in MLflow"
+    except ManyEyesError as error:
+        remark = f"MLflow could not be asked: {error.found}"
+    if notice.state == "failed" and notice.error is None:
+        remark = f"{remark}; {message}" if remark and message else remark or message
+    notice.links |= {step.name: step.link for step in notice.steps if step.link}
+    kubeflow = os.environ.get("MANYEYES_KUBEFLOW_URL", "").rstrip("/")
+    if kubeflow and run_id:
+        notice.links["run"] = f"{kubeflow}/#/runs/details/{run_id}"
+    return notice.model_copy(update={"text": _in_one_line(notice)}), remark
+
+
+def _read_error(text: str) -> ErrorReport | None:
+    try:
+        return ErrorReport.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
+
+
+def _state(state: str) -> State:
+    known: dict[str, State] = {"SUCCEEDED": "succeeded", "CANCELLED": "stopped", "CANCELED": "stopped"}
+    return known.get(state.upper(), "failed")
+
+
+def _in_one_line(notice: RunNotice) -> str:
+    name = f"{notice.pipeline} of {notice.subject}" if notice.subject else notice.pipeline
+    if notice.error is not None:
+        return f"{name} failed in {notice.error.step}: {notice.error.found}"
+    if notice.state != "succeeded":
+        broken = [step.name for step in notice.steps if step.state != "finished"]
+        return f"{name} {notice.state}" + (f" in {broken[0]}" if broken else "")
+    parts = [f"{name} succeeded"]
+    if notice.scores:
+        parts.append(notice.scores)
+    if notice.verdict:
+        parts.append(f"gate {notice.verdict}")
+    if notice.model:
+        parts.append(f"{notice.model} version {notice.version}" + (f" is {notice.aliases}" if notice.aliases else ""))
+    return ", ".join(parts)
+
+
+def _rows(notice: RunNotice, *, remark: str, told: str) -> list[tuple[str, str]]:
+    rows = [("result", notice.state), ("pipeline", notice.pipeline), ("run", notice.run_id)]
+    version = f"{notice.model} version {notice.version}" if notice.model else ""
+    optional = [
+        ("run for", notice.subject),
+        ("gate", notice.verdict),
+        ("scores", notice.scores),
+        ("registered", version),
+        ("aliases", notice.aliases),
+        ("remark", remark),
+        ("webhook", told),
+    ]
+    return rows + [(name, value) for name, value in optional if value]
+
+
+def _as_markdown(notice: RunNotice, rows: list[tuple[str, str]]) -> str:
+    parts = [f"**{notice.text}**\n", page.markdown_table(["", ""], [list(row) for row in rows])]
+    if notice.error is not None:
+        error = notice.error
+        if error.problems:
+            problems = [[p.subject, p.found, p.needed, p.do] for p in error.problems]
+            parts.append("\n" + page.markdown_table(["what", "found", "needed", "do"], problems))
+        else:
+            parts.append(f"\n- found: {error.found}\n- needed: {error.needed}\n- do: {error.do}")
+    if notice.steps:
+        steps = [
+            [f"[{step.name}]({step.link})" if step.link else step.name, step.state, _seconds(step), step.figure]
+            for step in notice.steps
+        ]
+        parts.append("\nSteps that ran (those from the cache did not):\n")
+        parts.append(page.markdown_table(["step", "", "seconds", ""], steps))
+    links = [f"- [{name}]({notice.links[name]})" for name in ("run", "version") if name in notice.links]
+    return "\n".join([*parts, *links]) + "\n"
+
+
+def _as_html(notice: RunNotice, rows: list[tuple[str, str]]) -> str:
+    body = heading(f"Run of {notice.pipeline}", notice.text) + facts(rows)
+    if notice.error is not None:
+        error = notice.error
+        problems = [(p.subject, p.found, p.needed, p.do) for p in error.problems] or [
+            (error.step, error.found, error.needed, error.do)
+        ]
+        cells = [[escape(text) for text in row] for row in problems]
+        body += section("What is wrong", page.table(["what", "found", "needed", "do"], cells, stacked=True))
+    steps = [
+        [
+            f'<a href="{escape(step.link)}">{escape(step.name)}</a>' if step.link else escape(step.name),
+            escape(step.state),
+            _seconds(step),
+            escape(step.figure),
+        ]
+        for step in notice.steps
+    ]
+    if steps:
+        body += section("Steps that ran", page.table(["step", "", "seconds", ""], steps, numbers=[2]))
+    links = [(name, notice.links[name]) for name in ("run", "version") if name in notice.links]
+    return body + "".join(f'<p><a href="{escape(link)}">{escape(name)}</a></p>\n' for name, link in links)
+
+
+def _seconds(step: NoticeStep) -> str:
+    return "" if step.seconds is None else f"{step.seconds:,.1f}"
+
+
+def _first_line(text: str) -> str:
+    """Of a recipe that travels as text, its name; else the first line."""
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError, AttributeError):  # a subject is only shown
+            return str(json.loads(text).get("name", ""))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("name:")]
+    return (named or lines or [""])[0][:200]
+
+
+STEP = Step("summarise_run", summarise_run, imports=("manyeyes.registry.run_history",), tracked=False)

@@ -1,0 +1,277 @@
+"""Trains and scores one variant of a recipe: the work of a search or an ablation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from manyeyes.errors import LockedError, RecipeError
+from manyeyes.recipe import Recipe, StageName
+from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.evaluate import evaluate
+from manyeyes.steps.inputs import is_absent, mark_absent, open_inputs, read_quarantine, work_dir
+from manyeyes.steps.report import facts, heading, markdown_facts
+from manyeyes.steps.stage import HEAVY, LOCAL_BRANCHES, train_stage
+from manyeyes.steps.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
+from manyeyes.steps.variant import Variant, parse_variant
+
+_WAIT_S = 2.0
+Result = TypeVar("Result")
+
+
+def train_trial(
+    reporter: Reporter,
+    *,
+    variant: str,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: Path,
+    trial: Path,
+    encoder_checkpoints: Sequence[Path] = (),
+) -> StepResult:
+    """Run every stage of the variant and score it; a variant that was scored before is taken as it is.
+
+    Args:
+        reporter: Shows the progress.
+        variant: Text of a variant; empty: there is nothing to do, and a marker is left.
+        recipe_json: From ``resolve_data``; what the variant is made from.
+        recipe_digest: From ``resolve_data``.
+        data_md5: From ``resolve_data``.
+        data_remote: From ``resolve_data``.
+        code_digest: From ``resolve_data``.
+        validation: Folder of ``validate_data``.
+        trial: Folder to write: ``trial.json`` and ``items.parquet``.
+        encoder_checkpoints: Folders of ``prealign_encoder``; the variant prealigns its encoders itself without them.
+
+    Raises:
+        RecipeError: The variant is no recipe, or has no stage that makes a model.
+        PipelineError: ``variant`` is not the text of one.
+    """
+    if not variant:
+        mark_absent(trial, "nothing to train")
+        return StepResult("nothing to train", markdown="Nothing to train: the search has ended.\n")
+    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    parsed = parse_variant(variant)
+    recipe = parsed.apply(inputs.recipe)
+    if recipe.stages.pretrain is None and recipe.stages.sft is None:
+        raise RecipeError(
+            f'variant "{parsed.label}" has no stage that makes a model', "pretrain, sft or both", "Add one."
+        )
+    given = _given_encoders(encoder_checkpoints, recipe)
+    kept = (
+        work_dir()
+        / "trials"
+        / _identity(recipe, given, data_md5=data_md5, code_digest=code_digest, validation=validation)
+    )
+    found = (kept / TRIAL_FILE).is_file()
+    if not found:
+        job = _Job(
+            parsed,
+            recipe,
+            Reporter(reporter.step),
+            pinned={"data_md5": data_md5, "data_remote": data_remote, "code_digest": code_digest},
+            validation=validation,
+            snapshot_path=inputs.snapshot.path,
+            folder=kept.with_name(f"{kept.name}-running"),
+        )
+        job.run(given, kept)
+    shutil.copytree(kept, trial, dirs_exist_ok=True)
+    # What was kept may have been asked for in other words.
+    asked = {"variant": parsed, "recipe": recipe.canonical_json(), "recipe_digest": recipe.digest}
+    result = read_trial(kept).model_copy(update=asked)
+    (trial / TRIAL_FILE).write_text(result.model_dump_json(indent=2) + "\n")
+    rows: list[tuple[str, object]] = [
+        ("variant", parsed.label),
+        ("encoders", ", ".join(result.encoders)),
+        ("mean score (%)", f"{result.mean:.2f} ({result.mean_ci95[0]:.2f} to {result.mean_ci95[1]:.2f})"),
+        *((f"{name} (%)", f"{score.score:.2f}") for name, score in result.scorecard.benchmarks.items()),
+        ("parameters", result.parameters),
+        ("visual tokens", result.visual_tokens),
+        *(
+            (f"loss after {stage.stage}{f' of {stage.encoder}' if stage.encoder else ''}", stage.final_loss)
+            for stage in result.stages
+        ),
+        ("seconds of training", result.train_seconds),
+        ("trained now", "no, by an earlier run" if found else "yes"),
+        ("recipe digest", result.recipe_digest),
+    ]
+    return StepResult(
+        figure=f"{result.mean:.1f}% ({result.mean_ci95[0]:.1f} to {result.mean_ci95[1]:.1f})"
+        + (", scored before" if found else ""),
+        metrics={
+            "mean_score": result.mean,
+            "parameters": float(result.parameters),
+            "visual_tokens": float(result.visual_tokens),
+            "train_seconds": result.train_seconds,
+            **result.scorecard.metrics(),
+        },
+        html=heading(f"Trial {parsed.label}", "One variant of the recipe, trained and scored.") + facts(rows),
+        markdown=markdown_facts(rows),
+        metadata={"recipe_digest": result.recipe_digest, "data_md5": data_md5, "variant": variant},
+    )
+
+
+class _Job:
+    """The training and scoring of one variant."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        recipe: Recipe,
+        reporter: Reporter,
+        *,
+        pinned: dict[str, str],
+        validation: Path,
+        snapshot_path: Path,
+        folder: Path,
+    ) -> None:
+        self.variant = variant
+        self.recipe = recipe
+        self.reporter = reporter
+        self.pinned = {"recipe_json": recipe.canonical_json(), "recipe_digest": recipe.digest, **pinned}
+        self.validation = validation
+        self.snapshot_path = snapshot_path
+        self.folder = folder
+        # On a cluster every trial has a machine of its own.
+        self.branches = LOCAL_BRANCHES if "MANYEYES_RUN_LOCK" in os.environ else 1
+        self.stages: list[TrialStage] = []
+        self.last_digest = ""
+
+    def run(self, given: dict[str, Path], kept: Path) -> None:
+        """Write the trial's folder ``kept``, whole or not at all."""
+        from manyeyes.storage import new_folder
+
+        encoders = {
+            name: given.get(name) or self._stage("prealign", name) for name in self.recipe.prealigned_encoders()
+        }
+        checkpoint: Path | None = None
+        for stage in ("pretrain", "sft"):
+            if getattr(self.recipe.stages, stage) is not None:
+                checkpoint = self._stage(stage, None, {} if checkpoint else encoders, checkpoint)
+        assert checkpoint is not None
+        scores = self.folder / "scores"
+        evaluate(self.reporter, kind="torch", model=checkpoint, scorecard=scores, other_scorecard=None, **self.pinned)
+        with new_folder(kept) as new:
+            shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
+            (new / TRIAL_FILE).write_text(self._describe(scores).model_dump_json(indent=2) + "\n")
+        # The scores are what counts; a checkpoint of every trial would fill any disk.
+        shutil.rmtree(self.folder)
+        shutil.rmtree(work_dir() / self.last_digest, ignore_errors=True)
+
+    def _stage(
+        self,
+        stage: StageName,
+        encoder: str | None,
+        encoder_checkpoints: dict[str, Path] | None = None,
+        checkpoint: Path | None = None,
+    ) -> Path:
+        from manyeyes.training.stage import read_report
+
+        out = self.folder / (f"{stage}-{encoder}" if encoder else stage)
+        _when_free(
+            lambda: train_stage(
+                self.reporter,
+                stage,
+                validation=self.validation,
+                out=out,
+                encoder=encoder,
+                encoder_checkpoints=encoder_checkpoints,
+                checkpoint=checkpoint,
+                branches=self.branches,
+                **self.pinned,
+            ),
+            self.reporter,
+        )
+        report = read_report(out)
+        self.stages.append(
+            TrialStage(
+                stage=stage,
+                encoder=encoder,
+                seconds=round(report.seconds, 3),
+                final_loss=report.final_loss,
+                checkpoint_digest=report.checkpoint_digest,
+            )
+        )
+        self.last_digest = report.stage_digest
+        return out
+
+    def _describe(self, scores: Path) -> Trial:
+        from manyeyes.estimate import estimate
+        from manyeyes.evaluation.scorecard import read_scorecard
+
+        card = read_scorecard(scores / "scorecard.json")
+        mean, ci95 = mean_score(card)
+        size = estimate(self.recipe, snapshot_path=self.snapshot_path)
+        return Trial(
+            variant=self.variant,
+            recipe=self.recipe.canonical_json(),
+            recipe_digest=self.recipe.digest,
+            encoders=tuple(encoder.name for encoder in self.recipe.model.encoders),
+            stages=tuple(self.stages),
+            scorecard=card,
+            mean=mean,
+            mean_ci95=ci95,
+            parameters=size.parameters.total,
+            visual_tokens=size.visual_tokens,
+            flops_per_sample=dict(size.flops_per_sample),
+            train_seconds=round(sum(stage.seconds for stage in self.stages), 3),
+            evaluate_seconds=round(sum(score.seconds for score in card.benchmarks.values()), 3),
+        )
+
+
+def _when_free(train: Callable[[], Result], reporter: Reporter) -> Result:
+    """Call ``train``; while another trial trains the very same stage, wait: then its result is taken."""
+    while True:
+        try:
+            return train()
+        except LockedError:
+            reporter.progress("waiting for another trial, which trains the same stage", done=0.0)
+            time.sleep(_WAIT_S)
+
+
+def _given_encoders(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path]:
+    """Folders of ``prealign_encoder`` by encoder name, those of this variant only."""
+    from manyeyes.training.stage import ENCODER_FACTS
+
+    wanted = recipe.prealigned_encoders()
+    found = {
+        str(json.loads((folder / ENCODER_FACTS).read_text())["name"]): folder
+        for folder in folders
+        if not is_absent(folder)
+    }
+    return {name: folder for name, folder in found.items() if name in wanted}
+
+
+def _identity(recipe: Recipe, given: dict[str, Path], *, data_md5: str, code_digest: str, validation: Path) -> str:
+    """sha256 over everything that determines a trial's result; the gate, names and words are no part of it."""
+    from manyeyes.training.stage import encoder_digest
+
+    facts_kept = {
+        "recipe": recipe.model_dump(mode="json", include={"seed", "model", "stages", "evaluation"}),
+        "encoders": {name: encoder_digest(folder) for name, folder in sorted(given.items())},
+        "quarantine": sorted(read_quarantine(validation)),
+        "data_md5": data_md5,
+        "code_digest": code_digest,
+    }
+    return hashlib.sha256(json.dumps(facts_kept, sort_keys=True).encode()).hexdigest()
+
+
+# An empty variant must not cost the imports of a training step.
+STEPS: dict[str, Step] = {
+    "trial": Step(
+        "train_trial",
+        train_trial,
+        imports=(*HEAVY, "manyeyes.evaluation.torch_answerer", "manyeyes.evaluation.evaluate", "manyeyes.estimate"),
+        outputs=("trial",),
+    ),
+    "nothing": Step("train_trial", train_trial, outputs=("trial",), tracked=False),
+}

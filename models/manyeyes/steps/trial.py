@@ -1,0 +1,149 @@
+"""``trial.json``: one variant of a recipe, trained and scored; and how trials are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import EvaluationError, PipelineError
+from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes
+from manyeyes.evaluation.scorecard import Interval, Scorecard
+from manyeyes.evaluation.scoring import Estimate, paired_difference
+from manyeyes.steps.variant import Variant
+
+TRIAL_FILE, ITEMS_FILE = "trial.json", "items.parquet"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrialStage(_Strict):
+    """One stage of a trial's training."""
+
+    stage: str = Field(description="prealign, pretrain or sft.")
+    encoder: str | None = Field(description="The encoder that prealign trained.")
+    seconds: float = Field(description="Seconds of training.")
+    final_loss: float = Field(description="Nats a supervised token.")
+    checkpoint_digest: str = Field(description="Of what the stage made.")
+
+
+class Trial(_Strict):
+    """One variant of a recipe, trained and scored."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    variant: Variant = Field(description="How its recipe was made from the one of the search or ablation.")
+    recipe: str = Field(description="The whole recipe that was trained, as canonical JSON.")
+    recipe_digest: str = Field(description="Its sha256.")
+    encoders: tuple[str, ...] = Field(description="Names of its encoders.")
+    stages: tuple[TrialStage, ...] = Field(description="What was trained for it.")
+    scorecard: Scorecard = Field(description="Its scores, PyTorch.")
+    mean: float = Field(description="Mean over the benchmarks of the normalised scores; percent.")
+    mean_ci95: Interval = Field(description="95% interval of mean; percent.")
+    parameters: int = Field(description="Parameters of the whole model.")
+    visual_tokens: int = Field(description="Tokens that an image becomes.")
+    flops_per_sample: dict[str, float] = Field(description="Forward and backward, by stage; floating-point operations.")
+    train_seconds: float = Field(description="Seconds of training, the stages that other trials share included.")
+    evaluate_seconds: float = Field(description="Seconds of answering.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One trial's mean score minus another's, on the same questions.
+
+    Attributes:
+        mean: Points.
+        ci95: 95% interval, paired and clustered by image; points.
+        by_benchmark: The same for each benchmark.
+    """
+
+    mean: float
+    ci95: Interval
+    by_benchmark: Mapping[str, Estimate]
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+def normalised(scorecard: Scorecard) -> dict[str, tuple[float, Interval]]:
+    """Each benchmark's score and interval as percent of what a perfect model gets.
+
+    Scorecards hold percents of that already; a benchmark with points of its own is divided by its maximum there.
+    """
+    return {name: (score.score, score.ci95) for name, score in scorecard.benchmarks.items()}
+
+
+def mean_score(scorecard: Scorecard) -> tuple[float, Interval]:
+    """Mean over the benchmarks of the normalised scores, and its 95% interval.
+
+    Benchmarks have different images, so their errors are independent: each side of the interval is the root of the
+    summed squares of that side's lengths.
+
+    Source:
+        MOVER: Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702. Mean of normalised scores: Eagle,
+        arXiv:2408.15998.
+    """
+    return _combine(list(normalised(scorecard).values()))
+
+
+def difference(items: OutcomeFile, baseline: OutcomeFile) -> Difference:
+    """Mean score of one trial minus another's.
+
+    Raises:
+        EvaluationError: They were asked different questions.
+    """
+    estimates: dict[str, Estimate] = {}
+    for benchmark, digest in items.benchmark_digests.items():
+        ours = {outcome.id: outcome for outcome in items.of(benchmark)}
+        theirs = {outcome.id: outcome for outcome in baseline.of(benchmark)}
+        if digest != baseline.benchmark_digests.get(benchmark) or set(ours) != set(theirs):
+            raise EvaluationError(
+                f"{benchmark} asked the two models different questions",
+                "the same benchmark, snapshot and max_items for both",
+                "Do not vary evaluation.benchmarks or evaluation.max_items.",
+            )
+        estimates[benchmark] = paired_difference(
+            [outcome.correct for outcome in ours.values()],
+            [theirs[name].correct for name in ours],
+            [outcome.cluster for outcome in ours.values()],
+        )
+    mean, ci95 = _combine([(estimate.mean, (estimate.low, estimate.high)) for estimate in estimates.values()])
+    return Difference(mean, ci95, estimates)
+
+
+def _combine(parts: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:
+    mean = sum(value for value, _ in parts) / len(parts)
+    below = math.hypot(*(value - low for value, (low, _) in parts)) / len(parts)
+    above = math.hypot(*(high - value for value, (_, high) in parts)) / len(parts)
+    return round(mean, 4), (round(mean - below, 4), round(mean + above, 4))
+
+
+def read_trial(folder: Path) -> Trial:
+    """Read ``trial.json`` of a trial's folder.
+
+    Raises:
+        PipelineError: Missing, or not such a file.
+    """
+    path = folder / TRIAL_FILE
+    try:
+        return Trial.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PipelineError(
+            f"{path} cannot be read ({error})", "what the step train_trial writes", "Run the trial again."
+        ) from error
+
+
+def read_items(folder: Path) -> OutcomeFile:
+    """What a trial's model answered.
+
+    Raises:
+        EvaluationError: Missing, or not such a file.
+    """
+    return read_outcomes(folder / ITEMS_FILE)

@@ -1,0 +1,161 @@
+"""Variants of a recipe: fewer encoders, or other values. A search and an ablation train many of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from manyeyes.errors import PipelineError, RecipeError, did_you_mean
+from manyeyes.recipe import Recipe, change_recipe, parse_overrides
+
+AS_IS = "as-is"
+# Each is a training of its own, and all of them travel in one parameter.
+MAX_VARIANTS = 64
+_LABEL_CHARACTERS = 60
+
+
+class Variant(BaseModel):
+    """How one recipe is made from another; as text, it is an item of a pipeline's loop."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoders: tuple[str, ...] | None = Field(default=None, description="Encoders to keep, in the recipe's order.")
+    changes: dict[str, JsonValue] = Field(default={}, description="New values by dotted path.")
+
+    def text(self) -> str:
+        """Sorted, compact JSON; ``parse_variant`` reads it back."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def label(self) -> str:
+        """A few characters for people: ``clip+convnext``, ``strategy=channel-concat``."""
+        parts = ["+".join(self.encoders)] if self.encoders else []
+        parts += [f"{_short_path(path)}={_short_value(value)}" for path, value in self.changes.items()]
+        return ", ".join(parts) or AS_IS
+
+    @property
+    def key(self) -> str:
+        """The label as a part of file and step names; different variants have different keys."""
+        plain = re.sub(r"[^A-Za-z0-9._=+-]+", "-", self.label).strip("-")
+        if len(plain) <= _LABEL_CHARACTERS and plain == self.label.replace(", ", "-"):
+            return plain
+        return f"{plain[:_LABEL_CHARACTERS]}-{hashlib.sha256(self.text().encode()).hexdigest()[:6]}"
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The variant of ``recipe``.
+
+        Raises:
+            RecipeError: It is no recipe: an unknown encoder or field, or a wrong value.
+        """
+        kept = recipe if self.encoders is None else keep_encoders(recipe, self.encoders)
+        return change_recipe(kept, self.changes)
+
+
+def parse_variant(text: str) -> Variant:
+    """Read ``Variant.text`` back.
+
+    Raises:
+        PipelineError: Not such a text.
+    """
+    try:
+        return Variant.model_validate_json(text)
+    except ValidationError as error:
+        raise PipelineError(
+            f"variant is {text!r}",
+            'JSON with "encoders" or "changes"',
+            'For instance: {"encoders": ["clip", "convnext"]}',
+        ) from error
+
+
+def keep_encoders(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with some of its encoders only, in the recipe's order; whatever names the others is left out.
+
+    Args:
+        recipe: With all encoders.
+        names: Those to keep.
+
+    Raises:
+        RecipeError: An unknown name, none at all, or what is left is no recipe.
+    """
+    known = [encoder.name for encoder in recipe.model.encoders]
+    for name in names:
+        if name not in known:
+            raise RecipeError(
+                f'encoder is "{name}"', f"the recipe has {', '.join(known)}", did_you_mean(name, known) or "Name one."
+            )
+    if len(set(names)) != len(names) or not names:
+        raise RecipeError(f"encoders are {list(names)}", "one name at least, each once", "Mend the list.")
+    changes: dict[str, Any] = {
+        "model.encoders": [
+            encoder.model_dump(mode="json") for encoder in recipe.model.encoders if encoder.name in names
+        ]
+    }
+    if recipe.model.layout is not None:
+        changes["model.layout.whole"] = [name for name in recipe.model.layout.whole if name in names]
+    left_out = {f"encoders.{name}" for name in known if name not in names}
+    for stage_name, stage in recipe.present_stages():
+        rates = {group: rate for group, rate in stage.train.items() if group not in left_out}
+        chosen = None if stage.encoders is None else [name for name in stage.encoders if name in names]
+        if not rates or chosen == []:
+            # It trained nothing but encoders that are gone.
+            changes[f"stages.{stage_name}"] = None
+            continue
+        changes[f"stages.{stage_name}"] = stage.model_dump(mode="json") | {"train": rates, "encoders": chosen}
+    return change_recipe(recipe, changes)
+
+
+def read_grid(text: str) -> list[Variant]:
+    """Every combination of the values in a grid, the last line's values changing fastest.
+
+    Args:
+        text: One ``path=[value, value, ...]`` a line; values are YAML, ``as-is`` stands for the recipe's own.
+
+    Raises:
+        RecipeError: A line that is no list of values, a path twice, or no or too many combinations.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    axes: dict[str, list[Any]] = {}
+    for line in lines:
+        ((path, values),) = parse_overrides([line]).items()
+        if not isinstance(values, list) or not values:
+            raise RecipeError(
+                f'ablate_grid has "{line}"',
+                "a list of the values to compare",
+                f"Write {path}=[a, b]; what is the same for all belongs to recipe_overrides.",
+            )
+        if path in axes:
+            raise RecipeError(f'ablate_grid has "{path}" twice', "each path once", "Put all values on one line.")
+        axes[path] = values
+    combinations = list(itertools.product(*axes.values()))
+    if not axes or not 2 <= len(combinations) <= MAX_VARIANTS:
+        raise RecipeError(
+            f"ablate_grid makes {len(combinations) if axes else 0} variants",
+            f"2 to {MAX_VARIANTS}",
+            "For instance: model.fusion.strategy=[channel-concat, sequence-append]",
+        )
+    variants = [
+        Variant(changes={path: value for path, value in zip(axes, values, strict=True) if value != AS_IS})
+        for values in combinations
+    ]
+    if len({variant.text() for variant in variants}) < len(variants):
+        raise RecipeError("ablate_grid makes the same variant twice", "different values", "Remove the repeated value.")
+    return variants
+
+
+def _short_path(path: str) -> str:
+    """The last two parts of a path where the last alone may say too little."""
+    return ".".join(path.split(".")[-2:])
+
+
+def _short_value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    shown: str = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+    return shown if len(shown) <= _LABEL_CHARACTERS else f"{shown[: _LABEL_CHARACTERS - 1]}…"

@@ -1,0 +1,90 @@
+"""Trains and scores every combination of a grid of recipe values, and compares them."""
+
+# kfp reads the annotations themselves: no future import here.
+from kfp import dsl
+
+from components.compare_trials.component import compare_trials
+from components.plan_ablation.component import plan_ablation
+from components.preflight.component import preflight
+from components.resolve_data.component import resolve_data
+from components.summarise_run.component import summarise_run
+from components.train_trial.component import train_trial
+from components.validate_data.component import validate_data
+
+
+# A pipeline of its own for the same reasons as stages in pipelines/train.py.
+@dsl.pipeline(name="trials")
+def trials(
+    variants: list,
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: dsl.Input[dsl.Dataset],
+) -> dsl.Artifact:
+    """Train and score every variant, side by side, and compare them.
+
+    Args:
+        variants: Texts of variants.
+        recipe_json: Recipe that they are made from.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+        validation: Profile, verdict and quarantine of the snapshot.
+    """
+    pinned = {
+        "recipe_json": recipe_json,
+        "recipe_digest": recipe_digest,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "code_digest": code_digest,
+    }
+    with dsl.ParallelFor(variants) as variant:
+        scored = train_trial(variant=variant, validation=validation, **pinned)
+    compared = compare_trials(
+        variants=variants,
+        trials=dsl.Collected(scored.outputs["trial"]),
+        recipe_json=recipe_json,
+        code_digest=code_digest,
+    )
+    return compared.outputs["comparison"]
+
+
+@dsl.pipeline(name="ablate")
+def ablate(
+    ablate_grid: str,
+    recipe: str = "tiny",
+    recipe_overrides: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
+) -> None:
+    """Train and score every combination of a grid of recipe values; one page with the differences.
+
+    Args:
+        ablate_grid: One path=[value, value, ...] a line, for instance model.fusion.strategy=[channel-concat,
+            sequence-append]; as-is stands for the recipe's own value. All are compared with the first combination.
+        recipe: A recipe's name, or its text (YAML).
+        recipe_overrides: Changes that hold for every variant, one a line, for instance stages.sft.epochs=1
+        data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
+        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+    """
+    form = {
+        "recipe": recipe,
+        "recipe_overrides": recipe_overrides,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "registry_model": "",
+    }
+    summary = summarise_run(pipeline="ablate", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+        checked = preflight(**form).set_caching_options(False)
+        resolved = resolve_data(**form).set_caching_options(False).after(checked)
+        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
+        pinned = {name: resolved.outputs[name] for name in names}
+        planned = plan_ablation(
+            recipe_json=pinned["recipe_json"], code_digest=pinned["code_digest"], ablate_grid=ablate_grid
+        )
+        validation = validate_data(**pinned).outputs["validation"]
+        trials(variants=planned.outputs["variants"], validation=validation, **pinned)

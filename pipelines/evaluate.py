@@ -1,0 +1,99 @@
+"""Scores any checkpoint, bundle or registered version on a list of benchmarks."""
+
+# kfp reads the annotations themselves: no future import here.
+from kfp import dsl
+
+from components.fetch_model.component import fetch_model
+from components.merge_scorecards.component import merge_scorecards
+from components.plan_evaluation.component import plan_evaluation
+from components.resolve_data.component import resolve_data
+from components.score_benchmark.component import score_benchmark
+from components.summarise_run.component import summarise_run
+
+
+# A pipeline of its own for the same reasons as stages in pipelines/train.py.
+@dsl.pipeline(name="benchmarks")
+def benchmarks(
+    names: list,
+    kind: str,
+    model: dsl.Input[dsl.Model],
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+) -> dsl.Artifact:
+    """Score a model on every benchmark, side by side, and put the scorecards together.
+
+    Args:
+        names: Benchmarks; never empty.
+        kind: torch for a checkpoint, bundle for an ONNX bundle.
+        model: Checkpoint or bundle.
+        recipe_json: Recipe with these benchmarks.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+    """
+    pinned = {
+        "recipe_json": recipe_json,
+        "recipe_digest": recipe_digest,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "code_digest": code_digest,
+    }
+    with dsl.ParallelFor(names) as benchmark:
+        scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, **pinned)
+    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), **pinned)
+    return merged.outputs["scorecard"]
+
+
+@dsl.pipeline(name="evaluate")
+def evaluate(
+    evaluate_model: str,
+    evaluate_benchmarks: str = "",
+    recipe: str = "tiny",
+    recipe_overrides: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
+) -> None:
+    """Score a checkpoint, a bundle or a registered version on a list of benchmarks; one merged report.
+
+    Args:
+        evaluate_model: A folder or s3:// with a checkpoint or bundle, or NAME, NAME@ALIAS, NAME/VERSION.
+        evaluate_benchmarks: Names separated by commas, spaces or lines. Empty: the recipe's own.
+        recipe: A recipe's name, or its text (YAML): how many items, how long answers, which chat template.
+        recipe_overrides: Changes to the recipe, one a line, for instance evaluation.max_items=100
+        data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
+        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+    """
+    form = {
+        "recipe": recipe,
+        "recipe_overrides": recipe_overrides,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "registry_model": "",
+    }
+    summary = summarise_run(pipeline="evaluate", subject=evaluate_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+        resolved = resolve_data(**form).set_caching_options(False)
+        where = {name: resolved.outputs[name] for name in ("data_md5", "data_remote")}
+        planned = plan_evaluation(
+            evaluate_model=evaluate_model,
+            evaluate_benchmarks=evaluate_benchmarks,
+            recipe_json=resolved.outputs["recipe_json"],
+            **where,
+        ).set_caching_options(False)
+        code_digest = resolved.outputs["code_digest"]
+        fetched = fetch_model(
+            code_digest=code_digest, **{name: planned.outputs[name] for name in ("kind", "model", "model_digest")}
+        )
+        benchmarks(
+            names=planned.outputs["benchmarks"],
+            kind=planned.outputs["kind"],
+            model=fetched.outputs["fetched"],
+            recipe_json=planned.outputs["recipe_json"],
+            recipe_digest=planned.outputs["recipe_digest"],
+            code_digest=code_digest,
+            **where,
+        )

@@ -1,0 +1,175 @@
+"""Finds the best set of encoders of a recipe, round by round."""
+
+# kfp reads the annotations themselves: no future import here.
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.advance_search.component import advance_search
+from components.prealign_encoder.component import prealign_encoder
+from components.preflight.component import preflight
+from components.resolve_data.component import resolve_data
+from components.start_search.component import start_search
+from components.summarise_run.component import summarise_run
+from components.train_trial.component import train_trial
+from components.validate_data.component import validate_data
+from manyeyes.steps.search import MAX_ROUNDS
+
+
+class Round(NamedTuple):
+    """What a round leaves to the next one."""
+
+    candidates: list
+    search: dsl.Artifact
+
+
+# The nested pipelines are there for the same reasons as stages in pipelines/train.py.
+@dsl.pipeline(name="search-round")
+def search_round(
+    round_number: int,
+    candidates: list,
+    before: dsl.Input[dsl.Artifact],
+    encoder_checkpoints: dsl.Input[list[dsl.Model]],
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: dsl.Input[dsl.Dataset],
+) -> Round:
+    """Train and score every candidate of a round, side by side, and choose.
+
+    Args:
+        round_number: 0 for the start set's.
+        candidates: Texts of variants; one empty text when the search has ended.
+        before: The search before this round.
+        encoder_checkpoints: Prealigned encoders, or a marker.
+        recipe_json: Recipe with all encoders.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+        validation: Profile, verdict and quarantine of the snapshot.
+    """
+    pinned = {
+        "recipe_json": recipe_json,
+        "recipe_digest": recipe_digest,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "code_digest": code_digest,
+    }
+    with dsl.ParallelFor(candidates) as candidate:
+        scored = train_trial(
+            variant=candidate,
+            validation=validation,
+            encoder_checkpoints=encoder_checkpoints,
+            **pinned,
+        )
+    advanced = advance_search(
+        round_number=round_number,
+        before=before,
+        trials=dsl.Collected(scored.outputs["trial"]),
+        recipe_json=recipe_json,
+        code_digest=code_digest,
+    )
+    return Round(candidates=advanced.outputs["candidates"], search=advanced.outputs["search"])
+
+
+@dsl.pipeline(name="search-rounds")
+def search_rounds_of(
+    candidates: list,
+    encoders: list,
+    search: dsl.Input[dsl.Artifact],
+    recipe_json: str,
+    recipe_digest: str,
+    data_md5: str,
+    data_remote: str,
+    code_digest: str,
+    validation: dsl.Input[dsl.Dataset],
+) -> dsl.Artifact:
+    """Prealign every encoder once, then go round by round.
+
+    Args:
+        candidates: Text of the start set.
+        encoders: Encoders to prealign; one empty name for none.
+        search: A search that has not begun.
+        recipe_json: Recipe with all encoders.
+        recipe_digest: Its sha256.
+        data_md5: Snapshot.
+        data_remote: A folder or s3:// that holds it.
+        code_digest: Digest of the image or of the library's source.
+        validation: Profile, verdict and quarantine of the snapshot.
+    """
+    pinned = {
+        "recipe_json": recipe_json,
+        "recipe_digest": recipe_digest,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "code_digest": code_digest,
+    }
+    with dsl.ParallelFor(encoders) as encoder:
+        aligned = prealign_encoder(encoder=encoder, validation=validation, **pinned)
+    # No loop of Kubeflow ends by itself: every round that there may be is here, and once the search has ended the
+    # others find one empty candidate and do nothing.
+    for number in range(MAX_ROUNDS + 1):
+        closed = search_round(
+            round_number=number,
+            candidates=candidates,
+            before=search,
+            encoder_checkpoints=dsl.Collected(aligned.outputs["encoder_checkpoint"]),
+            validation=validation,
+            **pinned,
+        ).set_display_name("start set" if number == 0 else f"round {number}")
+        candidates, search = closed.outputs["candidates"], closed.outputs["search"]
+    return search
+
+
+@dsl.pipeline(name="search-encoders")
+def search_encoders(
+    recipe: str = "tiny",
+    recipe_overrides: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
+    search_start: str = "",
+    search_rounds: int = 3,
+    search_min_gain: float = 0.0,
+) -> None:
+    """Find the best set of a recipe's encoders: each round adds the one that helps most, until none helps.
+
+    Args:
+        recipe: A recipe's name, or its text (YAML). Its encoders are what is chosen from.
+        recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
+        data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
+        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        search_start: Encoders to start from, by their names in the recipe, separated by commas. Empty: the first one.
+        search_rounds: Encoders added at most, 1 to 5.
+        search_min_gain: Points of the mean score that a round must gain; otherwise the search ends.
+    """
+    form = {
+        "recipe": recipe,
+        "recipe_overrides": recipe_overrides,
+        "data_md5": data_md5,
+        "data_remote": data_remote,
+        "registry_model": "",
+    }
+    summary = summarise_run(pipeline="search_encoders", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+        checked = preflight(**form).set_caching_options(False)
+        resolved = resolve_data(**form).set_caching_options(False).after(checked)
+        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
+        pinned = {name: resolved.outputs[name] for name in names}
+        begun = start_search(
+            recipe_json=pinned["recipe_json"],
+            code_digest=pinned["code_digest"],
+            search_start=search_start,
+            search_rounds=search_rounds,
+            search_min_gain=search_min_gain,
+        )
+        validation = validate_data(**pinned).outputs["validation"]
+        search_rounds_of(
+            candidates=begun.outputs["candidates"],
+            encoders=resolved.outputs["encoders"],
+            search=begun.outputs["search"],
+            validation=validation,
+            **pinned,
+        )

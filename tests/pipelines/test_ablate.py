@@ -1,0 +1,97 @@
+"""The compiled ablate pipeline, one optimizer step a stage, and the trial that it is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyeyes.data.snapshot import read_dvc_file
+from manyeyes.recipe import load_recipe
+from manyeyes.steps import train_trial as trials
+from manyeyes.steps.base import Reporter, StepResult
+from manyeyes.steps.trial import read_trial
+from manyeyes.steps.variant import Variant
+from tests.pipelines.checkout import Checkout
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_every_combination_is_trained_and_compared(toy_checkout: Checkout) -> None:
+    grid = "ablate_grid=model.projector.depth=[as-is, 1]\n"
+    code, output = toy_checkout.run("run", "ablate", "--recipe", "toy.yaml", "--param", grid)
+    assert code == 0, output + toy_checkout.log()[-8000:]
+    summary = toy_checkout.summary()
+    names = [step.name for step in summary.steps]
+    assert {"train_trial[as-is]", "train_trial[projector.depth=1]", "compare_trials"} <= set(names)
+    assert summary.report is not None
+    page = Path(summary.report).read_text()
+    for text in ("Ablation of toy", "projector.depth=1", "Difference to as-is"):
+        assert text in page, text
+    assert "report: " in output
+
+    code, output = toy_checkout.run("run", "ablate", "--recipe", "toy.yaml", "--param", grid)
+    assert code == 0, output
+    again = {step.name: step.cached for step in toy_checkout.summary().steps}
+    assert again["train_trial[as-is]"]
+    assert again["train_trial[projector.depth=1]"]
+    assert again["compare_trials"]
+
+    code, output = toy_checkout.run("run", "ablate", "--recipe", "toy.yaml")
+    assert code == 2
+    assert "ablate_grid" in output
+
+
+def test_trial_that_was_scored_is_never_trained_again(
+    toy_checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYEYES_WORKDIR", str(tmp_path / "work"))
+    monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MANYEYES_THREADS", "1")
+    recipe = load_recipe(str(toy_checkout.path / "toy.yaml"))
+    (tmp_path / "validation").mkdir()
+
+    def run(variant: Variant, out: str, gate_floor: float = 92) -> StepResult:
+        judged = recipe.model_copy(
+            update={"gate": (recipe.gate[0].model_copy(update={"at_least": gate_floor}), *recipe.gate[1:])}
+        )
+        return trials.train_trial(
+            Reporter("trial"),
+            variant=variant.text(),
+            recipe_json=judged.canonical_json(),
+            recipe_digest=judged.digest,
+            data_md5=read_dvc_file(toy_checkout.path / "data.dvc").md5,
+            data_remote=str(toy_checkout.path / "infra" / "dvc-remote"),
+            code_digest="c" * 64,
+            validation=tmp_path / "validation",
+            trial=tmp_path / out,
+        )
+
+    variant = Variant(encoders=("vit",), changes={"stages.prealign": None, "stages.pretrain": None})
+    run(variant, "first")
+    first = read_trial(tmp_path / "first")
+    assert [stage.stage for stage in first.stages] == ["sft"]
+    assert first.visual_tokens == 16
+    assert set(first.flops_per_sample) == {"sft"}
+    assert first.parameters > 100_000
+    assert first.scorecard.benchmarks["easy-vqa"].n == 16
+    # The scores are kept and nothing else: no checkpoint, no running folder.
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
+    kept = [path.name for path in (tmp_path / "work" / "trials").rglob("*") if path.is_file()]
+    assert sorted(kept) == ["items.parquet", "trial.json"]
+
+    def refuse(*_arguments: object, **_named: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(trials, "train_stage", refuse)
+    # Asked for in other words, and judged by another gate, it is the same trial.
+    same = Variant(changes={"stages.pretrain": None, "stages.prealign": None})
+    result = run(same, "second", gate_floor=50)
+    second = read_trial(tmp_path / "second")
+    assert "scored before" in result.figure
+    assert second.variant == same
+    assert json.loads(second.recipe)["gate"][0]["at_least"] == 50
+    assert (second.scorecard, second.stages) == (first.scorecard, first.stages)
+    with pytest.raises(AssertionError, match="trained again"):
+        run(Variant(changes={**same.changes, "seed": 2}), "third")

@@ -1,0 +1,168 @@
+"""Finding, fetching and scoring a model that somebody names; merging scorecards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.errors import BundleError, CheckpointError, EvaluationError, RegistryError
+from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.evaluation.outcomes import read_outcomes
+from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.steps import inputs as step_inputs
+from manyeyes.steps import merge_scorecards as merging
+from manyeyes.steps.base import Reporter
+from manyeyes.steps.model_location import ModelLocation, fetch_model, locate_model
+from manyeyes.steps.plan_evaluation import ask_benchmarks
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
+from tests.registry_store import make_bundle
+from tests.trial_toys import IMAGES, SECOND, add_second_benchmark
+
+
+def digest_of(bundle: Path) -> str:
+    return str(json.loads((bundle / "manifest.json").read_text())["digest"])
+
+
+def test_bundle_in_a_folder_is_found_and_fetched(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", "one")
+    found = locate_model(str(bundle))
+    assert found == ModelLocation("bundle", str(bundle), digest_of(bundle))
+    assert locate_model(f"file://{bundle}") == found
+    fetch_model(found, tmp_path / "fetched")
+    for file in bundle.iterdir():
+        assert (tmp_path / "fetched" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bundle_that_changed_after_it_was_found_is_refused(tmp_path: Path) -> None:
+    found = locate_model(str(make_bundle(tmp_path / "bundle", "one")))
+    make_bundle(tmp_path / "other", "two")
+    for file in (tmp_path / "other").iterdir():
+        (tmp_path / "bundle" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BundleError, match="when this run began"):
+        fetch_model(found, tmp_path / "fetched")
+
+
+def test_bundle_with_a_missing_file_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", "one")
+    found = locate_model(str(bundle))
+    (bundle / "decoder.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"decoder\.onnx"):
+        fetch_model(found, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+def test_manifest_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    manifest = {"digest": "d", "files": {"../secret": "s"}}
+    (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(manifest))
+    (tmp_path / "secret").write_text("secret")
+    found = locate_model(str(tmp_path / "model"))
+    assert found.kind == "torch"
+    with pytest.raises(CheckpointError, match=r"\.\./secret"):
+        fetch_model(found, tmp_path / "fetched")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", CheckpointError, "no model is named"),
+        ("./nowhere", CheckpointError, "none of that name"),
+        ("gs://bucket/model", CheckpointError, "s3://bucket/prefix"),
+        ("no such/model/at all", RegistryError, "NAME@ALIAS"),
+    ],
+)
+def test_model_that_is_nowhere_is_refused(
+    text: str,
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(error, match=message):
+        locate_model(text)
+
+
+def test_folder_without_a_manifest_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither manifest\.json nor checkpoint\.json"):
+        locate_model(str(tmp_path))
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(BundleError, match="no manifest"):
+        locate_model(str(tmp_path))
+
+
+def test_recipe_asks_other_benchmarks_and_drops_rules_about_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_second_benchmark(monkeypatch)
+    recipe = make_recipe()
+    asked = ask_benchmarks(recipe, [SECOND])
+    assert asked.evaluation.benchmarks == (SECOND,)
+    assert {rule.rule for rule in asked.gate} == {"parity", "validation", "contamination"}
+    only = make_recipe(gate=[{"rule": "floor", "benchmark": "easy-vqa", "at_least": 1}])
+    assert [rule.rule for rule in ask_benchmarks(only, [SECOND]).gate] == ["validation"]
+    assert ask_benchmarks(recipe, list(recipe.evaluation.benchmarks)) == recipe
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return make_snapshot(tmp_path_factory.mktemp("snapshot"), images=IMAGES)
+
+
+def score(folder: Path, snapshot: Snapshot, benchmarks: list[str], *, model: str = "m" * 64) -> Path:
+    evaluate(
+        RuleAnswerer(rule_with_errors(IMAGES, range(3))),
+        ask_benchmarks(make_recipe(), benchmarks),
+        snapshot=snapshot,
+        out_dir=folder,
+        code_digest="c" * 64,
+        model_digest=model,
+    )
+    return folder
+
+
+def test_merged_scorecard_is_that_of_all_benchmarks_at_once(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_second_benchmark(monkeypatch)
+    both = ["easy-vqa", SECOND]
+    recipe = ask_benchmarks(make_recipe(), both)
+    opened = step_inputs.Inputs(recipe, snapshot)
+    monkeypatch.setattr(merging, "open_inputs", lambda *_args, **_facts: opened)
+    parts = [score(tmp_path / name, snapshot, [name]) for name in reversed(both)]
+    whole = score(tmp_path / "whole", snapshot, both)
+    result = merging.merge_scorecards(
+        Reporter("merge"),
+        scorecards=parts,
+        recipe_json=recipe.canonical_json(),
+        recipe_digest=recipe.digest,
+        data_md5=snapshot.md5,
+        data_remote="",
+        code_digest="c" * 64,
+        scorecard=tmp_path / "merged",
+    )
+
+    def without_times(folder: Path) -> dict[str, object]:
+        card = read_scorecard(folder / "scorecard.json").model_dump()
+        for figures in card["benchmarks"].values():
+            figures["seconds"] = figures["questions_per_s"] = 0
+        return card
+
+    assert without_times(tmp_path / "merged") == without_times(whole)
+    assert read_outcomes(tmp_path / "merged" / "items.parquet") == read_outcomes(whole / "items.parquet")
+    assert result.html == (tmp_path / "merged" / "report.html").read_text()
+    for text in ("easy-VQA test", "easy-VQA again", "Mean", "2 benchmarks"):
+        assert text in result.html, text
+
+
+def test_scorecards_that_do_not_belong_together_are_refused(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_second_benchmark(monkeypatch)
+    first = read_scorecard(score(tmp_path / "a", snapshot, ["easy-vqa"]) / "scorecard.json")
+    second = read_scorecard(score(tmp_path / "b", snapshot, [SECOND], model="n" * 64) / "scorecard.json")
+    with pytest.raises(EvaluationError, match="different models"):
+        merging.merge([first, second], names=["easy-vqa", SECOND], recipe="r", recipe_digest="d")
+    with pytest.raises(EvaluationError, match="one of each"):
+        merging.merge([first, first], names=["easy-vqa", SECOND], recipe="r", recipe_digest="d")
