@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import mlflow
 import mlflow.exceptions
-import requests
+import requests  # type: ignore[import-untyped]
 import sqlalchemy.exc
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 
