@@ -294,13 +294,7 @@ def build_projector(
         RecipeError: No such kind or option; names the nearest.
         ShapeError: Widths or grid do not suit the kind.
     """
-    if kind not in PROJECTORS:
-        raise RecipeError(
-            f'model.projector.kind is "{kind}"',
-            "no such projector",
-            f"{did_you_mean(kind, PROJECTORS)}The kinds are {', '.join(PROJECTORS)}.",
-        )
-    checked = _check_options(kind, dict(options or {}))
+    checked = check_projector_options(kind, dict(options or {}))
     if isinstance(checked, UnshuffleOptions):
         return PixelUnshuffleProjector(
             depth=depth, in_channels=in_channels, out_channels=out_channels, grid=grid, options=checked
@@ -314,8 +308,28 @@ def build_projector(
     return Projector(kind, depth=depth, in_channels=in_channels, out_channels=out_channels)  # type: ignore[arg-type]
 
 
-def _check_options(kind: str, options: dict[str, Any]) -> ProjectorOptions:
-    fields = PROJECTORS[kind]
+def projector_options(kind: str) -> type[ProjectorOptions]:
+    """A row of PROJECTORS: the fields of ``model.projector.options``.
+
+    Raises:
+        RecipeError: No such kind; names the nearest.
+    """
+    if kind not in PROJECTORS:
+        raise RecipeError(
+            f'model.projector.kind is "{kind}"',
+            "no such projector",
+            f"{did_you_mean(kind, PROJECTORS)}The kinds are {', '.join(PROJECTORS)}.",
+        )
+    return PROJECTORS[kind]
+
+
+def check_projector_options(kind: str, options: dict[str, Any]) -> ProjectorOptions:
+    """Check ``model.projector.options`` of a recipe.
+
+    Raises:
+        RecipeError: No such kind or option (names the nearest), or a value of the wrong kind.
+    """
+    fields = projector_options(kind)
     try:
         return fields.model_validate(options)
     except ValidationError as error:

@@ -89,6 +89,37 @@ def test_gradient_passes_a_frozen_encoder_to_the_pixels(name: str) -> None:
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
+def _kept_and_gradients(encoder: Encoder) -> tuple[int, list[Tensor]]:
+    """Bytes that the forward pass keeps for the backward pass, parameters left out; and the gradients."""
+    parameters = {parameter.data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = encoder(pixels_for(encoder)).square().mean()
+    loss.backward()
+    gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    for parameter in encoder.parameters():
+        parameter.grad = None
+    return sum(kept.values()), gradients
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(name: str) -> None:
+    encoder = small(name)
+    whole, expected = _kept_and_gradients(encoder)
+    encoder.set_checkpointing(True)
+    kept, found = _kept_and_gradients(encoder)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert kept < 0.9 * whole
+    encoder.eval()
+    assert _kept_and_gradients(encoder)[0] > kept  # only while training
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_blocks_in_groups_are_the_whole_encoder(name: str) -> None:
@@ -190,7 +221,7 @@ def test_saved_encoders_load_in_a_new_process_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_tables_that_are_not_saved_survive_the_meta_device() -> None:
-    for name in ("eva02-l16-det-1024", "pix2struct-l16-1024"):
+    for name in ("eva02-l16-det-1024", "pix2struct-l16-1024", "stable-diffusion-v21-512"):
         encoder = small(name).eval()
         with torch.device("meta"):
             empty = build_encoder(name, small=True)

@@ -85,6 +85,8 @@ FACTS: dict[str, float] = {
     "pix2struct-l16-1024": 513e6,
     "dinov2-l14-518": 304.4e6,
     "dinov2-g14-518": 1136.5e6,
+    # U-Net without its last norm and convolution, encoding half of the autoencoder.
+    "stable-diffusion-v21-512": 865_910_724 - 640 - 11_524 + 34_163_664,
 }
 OTHERS: dict[str, str] = {
     "siglip-l16-384": "siglip-l16",
@@ -162,6 +164,7 @@ MAPS: dict[str, tuple[int, int]] = {
     "moco-v3-l16-224": (1024, 14),
     "midas-v3-l16-384": (1024, 24),
     "midas-v31-beit-l16-512": (1024, 32),
+    "stable-diffusion-v21-512": (3520, 32),
 }
 
 # A few keys of ``Encoder.net`` that published checkpoints of this family (Eagle's for the last three) have as well.
@@ -183,6 +186,14 @@ KEYS: dict[str, dict[str, tuple[int, ...]]] = {
         "neck.layer_norm1.bias": (256,),
         "layers.5.attn.rel_pos_h": (127, 64),
         "layers.4.attn.rel_pos_h": (27, 64),
+    },
+    "stable-diffusion-v21-512": {
+        "prompt": (1, 77, 1024),
+        "unet.time_embedding.linear_1.weight": (1280, 320),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "unet.up_blocks.2.upsamplers.0.conv.weight": (640, 640, 3, 3),
+        "vae.encoder.mid_block.attentions.0.to_out.0.weight": (512, 512),
+        "vae.quant_conv.weight": (8, 8, 1, 1),
     },
     "pix2struct-l16-1024": {
         "embeddings.row_embedder.weight": (4096, 1536),

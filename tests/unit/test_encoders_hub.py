@@ -76,3 +76,17 @@ def test_pickle_without_its_entry_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"optimizer": {"step": 3}, "iteration": 3}, file)
     with pytest.raises(SourceError, match="holds dict"):
         load_encoder_weights(build_encoder(name, small=True), name, tmp_path)
+
+
+def test_weights_in_several_files_are_fetched_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, list[str]]] = []
+
+    def fetch(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    row = ENCODERS["stable-diffusion-v21-512"]
+    parts = list(row.parts.values())
+    assert resolve_source(SOURCE, snapshot_path=None, files=row.files, parts=parts) == tmp_path
+    assert asked == [("someone/clip", "abc", parts)]

@@ -51,6 +51,10 @@ WORDS = {
     "[/INST]": 38,
     "<<SYS>>": 39,
     "<</SYS>>": 40,
+    "<": 41,
+    "</": 42,
+    ">": 43,
+    "Image": 44,
 }
 IMAGE = -200
 TURNS = [("human", "<image>\nQ"), ("gpt", "A"), ("human", "QQ"), ("gpt", "AA")]
@@ -86,6 +90,20 @@ EXPECTED: dict[str, tuple[str | None, str]] = {
     "llava_v0_prompt": (
         "<s>",
         "1 26 34  35 33 20 I 21 27 34  36 33 *20 *28 *34  35 33 20 29 34  36 33 *20 *30 *34",
+    ),
+    # The image between <Image> and </Image>, the rest as without.
+    "llava_v1_mmtag": (
+        "<s>",
+        "1 26 20  31 33 20 41 44 43 I 42 44 43 21 27 20  32 33 *20 *28 *2  31 33 20 29 20  32 33 *20 *30 *2",
+    ),
+    "llava_v0_mmtag": (
+        "<s>",
+        "1 26 21 21  34 20 35 33 20 41 44 43 I 42 44 43 21 27 21  *34 *20 *36 *33 *20 *28 *21"
+        " *34 20 35 33 20 29 21  *34 *20 *36 *33 *20 *30 *21 *34 20",
+    ),
+    "llava_v0_mmtag_prompt": (
+        "<s>",
+        "1 26 34  35 33 20 41 44 43 I 42 44 43 21 27 34  36 33 *20 *28 *34  35 33 20 29 34  36 33 *20 *30 *34",
     ),
     # The first <s> is the tokenizer's, the second the template's.
     "llama_2": (
@@ -148,8 +166,7 @@ EXPECTED: dict[str, tuple[str | None, str]] = {
 }
 STOPS = {
     "plain": 21,
-    "llava_v0": 34,
-    "llava_v0_prompt": 34,
+    **{name: 34 for name in CHAT_TEMPLATES if name.startswith("llava_v0")},
     "mini_gemini_gemma": 11,
     "gemma": 10,
     "phi_3": 15,
@@ -189,7 +206,7 @@ def test_generation_stops_at_the_end_of_a_turn(name: str) -> None:
     assert stop_token_ids(make_tokenizer(None), CHAT_TEMPLATES[name]) == [STOPS[name]]
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in ("plain", "llava_v0")])
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in ("plain", "llava_v0", "llava_v0_mmtag")])
 def test_question_is_asked_as_it_was_trained(name: str) -> None:
     template = CHAT_TEMPLATES[name]
     for count in (1, 3):
@@ -202,6 +219,8 @@ def test_llava_v0_was_asked_with_another_text_than_it_was_trained_on() -> None:
     asked = render(template, TURNS[:1], system="S", generation_prompt=True)
     assert asked == "S###Human: <image>\nQ###Assistant:"
     assert render(template, TURNS[:2], system="S") == "S\n\n### Human: <image>\nQ\n### Assistant: A\n### "
+    tagged = render(CHAT_TEMPLATES["llava_v0_mmtag"], TURNS[:1], system="S", generation_prompt=True)
+    assert tagged == "S###Human: <Image><image></Image>\nQ###Assistant:"
 
 
 def test_end_of_ordinary_characters_stops_at_its_first_token() -> None:
@@ -218,6 +237,15 @@ VICUNA = (
 VICUNA += "and polite answers to the user's questions."
 PUBLISHED: dict[str, Callable[[str], bool]] = {
     "llava_v1": lambda text: text.startswith("A chat between a curious human and ") and " to the human's que" in text,
+    "llava_v1_mmtag": lambda text: (
+        text.startswith("A chat between a curious user and ")
+        and "using natural language.The visual content will be provided with the following format: "
+        "<Image>visual content</Image>. USER: <Image><image></Image>\nQ ASSISTANT: A</s>"
+        in text
+    ),
+    "llava_v0_mmtag": lambda text: (
+        "<Image>visual content</Image>.\n\n### Human: <Image><image></Image>\nQ\n### Assistant: A" in text
+    ),
     "llama_2": lambda text: (
         text.startswith("[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant. ")
         and "while being safe.  Your answers" in text

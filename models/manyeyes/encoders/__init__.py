@@ -6,6 +6,7 @@ each in FAMILIES and ENCODERS.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from manyeyes.encoders import (
@@ -21,12 +22,13 @@ from manyeyes.encoders import (
     sam,
     self_supervised,
     siglip,
+    stable_diffusion,
     supervised,
     vit,
 )
 from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.weights import read_tensors
+from manyeyes.encoders.weights import read_parts, read_tensors
 from manyeyes.errors import RecipeError, SourceError, did_you_mean
 from manyeyes.runtime.preprocess import ImageTransform
 
@@ -40,6 +42,7 @@ __all__ = [
     "build_encoder",
     "encoder_row",
     "encoder_transform",
+    "fit_encoder_weights",
     "load_encoder_weights",
 ]
 
@@ -58,6 +61,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     "self-supervised": self_supervised.FAMILY,
     "dpt": midas.FAMILY,
     "beit": midas.BEIT_FAMILY,
+    "stable-diffusion": stable_diffusion.FAMILY,
 }
 
 ENCODERS: dict[str, EncoderRow] = {
@@ -119,6 +123,7 @@ ENCODERS: dict[str, EncoderRow] = {
     **dfn_clip.ROWS,
     **self_supervised.ROWS,
     **midas.ROWS,
+    **stable_diffusion.ROWS,
 }
 
 
@@ -137,13 +142,20 @@ def encoder_row(name: str) -> EncoderRow:
     return ENCODERS[name]
 
 
-def build_encoder(name: str, *, image_size: int | None = None, small: bool = False) -> Encoder:
+def build_encoder(
+    name: str,
+    *,
+    image_size: int | None = None,
+    small: bool = False,
+    architecture: Mapping[str, object] | None = None,
+) -> Encoder:
     """Make an encoder, freshly initialised from torch's global generator.
 
     Args:
         name: Row of ENCODERS.
         image_size: Pixels a side; the row's own (at the small size its ``small_image_size``) when left out.
         small: Same code with fewer and narrower blocks, for tests.
+        architecture: Replaces parts of the row's architecture, for a published encoder at another size.
 
     Returns:
         The encoder, in training mode. ``load_encoder_weights`` gives it published weights.
@@ -153,24 +165,32 @@ def build_encoder(name: str, *, image_size: int | None = None, small: bool = Fal
         ShapeError: The encoder cannot take this image size.
     """
     row = encoder_row(name)
-    architecture = {**row.architecture, **(row.small if small else {})}
+    whole = {**row.architecture, **(row.small if small else {}), **(architecture or {})}
     default = row.small_image_size or row.image_size if small else row.image_size
-    return FAMILIES[row.family].build(architecture, image_size or default).train()
+    return FAMILIES[row.family].build(whole, image_size or default).train()
 
 
-def encoder_transform(name: str, *, image_size: int | None = None) -> ImageTransform:
+def encoder_transform(
+    name: str, *, image_size: int | None = None, fill: tuple[int, int, int] | None = None
+) -> ImageTransform:
     """How this encoder wants its pixels.
 
     Args:
         name: Row of ENCODERS.
         image_size: Pixels a side; the row's own when left out.
+        fill: Colour around an image that is padded, RGB, 0 to 255; the row's own when left out.
 
     Raises:
         RecipeError: No such encoder.
     """
     row = encoder_row(name)
     return ImageTransform(
-        size=image_size or row.image_size, mean=row.mean, std=row.std, resample=row.resample, fit=row.fit
+        size=image_size or row.image_size,
+        mean=row.mean,
+        std=row.std,
+        resample=row.resample,
+        fit=row.fit,
+        fill=row.fill if fill is None else fill,
     )
 
 
@@ -180,19 +200,39 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> None:
     Args:
         encoder: Made by ``build_encoder(name)``.
         name: Row of ENCODERS.
-        path: A ``.safetensors`` or ``.pth`` file, or a folder with ``model.safetensors``. Keys are those of
-            ``encoder.state_dict()``, those of ``encoder.net``, or the publisher's.
+        path: As for ``fit_encoder_weights``.
+
+    Raises:
+        SourceError: Not readable, or tensors are missing, left over or of another shape.
+    """
+    encoder.net.load_state_dict(fit_encoder_weights(encoder, name, path))
+
+
+def fit_encoder_weights(encoder: Encoder, name: str, path: Path) -> TensorMap:
+    """Read published or own weights as the state of an encoder's network.
+
+    Args:
+        encoder: Made by ``build_encoder(name)``; on the meta device too.
+        name: Row of ENCODERS.
+        path: A ``.safetensors`` or ``.pth`` file, or a folder with ``model.safetensors`` or with the row's ``parts``.
+            Keys are those of ``encoder.state_dict()``, those of ``encoder.net``, or the publisher's.
+
+    Returns:
+        The state of ``encoder.net``, which it fits.
 
     Raises:
         SourceError: Not readable, or tensors are missing, left over or of another shape.
     """
     row = encoder_row(name)
-    tensors = read_tensors(path, files=row.files, entry=row.entry)
+    if row.parts and path.is_dir() and not (path / "model.safetensors").is_file():
+        tensors = read_parts(path, row.parts)
+    else:
+        tensors = read_tensors(path, files=row.files, entry=row.entry)
     if tensors and all(key.startswith("net.") for key in tensors):
         tensors = {key.removeprefix("net."): tensor for key, tensor in tensors.items()}
     state = FAMILIES[row.family].convert(tensors, encoder)
     _check_fit(state, encoder, name=name, path=path)
-    encoder.net.load_state_dict(state)
+    return state
 
 
 def _check_fit(state: TensorMap, encoder: Encoder, *, name: str, path: Path) -> None:

@@ -62,7 +62,9 @@ class ConvNextEncoder(Encoder):
         feature = self.net.stem(pixel_values)
         maps: list[Tensor] = []
         for stage in self.net.stages:
-            feature = stage(feature)
+            feature = self.run_part(stage.downsample, feature)
+            for block in stage.blocks:
+                feature = self.run_part(block, feature)
             maps.append(feature)
         if not self.every_stage:
             return maps[-1]

@@ -34,14 +34,18 @@ _RULES = [
 ]
 
 
-def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
-    """From transformers' layout (attention and SwiGLU fused or, since 5.x, apart), or timm's own."""
+def dinov2_keys(tensors: TensorMap) -> TensorMap:
+    """From transformers' layout (attention and SwiGLU fused or, since 5.x, apart), or timm's own, to timm's names."""
     published = strip_prefix(tensors, marker="embeddings.cls_token")
     if published:
         tensors = join_qkv(rename(published, _RULES))
         for kind in ("weight", "bias"):
             tensors = join(tensors, [f"mlp.gate.{kind}", f"mlp.up.{kind}"], f"mlp.fc1.{kind}")
-    return fit_vit(tensors, encoder, method="offset")
+    return tensors
+
+
+def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
+    return fit_vit(dinov2_keys(tensors), encoder, method="offset")
 
 
 FAMILY = EncoderFamily(build=build_vit, convert=_convert)

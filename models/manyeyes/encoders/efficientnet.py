@@ -37,7 +37,10 @@ class EfficientNetEncoder(Encoder):
         # Channels last: depthwise convolutions run 2.6 times as fast on a CPU. Only the pixels are laid out so; weights
         # that change their layout would change the last bits of the output after saving and loading.
         pixels = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self.net.blocks(self.net.bn1(self.net.conv_stem(pixels)))  # type: ignore[operator, no-any-return]
+        feature = self.net.bn1(self.net.conv_stem(pixels))  # type: ignore[operator]
+        for stage in self.net.blocks:  # type: ignore[union-attr]
+            feature = self.run_part(stage, feature)
+        return feature  # type: ignore[no-any-return]
 
 
 def _build(architecture: Mapping[str, object], image_size: int) -> EfficientNetEncoder:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from manyeyes.errors import ShapeError
 
 TensorMap = dict[str, Tensor]
+Output = TypeVar("Output")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Encoder(nn.Module, ABC):
@@ -26,6 +31,7 @@ class Encoder(nn.Module, ABC):
         channels: Channels of the feature map.
         stride: Pixels a side that one cell of the feature map covers, rounded up where that is no whole number.
         image_size: Pixels a side that it is built for.
+        checkpointing: Whether parts that run through ``run_part`` keep their input alone for the backward pass.
     """
 
     def __init__(self, net: nn.Module, *, channels: int, stride: int, image_size: int, grid: int | None = None) -> None:
@@ -34,6 +40,7 @@ class Encoder(nn.Module, ABC):
         self.channels = channels
         self.stride = stride
         self.image_size = image_size
+        self.checkpointing = False
         self._grid = grid
 
     @property
@@ -51,6 +58,20 @@ class Encoder(nn.Module, ABC):
         Returns:
             ``[B, channels, grid, grid]``.
         """
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Compute the inside of each part again in the backward pass instead of keeping it: less memory, more time.
+
+        Gradients are the same. It only counts while training, and only where a gradient is wanted.
+        """
+        self.checkpointing = on
+
+    def run_part(self, part: Callable[..., Output], *inputs: Any) -> Output:
+        """Call ``part(*inputs)``; every family runs its blocks or stages through here."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            computed: Output = checkpoint(part, *inputs, use_reentrant=False)
+            return computed
+        return part(*inputs)
 
     def train(self, mode: bool = True) -> Encoder:  # the framework's switch
         """Switch dropout and the like; batch normalisation stays in evaluation mode."""
@@ -81,9 +102,12 @@ class EncoderRow:
         small: Replaces parts of ``architecture`` and ``channels`` at the small size; same code, seconds to test.
         resample: Filter for resizing an image to ``image_size``.
         fit: What happens to an image that is not square.
+        fill: Colour around an image that is padded, RGB, 0 to 255; the mean colour, ``int(255 * mean)``, when left out.
         features: Which layer's output is taken, and what becomes of the class token.
         image_sizes: All sizes that published models use it at; position embeddings are resampled for them.
         files: Names that the publisher gives the file of weights; the first that is there is read.
+        parts: Where a publisher spreads the weights over several files: what to put before the keys of each, and its
+            path in the repository.
         entry: Where a pickle keeps the tensors beside other things; empty when it holds nothing else.
         small_image_size: Pixels a side at the small size; ``image_size`` when left out.
     """
@@ -106,8 +130,15 @@ class EncoderRow:
     features: str = ""
     image_sizes: tuple[int, ...] = ()
     files: tuple[str, ...] = ("model.safetensors",)
+    parts: Mapping[str, str] = field(default_factory=dict)
     entry: str = ""
     small_image_size: int | None = None
+    fill: tuple[int, int, int] | None = None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether ``source`` always means the same weights; a branch of a hub repository does not."""
+        return not self.source.startswith("hub:") or _COMMIT.fullmatch(self.source.rpartition("@")[2]) is not None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from timm.models.eva import Eva
 from torch import Tensor
@@ -49,8 +50,8 @@ class Eva02Encoder(BlockEncoder):
         """Run some of the blocks."""
         rope = self.net.rope.get_embed()
         for block in self.net.blocks[start:stop]:
-            tokens_BNC = block(tokens_BNC, rope=rope)
-        return tokens_BNC  # type: ignore[no-any-return]
+            tokens_BNC = self.run_part(partial(block, rope=rope), tokens_BNC)
+        return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, and the patches as a map."""
@@ -111,7 +112,8 @@ ROWS: dict[str, EncoderRow] = {
         parameters=303_645_632,
         pretraining="masked image modelling, then contrastive, Merged-2B",
         licence="MIT",
-        source="hub:timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k@main",
+        # Stated with the sha256 of open_clip_model.safetensors (f753bca0...) in a public report of the weights.
+        source="hub:timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k@4f62907359c8506be7021582f360564693b22c15",
         paper="arXiv:2303.11331",
         architecture={"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "reference_grid": 16},
         small={"width": 48, "depth": 2, "heads": 2},

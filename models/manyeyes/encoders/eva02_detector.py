@@ -34,12 +34,16 @@ _ROTARY_SPAN = 16
 
 @dataclass(frozen=True)
 class _Architecture:
+    """``hidden`` is the width of the gated layer, 8/3 of ``width`` when None; ``span`` what rotary positions span."""
+
     patch_size: int
     width: int
     depth: int
     heads: int
     window: int
     global_blocks: tuple[int, ...]
+    hidden: int | None = None
+    span: int = _ROTARY_SPAN
 
 
 class RotaryPositions(nn.Module):
@@ -51,10 +55,11 @@ class RotaryPositions(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, *, head_channels: int, grid: int) -> None:
+    def __init__(self, *, head_channels: int, grid: int, span: int) -> None:
         super().__init__()
         self.head_channels = head_channels
         self.grid = grid
+        self.span = span
         shape = (grid * grid, head_channels)
         self.register_buffer("cosine", torch.empty(shape), persistent=False)
         self.register_buffer("sine", torch.empty(shape), persistent=False)
@@ -66,7 +71,7 @@ class RotaryPositions(nn.Module):
         half = self.head_channels // 2
         device = self.cosine.device
         frequencies = _THETA ** -(torch.arange(0, half, 2, device=device).float() / half)
-        places = torch.arange(self.grid, device=device).float() * (_ROTARY_SPAN / self.grid)
+        places = torch.arange(self.grid, device=device).float() * (self.span / self.grid)
         angles = (places[:, None] * frequencies).repeat_interleave(2, dim=1)
         rows = angles[:, None].expand(self.grid, self.grid, half)
         columns = angles[None, :].expand(self.grid, self.grid, half)
@@ -93,7 +98,7 @@ class DetectorAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(plan.width))
         self.v_bias = nn.Parameter(torch.zeros(plan.width))
         self.proj = nn.Linear(plan.width, plan.width)
-        self.rope = RotaryPositions(head_channels=plan.width // plan.heads, grid=grid)
+        self.rope = RotaryPositions(head_channels=plan.width // plan.heads, grid=grid, span=plan.span)
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
         """``[B, N, C]`` in and out."""
@@ -131,7 +136,7 @@ class DetectorBlock(nn.Module):
         self.norm1 = nn.LayerNorm(plan.width, eps=_EPSILON)
         self.attn = DetectorAttention(plan, grid=window or grid)
         self.norm2 = nn.LayerNorm(plan.width, eps=_EPSILON)
-        self.mlp = DetectorSwiGlu(plan.width, int(plan.width * 4 * 2 / 3))
+        self.mlp = DetectorSwiGlu(plan.width, plan.hidden or int(plan.width * 4 * 2 / 3))
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
         """``[B, grid * grid, C]`` in and out."""
@@ -197,8 +202,8 @@ class Eva02DetectorEncoder(BlockEncoder):
     def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
         """Run some of the blocks."""
         for block in list(self.net.blocks)[start:stop]:
-            tokens_BNC = block(tokens_BNC)
-        return tokens_BNC  # type: ignore[no-any-return]
+            tokens_BNC = self.run_part(block, tokens_BNC)
+        return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """The tokens as a map."""

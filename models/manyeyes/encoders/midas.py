@@ -73,8 +73,8 @@ class BeitEncoder(BlockEncoder):
     def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
         """Run some of the blocks."""
         for block in self.net.blocks[start:stop]:
-            tokens_BNC = block(tokens_BNC)
-        return tokens_BNC  # type: ignore[no-any-return]
+            tokens_BNC = self.run_part(block, tokens_BNC)
+        return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """The patches as a map."""
@@ -141,7 +141,8 @@ ROWS: dict[str, EncoderRow] = {
         parameters=303_690_752,
         pretraining="ImageNet-21k, then depth from a mixture of 10 data sets",
         licence="Apache-2.0",
-        source="hub:Intel/dpt-large@main",
+        # transformers 5 pins the same for its depth-estimation pipeline (pipelines/__init__.py).
+        source="hub:Intel/dpt-large@bc15f29aa3a80d532f2ed650b5e16ac48d8958f9",
         paper="arXiv:2103.13413",
         architecture={
             "patch_size": 16,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ _PATCH = 16
 
 @dataclass(frozen=True)
 class _Architecture:
-    """``mean`` and ``std`` are what pixels were normalised with; ``max_patches`` bounds the square of the grid."""
+    """``mean`` and ``std`` are what pixels were normalised with; ``max_patches`` bounds the square of the grid.
+
+    ``head_channels`` is the width of a head, ``width`` over ``heads`` when None.
+    """
 
     width: int
     depth: int
@@ -42,6 +46,7 @@ class _Architecture:
     positions: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    head_channels: int | None = None
 
 
 class PatchReader(nn.Module):
@@ -122,12 +127,17 @@ class Pix2StructEncoder(BlockEncoder):
     def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
         """Run some of the blocks."""
         for layer in self.net.encoder.layer[start:stop]:
-            tokens_BNC = layer(tokens_BNC)[0]
+            tokens_BNC = self.run_part(partial(_hidden, layer), tokens_BNC)
         return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, and the patches as a map."""
         return self.net.layernorm(tokens_BNC).transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+
+
+def _hidden(layer: nn.Module, tokens_BNC: Tensor) -> Tensor:
+    hidden: Tensor = layer(tokens_BNC)[0]
+    return hidden
 
 
 def _build(architecture: Mapping[str, object], image_size: int) -> Pix2StructEncoder:
@@ -136,7 +146,7 @@ def _build(architecture: Mapping[str, object], image_size: int) -> Pix2StructEnc
         hidden_size=plan.width,
         patch_embed_hidden_size=3 * _PATCH * _PATCH,
         d_ff=plan.hidden,
-        d_kv=plan.width // plan.heads,
+        d_kv=plan.head_channels or plan.width // plan.heads,
         num_hidden_layers=plan.depth,
         num_attention_heads=plan.heads,
         dense_act_fn="gelu_new",

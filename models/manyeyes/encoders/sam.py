@@ -36,7 +36,10 @@ _FOLD = 2
 
 @dataclass(frozen=True)
 class _Architecture:
-    """``neck`` is the published one, or Eagle's with its folding."""
+    """``neck`` is the published one, or Eagle's with its folding, and ``neck_channels`` its width.
+
+    ``hidden`` is the width inside a block's mlp, four times ``width`` when None.
+    """
 
     patch_size: int
     width: int
@@ -45,15 +48,17 @@ class _Architecture:
     window: int
     global_blocks: tuple[int, ...]
     neck: Literal["published", "eagle"]
+    neck_channels: int = _NECK_CHANNELS
+    hidden: int | None = None
 
 
 class EagleNeck(nn.Module):
-    """1 x 1 convolution to 256 channels and a norm over them; drawn from its own seed."""
+    """1 x 1 convolution to (as published 256) channels and a norm over them; drawn from its own seed."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, _NECK_CHANNELS, kernel_size=1, bias=False)
-        self.layer_norm1 = nn.LayerNorm(_NECK_CHANNELS, eps=1e-6)
+        self.conv1 = nn.Conv2d(width, channels, kernel_size=1, bias=False)
+        self.layer_norm1 = nn.LayerNorm(channels, eps=1e-6)
         if not self.conv1.weight.is_meta:
             # torch's default for a convolution: uniform within 1 / sqrt(inputs).
             generator = torch.Generator().manual_seed(_NECK_SEED)
@@ -62,7 +67,7 @@ class EagleNeck(nn.Module):
                 self.conv1.weight.copy_((2 * drawn - 1) * width**-0.5)
 
     def forward(self, map_BHWC: Tensor) -> Tensor:
-        """``[B, H, W, width]`` to ``[B, 256, H, W]``."""
+        """``[B, H, W, width]`` to ``[B, channels, H, W]``."""
         narrow = self.conv1(map_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.layer_norm1(narrow).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
@@ -76,7 +81,7 @@ class SamEncoder(BlockEncoder):
         self_fold = _FOLD if plan.neck == "eagle" else 1
         super().__init__(
             net,
-            channels=_NECK_CHANNELS * self_fold**2,
+            channels=plan.neck_channels * self_fold**2,
             stride=plan.patch_size * self_fold,
             image_size=image_size,
             width=plan.width,
@@ -97,7 +102,7 @@ class SamEncoder(BlockEncoder):
         """Run some of the blocks."""
         map_BHWC = tokens_BNC.unflatten(1, (self.patch_grid, self.patch_grid))
         for layer in self.net.layers[start:stop]:
-            map_BHWC = layer(map_BHWC)
+            map_BHWC = self.run_part(layer, map_BHWC)
         return map_BHWC.flatten(1, 2)  # type: ignore[no-any-return]
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
@@ -117,12 +122,13 @@ def _build(architecture: Mapping[str, object], image_size: int) -> SamEncoder:
         patch_size=plan.patch_size,
         window_size=plan.window,
         global_attn_indexes=list(plan.global_blocks),
-        output_channels=_NECK_CHANNELS,
+        output_channels=plan.neck_channels,
+        mlp_dim=plan.hidden or 4 * plan.width,
         initializer_range=0.02,
     )
     net = SamVisionEncoder(config)
     if plan.neck == "eagle":
-        net.neck = EagleNeck(plan.width)
+        net.neck = EagleNeck(plan.width, plan.neck_channels)
     return SamEncoder(net, plan, image_size)
 
 

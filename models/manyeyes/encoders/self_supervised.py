@@ -76,7 +76,8 @@ ROWS: dict[str, EncoderRow] = {
         stride=14,
         parameters=630_762_240,
         pretraining="features of hidden blocks from those of seen ones, ImageNet-1k",
-        source="hub:facebook/ijepa_vith14_1k@main",
+        # Pinned alike by several public repositories.
+        source="hub:facebook/ijepa_vith14_1k@f157467ea509bc356ff9f61fd3c0d840eec5e04e",
         paper="arXiv:2301.08243",
         architecture=_HUGE,
         entry="target_encoder",

@@ -15,15 +15,19 @@ from manyeyes.encoders.keys import from_transformers_clip, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
 
 
-def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
-    """From transformers' layout, from open_clip's (``visual.trunk.``), or timm's own."""
+def siglip_keys(tensors: TensorMap) -> TensorMap:
+    """From transformers' layout, from open_clip's (``visual.trunk.``), or timm's own, to timm's names."""
     published = strip_prefix(
         {key: tensor for key, tensor in tensors.items() if not key.startswith("text_model.")},
         marker="embeddings.patch_embedding.weight",
     )
     if published:
-        return fit_vit(from_transformers_clip(published), encoder)
-    return fit_vit(strip_prefix(tensors, marker="patch_embed.proj.weight") or tensors, encoder)
+        return from_transformers_clip(published)
+    return strip_prefix(tensors, marker="patch_embed.proj.weight") or tensors
+
+
+def _convert(tensors: TensorMap, encoder: Encoder) -> TensorMap:
+    return fit_vit(siglip_keys(tensors), encoder)
 
 
 FAMILY = EncoderFamily(build=build_vit, convert=_convert)

@@ -64,8 +64,8 @@ class VitEncoder(BlockEncoder):
     def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
         """Run some of the blocks."""
         for block in self.net.blocks[start:stop]:
-            tokens_BNC = block(tokens_BNC)
-        return tokens_BNC  # type: ignore[no-any-return]
+            tokens_BNC = self.run_part(block, tokens_BNC)
+        return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, and the patches as a map."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,3 +44,18 @@ def read_tensors(path: Path, *, files: Sequence[str] = ("model.safetensors",), e
             f"{file} holds {type(tensors).__name__}", "a mapping of names to tensors", "Check the source."
         )
     return dict(tensors)
+
+
+def read_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read tensors that a publisher spreads over several files.
+
+    Args:
+        folder: Holds the files.
+        parts: What to put before the keys of each file, and its path in the folder.
+
+    Raises:
+        SourceError: A file is missing, truncated, or something else than tensors.
+    """
+    return {
+        prefix + key: tensor for prefix, file in parts.items() for key, tensor in read_tensors(folder / file).items()
+    }

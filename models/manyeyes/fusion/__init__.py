@@ -27,6 +27,7 @@ __all__ = [
     "InjectingFusion",
     "SpatialVisionAggregator",
     "build_fusion",
+    "fusion_row",
     "run_encoders",
 ]
 
@@ -38,6 +39,21 @@ FUSIONS: dict[str, FusionRow] = {
     "deformable-mining": deformable_mining.ROW,
     "spatial-vision-aggregator": spatial_vision_aggregator.ROW,
 }
+
+
+def fusion_row(strategy: str) -> FusionRow:
+    """A row of FUSIONS.
+
+    Raises:
+        RecipeError: No such fusion; names the nearest.
+    """
+    if strategy not in FUSIONS:
+        raise RecipeError(
+            f'model.fusion.strategy is "{strategy}"',
+            "no such fusion",
+            f"{did_you_mean(strategy, FUSIONS)}List them with: manyeyes fusions",
+        )
+    return FUSIONS[strategy]
 
 
 def build_fusion(
@@ -61,13 +77,7 @@ def build_fusion(
         RecipeError: No such fusion or option (names the nearest), or too few encoders.
         ShapeError: The fusion cannot align these grids.
     """
-    if strategy not in FUSIONS:
-        raise RecipeError(
-            f'model.fusion.strategy is "{strategy}"',
-            "no such fusion",
-            f"{did_you_mean(strategy, FUSIONS)}List them with: manyeyes fusions",
-        )
-    row = FUSIONS[strategy]
+    row = fusion_row(strategy)
     checked = row.check_options(dict(options or {}))
     if len(encoder_channels) < row.min_encoders:
         raise RecipeError(

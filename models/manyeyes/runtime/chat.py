@@ -10,7 +10,7 @@ key-value cache evaluation, the bundle and training share (``Encoded.prefix_leng
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
@@ -195,7 +195,8 @@ def _pieces(
 ) -> Iterator[_Text | _ImageSlot]:
     _check_turns(turns, generation_prompt=generation_prompt)
     if generation_prompt and template.asked_as:
-        template = get_chat_template(template.asked_as)
+        marks = (template.image_prefix, template.image_suffix)
+        template = replace(get_chat_template(template.asked_as), image_prefix=marks[0], image_suffix=marks[1])
     opening = _system_text(template, system)
     yield _Text(template.start)
     if not template.system_inside:
@@ -208,7 +209,9 @@ def _pieces(
                 yield _Text(opening)
             for place, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
                 if place > 0:
+                    yield _Text(template.image_prefix)
                     yield _ImageSlot()
+                    yield _Text(template.image_suffix)
                 if not template.images_only:
                     yield _Text(part)
             yield _Text(template.human_suffix + template.gpt_prefix)

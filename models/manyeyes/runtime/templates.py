@@ -25,7 +25,7 @@ class ChatTemplate:
 
     A conversation reads: ``start``, ``system_prefix system system_suffix``, then for each exchange ``human_prefix text
     human_suffix gpt_prefix gpt_lead answer gpt_end gpt_after``, with ``between`` from one exchange to the next. An
-    empty system text takes its prefix and suffix along.
+    empty system text takes its prefix and suffix along. An image stands between ``image_prefix`` and ``image_suffix``.
 
     Attributes:
         name: Its row in ``CHAT_TEMPLATES``, or ``tokenizer``.
@@ -51,6 +51,8 @@ class ChatTemplate:
         stop_splits: The end is ordinary characters, such as ``###``, which tokenizers split: its first token ends
             generation.
         asked_as: Row whose text asks for an answer, where a model was trained on one text and asked with another.
+        image_prefix: Before each image.
+        image_suffix: After each image.
     """
 
     name: str
@@ -73,6 +75,8 @@ class ChatTemplate:
     stop: str = ""
     stop_splits: bool = False
     asked_as: str = ""
+    image_prefix: str = ""
+    image_suffix: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them back."""
@@ -107,6 +111,13 @@ _LLAVA_LLAMA_SYSTEM = (
     "You are a helpful language and vision assistant. "
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
+)
+# No space after "language.", as published.
+_MMTAG_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
 )
 # Meta's own; the two spaces in it are published so.
 _LLAMA_2_SYSTEM = (
@@ -189,40 +200,50 @@ _GEMMA = ChatTemplate(
     trims=True,
 )
 
+# LLaVA of April 2023: trained on this text, the loss counting the answer's header and the ### of the next turn; and
+# asked with the text of `llava_v0_prompt`. (The published mask slips by a token a turn where the tokenizer adds a
+# beginning of sequence; this one does not.)
+_LLAVA_V0 = ChatTemplate(
+    name="llava_v0",
+    system=_LLAVA_SYSTEM,
+    system_suffix="\n\n### ",
+    human_prefix="Human: ",
+    human_suffix="\n",
+    gpt_lead="### Assistant: ",
+    gpt_end="\n###",
+    gpt_after=" ",
+    stop="###",
+    stop_splits=True,
+    asked_as="llava_v0_prompt",
+)
+_LLAVA_V0_PROMPT = ChatTemplate(
+    name="llava_v0_prompt",
+    system=_LLAVA_SYSTEM,
+    system_suffix="###",
+    human_prefix="Human: ",
+    human_suffix="###",
+    gpt_prefix="Assistant:",
+    gpt_lead=" ",
+    gpt_end="###",
+    stop_splits=True,
+)
+_LLAVA_V1 = replace(_VICUNA_V1, name="llava_v1", system=_LLAVA_SYSTEM)
+# Images between tags. (LLaVA's web demo put the image into an exchange of its own, answered by "Received."; training
+# did not, and this asks as it trains.)
+_MMTAG: dict[str, Any] = {"system": _MMTAG_SYSTEM, "image_prefix": "<Image>", "image_suffix": "</Image>"}
+
 _ROWS = (
     # LLaVA's first stage: image, caption, newline.
     ChatTemplate(name="plain", gpt_end="\n", images_only=True),
     # Vicuna 1.1: LLaVA-1.5, Eagle, Cambrian-1 and Mini-Gemini on Vicuna.
     _VICUNA_V1,
-    # LLaVA of April 2023: trained on this text, the loss counting the answer's header and the ### of the next turn; and
-    # asked with the text of `llava_v0_prompt`. (The published mask slips by a token a turn where the tokenizer adds a
-    # beginning of sequence; this one does not.)
-    ChatTemplate(
-        name="llava_v0",
-        system=_LLAVA_SYSTEM,
-        system_suffix="\n\n### ",
-        human_prefix="Human: ",
-        human_suffix="\n",
-        gpt_lead="### Assistant: ",
-        gpt_end="\n###",
-        gpt_after=" ",
-        stop="###",
-        stop_splits=True,
-        asked_as="llava_v0_prompt",
-    ),
-    ChatTemplate(
-        name="llava_v0_prompt",
-        system=_LLAVA_SYSTEM,
-        system_suffix="###",
-        human_prefix="Human: ",
-        human_suffix="###",
-        gpt_prefix="Assistant:",
-        gpt_lead=" ",
-        gpt_end="###",
-        stop_splits=True,
-    ),
+    _LLAVA_V0,
+    _LLAVA_V0_PROMPT,
+    replace(_LLAVA_V0, name="llava_v0_mmtag", asked_as="llava_v0_mmtag_prompt", **_MMTAG),
+    replace(_LLAVA_V0_PROMPT, name="llava_v0_mmtag_prompt", **_MMTAG),
     # Vicuna 1.1 with a human for a user.
-    replace(_VICUNA_V1, name="llava_v1", system=_LLAVA_SYSTEM),
+    _LLAVA_V1,
+    replace(_LLAVA_V1, name="llava_v1_mmtag", **_MMTAG),
     # Beginning and end of sequence around every exchange, the first beginning from the tokenizer.
     _LLAMA_2,
     replace(_LLAMA_2, name="llava_llama_2", system=_LLAVA_LLAMA_SYSTEM),
