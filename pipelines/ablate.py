@@ -57,6 +57,7 @@ def ablate(
     ablate_grid: str,
     recipe: str = "tiny",
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
 ) -> None:
@@ -65,19 +66,23 @@ def ablate(
     Args:
         ablate_grid: One path=[value, value, ...] a line, for instance model.fusion.strategy=[channel-concat,
             sequence-append]; as-is stands for the recipe's own value. All are compared with the first combination.
-        recipe: A recipe's name, or its text (YAML).
+        recipe: A recipe's name.
         recipe_overrides: Changes that hold for every variant, one a line, for instance stages.sft.epochs=1
+        recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
     """
     form = {
         "recipe": recipe,
         "recipe_overrides": recipe_overrides,
+        "recipe_text": recipe_text,
         "data_md5": data_md5,
         "data_remote": data_remote,
         "registry_model": "",
     }
-    summary = summarise_run(pipeline="ablate", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    summary = summarise_run(
+        pipeline="ablate", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    )
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)

@@ -54,6 +54,7 @@ def evaluate(
     evaluate_benchmarks: str = "",
     recipe: str = "tiny",
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
 ) -> None:
@@ -62,14 +63,16 @@ def evaluate(
     Args:
         evaluate_model: A folder or s3:// with a checkpoint or bundle, or NAME, NAME@ALIAS, NAME/VERSION.
         evaluate_benchmarks: Names separated by commas, spaces or lines. Empty: the recipe's own.
-        recipe: A recipe's name, or its text (YAML): how many items, how long answers, which chat template.
+        recipe: A recipe's name: how many items, how long answers, which chat template.
         recipe_overrides: Changes to the recipe, one a line, for instance evaluation.max_items=100
+        recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
     """
     form = {
         "recipe": recipe,
         "recipe_overrides": recipe_overrides,
+        "recipe_text": recipe_text,
         "data_md5": data_md5,
         "data_remote": data_remote,
         "registry_model": "",

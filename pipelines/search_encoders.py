@@ -128,6 +128,7 @@ def search_rounds_of(
 def search_encoders(
     recipe: str = "tiny",
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
     search_start: str = "",
@@ -137,8 +138,9 @@ def search_encoders(
     """Find the best set of a recipe's encoders: each round adds the one that helps most, until none helps.
 
     Args:
-        recipe: A recipe's name, or its text (YAML). Its encoders are what is chosen from.
+        recipe: A recipe's name. Its encoders are what is chosen from.
         recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
+        recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
         search_start: Encoders to start from, by their names in the recipe, separated by commas. Empty: the first one.
@@ -148,11 +150,14 @@ def search_encoders(
     form = {
         "recipe": recipe,
         "recipe_overrides": recipe_overrides,
+        "recipe_text": recipe_text,
         "data_md5": data_md5,
         "data_remote": data_remote,
         "registry_model": "",
     }
-    summary = summarise_run(pipeline="search_encoders", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    summary = summarise_run(
+        pipeline="search_encoders", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    )
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)

@@ -66,6 +66,7 @@ def stages(
 def train(
     recipe: str = "tiny",
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
     registry_model: str = "",
@@ -73,8 +74,9 @@ def train(
     """Train, judge, export and register a model.
 
     Args:
-        recipe: A recipe's name, or its text (YAML).
+        recipe: A recipe's name.
         recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
+        recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
         registry_model: Name in the registry. Empty: the recipe's own.
@@ -82,11 +84,14 @@ def train(
     form = {
         "recipe": recipe,
         "recipe_overrides": recipe_overrides,
+        "recipe_text": recipe_text,
         "data_md5": data_md5,
         "data_remote": data_remote,
         "registry_model": registry_model,
     }
-    summary = summarise_run(pipeline="train", subject=recipe, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    summary = summarise_run(
+        pipeline="train", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    )
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)

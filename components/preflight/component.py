@@ -11,6 +11,7 @@ from components import IMAGE
 def preflight(
     recipe: str,
     recipe_overrides: str,
+    recipe_text: str,
     data_md5: str,
     data_remote: str,
     registry_model: str,
@@ -21,8 +22,9 @@ def preflight(
     """Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for.
 
     Args:
-        recipe: A recipe's name, or its text.
+        recipe: A shipped recipe.
         recipe_overrides: One a.b=value a line.
+        recipe_text: A recipe of your own, as YAML, instead of a shipped one.
         data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
         data_remote: A folder or s3:// that holds it; empty: the checkout's own.
         registry_model: Name in the registry; empty: the recipe's own.
@@ -40,6 +42,7 @@ def preflight(
         notes=notes,
         recipe=recipe,
         recipe_overrides=recipe_overrides,
+        recipe_text=recipe_text,
         data_md5=data_md5,
         data_remote=data_remote,
         registry_model=registry_model,

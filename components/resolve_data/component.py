@@ -13,6 +13,7 @@ from components import IMAGE
 def resolve_data(
     recipe: str,
     recipe_overrides: str,
+    recipe_text: str,
     data_md5: str,
     data_remote: str,
     registry_model: str,
@@ -34,8 +35,9 @@ def resolve_data(
     """Pin recipe, data and code, of which the cache keys of all later steps are made.
 
     Args:
-        recipe: A recipe's name, or its text.
+        recipe: A shipped recipe.
         recipe_overrides: One a.b=value a line.
+        recipe_text: A recipe of your own, as YAML, instead of a shipped one.
         data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
         data_remote: A folder or s3:// that holds it; empty: the checkout's own.
         registry_model: Name in the registry; empty: the recipe's own.
@@ -53,6 +55,7 @@ def resolve_data(
         notes=notes,
         recipe=recipe,
         recipe_overrides=recipe_overrides,
+        recipe_text=recipe_text,
         data_md5=data_md5,
         data_remote=data_remote,
         registry_model=registry_model,

@@ -16,6 +16,7 @@ def summarise_run(
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
     status: dsl.PipelineTaskFinalStatus,
+    recipe_text: str = "",
 ) -> None:
     """Say how the run went and where everything is, and tell a webhook (MANYEYES_WEBHOOK_URL).
 
@@ -27,6 +28,7 @@ def summarise_run(
         report: The summary for people.
         notes: The same as Markdown.
         status: Kubeflow's verdict, which every exit handler gets.
+        recipe_text: The recipe where it travels as text; its name is shown instead of the subject.
     """
     from manyeyes.steps.base import run_step
     from manyeyes.steps.summarise_run import STEP
@@ -37,7 +39,7 @@ def summarise_run(
         report=report,
         notes=notes,
         pipeline=pipeline,
-        subject=subject,
+        subject=recipe_text or subject,
         run_id=run_id,
         state=status.state,
         message=status.error_message or "",

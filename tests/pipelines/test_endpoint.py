@@ -298,6 +298,19 @@ def test_wrong_parameter_says_what_is_right(pair: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_recipe_file_travels_as_text_and_a_shipped_one_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("extends: tiny\nname: own\n")
+    values = run_parameters({**FORM, "recipe_text": {"defaultValue": ""}}, given=[], recipe=str(file))
+    assert list(values) == ["recipe_text"]
+    assert json.loads(values["recipe_text"])["name"] == "own"
+    assert run_parameters(FORM, given=[], recipe="large") == {"recipe": "large"}
+    with pytest.raises(PipelineError, match="takes recipe_text"):
+        run_parameters(FORM, given=[], recipe=str(file))
+    with pytest.raises(PipelineError, match='Did you mean "tiny"'):
+        run_parameters(FORM, given=[], recipe="tinny")
+
+
 def test_parameter_without_default_must_be_given() -> None:
     with pytest.raises(PipelineError, match="reason not given"):
         run_parameters({"reason": {"parameterType": "STRING"}}, given=[])

@@ -16,7 +16,7 @@ from kfp_server_api import models
 
 from manyeyes.cli.endpoint import Endpoint
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
-from manyeyes.recipe import parse_overrides
+from manyeyes.recipe import load_recipe, parse_overrides
 from manyeyes.steps.events import ErrorReport, find_error_line
 
 EXPERIMENT = "manyeyes"
@@ -71,7 +71,7 @@ def pipeline_parameters(version: models.V2beta1PipelineVersion) -> dict[str, Any
 
 
 def run_parameters(
-    definitions: Mapping[str, Any], *, given: Sequence[str], assignments: Sequence[str] = ()
+    definitions: Mapping[str, Any], *, given: Sequence[str], assignments: Sequence[str] = (), recipe: str = ""
 ) -> dict[str, Any]:
     """Check ``name=value`` pairs against a pipeline's form and turn them into values.
 
@@ -79,11 +79,20 @@ def run_parameters(
         definitions: ``pipeline_parameters(...)``.
         given: ``name=value`` each.
         assignments: ``a.b=c`` each; changes to the recipe, which travel in the parameter ``recipe_overrides``.
+        recipe: A shipped recipe's name, or the path of a YAML file, which travels as text.
 
     Raises:
         PipelineError: No such parameter, a value of another type or outside the choices, or one that is missing.
+        RecipeError: The file is no recipe.
     """
     values: dict[str, Any] = {}
+    if recipe:
+        is_file = recipe.endswith((".yaml", ".yml"))
+        name = "recipe_text" if is_file else "recipe"
+        if name not in definitions:
+            raise PipelineError(f"--recipe {recipe} was given", f"a pipeline that takes {name}", "Leave it out.")
+        text = load_recipe(recipe).canonical_json() if is_file else recipe
+        values[name] = _value_of(name, text, definitions[name])
     for pair in given:
         name, equals, text = pair.partition("=")
         if not equals:

@@ -11,6 +11,7 @@ import click
 from manyeyes import __version__
 from manyeyes.cli.ask import ask_command
 from manyeyes.cli.chat import render_command
+from manyeyes.cli.convert import convert_command, logits_command
 from manyeyes.cli.group import Group as _Group
 from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
@@ -291,6 +292,10 @@ def rollback(model: str) -> None:
     from manyeyes.cli.models import rollback_model
 
     click.echo(rollback_model(model))
+
+
+cli.add_command(convert_command)
+cli.add_command(logits_command)
 
 
 def main() -> None:

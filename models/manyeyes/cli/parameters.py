@@ -66,7 +66,7 @@ def local_parameters(
     values: dict[str, Any] = {}
     if "recipe" in form:
         is_file = recipe.endswith((".yaml", ".yml"))
-        values["recipe"] = checked.canonical_json() if is_file else recipe
+        values["recipe_text" if is_file else "recipe"] = checked.canonical_json() if is_file else recipe
         values["recipe_overrides"] = "" if is_file else "\n".join(assignments)
     elif assignments:
         raise PipelineError("--set was given", "a pipeline that takes a recipe", "Leave it out.")

@@ -40,6 +40,9 @@ def _endpoint_options(command: F) -> F:
 
 def _recipe_options(command: F) -> F:
     command = click.option(
+        "--recipe", default="", metavar="NAME|FILE", help="A shipped recipe, or your own YAML file."
+    )(command)
+    command = click.option(
         "--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe."
     )(command)
     return click.option("--param", "given", multiple=True, metavar="NAME=VALUE", help="A pipeline parameter.")(command)
@@ -114,6 +117,7 @@ def run_command(
     name: str,
     given: Sequence[str],
     assignments: Sequence[str],
+    recipe: str,
     version: str,
     run_name: str,
     experiment: str,
@@ -130,7 +134,7 @@ def run_command(
 
     with _connect(url) as endpoint:
         chosen = find_version(endpoint, name, version)
-        parameters = run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments)
+        parameters = run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments, recipe=recipe)
         started, new = start_run(
             endpoint,
             chosen,
@@ -246,6 +250,7 @@ def schedule_create(
     every: str,
     given: Sequence[str],
     assignments: Sequence[str],
+    recipe: str,
     version: str,
     schedule_name: str,
     max_concurrency: int,
@@ -266,7 +271,7 @@ def schedule_create(
             chosen,
             name=schedule_name or name,
             trigger=trigger,
-            parameters=run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments),
+            parameters=run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments, recipe=recipe),
             max_concurrency=max_concurrency,
             catch_up=catch_up,
             experiment=experiment,

@@ -64,6 +64,7 @@ def preflight(
     *,
     recipe: str,
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
     registry_model: str = "",
@@ -78,6 +79,7 @@ def preflight(
         reporter: Shows the progress.
         recipe: A shipped recipe's name, the path of a YAML file, or the text of a recipe (YAML or JSON).
         recipe_overrides: One ``a.b=value`` a line.
+        recipe_text: Text of a recipe, taken instead of ``recipe``; a cluster's form offers shipped names only there.
         data_md5: Snapshot; ``data.dvc`` of the working directory says it when empty.
         data_remote: A folder or ``s3://``; the default remote of the working directory when empty.
         registry_model: Name in the registry; the recipe's own when empty.
@@ -96,7 +98,7 @@ def preflight(
             log = runs.enter_context(step_run(reporter.step, tags=pipeline_tags()))
             runs.enter_context(telling_why(reporter.step, log))
             found.checks += _mlflow_rows(probe(log))
-        _look(found, reporter, recipe, recipe_overrides, data_md5, data_remote, registry_model)
+        _look(found, reporter, recipe_text or recipe, recipe_overrides, data_md5, data_remote, registry_model)
         sys.stderr.write(_as_text(found.checks))
         problems, warnings = found.of("problem"), found.of("warning")
         if problems:

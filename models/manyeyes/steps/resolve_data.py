@@ -26,6 +26,7 @@ def resolve_data(
     *,
     recipe: str,
     recipe_overrides: str = "",
+    recipe_text: str = "",
     data_md5: str = "",
     data_remote: str = "",
     registry_model: str = "",
@@ -36,6 +37,7 @@ def resolve_data(
         reporter: Shows the progress.
         recipe: A shipped recipe's name, the path of a YAML file, or the text of a recipe (YAML or JSON).
         recipe_overrides: One ``a.b=value`` a line.
+        recipe_text: Text of a recipe, taken instead of ``recipe``; a cluster's form offers shipped names only there.
         data_md5: Snapshot; ``data.dvc`` of the working directory says it when empty.
         data_remote: A folder or ``s3://``; the default remote of the working directory when empty.
         registry_model: Name in the registry; the recipe's own when empty.
@@ -50,7 +52,7 @@ def resolve_data(
         RegistryError: Not a model name.
     """
     reporter.progress("reading the recipe", done=0.1)
-    resolved = read_recipe(recipe, recipe_overrides)
+    resolved = read_recipe(recipe_text or recipe, recipe_overrides)
     model = registry_model or resolved.registry.model
     check_registry_name(model)
     _check_stages(resolved)
