@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup run test check bench docs clean
+.PHONY: help setup run test check bench docs image clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -36,6 +36,9 @@ bench: setup ## side-by-side performance ratios, with equality checks
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md
+
+image: setup ## the container images, with size and digest; options in IMAGE="...": infra/images/README.md
+	@$(BIN)/python infra/images/build.py $(IMAGE)
 
 clean: ## runs, caches and the registry of this checkout; keeps .venv and data
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
