@@ -148,7 +148,8 @@ class Mixture:
             key = int(_keys(np.asarray([row]), self._seed, number, epoch, "question")[0])
             record = ask_briefly(record, draw=key)
         pairs = tuple(range(len(record.turns) // 2))
-        if part.turns == "chained" and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
+        shuffled = part.turns == "chained" and part.order == "shuffled"
+        if shuffled and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
             keys = _keys(np.arange(len(pairs)), self._seed, number, epoch, row, "pairs")
             pairs = tuple(int(pair) for pair in np.argsort(keys, kind="stable"))
         dropped = False

@@ -23,6 +23,7 @@ from manyeyes.data.records import (
     Record,
     find_checksum_problem,
     find_decoding_problem,
+    find_drawing_problem,
     find_placeholder_problem,
     find_role_problem,
 )
@@ -189,7 +190,7 @@ def _look_at(
     placeholder_problem = find_placeholder_problem(turns, num_images=len(images))
     checksum_problem = find_checksum_problem(images)
     decoding_problem = find_decoding_problem(images)
-    problem = role_problem or placeholder_problem or checksum_problem or decoding_problem
+    problem = role_problem or placeholder_problem or find_drawing_problem(turns) or checksum_problem or decoding_problem
     num_contaminated = sum(digest in eval_hashes for digest in hashes)
     width, height = (images[0].width, images[0].height) if images else (0, 0)
     return SampleFacts(

@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 from PIL import Image
 
+from manyeyes.drawing import REQUEST, find_prompts
 from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image
 
@@ -97,11 +98,13 @@ def check_record(record: Record) -> None:
 
     Raises:
         RecordError: Turns do not alternate from human to gpt, a text is empty, placeholders and images differ in
-            number, an image cannot be decoded, or its recorded sha256 or size is not its own.
+            number, a request for a picture is answered without a prompt for it, an image cannot be decoded, or its
+            recorded sha256 or size is not its own.
     """
     problem = (
         find_role_problem(record.turns)
         or find_placeholder_problem(record.turns, num_images=len(record.images))
+        or find_drawing_problem(record.turns)
         or find_checksum_problem(record.images)
         or find_decoding_problem(record.images)
     )
@@ -159,6 +162,24 @@ def find_placeholder_problem(turns: Sequence[Turn], *, num_images: int) -> Probl
         return Problem(
             f"it has {placeholders} {PLACEHOLDER} and {num_images} images", f"one {PLACEHOLDER} for each image"
         )
+    return None
+
+
+def find_drawing_problem(turns: Sequence[Turn]) -> Problem | None:
+    """The first answer to a request that ends with ``<GEN>`` that could not be drawn.
+
+    Other answers may hold what they like: a page of HTML is not a drawing.
+    """
+    for index, turn in enumerate(turns[1:], start=1):
+        if turn.speaker != "gpt" or not turns[index - 1].text.rstrip().endswith(REQUEST):
+            continue
+        prompts = find_prompts(turn.text)
+        if prompts.problems:
+            return Problem(f"turn {index} (gpt): {prompts.problems[0]}", "each prompt between <h> and </h>")
+        if not prompts.prompts:
+            return Problem(
+                f"turn {index} (gpt) answers {REQUEST} without a prompt", "what to draw, between <h> and </h>"
+            )
     return None
 
 

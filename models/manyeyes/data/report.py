@@ -96,11 +96,24 @@ def render_report(
         _samples(profile, snapshot=snapshot),
         _data_sets(report, snapshot=snapshot),
     ]
+    return render_page(f"Data validation: {report.verdict}", "\n".join(sections))
+
+
+def render_page(title: str, body: str) -> str:
+    """The frame of a page about data.
+
+    Args:
+        title: Plain text.
+        body: HTML.
+
+    Returns:
+        A whole HTML document with its style inside.
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data validation: {report.verdict}</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>\n{chr(10).join(sections)}\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
 

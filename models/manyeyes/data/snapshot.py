@@ -54,6 +54,9 @@ class DatasetEntry(_Strict):
     images: int = Field(ge=0, description="Images in all records, each counted as often as it is used.")
     licence: str = Field(description="SPDX name of the licence.")
     source: str = Field(description="Where the data comes from and what was done to it.")
+    layout: Literal["records", "hub"] = Field(
+        default="records", description="records: conversations. hub: a benchmark's own columns, as the hub has them."
+    )
 
 
 class PretrainedEntry(_Strict):

@@ -13,6 +13,7 @@ from manyeyes.recipe.gate import (
     ParityRule,
     ValidationRule,
 )
+from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.recipe.loading import (
     change_recipe,
     list_recipes,
@@ -32,6 +33,7 @@ from manyeyes.recipe.model import (
     SharedSpec,
 )
 from manyeyes.recipe.recipe import (
+    ContaminationSpec,
     DataSpec,
     EvaluationSpec,
     ExportSpec,
@@ -52,6 +54,7 @@ __all__ = [
     "STAGE_NAMES",
     "ChatSpec",
     "ContaminationRule",
+    "ContaminationSpec",
     "DataSpec",
     "EncoderSpec",
     "EvaluationSpec",
@@ -60,6 +63,7 @@ __all__ = [
     "FusionSpec",
     "GateRule",
     "ImageAddsRule",
+    "JudgeSpec",
     "LanguageModelSpec",
     "LayoutSpec",
     "LoraSpec",

@@ -49,10 +49,17 @@ class ValidationRule(Strict):
 
 
 class ContaminationRule(Strict):
-    """No more than so many training images are also in an evaluation set (exact sha256)."""
+    """No more than so many training images are also in an evaluation set: exact sha256, and near duplicates."""
 
     rule: Literal["contamination"]
-    max_images: int = Field(default=0, ge=0)
+    max_images: int = Field(
+        default=0, ge=0, description="Exact duplicates, and near ones that training does not leave out."
+    )
+    max_texts: int | None = Field(
+        default=None,
+        ge=0,
+        description="Samples with a text of an evaluation set that training does not leave out; null does not judge.",
+    )
 
 
 GateRule = Annotated[

@@ -24,6 +24,9 @@ class EncoderSpec(Strict):
         description="Colour around an image that is padded to a square, RGB, 0 to 255; the row's own when left out: "
         "the mean colour, unless it says otherwise.",
     )
+    fit: Literal["stretch", "crop", "pad"] | None = Field(
+        default=None, description="What happens to an image that is not square; the row's own when left out: pad."
+    )
     small: bool = Field(
         default=False,
         description="The row's small size: the same code with fewer and narrower blocks, at its small image size, from "
@@ -33,7 +36,9 @@ class EncoderSpec(Strict):
     @model_validator(mode="after")
     def _small_has_no_weights(self) -> EncoderSpec:
         if self.small and self.source != "scratch:":
-            raise ValueError(f'small encoder "{self.name}" has source {self.source}; a small size has no weights: scratch:')
+            raise ValueError(
+                f'small encoder "{self.name}" has source {self.source}; a small size has no weights: scratch:'
+            )
         return self
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from manyeyes.errors import did_you_mean
 from manyeyes.recipe.gate import GateRule
+from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.recipe.model import ModelSpec
 from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
 from manyeyes.recipe.strict import Strict
+
+
+class ContaminationSpec(Strict):
+    """How training data is compared with the evaluation sets: bytes, near duplicates, texts."""
+
+    benchmarks: tuple[str, ...] = Field(
+        default=(), description="Data sets of the snapshot to compare with besides eval_datasets, or Parquet files."
+    )
+    leave_out: bool = Field(default=True, description="Training leaves out what is found; false counts it only.")
 
 
 class DataSpec(Strict):
@@ -20,15 +31,31 @@ class DataSpec(Strict):
 
     suite: str = Field(default="conversations", description="Great Expectations suite in manyeyes/data/suites.")
     eval_datasets: tuple[str, ...] = Field(default=(), description="Data sets that training data must not contain.")
+    contamination: ContaminationSpec = ContaminationSpec()
 
 
 class EvaluationSpec(Strict):
     """What the model is judged on."""
 
     benchmarks: tuple[str, ...] = Field(min_length=1)
-    max_new_tokens: int = Field(default=16, gt=0)
+    max_new_tokens: int | None = Field(
+        default=None, gt=0, description="Longest answer; each benchmark's own when left out."
+    )
     batch_size: int = Field(default=32, gt=0, description="Images a batch.")
     max_items: int | None = Field(default=None, gt=0, description="First so many items only; for trials.")
+    prompts: Literal["default", "llava", "cambrian", "eagle", "mini-gemini"] = Field(
+        default="default", description="Whose paper's prompts."
+    )
+    variants: Mapping[str, str] = Field(
+        default={}, description="By benchmark: whose scoring, where it is not the one that papers report."
+    )
+    conditions: tuple[Literal["grey", "other-image"], ...] = Field(
+        default=("grey", "other-image"),
+        description="What takes the image's place in further runs, besides nothing: a grey image, another item's.",
+    )
+    judge: JudgeSpec | None = Field(
+        default=None, description="Judges free answers; benchmarks that need one are skipped by name without."
+    )
 
 
 class ExportSpec(Strict):
@@ -65,7 +92,8 @@ class Recipe(Strict):
         groups = ["encoders", *(f"encoders.{name}" for name in names), "fusion", "projector", "language_model"]
         for stage_name, stage in self.present_stages():
             for group in stage.train:
-                if group not in groups:
+                # What parts a fusion has is known where it is built.
+                if group not in groups and not group.startswith("fusion."):
                     raise ValueError(
                         f'stages.{stage_name}.train names "{group}"; the groups are {", ".join(groups)}. '
                         f"{did_you_mean(group, groups)}"

@@ -19,7 +19,12 @@ class MixturePart(Strict):
     turns: Literal["independent", "chained"] = Field(
         default="chained",
         description="independent: each turn sees the image and itself alone. chained: turns follow each other, "
-        "shuffled each epoch.",
+        "as order says.",
+    )
+    order: Literal["shuffled", "recorded"] = Field(
+        default="shuffled",
+        description="Of chained turns: shuffled anew each epoch, for questions that stand alone; recorded, for "
+        "conversations.",
     )
     image_dropout: float = Field(
         default=0.0, ge=0, le=1, description="Share of samples shown without their image, redrawn each epoch."
@@ -56,7 +61,8 @@ class StageSpec(Strict):
 
     train: dict[str, float] = Field(
         min_length=1,
-        description="Learning rate by group: encoders, encoders.<name>, fusion, projector, language_model.",
+        description="Learning rate by group: encoders, encoders.<name>, fusion, fusion.<part of it>, projector, "
+        "language_model.",
     )
     encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
@@ -68,7 +74,8 @@ class StageSpec(Strict):
     schedule: Schedule = Schedule()
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = Field(
-        default=(0.9, 0.95), description="AdamW's. 0.999 as the second is transformers' default, and the published runs'."
+        default=(0.9, 0.95),
+        description="AdamW's. 0.999 as the second is transformers' default, and the published runs'.",
     )
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"

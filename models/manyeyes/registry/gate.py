@@ -29,6 +29,7 @@ from manyeyes.recipe import (
 )
 
 if TYPE_CHECKING:
+    from manyeyes.data.contamination.report import ContaminationReport
     from manyeyes.data.validation import ValidationReport
     from manyeyes.export.parity import ParityReport
 
@@ -100,6 +101,7 @@ def judge(
     validation: ValidationReport,
     items: Path,
     champion: ChampionEvidence | None,
+    contamination: ContaminationReport | None = None,
 ) -> GateReport:
     """Apply a recipe's gate rules.
 
@@ -111,6 +113,7 @@ def judge(
         validation: Of the training data.
         items: The bundle's ``items.parquet``.
         champion: The champion on the same questions, or ``None`` when there is none yet.
+        contamination: Of the training data; without it only exact duplicates are known.
 
     Raises:
         EvaluationError: The evidence does not belong together: other models, other questions, a benchmark missing.
@@ -142,7 +145,7 @@ def judge(
             case ValidationRule():
                 results.append(_judge_validation(validation))
             case ContaminationRule():
-                results.append(_judge_contamination(rule, validation))
+                results.append(_judge_contamination(rule, validation, contamination))
     return GateReport(
         verdict="passed" if all(result.passed for result in results) else "failed",
         rules=tuple(results),
@@ -227,8 +230,8 @@ def _judge_floor(rule: FloorRule, score: BenchmarkScore) -> RuleResult:
     return RuleResult(
         rule=rule.rule,
         benchmark=rule.benchmark,
-        found=f"{score.score:.2f}%",
-        needed=f"at least {rule.at_least:g}%",
+        found=f"{score.score:.2f}{score.mark}",
+        needed=f"at least {rule.at_least:g}{score.mark}",
         passed=score.score >= rule.at_least,
         explanation=f"The bundle's score; 95% interval {score.ci95[0]:.2f} to {score.ci95[1]:.2f}.{_asked(score)}",
     )
@@ -242,8 +245,8 @@ def _judge_image_adds(rule: ImageAddsRule, score: BenchmarkScore) -> RuleResult:
         found=f"{score.image_adds:+.2f} points",
         needed=f"at least {rule.at_least:+g} points",
         passed=score.image_adds >= rule.at_least,
-        explanation=f"{score.score:.2f}% with the image, {score.image_off:.2f}% with it removed: the model looks. 95% "
-        f"interval {low:+.2f} to {high:+.2f}.{_asked(score)}",
+        explanation=f"{score.score:.2f}{score.mark} with the image, {score.image_off:.2f}{score.mark} with it removed: the "
+        f"model looks. 95% interval {low:+.2f} to {high:+.2f}.{_asked(score)}",
     )
 
 
@@ -319,14 +322,28 @@ def _judge_validation(validation: ValidationReport) -> RuleResult:
     )
 
 
-def _judge_contamination(rule: ContaminationRule, validation: ValidationReport) -> RuleResult:
+def _judge_contamination(
+    rule: ContaminationRule, validation: ValidationReport, contamination: ContaminationReport | None
+) -> RuleResult:
+    exact = validation.contaminated_images
+    near = contamination.remaining_images if contamination else 0
+    texts = contamination.remaining_texts if contamination else 0
+    too_many_texts = rule.max_texts is not None and texts > rule.max_texts
+    searched = (
+        f"Whole search: {contamination.headline()}; "
+        + ("training leaves them out." if contamination.left_out else "training does not leave them out.")
+        if contamination
+        else "Near duplicates and texts were not searched for."
+    )
     return RuleResult(
         rule=rule.rule,
         benchmark=None,
-        found=f"{validation.contaminated_images:,} images",
-        needed=f"at most {rule.max_images:,} images",
-        passed=validation.contaminated_images <= rule.max_images,
-        explanation="Training images that an evaluation set has too, by exact sha256.",
+        found=f"{exact + near:,} images" + (f", {texts:,} texts" if rule.max_texts is not None else ""),
+        needed=f"at most {rule.max_images:,} images"
+        + (f", {rule.max_texts:,} texts" if rule.max_texts is not None else ""),
+        passed=exact + near <= rule.max_images and not too_many_texts,
+        explanation="Training images that an evaluation set has too: by exact sha256, and near duplicates that "
+        f"training does not leave out. {searched}",
     )
 
 

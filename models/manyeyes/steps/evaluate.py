@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
@@ -57,7 +60,7 @@ def evaluate(
 
     def show(progress: EvaluationProgress) -> None:
         reporter.progress(
-            f"{progress.benchmark} {progress.half}: {progress.score:.1f}% of {progress.done:,}, "
+            f"{progress.benchmark} {progress.condition}: {progress.score:.1f}% of {progress.done:,}, "
             f"{progress.questions_per_s:,.0f} questions/s",
             done=progress.done / progress.total,
             eta_s=progress.eta_s,
@@ -75,7 +78,11 @@ def evaluate(
     )
     _keep_example(inputs, scorecard)
     figure = ", ".join(
-        f"{name} {score.score:.1f}%, without image {score.image_off:.1f}%" for name, score in card.benchmarks.items()
+        [
+            f"{name} {score.score:.1f}{score.mark}, without image {score.image_off:.1f}{score.mark}"
+            for name, score in card.benchmarks.items()
+        ]
+        + [f"{name} skipped" for name in card.skipped]
     )
     return StepResult(
         figure=figure,
@@ -91,10 +98,11 @@ def _keep_example(inputs: Inputs, folder: Path) -> None:
     row = find_benchmark(inputs.recipe.evaluation.benchmarks[0])
     benchmark = load_benchmark(row, snapshot=inputs.snapshot, max_items=1)
     (item,) = benchmark.items
-    images = benchmark.reader.read(item.record).images
+    images = benchmark.read_images(item.record)
     if images:
-        image = folder / f"example{Path(images[0].path).suffix or '.png'}"
-        image.write_bytes(images[0].data)
+        with Image.open(io.BytesIO(images[0])) as opened:
+            image = folder / f"example.{(opened.format or 'png').lower()}"
+        image.write_bytes(images[0])
         example = ExampleSummary(image=image.name, question=item.question, reference=item.reference)
         (folder / EXAMPLE_FILE).write_text(example.model_dump_json(indent=2) + "\n")
 

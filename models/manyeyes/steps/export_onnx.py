@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from manyeyes.evaluation.benchmarks import Benchmark, find_benchmark, load_benchmark
+from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
 from manyeyes.runtime.bundle import Group
 from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
 from manyeyes.steps.inputs import open_inputs
@@ -48,15 +48,15 @@ def export_onnx(
     torch.set_num_threads(num_threads())
     reporter.progress("writing the graphs", done=0.1)
     manifest = export_bundle(checkpoint, bundle, recipe=recipe, data_md5=data_md5, code_digest=code_digest)
-    row = find_benchmark(recipe.evaluation.benchmarks[0])
-    benchmark = load_benchmark(row, snapshot=inputs.snapshot, max_items=recipe.export.parity_items)
+    asked = recipe.evaluation.model_copy(update={"benchmarks": recipe.evaluation.benchmarks[:1]})
+    (benchmark,) = load_benchmarks(asked, snapshot=inputs.snapshot, max_items=recipe.export.parity_items)
     reporter.progress("comparing with torch", done=0.5)
     report = measure_parity(
         checkpoint,
         bundle,
         _groups(benchmark),
         items=recipe.export.parity_items,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
+        max_new_tokens=asked.max_new_tokens or benchmark.row.max_new_tokens,
     )
     record_parity(bundle, report)
     parity.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,7 @@ def export_onnx(
 def _groups(benchmark: Benchmark) -> list[Group]:
     groups = []
     for record, items in groupby(benchmark.items, key=lambda item: item.record):
-        images = tuple(image.data for image in benchmark.reader.read(record).images)
-        groups.append(Group(images=images, questions=tuple(item.prompt for item in items)))
+        groups.append(Group(images=benchmark.read_images(record), questions=tuple(item.prompt for item in items)))
     return groups
 
 

@@ -39,6 +39,7 @@ def gate(
         parity: Folder of ``export_onnx`` with ``parity.json``.
         gate: Folder to write ``gate.json`` into.
     """
+    from manyeyes.data.contamination.report import read_contamination
     from manyeyes.data.validation import ValidationReport
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
@@ -65,6 +66,7 @@ def gate(
         validation=ValidationReport.model_validate_json((validation / "validation.json").read_text()),
         items=bundle_scorecard / "items.parquet",
         champion=champion,
+        contamination=read_contamination(validation),
     )
     gate.mkdir(parents=True, exist_ok=True)
     write_gate_report(report, gate / "gate.json")

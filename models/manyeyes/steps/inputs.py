@@ -93,11 +93,10 @@ def is_absent(folder: Path) -> bool:
 
 
 def read_quarantine(validation: Path) -> frozenset[str]:
-    """Ids of the samples that validation put aside."""
-    path = validation / "quarantine.jsonl"
-    if not path.is_file():
-        return frozenset()
-    return frozenset(str(json.loads(line)["id"]) for line in path.read_text().splitlines() if line)
+    """Ids of the samples that validation put aside: bad ones, and those that an evaluation set has too."""
+    files = [validation / name for name in ("quarantine.jsonl", "contaminated.jsonl")]
+    lines = [line for path in files if path.is_file() for line in path.read_text().splitlines()]
+    return frozenset(str(json.loads(line)["id"]) for line in lines if line)
 
 
 def training_datasets(recipe: Recipe) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
+from manyeyes.evaluation.benchmarks import load_benchmarks
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.report import render_html, render_markdown
@@ -49,15 +49,14 @@ def merge_scorecards(
     digests = {name: digest for file in files for name, digest in file.benchmark_digests.items()}
     outcomes = [outcome for name in names for file in files for outcome in file.of(name)]
     reporter.progress("reading the images of the report", done=0.5)
-    limit = inputs.recipe.evaluation.max_items
-    benchmarks = [load_benchmark(find_benchmark(n), snapshot=inputs.snapshot, max_items=limit) for n in names]
+    benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
     write_outcomes(OutcomeFile(card.model.digest, card.model.kind, digests, outcomes), scorecard / "items.parquet")
     html, markdown = render_html(card, outcomes, benchmarks), render_markdown(card, outcomes, benchmarks)
     write_file(scorecard / "report.html", html.encode())
     write_file(scorecard / "report.md", markdown.encode())
     write_scorecard(card, scorecard / "scorecard.json")
     return StepResult(
-        figure=", ".join(f"{name} {score.score:.1f}%" for name, score in card.benchmarks.items()),
+        figure=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),
         metrics=card.metrics(),
         html=html,
         markdown=markdown,
@@ -71,7 +70,7 @@ def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, reci
     Raises:
         EvaluationError: A benchmark is missing or there twice, or the scorecards are not of one model and snapshot.
     """
-    found = [name for card in cards for name in card.benchmarks]
+    found = [name for card in cards for name in (*card.benchmarks, *card.skipped)]
     if sorted(found) != sorted(names):
         raise EvaluationError(
             f"scorecards of {', '.join(sorted(found)) or 'nothing'}",
@@ -86,11 +85,13 @@ def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, reci
             "Score all benchmarks again.",
         )
     scores = {name: score for card in cards for name, score in card.benchmarks.items()}
+    skipped = {name: reason for card in cards for name, reason in card.skipped.items()}
     return cards[0].model_copy(
         update={
             "recipe": recipe,
             "recipe_digest": recipe_digest,
-            "benchmarks": {name: scores[name] for name in names},
+            "benchmarks": {name: scores[name] for name in names if name in scores},
+            "skipped": {name: skipped[name] for name in names if name in skipped},
         }
     )
 

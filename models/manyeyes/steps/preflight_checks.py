@@ -206,12 +206,15 @@ def _check_hub(place: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    # Of the hub's HTTP library, whichever that is: what a network out of reach raises (huggingface_hub 2.4).
+    from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]
+
     repository, _, revision = place.partition("@")
     if not revision:
         resolve_source(f"hub:{place}", snapshot_path=None)  # says what is missing
     try:
         HfApi().model_info(repository, revision=revision, timeout=_HUB_TIMEOUT_S)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, NoAnswer, OSError) as error:
         if any(
             isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
             for name in ("config.json", "model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")

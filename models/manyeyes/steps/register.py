@@ -77,7 +77,7 @@ def register(
         ("code digest", code_digest),
     ]
     scores = "; ".join(
-        f"{benchmark} {score.score:.1f}% ({score.ci95[0]:.1f} to {score.ci95[1]:.1f}, {score.n:,} questions)"
+        f"{benchmark} {score.score:.1f}{score.mark} ({score.ci95[0]:.1f} to {score.ci95[1]:.1f}, {score.n:,} questions)"
         for benchmark, score in read_scorecard(bundle_scorecard / "scorecard.json").benchmarks.items()
     )
     name = f"{registered.name} version {registered.version}"

@@ -93,7 +93,7 @@ def train_trial(
         ("variant", parsed.label),
         ("encoders", ", ".join(result.encoders)),
         ("mean score (%)", f"{result.mean:.2f} ({result.mean_ci95[0]:.2f} to {result.mean_ci95[1]:.2f})"),
-        *((f"{name} (%)", f"{score.score:.2f}") for name, score in result.scorecard.benchmarks.items()),
+        *((name, f"{score.score:.2f}{score.mark}") for name, score in result.scorecard.benchmarks.items()),
         ("parameters", result.parameters),
         ("visual tokens", result.visual_tokens),
         *(

@@ -75,9 +75,13 @@ class Difference:
 def normalised(scorecard: Scorecard) -> dict[str, tuple[float, Interval]]:
     """Each benchmark's score and interval as percent of what a perfect model gets.
 
-    Scorecards hold percents of that already; a benchmark with points of its own is divided by its maximum there.
+    Most are percents already; points (MME, OCRBench) are divided by their maximum.
     """
-    return {name: (score.score, score.ci95) for name, score in scorecard.benchmarks.items()}
+    found: dict[str, tuple[float, Interval]] = {}
+    for name, score in scorecard.benchmarks.items():
+        scale = 100 / score.maximum
+        found[name] = score.score * scale, (score.ci95[0] * scale, score.ci95[1] * scale)
+    return found
 
 
 def mean_score(scorecard: Scorecard) -> tuple[float, Interval]:

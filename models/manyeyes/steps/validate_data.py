@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manyeyes.errors import ValidationError
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import open_inputs, training_datasets
+from manyeyes.steps.inputs import cache_dir, open_inputs, training_datasets
 
 
 def validate_data(
@@ -21,6 +21,9 @@ def validate_data(
 ) -> StepResult:
     """Write ``profile.parquet``, ``validation.json``, ``validation.html`` and ``quarantine.jsonl``.
 
+    Where the recipe has evaluation sets, training data is compared with them too: ``contamination.json``,
+    ``contamination.html``, ``contamination.md``, ``pairs.jsonl`` and ``contaminated.jsonl``.
+
     Args:
         reporter: Shows the progress.
         recipe_json: From ``resolve_data``.
@@ -33,6 +36,7 @@ def validate_data(
     Raises:
         ValidationError: An expectation of severity ``critical`` does not hold.
     """
+    from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.validation import validate_snapshot
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
@@ -45,6 +49,18 @@ def validate_data(
         suite=recipe.data.suite,
         out_dir=validation,
     )
+    contamination = None
+    benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
+    if benchmarks:
+        contamination = find_contamination(
+            inputs.snapshot,
+            datasets=training_datasets(recipe),
+            benchmarks=benchmarks,
+            out_dir=validation,
+            cache_dir=cache_dir() / "fingerprints",
+            leave_out=recipe.data.contamination.leave_out,
+            progress=lambda sentence, done: reporter.progress(sentence, done=0.5 + 0.5 * done),
+        )
     failed = [row for row in report.expectations if not row.success]
     if report.verdict != "passed":
         raise ValidationError(
@@ -52,16 +68,19 @@ def validate_data(
             f'every critical expectation of suite "{report.suite}" to hold',
             f"Read {validation / 'validation.html'}, mend the data, then: dvc add data && dvc push",
         )
+    found = [] if contamination is None else contamination.datasets
     return StepResult(
         figure=f"{report.verdict}: {report.rows:,} samples, {report.quarantined} quarantined",
         metrics={
             "samples": float(report.rows),
             "quarantined": float(report.quarantined),
             "contaminated_images": float(report.contaminated_images),
+            "near_duplicates": float(sum(row.near + row.mirrored for row in found)),
+            "samples_with_shared_text": float(sum(row.overlapping for row in found)),
             "expectations_not_met": float(len(failed)),
         },
         html=(validation / "validation.html").read_text(),
-        markdown=report.as_markdown(),
+        markdown=report.as_markdown() + ("" if contamination is None else "\n" + contamination.as_markdown()),
         metadata={"data_md5": data_md5, "suite": report.suite, "verdict": report.verdict},
     )
 
@@ -69,6 +88,6 @@ def validate_data(
 STEP = Step(
     "validate_data",
     validate_data,
-    imports=("great_expectations", "manyeyes.data.validation", "manyeyes.registry.tracking"),
+    imports=("great_expectations", "manyeyes.data.contamination.search", "manyeyes.registry.tracking"),
     outputs=("validation",),
 )

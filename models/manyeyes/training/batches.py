@@ -13,6 +13,7 @@ from manyeyes.chat import IGNORE_INDEX, split_branches
 from manyeyes.data.mixture import Mixture, Sample
 from manyeyes.data.records import ImageFile
 from manyeyes.processor import CutImage, ManyEyesProcessor
+from manyeyes.recipe import StageSpec
 from manyeyes.runtime.chat import Encoded
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
@@ -123,6 +124,32 @@ class BatchBuilder:
             self._cut[image.sha256] = cut
             self._cut_bytes += cut.nbytes
         return cut
+
+
+def processor_of_stage(processor: ManyEyesProcessor, spec: StageSpec) -> ManyEyesProcessor:
+    """The processor that a stage trains with: the model's, with the stage's own template and fit where it names them.
+
+    Args:
+        processor: The model's, which its checkpoints keep.
+        spec: The stage.
+
+    Raises:
+        RecipeError: No such template.
+    """
+    if spec.template is None and spec.fit is None:
+        return processor
+    fit = {} if spec.fit is None else {"fit": spec.fit}
+    return ManyEyesProcessor(
+        processor.tokenizer,
+        transforms={name: {**values, **fit} for name, values in processor.transforms.items()},
+        template=spec.template or processor.template,
+        system=processor.system if spec.template is None else None,
+        num_image_tokens=processor.num_image_tokens,
+        image_token_id=processor.image_token_id,
+        max_length=processor.max_length,
+        layout=processor.layout,
+        sends_image_sizes=processor.sends_image_sizes,
+    )
 
 
 def _bucket(padded: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]:

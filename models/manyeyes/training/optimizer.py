@@ -8,10 +8,39 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from manyeyes.errors import RecipeError
+from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe import Schedule, StageSpec
 
 ParameterGroups = Mapping[str, list[tuple[str, nn.Parameter]]]
+
+
+def split_groups(groups: ParameterGroups, train: Mapping[str, float]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Make each part of a group that ``train`` names with its own rate, such as ``fusion.projections``, a group.
+
+    Args:
+        groups: The model's parameters by group.
+        train: Learning rates as a recipe gives them.
+
+    Raises:
+        RecipeError: A part that the model does not have.
+    """
+    split = {group: list(parameters) for group, parameters in groups.items()}
+    for part in train:
+        group = part.partition(".")[0]
+        if part in split or group not in split:
+            continue
+        own = [(name, parameter) for name, parameter in split[group] if name.startswith(f"{part}.")]
+        if not own:
+            known = sorted({".".join(name.split(".")[:2]) for name, _ in split[group] if name.startswith(f"{group}.")})
+            raise RecipeError(
+                f'train names "{part}"',
+                f"this model's {group} has {', '.join(known) or 'nothing to train'}",
+                f"{did_you_mean(part, known)}Name one of them, or {group}.",
+            )
+        taken = {name for name, _ in own}
+        split[group] = [pair for pair in split[group] if pair[0] not in taken]
+        split[part] = own
+    return split
 
 
 def learning_rates(train: Mapping[str, float], groups: ParameterGroups) -> dict[str, float]:
@@ -69,9 +98,9 @@ def build_optimizer(groups: ParameterGroups, rates: Mapping[str, float], stage: 
         for parameters, decay in ((matrices, stage.weight_decay), (others, 0.0)):
             if parameters:
                 parameter_groups.append({"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
-    # The second beta of language model training (LLaMA, arXiv:2302.13971): 0.999 averages over more steps than a short
-    # stage has. docs/log.md has the trial.
-    return torch.optim.AdamW(parameter_groups, betas=(0.9, 0.95), fused=True)
+    # The default second beta is that of language model training (LLaMA, arXiv:2302.13971): 0.999 averages over more
+    # steps than a short stage has. docs/log.md has the trial.
+    return torch.optim.AdamW(parameter_groups, betas=stage.betas, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -28,9 +28,10 @@ from manyeyes.model import (
 )
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.storage import new_folder
-from manyeyes.training.batches import BatchBuilder
+from manyeyes.training.batches import BatchBuilder, processor_of_stage
 from manyeyes.training.loop import Progress, train
-from manyeyes.training.optimizer import build_optimizer, freeze_others, learning_rates
+from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
+from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.running import HistoryPoint, drop_running, stage_lock
 
@@ -184,8 +185,8 @@ class _Job:
         facts = {
             "model": self.recipe.model.model_dump(mode="json"),
             "stage": self.stage,
-            # How often it saves does not change what it learns.
-            "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s"}),
+            # How often it saves, and what it keeps in memory, do not change what it learns.
+            "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s", "checkpoint_encoders"}),
             "seed": self.seed,
             "encoder": self.encoder,
             "data_md5": self.snapshot.md5,
@@ -234,18 +235,27 @@ def _train_and_save(
 ) -> None:
     spec = job.spec
     model, processor = _build(job)
-    groups = model.parameter_groups()
+    groups: ParameterGroups = model.parameter_groups()
+    if spec.lora is not None:
+        add_adapters(model.requires_grad_(False), spec.lora, seed=job.seed)
+        groups = adapters_alone(model.parameter_groups())
+    groups = split_groups(groups, spec.train)
     rates = learning_rates(spec.train, groups)
     parameters = freeze_others(groups, rates)
     model.to(processes.device).train()
     for group in groups:
         if group not in rates:
             model.get_submodule(group).eval()
+    for encoder in model.encoders.values():
+        assert isinstance(encoder, Encoder)
+        encoder.set_checkpointing(spec.checkpoint_encoders)
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
     num_samples = spec.epochs * len(mixture)
     steps = math.ceil(num_samples / spec.batch_size)
     if spec.max_steps is not None and spec.max_steps < steps:
         steps, num_samples = spec.max_steps, spec.max_steps * spec.batch_size
+    if spec.max_samples is not None and spec.max_samples < num_samples:
+        steps, num_samples = math.ceil(spec.max_samples / spec.batch_size), spec.max_samples
 
     def report(step: int, point: HistoryPoint, speed: float, seconds: float) -> None:
         if on_progress is not None:
@@ -266,7 +276,7 @@ def _train_and_save(
 
     state, begin = train(
         model,
-        BatchBuilder(mixture, processor),
+        BatchBuilder(mixture, processor_of_stage(processor, spec)),
         spec,
         steps=steps,
         num_samples=num_samples,
@@ -279,7 +289,7 @@ def _train_and_save(
     )
     if not processes.is_main:
         return
-    model.to("cpu").eval()
+    merge_adapters(model.to("cpu").eval())
     with new_folder(done) as new:
         result = new / "result"
         digest = save_checkpoint(model, processor, result) if job.encoder is None else _save_encoder(model, job, result)

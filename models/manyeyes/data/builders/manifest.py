@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
@@ -35,10 +37,12 @@ class Provenance:
     Attributes:
         licence: SPDX name.
         source: In a sentence: who published it, what was done to it.
+        layout: ``records``, or ``hub`` for a benchmark's own columns.
     """
 
     licence: str
     source: str
+    layout: Literal["records", "hub"] = "records"
 
 
 # The pretrained parts that this repository makes, and the command that makes each.
@@ -154,7 +158,9 @@ def _known_provenance(folder: Path) -> dict[str, Provenance]:
         manifest = SnapshotManifest.model_validate_json(file.read_bytes())
     except pydantic.ValidationError:  # a damaged manifest is about to be replaced; what only it knew is asked for
         return {}
-    datasets = {name: Provenance(entry.licence, entry.source) for name, entry in manifest.datasets.items()}
+    datasets = {
+        name: Provenance(entry.licence, entry.source, entry.layout) for name, entry in manifest.datasets.items()
+    }
     parts = {name: Provenance(entry.licence, entry.how) for name, entry in manifest.pretrained.items()}
     return datasets | parts
 
@@ -170,23 +176,38 @@ def _find(known: Mapping[str, Provenance], name: str, folder: Path) -> Provenanc
 
 
 def _describe_dataset(paths: list[Path], *, folder: Path, provenance: Provenance) -> DatasetEntry:
+    is_records = provenance.layout == "records"
     shards = tuple(
         ShardEntry(
             path=path.relative_to(folder).as_posix(),
             sha256=hash_file(path, "sha256"),
-            rows=read_shard_metadata(path).num_rows,
+            rows=(read_shard_metadata(path) if is_records else pq.read_metadata(path)).num_rows,
             bytes=path.stat().st_size,
         )
         for path in paths
     )
-    images = sum(_count_images(path) for path in paths)
+    images = sum(_count_images(path) if is_records else _count_image_structs(path) for path in paths)
     return DatasetEntry(
         shards=shards,
         rows=sum(shard.rows for shard in shards),
         images=images,
         licence=provenance.licence,
         source=provenance.source,
+        layout=provenance.layout,
     )
+
+
+def _count_image_structs(path: Path) -> int:
+    """Images in the hub's struct (``bytes``, ``path``), in any column and in lists of such."""
+    count = 0
+    with pq.ParquetFile(path) as file:
+        leaves = [file.schema.column(place).path for place in range(len(file.schema))]
+        for leaf in (leaf for leaf in leaves if leaf.endswith(".bytes")):
+            for batch in file.iter_batches(columns=[leaf]):
+                column = batch.column(0)
+                values = column.flatten() if pa.types.is_list(column.type) else column
+                count += len(values) - values.field("bytes").null_count
+    return count
 
 
 def _count_images(path: Path) -> int:

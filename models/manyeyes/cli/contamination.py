@@ -1,0 +1,72 @@
+"""``manyeyes data contamination``: what training data and benchmarks share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("contamination")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--benchmarks",
+    "benchmarks",
+    multiple=True,
+    required=True,
+    metavar="NAME_OR_PATH,...",
+    help="Data sets of the snapshot, or Parquet files or folders, to compare with.",
+)
+@click.option("--dataset", "datasets", multiple=True, help="Training data; all but the benchmarks by default.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/contamination"), show_default=True)
+@click.option("--radius", default=7, show_default=True, help="Most bits in which dHashes differ, 0 to 7.")
+@click.option("--max-difference", default=16.0, show_default=True, help="Most levels of 255 at 64x64.")
+@click.option(
+    "--min-entropy", default=3.0, show_default=True, help="Bits a pixel below which images are not decidable."
+)
+@click.option("--words", default=13, show_default=True, help="Of an n-gram.")
+@click.option("--min-share", default=0.5, show_default=True, help="Of a benchmark text's n-grams in one training text.")
+def contamination_command(
+    folder: Path,
+    benchmarks: tuple[str, ...],
+    datasets: tuple[str, ...],
+    out: Path,
+    radius: int,
+    max_difference: float,
+    min_entropy: float,
+    words: int,
+    min_share: float,
+) -> None:
+    """Compare the training data of the snapshot in FOLDER with benchmarks: images, near duplicates and texts.
+
+    Writes contamination.json, .html and .md, pairs.jsonl, and contaminated.jsonl: the samples to leave out.
+    """
+    import pydantic
+
+    from manyeyes.data.contamination.report import Thresholds
+    from manyeyes.data.contamination.search import find_contamination
+    from manyeyes.data.snapshot import open_folder
+    from manyeyes.errors import DataError
+    from manyeyes.steps.inputs import cache_dir
+
+    try:
+        thresholds = Thresholds(
+            radius=radius, max_difference=max_difference, min_entropy=min_entropy, words=words, min_share=min_share
+        )
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise DataError(f"{name} is {first['input']}", first["msg"], f"Correct --{name.replace('_', '-')}.") from error
+    snapshot = open_folder(folder)
+    named = [name for names in benchmarks for name in names.split(",") if name]
+    report = find_contamination(
+        snapshot,
+        datasets=list(datasets) or [name for name in snapshot.manifest.datasets if name not in named],
+        benchmarks=named,
+        out_dir=out,
+        cache_dir=cache_dir() / "fingerprints",
+        thresholds=thresholds,
+        progress=lambda sentence, done: click.echo(f"{100 * done:3.0f}% {sentence}", err=True),
+    )
+    click.echo(report.as_markdown(), nl=False)
+    click.echo(f"report: {out / 'contamination.html'}")

@@ -1,0 +1,1 @@
+"""Contamination: what training data and benchmarks share. See docs/contamination.md."""

@@ -1,0 +1,112 @@
+"""Samples to compare: images and texts of Parquet rows, in the schema of records or in a benchmark's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manyeyes.data.records import PLACEHOLDER
+from manyeyes.errors import SnapshotError
+
+_IDS = ("id", "question_id", "idx", "index")
+_QUESTIONS = ("question", "query", "prompt")
+_ANSWERS = ("answer", "answers", "label", "caption")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is compared of one row.
+
+    Attributes:
+        row: Its number in the file.
+        id: Its own, or the file's name and ``row`` where it has none.
+        images: Image files, in order.
+        texts: Each question with its answer.
+    """
+
+    row: int
+    id: str
+    images: tuple[bytes, ...]
+    texts: tuple[str, ...]
+
+
+def read_samples(
+    path: Path, *, rows: Collection[int] | None = None, images: bool = True, texts: bool = True
+) -> Iterator[list[Sample]]:
+    """Read a Parquet file, one row group in memory at a time.
+
+    Images are the columns that hold the hub's struct (``bytes``, ``path``), lists of it, or bytes. Texts are the pairs
+    of ``conversations``, or ``question`` and ``answer`` under the names that hub data sets give them.
+
+    Args:
+        path: The file.
+        rows: Only these, by number; row groups without one are not read.
+        images: Whether to read them.
+        texts: Whether to read them.
+
+    Yields:
+        The samples of each row group.
+
+    Raises:
+        SnapshotError: Missing, or not a Parquet file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image_columns = [field.name for field in schema if images and _is_image(field.type)]
+            text_columns = [
+                name for name in ("conversations", *_QUESTIONS, *_ANSWERS) if texts and name in schema.names
+            ]
+            id_column = next((name for name in _IDS if name in schema.names), None)
+            columns = [*image_columns, *text_columns, *([id_column] if id_column else [])]
+            start = 0
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                wanted = range(start, end) if rows is None else sorted(row for row in rows if start <= row < end)
+                if wanted:
+                    table = file.read_row_group(group, columns=columns, use_threads=False)
+                    picked = table.take([row - start for row in wanted]).to_pylist()
+                    yield [
+                        Sample(
+                            row=row,
+                            id=f"{path.stem}#{row}" if id_column is None else str(values[id_column]),
+                            images=tuple(data for name in image_columns for data in _image_files(values[name])),
+                            texts=tuple(_pairs(values)),
+                        )
+                        for row, values in zip(wanted, picked, strict=True)
+                    ]
+                start = end
+    except (pa.ArrowException, OSError) as error:
+        raise SnapshotError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", "a whole Parquet file", "Get it again."
+        ) from error
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_image(kind.value_type)
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_files(value: Any) -> Iterator[bytes]:
+    for entry in value if isinstance(value, list) else [value]:
+        data = entry.get("bytes") if isinstance(entry, Mapping) else entry
+        if data:
+            yield data
+
+
+def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
+    turns = [str(turn["value"] or "").replace(PLACEHOLDER, " ") for turn in values.get("conversations") or ()]
+    yield from (" ".join(turns[place : place + 2]) for place in range(0, len(turns), 2))
+    asked = next((values[name] for name in _QUESTIONS if isinstance(values.get(name), str)), None)
+    if asked is not None:
+        answer = next((values[name] for name in _ANSWERS if values.get(name)), "")
+        first = answer[0] if isinstance(answer, list) else answer
+        yield f"{asked} {first}" if isinstance(first, str) else asked

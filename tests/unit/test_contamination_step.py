@@ -1,0 +1,75 @@
+"""validate_data compares training with evaluation sets, before it says whether the data is fit."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from data_samples import make_snapshot
+from PIL import Image
+
+from bench.contamination import CHANGES, encode, photographs
+from manyeyes.data.contamination.report import read_contamination
+from manyeyes.data.records import Record, Turn, read_image_file
+from manyeyes.errors import ValidationError
+from manyeyes.recipe import load_recipe
+from manyeyes.steps.base import Reporter, StepResult
+from manyeyes.steps.inputs import Inputs, read_quarantine
+
+# The package's attribute of this name is the function.
+STEP = importlib.import_module("manyeyes.steps.validate_data")
+
+
+def record(name: str, data: bytes) -> Record:
+    turns = (Turn("human", "<image>\nwhat is it?"), Turn("gpt", "a thing"))
+    return Record(name, "toy", (read_image_file(data, path=name),), turns)
+
+
+def validate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, train: list[Record], *, leave_out: bool = True
+) -> StepResult:
+    snapshot = make_snapshot(folder / "snapshot", {"train": train, "test": [record("test/coffee", encode(coffee()))]})
+    overrides = {"data.eval_datasets": ["toy-test"], "data.contamination.leave_out": leave_out}
+    inputs = Inputs(load_recipe("tiny", overrides=overrides), snapshot)
+    monkeypatch.setenv("MANYEYES_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(STEP, "open_inputs", lambda *_, **__: inputs)
+    monkeypatch.setattr(STEP, "training_datasets", lambda _recipe: ["toy-train"])
+    return STEP.validate_data(  # type: ignore[no-any-return]
+        Reporter("validate_data"),
+        recipe_json="",
+        recipe_digest="",
+        data_md5="0" * 32,
+        data_remote="",
+        code_digest="",
+        validation=folder / "validation",
+    )
+
+
+def coffee() -> Image.Image:
+    return photographs()["coffee.png"].resize((240, 160))
+
+
+def others(count: int) -> list[Record]:
+    images = [image for name, image in photographs().items() if not name.startswith("coffee")]
+    return [record(f"train/{place}", encode(image.resize((60, 40)))) for place, image in enumerate(images[:count])]
+
+
+@pytest.mark.parametrize("leave_out", [True, False])
+def test_near_duplicates_are_left_out_of_training_or_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_out: bool
+) -> None:
+    near = record("train/near", CHANGES["JPEG, quality 50"](coffee()))
+    result = validate(tmp_path, monkeypatch, [*others(4), near], leave_out=leave_out)
+    assert (result.metrics["near_duplicates"], result.metrics["contaminated_images"]) == (1, 0)
+    assert "1 near duplicates among training images" in result.markdown
+    assert read_quarantine(tmp_path / "validation") == ({"train/near"} if leave_out else set())
+    report = read_contamination(tmp_path / "validation")
+    assert report is not None
+    assert report.remaining_images == (0 if leave_out else 1)
+
+
+def test_a_refused_snapshot_has_its_report_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="also in an evaluation set"):
+        validate(tmp_path, monkeypatch, [*others(2), record("train/same", encode(coffee()))])
+    assert read_quarantine(tmp_path / "validation") == {"train/same"}

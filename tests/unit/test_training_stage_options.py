@@ -1,0 +1,171 @@
+"""What a stage may say beside rates and mixture: adapters, template, fit, a number of samples, AdamW's betas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from manyeyes.data.mixture import Mixture
+from manyeyes.data.snapshot import open_folder
+from manyeyes.errors import RecipeError
+from manyeyes.language_model import decoder_of
+from manyeyes.model import build_model, build_skeleton, load_checkpoint
+from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
+from manyeyes.training.batches import processor_of_stage
+from manyeyes.training.lora import AdaptedLinear, adapters_alone, add_adapters, merge_adapters
+from manyeyes.training.optimizer import build_optimizer, freeze_others
+from manyeyes.training.stage import read_report
+from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a snapshot in ``data`` and a checkpoint in ``pretrain``."""
+    folder = tmp_path_factory.mktemp("options")
+    toy_snapshot(folder / "data")
+    recipe = toy_recipe(max_steps=1)
+    run_toy_stage(
+        "pretrain",
+        recipe=recipe,
+        snapshot=folder / "data",
+        inputs=folder,
+        out=folder / "pretrain",
+        work_dir=folder / "work",
+        encoder_checkpoints={},
+    )
+    return folder
+
+
+def sft(folder: Path, name: str, **changes: object) -> Path:
+    run_toy_stage(
+        "sft",
+        recipe=change_recipe(toy_recipe(), {f"stages.sft.{field}": value for field, value in changes.items()}),
+        snapshot=folder / "data",
+        inputs=folder,
+        out=folder / name,
+        work_dir=folder / f"work-{name}",
+    )
+    return folder / name
+
+
+def test_fresh_adapters_change_nothing_and_merged_ones_change_nothing_either(pretrained: Path) -> None:
+    model, _ = load_checkpoint(pretrained / "pretrain")
+    ids = torch.arange(12)[None]
+    before = model(input_ids=ids).logits
+    names = set(model.state_dict())
+    add_adapters(model, LoraSpec(rank=4, alpha=8), seed=1)
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    assert len(adapted) == 7 * model.config.text_config.num_hidden_layers
+    assert torch.equal(model(input_ids=ids).logits, before)
+    for module in adapted:
+        torch.nn.init.normal_(module.up.weight, std=0.1)
+    moved = model(input_ids=ids).logits
+    assert (moved - before).abs().max() > 1e-2
+    merge_adapters(model)
+    assert set(model.state_dict()) == names
+    torch.testing.assert_close(model(input_ids=ids).logits, moved, rtol=0, atol=1e-5)
+
+
+def test_only_adapters_train_and_the_head_has_none(pretrained: Path) -> None:
+    model, _ = load_checkpoint(pretrained / "pretrain")
+    add_adapters(model.requires_grad_(False), LoraSpec(rank=4, alpha=8), seed=1)
+    groups = adapters_alone(model.parameter_groups())
+    trained = freeze_others(groups, {"language_model": 1e-3})
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in trained} == {"down", "up"}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(trained)
+    inside = {
+        name for name, module in decoder_of(model.language_model).named_modules() if isinstance(module, AdaptedLinear)
+    }
+    assert not any("lm_head" in name for name in inside)
+
+
+def test_a_stage_with_lora_changes_linear_layers_alone_and_saves_a_plain_checkpoint(pretrained: Path) -> None:
+    out = sft(pretrained, "lora", lora=LORA, max_steps=2)
+    before, after = (load_checkpoint(path)[0].state_dict() for path in (pretrained / "pretrain", out))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name]) and "language_model" in name}
+    assert changed
+    assert all("_proj.weight" in name for name in changed)
+
+
+def test_lora_without_a_rate_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"lora needs train\.language_model"):
+        change_recipe(toy_recipe(), {"stages.pretrain.lora": LORA})
+
+
+def test_a_stage_stops_after_max_samples(pretrained: Path) -> None:
+    report = read_report(sft(pretrained, "capped", max_samples=6, epochs=3))
+    assert (report.samples, report.steps) == (6, 2)
+
+
+def test_a_stage_may_have_its_own_template_and_fit(pretrained: Path) -> None:
+    _, processor = load_checkpoint(pretrained / "pretrain")
+    spec = toy_recipe(template="plain", fit="crop").stages.sft
+    assert spec is not None
+    own = processor_of_stage(processor, spec)
+    assert own.template == "plain"
+    assert {transform.fit for transform in own.image_transforms.values()} == {"crop"}
+    assert (processor.template, {transform.fit for transform in processor.image_transforms.values()}) == (
+        "vicuna_v1",
+        {"pad"},
+    )
+    plain = toy_recipe().stages.sft
+    assert plain is not None
+    assert processor_of_stage(processor, plain) is processor
+
+
+def test_a_checkpoint_keeps_the_models_template_whatever_the_stage_used(pretrained: Path) -> None:
+    out = sft(pretrained, "template", template="mistral", max_steps=1)
+    assert load_checkpoint(out)[1].template == "vicuna_v1"
+
+
+def test_a_part_that_the_fusion_lacks_is_refused_with_those_it_has(pretrained: Path) -> None:
+    with pytest.raises(RecipeError, match=r"this model's fusion has nothing to train"):
+        sft(pretrained, "part", train={"fusion.projections": 1e-3})
+
+
+def test_recorded_turns_keep_their_order_and_shuffled_ones_do_not(pretrained: Path) -> None:
+    snapshot = open_folder(pretrained / "data")
+    orders = {
+        order: {
+            Mixture([MixturePart(dataset="toy-train", order=order)], snapshot, seed=1).sample(0, index).order
+            for index in range(12)
+        }
+        for order in ("recorded", "shuffled")
+    }
+    assert orders == {"recorded": {(0, 1)}, "shuffled": {(0, 1), (1, 0)}}
+
+
+def test_a_small_encoder_has_no_published_weights_and_its_own_image_size() -> None:
+    changes = {"model.encoders.0": {"name": "left", "encoder": "clip-l14-336", "small": True, "source": "dir:weights"}}
+    with pytest.raises(RecipeError, match="a small size has no weights"):
+        change_recipe(toy_recipe(), changes)
+    changes["model.encoders.0"]["source"] = "scratch:"
+    spec = change_recipe(toy_recipe(), changes).model
+    model = build_skeleton(spec, text_config=LlamaConfig(num_hidden_layers=1, hidden_size=32))
+    assert model.encoder_sizes["left"] == 56
+    assert model.encoder_channels[0] == 32
+
+
+def test_an_encoder_may_have_its_own_fit(pretrained: Path) -> None:
+    recipe = change_recipe(toy_recipe(), {"model.encoders.0.fit": "crop"})
+    _, processor = build_model(recipe.model, snapshot_path=pretrained / "data", seed=0)
+    assert {name: transform.fit for name, transform in processor.image_transforms.items()} == {
+        "left": "crop",
+        "right": "pad",
+    }
+
+
+def test_betas_reach_the_optimizer(pretrained: Path) -> None:
+    model, _ = load_checkpoint(pretrained / "pretrain")
+    groups = model.parameter_groups()
+    freeze_others(groups, {"projector": 1e-3})
+    for betas in ((0.9, 0.95), (0.9, 0.999)):
+        spec = toy_recipe(betas=betas).stages.sft
+        assert spec is not None
+        assert build_optimizer(groups, {"projector": 1e-3}, spec).defaults["betas"] == betas
