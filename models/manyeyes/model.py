@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,7 @@ def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyes
                 f"{path} cannot be written ({error})", "space and permission to write there", "Free some space."
             ) from error
         processor.save_pretrained(folder)
-        digest = write_manifest(folder)
-    return digest
+        return write_manifest(folder)
 
 
 def write_manifest(folder: Path) -> str:
@@ -353,14 +353,16 @@ def _shared_entry(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
     if spec.preprocess != "shared":
-        return {
-            entry.name: encoder_transform(entry.encoder, image_size=_encoder_size(entry), fill=entry.fill)
-            for entry in chosen
-        }
+        return {entry.name: _transform(entry, _encoder_size(entry)) for entry in chosen}
     # An encoder that is prealigned alone sees the pixels that it will see in company.
     name = (spec.shared or SharedSpec()).base or spec.encoders[0].name
     base = next(entry for entry in spec.encoders if entry.name == name)
-    return {SHARED: encoder_transform(base.encoder, image_size=_shared_size(spec), fill=base.fill)}
+    return {SHARED: _transform(base, _shared_size(spec))}
+
+
+def _transform(entry: EncoderSpec, size: int) -> ImageTransform:
+    transform = encoder_transform(entry.encoder, image_size=size, fill=entry.fill)
+    return transform if entry.fit is None else replace(transform, fit=entry.fit)
 
 
 def _processor_layout(config: ManyEyesConfig) -> dict[str, Any] | None:

@@ -11,10 +11,16 @@ import click
 from manyeyes import __version__
 from manyeyes.cli.ask import ask_command
 from manyeyes.cli.chat import render_command
+from manyeyes.cli.compare import compare_command
+from manyeyes.cli.contamination import contamination_command
 from manyeyes.cli.convert import convert_command, logits_command
+from manyeyes.cli.correlate import correlate_command
 from manyeyes.cli.group import Group as _Group
+from manyeyes.cli.judge import judge_command
 from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
+from manyeyes.cli.reliance import reliance_command
+from manyeyes.cli.score import score_command
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
 
 USER_ERROR = 2
@@ -26,6 +32,7 @@ INTERRUPTED = 130
 # Which extra of this package brings which import.
 EXTRAS = {
     "boto3": "data",
+    "datasets": "dvc",
     "diffusers": "drawing",
     "great_expectations": "data",
     "kfp": "pipeline",
@@ -154,15 +161,23 @@ def data() -> None:
 @data.command("build")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-def data_build(source: str, out: Path) -> None:
-    """Build the data sets of SOURCE into the folder OUT."""
+@click.option("--from", "parquet", type=click.Path(path_type=Path), help="Benchmarks: Parquet instead of the hub.")
+@click.option("--images-from", type=click.Path(path_type=Path), help="GQA: Parquet with the images, of --from.")
+def data_build(source: str, out: Path, parquet: Path | None, images_from: Path | None) -> None:
+    """Build the data sets of SOURCE, for instance easy-vqa or a benchmark, into the folder OUT."""
     from manyeyes.data.builders import BUILDERS
+    from manyeyes.evaluation.benchmarks import BENCHMARKS
+    from manyeyes.evaluation.benchmarks.build import build_benchmark
 
-    if source not in BUILDERS:
+    sources = [*BUILDERS, *(name for name, row in BENCHMARKS.items() if row.hub_id)]
+    if source not in sources:
         raise PipelineError(
-            f'source is "{source}"', f"one of {', '.join(BUILDERS)}", did_you_mean(source, BUILDERS) or "See --help."
+            f'source is "{source}"', f"one of {', '.join(sources)}", did_you_mean(source, sources) or "See --help."
         )
-    BUILDERS[source](out)
+    if source in BUILDERS:
+        BUILDERS[source](out)
+    else:
+        build_benchmark(BENCHMARKS[source], out, parquet=parquet, images=images_from)
     click.echo(str(out))
 
 
@@ -180,7 +195,9 @@ def data_validate(
     from manyeyes.data.validation import validate_snapshot
 
     snapshot = open_folder(folder)
-    chosen = list(datasets) or [name for name in snapshot.manifest.datasets if name not in eval_datasets]
+    entries = snapshot.manifest.datasets.items()
+    records = [name for name, entry in entries if entry.layout == "records"]
+    chosen = list(datasets) or [name for name in records if name not in eval_datasets]
     report = validate_snapshot(snapshot, datasets=chosen, eval_datasets=list(eval_datasets), suite=suite, out_dir=out)
     click.echo(f"{report.verdict}: {report.rows:,} samples, {report.quarantined} quarantined")
     for row in report.expectations:
@@ -189,6 +206,9 @@ def data_validate(
     click.echo(f"report: {out / 'validation.html'}")
     if report.verdict != "passed":
         sys.exit(USER_ERROR)
+
+
+data.add_command(contamination_command)
 
 
 # --- what there is -------------------------------------------------------------------------------------------------
@@ -262,6 +282,11 @@ def evaluate(
     )
 
 
+cli.add_command(score_command)
+cli.add_command(judge_command)
+cli.add_command(compare_command)
+cli.add_command(correlate_command)
+cli.add_command(reliance_command)
 cli.add_command(ask_command)
 
 

@@ -35,7 +35,7 @@ from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.recipe import Recipe, StageSpec
 from manyeyes.sources import committed_config, resolve_source
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
-from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates
+from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
 
 # A question and its answer beside the image, as FLOPs of a sample count them: conversations of LLaVA's instruction data
 # have some hundred tokens, captions some dozens. Ours, not published.
@@ -111,7 +111,7 @@ def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEsti
     model = build_skeleton(recipe.model, text_config=text_config)
     shape = image_shape(model)
     stages = {name: _stage(recipe, name, spec, model, shape, text_config) for name, spec in recipe.present_stages()}
-    parameters = _parameters(model)
+    parameters = count_parameters(model)
     disk = _disk(recipe, parameters.total, {name: stage.trained for name, stage in stages.items()})
     return RecipeEstimate(
         parameters=parameters,
@@ -183,6 +183,7 @@ def _count_stage(recipe: Recipe, spec: StageSpec, model: ManyEyesForConditionalG
     if spec.lora is not None:
         add_adapters(model.requires_grad_(False), spec.lora, seed=0)
         groups = adapters_alone(model.parameter_groups())
+    groups = split_groups(groups, spec.train)
     rates = learning_rates(spec.train, groups)
     trained = sum(parameter.numel() for parameter in freeze_others(groups, rates).values())
     model.train()
@@ -233,7 +234,8 @@ def _text_tokens(recipe: Recipe, visual_tokens: int) -> int:
     return max(1, min(TEXT_TOKENS, recipe.model.language_model.max_length - visual_tokens))
 
 
-def _parameters(model: ManyEyesForConditionalGeneration) -> ParameterCounts:
+def count_parameters(model: ManyEyesForConditionalGeneration) -> ParameterCounts:
+    """The parameters of a model's parts, each once; on the meta device as well as elsewhere."""
     groups = {
         group: sum(parameter.numel() for _, parameter in members) for group, members in model.parameter_groups().items()
     }

@@ -94,7 +94,7 @@ def count_sample(
         return tensor
 
     keeping = torch.autograd.graph.saved_tensors_hooks
-    with _FusedAttentionMode():
+    with _FusedKernels():
         with FlopCounterMode(display=False) as counter:
             # The images cost the same whatever stands beside them: they run once.
             with keeping(keep, lambda tensor: tensor):
@@ -189,7 +189,9 @@ class _FusedAttention(torch.autograd.Function):
         )
 
 
-class _FusedAttentionMode(TorchFunctionMode):
+class _FusedKernels(TorchFunctionMode):
+    """Stands in for kernels that the meta device lacks, or that it computes otherwise than devices do."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -198,6 +200,11 @@ class _FusedAttentionMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
+        if func is torch._grouped_mm:  # what functional.grouped_mm calls
+            # Which expert a token goes to cannot be known here, and does not matter: experts are of one size. Elsewhere
+            # than on the meta device this kernel takes fp32 too (torch 2.14).
+            tokens, experts = args[:2]
+            return torch.matmul(tokens, experts[0])
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **given)
         query, key, value = (*args, *(given[name] for name in ("query", "key", "value")[len(args) :]))[:3]

@@ -206,7 +206,16 @@ class ManyEyesProcessor(ProcessorMixin):
         assert self._layout is not None
         return arrange_tokens(*size, self._layout, grid=math.isqrt(self.num_image_tokens))
 
-    def _count_tokens(self, num_images: int, image_sizes: Sequence[tuple[int, int]] | None) -> list[int]:
+    def count_tokens(self, num_images: int, image_sizes: Sequence[tuple[int, int]] | None) -> list[int]:
+        """Visual tokens of each image.
+
+        Args:
+            num_images: How many images.
+            image_sizes: Width and height of each; needed with a layout.
+
+        Raises:
+            RecordError: A layout, and no sizes.
+        """
         if self._layout is None or num_images == 0:
             return [self.num_image_tokens] * num_images
         if image_sizes is None:
@@ -230,7 +239,7 @@ class ManyEyesProcessor(ProcessorMixin):
             self.rust_tokenizer,
             self._template,
             turns,
-            image_tokens=self._count_tokens(num_images, image_sizes),
+            image_tokens=self.count_tokens(num_images, image_sizes),
             image_token_id=self.image_token_id,
             system=self.system,
             generation_prompt=bool(turns) and turns[-1][0] == "human",

@@ -1,0 +1,202 @@
+"""Which tensor of a published checkpoint becomes which of ours.
+
+A table is written from our side: a rule says of which stored tensors one of ours is made. What is missing can then be
+named as its publisher names it, and what is left over is seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from manyeyes.errors import CheckpointError
+
+Make = Callable[[Sequence[Tensor]], Tensor]
+Shape = tuple[int, ...]
+_SHOWN = 4
+
+
+def joined_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The tensor itself, or several joined along the first dimension (query, key and value to ``qkv``)."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+@dataclass(frozen=True)
+class Take:
+    r"""Makes one of our tensors from stored ones.
+
+    Attributes:
+        ours: Regular expression that matches the whole of our key.
+        sources: Keys of the stored tensors, with the groups of ``ours`` as in ``re.sub`` (``\1``).
+        make: Makes ours from them. It also runs on the meta device, so that shapes are known before anything is read.
+    """
+
+    ours: str
+    sources: tuple[str, ...]
+    make: Make = joined_rows
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Stored tensors that have no place in our model.
+
+    Attributes:
+        original: Regular expression that matches the whole stored key.
+        why: Why it is left out, as the report says it.
+        recomputed: It is computed anew rather than unused.
+    """
+
+    original: str
+    why: str
+    recomputed: bool = False
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Stored tensors that mean something which our model cannot do.
+
+    Attributes:
+        original: Regular expression that matches the whole stored key.
+        why: What it means.
+        do: What the user can do.
+    """
+
+    original: str
+    why: str
+    do: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one of our tensors is made of.
+
+    Attributes:
+        sources: Stored keys.
+        make: Makes ours from them.
+    """
+
+    sources: tuple[str, ...]
+    make: Make
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Every key accounted for.
+
+    Attributes:
+        assignments: By our key.
+        left: Stored keys that are left out, and why.
+    """
+
+    assignments: Mapping[str, Assignment]
+    left: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """Rules of one checkpoint.
+
+    Attributes:
+        takes: In order: of the rules that match a key, the first whose sources are all there counts.
+        leaves: What may be left over.
+        refusals: What must not be there.
+    """
+
+    takes: tuple[Take, ...]
+    leaves: tuple[Leave, ...] = ()
+    refusals: tuple[Refuse, ...] = ()
+    _cache: dict[str, re.Pattern[str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def resolve(self, ours: Mapping[str, Shape], stored: Mapping[str, Shape], *, name: str) -> Resolution:
+        """Account for every key, before any tensor is read.
+
+        Args:
+            ours: Shape of each tensor that our model needs of this checkpoint.
+            stored: Shape of each stored tensor.
+            name: The checkpoint, for messages.
+
+        Raises:
+            CheckpointError: A key is refused, missing, left over or of another shape; all of them are named.
+        """
+        for rule in self.refusals:
+            for key in stored:
+                if self._match(rule.original, key):
+                    raise CheckpointError(f'{name} has "{key}": {rule.why}', "a model without it", rule.do)
+        assignments: dict[str, Assignment] = {}
+        missing: list[str] = []
+        for key in ours:
+            found, absent = self._assign(key, stored)
+            if found is None:
+                missing += [f'"{source}" (for {key} {list(ours[key])})' for source in absent]
+            else:
+                assignments[key] = found
+        used = {source for assignment in assignments.values() for source in assignment.sources}
+        left, extra = {}, []
+        for key in stored:
+            if key in used:
+                continue
+            rule_left = next((rule for rule in self.leaves if self._match(rule.original, key)), None)
+            if rule_left is None:
+                extra.append(f'"{key}" {list(stored[key])}')
+            else:
+                left[key] = f"{'recomputed' if rule_left.recomputed else 'unused'}: {rule_left.why}"
+        misshapen = [
+            problem
+            for key, assignment in assignments.items()
+            if (problem := _misfit(key, ours[key], assignment, stored)) is not None
+        ]
+        if missing or extra or misshapen:
+            parts = (("missing", missing), ("left over", extra), ("misshapen", misshapen))
+            raise CheckpointError(
+                f"{name}: " + "; ".join(f"{label} {_first(problems)}" for label, problems in parts if problems),
+                "every key of its layout and no other, in the shapes that its configuration gives",
+                "Check that config.json belongs to these weights, or fetch them again.",
+            )
+        return Resolution(assignments=assignments, left=left)
+
+    def _assign(self, key: str, stored: Mapping[str, Shape]) -> tuple[Assignment | None, list[str]]:
+        absent: list[str] = []
+        for rule in self.takes:
+            match = self._match(rule.ours, key)
+            if match is None:
+                continue
+            sources = tuple(match.expand(source) for source in rule.sources)
+            lacking = [source for source in sources if source not in stored]
+            if not lacking:
+                return Assignment(sources=sources, make=rule.make), []
+            absent = absent or lacking
+        return None, absent or [f"anything that gives {key}"]
+
+    def _match(self, pattern: str, key: str) -> re.Match[str] | None:
+        if pattern not in self._cache:
+            self._cache[pattern] = re.compile(pattern)
+        return self._cache[pattern].fullmatch(key)
+
+
+def _misfit(key: str, shape: Shape, assignment: Assignment, stored: Mapping[str, Shape]) -> str | None:
+    shapes = [stored[source] for source in assignment.sources]
+    given = " and ".join(f'"{source}" {list(size)}' for source, size in zip(assignment.sources, shapes, strict=True))
+    try:
+        made = tuple(assignment.make([torch.empty(size, device="meta") for size in shapes]).shape)
+    except (RuntimeError, IndexError, ValueError):
+        return f"{given}, which do not give {key} {list(shape)}"
+    return None if made == shape else f"{given}, for {key} {list(shape)}"
+
+
+def _first(problems: Iterable[str]) -> str:
+    listed = list(problems)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def join_tables(*tables: KeyTable) -> KeyTable:
+    """One table after the other."""
+    return KeyTable(
+        takes=tuple(rule for table in tables for rule in table.takes),
+        leaves=tuple(rule for table in tables for rule in table.leaves),
+        refusals=tuple(rule for table in tables for rule in table.refusals),
+    )

@@ -1,0 +1,304 @@
+"""Published tokenizers as the Rust library ``tokenizers`` runs them, which a bundle needs.
+
+Most published checkpoints hold a sentencepiece model (``tokenizer.model``) alone, and their code ran sentencepiece on
+it. It is read here without sentencepiece's or protobuf's Python packages: transformers 5.23 needs both to convert one,
+and their versions must agree to the letter (https://protobuf.dev/support/cross-version-runtime-guarantee). A
+``tokenizer.json`` is taken as it is; transformers would build some classes (Llama's) anew from its parts.
+
+Source: ``sentencepiece_model.proto`` of github.com/google/sentencepiece (Apache-2.0) for the numbers of fields.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from manyeyes.checkpoints.source import read_json
+from manyeyes.errors import CheckpointError
+from manyeyes.language_model import load_tokenizer
+
+_SPACE = "▁"
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_BPE = 2
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LONGEST = 1_000_000
+_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+
+
+@dataclass
+class SentencePieceModel:
+    """What is needed of a ``tokenizer.model``.
+
+    Attributes:
+        pieces: Text, score and kind of each piece, by its id.
+        is_bpe: Pieces are joined by merges; else the likeliest split is taken (unigram).
+        byte_fallback: Characters without a piece become bytes.
+        charsmap: Compiled normalisation; empty for none.
+        add_dummy_prefix: A space is put in front of a text.
+        remove_extra_whitespaces: Runs of spaces become one.
+    """
+
+    pieces: list[tuple[str, float, int]] = field(default_factory=list)
+    is_bpe: bool = False
+    byte_fallback: bool = False
+    charsmap: bytes = b""
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+
+
+def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedTokenizerBase:
+    """Read a published tokenizer, whichever files it has.
+
+    Args:
+        folder: Holds ``tokenizer.json``, ``tokenizer.model``, or what transformers can convert.
+        model_type: The language model's, for those last.
+
+    Returns:
+        A tokenizer that can pad, and whose ids are those of the publisher's code.
+
+    Raises:
+        CheckpointError: No tokenizer, or one that cannot be read.
+        SourceError: Transformers cannot convert it.
+    """
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _read_rust(folder / "tokenizer.json")
+        # Llama's and Gemma's fast classes put in front what their settings say, whatever the file says.
+        resets_bos = "add_bos_token" in settings and str(settings.get("tokenizer_class", "")).startswith(
+            ("Llama", "Gemma", "CodeLlama")
+        )
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = build_sentencepiece(
+            parse_sentencepiece((folder / "tokenizer.model").read_bytes(), name=str(folder / "tokenizer.model")),
+            legacy=settings.get("legacy") is not False,
+        )
+        resets_bos = True
+    else:
+        return _convert_by_transformers(folder, model_type)
+    names = _named_tokens(folder, settings, tokenizer)
+    _add_tokens(tokenizer, folder, settings)
+    if resets_bos:
+        _set_bos(tokenizer, names, settings)
+    longest = settings.get("model_max_length")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **names,
+        **({"model_max_length": int(longest)} if isinstance(longest, int | float) and longest < _LONGEST else {}),
+        **({"chat_template": settings["chat_template"]} if isinstance(settings.get("chat_template"), str) else {}),
+    )
+    if fast.pad_token_id is None:
+        fast.pad_token = fast.unk_token or fast.eos_token or fast.convert_ids_to_tokens(0)
+    return fast
+
+
+def parse_sentencepiece(data: bytes, *, name: str) -> SentencePieceModel:
+    """Read a serialised ``ModelProto``.
+
+    Raises:
+        CheckpointError: Truncated, or something else.
+    """
+    model = SentencePieceModel()
+    try:
+        for number, value in _fields(data):
+            if number == 1:
+                model.pieces.append(_piece(value))
+            elif number == 2:
+                trainer = dict(_fields(value))
+                model.is_bpe = trainer.get(3, 1) == _BPE
+                model.byte_fallback = bool(trainer.get(35, 0))
+            elif number == 3:
+                normalizer = dict(_fields(value))
+                model.charsmap = bytes(normalizer.get(2, b""))
+                model.add_dummy_prefix = bool(normalizer.get(3, 1))
+                model.remove_extra_whitespaces = bool(normalizer.get(4, 1))
+    except (IndexError, struct.error, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be read ({error})", "a sentencepiece model", "Fetch it again.") from error
+    if not model.pieces:
+        raise CheckpointError(f"{name} has no pieces", "a sentencepiece model", "Fetch it again.")
+    return model
+
+
+def build_sentencepiece(model: SentencePieceModel, *, legacy: bool) -> Tokenizer:
+    """The same ids by the Rust library.
+
+    Args:
+        model: From ``parse_sentencepiece``.
+        legacy: Llama's older rule: the text behind a special token gets a space in front too, not the first alone.
+    """
+    ids = {piece: number for number, (piece, _, _) in enumerate(model.pieces)}
+    unknown = next((number for number, (_, _, kind) in enumerate(model.pieces) if kind == _UNKNOWN), None)
+    if model.is_bpe:
+        unknown_piece = model.pieces[unknown][0] if unknown is not None else None
+        core: Any = models.BPE(
+            vocab=ids,
+            merges=_merges(model, ids),
+            unk_token=unknown_piece,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    else:
+        scored = [(piece, score) for piece, score, _ in model.pieces]
+        core = models.Unigram(scored, unk_id=unknown, byte_fallback=model.byte_fallback)
+    tokenizer = Tokenizer(core)
+    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if model.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(_SPACE))
+    if legacy or not model.add_dummy_prefix:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    parts: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.add_dummy_prefix:
+        parts.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(parts)
+    marks = [(piece, kind) for piece, _, kind in model.pieces if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    for piece, kind in marks:
+        added = AddedToken(piece, normalized=False, special=kind != _USER_DEFINED)
+        if kind == _USER_DEFINED:
+            tokenizer.add_tokens([added])
+        else:
+            tokenizer.add_special_tokens([added])
+    return tokenizer
+
+
+def _merges(model: SentencePieceModel, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    # Sentencepiece joins the pair whose whole scores highest; every way to split a piece is a pair.
+    found = []
+    for piece, score, _ in model.pieces:
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = sorted(
+            (pair for pair in pairs if pair[0] in ids and pair[1] in ids), key=lambda pair: (ids[pair[0]], ids[pair[1]])
+        )
+        found += [(score, pair) for pair in known]
+    found.sort(key=lambda entry: -entry[0])
+    return [pair for _, pair in found]
+
+
+def _piece(data: bytes) -> tuple[str, float, int]:
+    values = dict(_fields(data))
+    score = struct.unpack("<f", values[2])[0] if 2 in values else 0.0
+    return bytes(values[1]).decode("utf-8"), float(score), int(values.get(3, 1))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: an integer, or bytes."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            if not byte & 0x80:
+                return value
+            shift += 7
+
+    while place < len(data):
+        tag = varint()
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield number, varint()
+            continue
+        length = {1: 8, 5: 4}.get(kind)
+        if length is None:
+            if kind != 2:
+                raise ValueError(f"no field of kind {kind}")
+            length = varint()
+        if place + length > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield number, data[place : place + length]
+        place += length
+
+
+def _read_rust(file: Path) -> Tokenizer:
+    values = read_json(file)
+    try:
+        # The library raises a bare Exception for what it cannot read, so that its content is checked first.
+        tokenizer = Tokenizer.from_str(json.dumps(values)) if "model" in values else None
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read ({error})", "a tokenizer", "Fetch it again.") from error
+    if tokenizer is None:
+        raise CheckpointError(f"{file} has no model", "a tokenizer of the library tokenizers", "Fetch it again.")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _named_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    file = folder / "special_tokens_map.json"
+    given = {**(read_json(file) if file.is_file() else {}), **settings}
+    names = {}
+    for name in _NAMED:
+        token = given.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            names[name] = token
+    # Llama's class has these where no file says otherwise.
+    for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+        if name not in given and tokenizer.token_to_id(token) is not None:
+            names[name] = token
+    return names
+
+
+def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+    file = folder / "added_tokens.json"
+    wanted = {str(token): int(number) for token, number in (read_json(file) if file.is_file() else {}).items()}
+    described = settings.get("added_tokens_decoder") or {}
+    special = {}
+    for number, entry in described.items():
+        wanted.setdefault(entry["content"], int(number))
+        special[entry["content"]] = bool(entry.get("special", True))
+    for token, number in sorted(wanted.items(), key=lambda entry: entry[1]):
+        if tokenizer.token_to_id(token) is None:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=special.get(token, True))])
+        found = tokenizer.token_to_id(token)
+        if found != number:
+            raise CheckpointError(
+                f'tokenizer in {folder} gives "{token}" the id {found}',
+                f"{number}, as its files say",
+                "Fetch it again.",
+            )
+
+
+def _set_bos(tokenizer: Tokenizer, names: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+    bos, eos = names.get("bos_token"), names.get("eos_token")
+    before = f"{bos}:0 " if bos and settings.get("add_bos_token", True) else ""
+    after = f" {eos}:0" if eos and settings.get("add_eos_token", False) else ""
+    specials = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} if token]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A:0{after}",
+        pair=f"{before}$A:0{after} {before}$B:0{after}",
+        special_tokens=[(token, number) for token, number in specials if number is not None],
+    )
+
+
+def _convert_by_transformers(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
+    # Beside config.json transformers would look for the kind of the whole model, which it does not know or takes for
+    # another; only the language model's kind matters.
+    with tempfile.TemporaryDirectory() as own:
+        for pattern in _FILES:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, Path(own) / file.name)
+        if not any(Path(own).iterdir()):
+            raise CheckpointError(
+                f"{folder} has no tokenizer", "tokenizer.model or tokenizer.json", "Fetch the checkpoint again, whole."
+            )
+        (Path(own) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        tokenizer = load_tokenizer(Path(own))
+    tokenizer.name_or_path = ""
+    return tokenizer
