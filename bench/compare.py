@@ -101,7 +101,7 @@ def evaluation(recipe: Recipe, snapshot: Snapshot, checkpoint: Path) -> Parts:
         )
         for record in records
     ]
-    most = recipe.evaluation.max_new_tokens
+    most = recipe.evaluation.max_new_tokens or 16
     count = sum(len(group.questions) for group in groups)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.cli.main import main
+from manyeyes.recipe import list_recipes
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -76,9 +77,9 @@ def test_recipe_show_json_is_the_recipe_with_its_digest(
     assert shown["digest"] == load_recipe("tiny", overrides={"seed": 3}).digest
 
 
-def test_recipe_list_names_tiny(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_list_names_every_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "recipe", "list") == 0
-    assert capsys.readouterr().out.startswith("tiny ")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_recipes()
 
 
 def test_fusions_lists_every_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,10 +178,10 @@ def test_progress_ends_at_the_total_with_the_score(snapshot: Snapshot, tmp_path:
         on_progress=seen.append,
         recipe=make_recipe(evaluation__batch_size=4),
     )
-    on = [progress for progress in seen if progress.half == "image-on"]
+    on = [progress for progress in seen if progress.condition == "image-on"]
     assert [progress.done for progress in on] == [16, 32, 48, 64, 72]
     assert on[-1].score == pytest.approx(100 * 68 / 72)
-    assert seen[-1].half == "image-off"
+    assert seen[-1].condition == "image-off"
     assert seen[-1].done == seen[-1].total == 4
 
 
@@ -208,8 +208,8 @@ def test_too_few_answers_are_refused(snapshot: Snapshot, tmp_path: Path) -> None
     ],
 )
 def test_easy_vqa_reads_the_thirteen_answers_and_no_other(text: str, parsed: str | None) -> None:
-    assert EASY_VQA.parse(text) == parsed
-    assert EASY_VQA.grade(text, "yes") == (parsed, float(parsed == "yes"))
+    graded = EASY_VQA.grade({"id": "easy-vqa/test/0#0", "question": "is it?", "answer": "yes"}, text, "official")
+    assert (graded.parsed, graded.score) == (parsed, float(parsed == "yes"))
 
 
 def test_an_unknown_benchmark_offers_the_nearest() -> None:

@@ -162,3 +162,21 @@ def test_saved_processor_makes_the_same_batch(processor: ManyEyesProcessor, tmp_
 def test_answers_are_decoded_without_special_tokens(processor: ManyEyesProcessor) -> None:
     ids = processor.tokenizer(" red", add_special_tokens=False)["input_ids"]
     assert processor.decode_answer([*ids, 2]) == "red"
+
+
+def test_conversation_that_is_too_long_is_refused_or_loses_its_end(processor: ManyEyesProcessor) -> None:
+    turns = [*TWO_TURNS, ("human", "what else? " * 60), ("gpt", "nothing")]
+    with pytest.raises(RecordError, match="at most 128 are allowed"):
+        processor.encode(turns, num_images=1)
+    whole = processor.encode(TWO_TURNS, num_images=1)
+    cut = processor.encode(turns, num_images=1, too_long="cut")
+    assert len(cut.input_ids) == len(cut.supervised) == 128
+    assert cut.input_ids[: len(whole.input_ids)] == whole.input_ids
+    assert sum(cut.supervised) == sum(whole.supervised)
+    assert cut.image_spans == whole.image_spans
+
+
+def test_conversation_is_not_cut_within_an_image(processor: ManyEyesProcessor) -> None:
+    turns = [("human", "look well " * 60 + "<image>"), ("gpt", "yes")]
+    with pytest.raises(RecordError, match="at most 128 are allowed"):
+        processor.encode(turns, num_images=1, too_long="cut")

@@ -9,7 +9,6 @@ import click
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.ensembles import EnsembleReport, Scheme
-    from manyeyes.evaluation.judge import JudgeUse
     from manyeyes.evaluation.judging import JudgeReport
     from manyeyes.evaluation.score import ScoreReport
     from manyeyes.recipe.judge import JudgeSpec
@@ -133,7 +132,7 @@ def _lines(report: JudgeReport) -> list[str]:
         if report.unjudged:
             lines.append(f"  {report.unjudged:,} of {_total(report):,} items have no verdict, and are in no figure")
     lines += [f"  {item_id}: {reason}" for item_id, reason in report.unjudged_reasons.items()]
-    return [*lines, f"  {_use_line(report.judge)}"]
+    return [*lines, f"  judge {report.judge.in_words()}"]
 
 
 def _total(report: JudgeReport) -> int:
@@ -151,7 +150,7 @@ def _ensemble_lines(report: EnsembleReport) -> list[str]:
         f"none {report.neither:,}; at least one is right on {report.upper_bound:.2f}% of all items"
     )
     lines += [f"  {item_id}: {reason}" for item_id, reason in report.unjudged_reasons.items()]
-    return lines if report.judge is None else [*lines, f"  {_use_line(report.judge)}"]
+    return lines if report.judge is None else [*lines, f"  judge {report.judge.in_words()}"]
 
 
 def _score_lines(name: str, report: ScoreReport) -> list[str]:
@@ -163,12 +162,3 @@ def _score_lines(name: str, report: ScoreReport) -> list[str]:
         f"empty {report.empty:,}"
     )
     return lines
-
-
-def _use_line(use: JudgeUse) -> str:
-    cost = "" if use.cost is None else f", cost {use.cost:.4f}"
-    served = f" ({', '.join(use.served)})" if use.served else ""
-    return (
-        f"judge {use.model}{served}: {use.requests:,} requests, {use.cached:,} from the cache, {use.retried:,} sent "
-        f"again, {use.unreadable:,} unreadable, {use.prompt_tokens:,} + {use.answer_tokens:,} tokens{cost}"
-    )

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks.benchmark import Graded
 from manyeyes.evaluation.output import write_file
 
 _METADATA = b"manyeyes"
@@ -39,6 +40,12 @@ class Outcome:
         prediction_image_off: What the model wrote without the image.
         parsed_image_off: The answer read from that, or ``None``.
         correct_image_off: Its score in [0, 1].
+        cluster_id: Image or document by the benchmark's own columns; empty where the first image says it.
+        facets: JSON object of what the benchmark's ``aggregate`` groups by.
+        prediction_grey: What the model wrote on a grey image; ``None`` where it was not asked.
+        correct_grey: Its score in [0, 1].
+        prediction_other_image: What the model wrote on another item's image; ``None`` where it was not asked.
+        correct_other_image: Its score in [0, 1].
     """
 
     benchmark: str
@@ -53,11 +60,22 @@ class Outcome:
     prediction_image_off: str
     parsed_image_off: str | None
     correct_image_off: float
+    cluster_id: str = ""
+    facets: str = "{}"
+    prediction_grey: str | None = None
+    correct_grey: float | None = None
+    prediction_other_image: str | None = None
+    correct_other_image: float | None = None
 
     @property
     def cluster(self) -> str:
         """What the outcome is not independent of."""
-        return self.image_sha256 or self.id
+        return self.cluster_id or self.image_sha256 or self.id
+
+    @property
+    def graded(self) -> Graded:
+        """The outcome with the image, as the benchmark's ``aggregate`` takes it."""
+        return Graded(self.id, self.cluster, self.parsed, self.correct, json.loads(self.facets))
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,9 @@ class OutcomeFile:
 
 
 _COLUMNS = [field.name for field in fields(Outcome)]
+_FIRST_COLUMNS = _COLUMNS[: _COLUMNS.index("cluster_id")]
+"""Those of files that were written before scores other than means were compared."""
+
 _SCHEMA = pa.schema(
     [pa.field(name, pa.float64() if name.startswith("correct") else pa.string()) for name in _COLUMNS],
 )
@@ -120,7 +141,7 @@ def read_outcomes(path: Path) -> OutcomeFile:
     except pa.ArrowInvalid as error:
         raise EvaluationError(f"{path} is not Parquet ({error})", wrong, "Evaluate the model again.") from error
     about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-    if table.column_names != _COLUMNS or about.get("format_version") != 1:
+    if table.column_names not in (_COLUMNS, _FIRST_COLUMNS) or about.get("format_version") != 1:
         raise EvaluationError(
             f"{path} has the columns {', '.join(table.column_names)}", wrong, "Evaluate the model again."
         )

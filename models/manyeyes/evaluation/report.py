@@ -11,6 +11,7 @@ from html import escape
 from PIL import Image
 
 from manyeyes.evaluation.benchmarks import Benchmark
+from manyeyes.evaluation.looking import looking_html, looking_markdown
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.page import markdown_table, page, table
 from manyeyes.evaluation.scorecard import BenchmarkScore, Interval, Scorecard
@@ -21,6 +22,7 @@ _QUESTIONS_A_SAMPLE = 5
 _MISTAKES = 10
 _THUMBNAIL_PIXELS = 256
 _SMALL_PIXELS = 96
+_GROUP_COLUMNS = ["group", "average %", "95%", "benchmarks, % of the maximum", "missing"]
 _KIND = {"torch": "checkpoint in PyTorch", "bundle": "ONNX bundle"}
 
 
@@ -33,6 +35,7 @@ def render_html(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmarks: S
         benchmarks: For images and titles, in any order.
     """
     title = f"{scorecard.recipe}: {_KIND[scorecard.model.kind]}"
+    benchmarks = [benchmark for benchmark in benchmarks if benchmark.row.name in scorecard.benchmarks]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">Model <code>{escape(scorecard.model.digest[:16])}</code>, data '
@@ -40,6 +43,10 @@ def render_html(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmarks: S
     ]
     if len(benchmarks) > 1:
         parts.append(_overview(scorecard, benchmarks))
+        parts.append(_groups_html(scorecard))
+    parts += [f"<p>{escape(name)} is not scored: {escape(reason)}.</p>" for name, reason in scorecard.skipped.items()]
+    if benchmarks:
+        parts.append(looking_html(scorecard))
     for benchmark in benchmarks:
         name = benchmark.row.name
         mine = [outcome for outcome in outcomes if outcome.benchmark == name]
@@ -57,6 +64,11 @@ def render_markdown(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmark
         benchmarks: For titles.
     """
     lines = [f"# {scorecard.recipe}: {_KIND[scorecard.model.kind]}", ""]
+    lines += [f"{name} is not scored: {reason}.\n" for name, reason in scorecard.skipped.items()]
+    benchmarks = [benchmark for benchmark in benchmarks if benchmark.row.name in scorecard.benchmarks]
+    rows = _group_rows(scorecard)
+    if rows:
+        lines += ["## Cambrian-1's groups", "", markdown_table(_GROUP_COLUMNS, rows), ""]
     for benchmark in benchmarks:
         name = benchmark.row.name
         score = scorecard.benchmarks[name]
@@ -82,6 +94,8 @@ def render_markdown(scorecard: Scorecard, outcomes: Sequence[Outcome], benchmark
                 markdown_table(["right answer", "model's answer", "times"], frequent),
                 "",
             ]
+    if benchmarks:
+        lines.append(looking_markdown(scorecard))
     return "\n".join(lines)
 
 
@@ -102,11 +116,32 @@ def _overview(scorecard: Scorecard, benchmarks: Sequence[Benchmark]) -> str:
                 f"{score.parse_failures:,}",
             ]
         )
-    mean = sum(score.score for score in scorecard.benchmarks.values()) / len(scorecard.benchmarks)
-    mean_off = sum(score.image_off for score in scorecard.benchmarks.values()) / len(scorecard.benchmarks)
+    scores = scorecard.benchmarks.values()
+    mean = sum(100 * score.score / score.maximum for score in scores) / len(scores)
+    mean_off = sum(100 * score.image_off / score.maximum for score in scores) / len(scores)
     rows.append(["Mean", "", f"{mean:.2f}", "", f"{mean_off:.2f}", f"{mean - mean_off:+.2f}", "", ""])
     header = ["", "questions", "score %", "95%", "no image %", "image adds", "95%", "not understood"]
     return f"<h2>{len(benchmarks)} benchmarks</h2>{table(header, rows, numbers=[1, 2, 4, 5, 7])}"
+
+
+def _groups_html(scorecard: Scorecard) -> str:
+    rows = [[escape(cell) for cell in row] for row in _group_rows(scorecard)]
+    if not rows:
+        return ""
+    return f"<h2>Cambrian-1's groups</h2>{table(_GROUP_COLUMNS, rows, numbers=[1])}"
+
+
+def _group_rows(scorecard: Scorecard) -> list[list[str]]:
+    return [
+        [
+            name,
+            "" if group.score is None else f"{group.score:.2f}",
+            "" if group.ci95 is None else _span(group.ci95),
+            ", ".join(f"{benchmark} {percent:.2f}" for benchmark, percent in group.parts.items()),
+            ", ".join(group.missing),
+        ]
+        for name, group in scorecard.groups.items()
+    ]
 
 
 def _figures(score: float, ci95: Interval, image_off: float, image_off_ci95: Interval) -> list[str]:
@@ -121,18 +156,36 @@ def _sentence(score: BenchmarkScore) -> str:
     asked = (
         f"{score.n:,} questions on {score.images:,} images"
         if score.n == score.n_total
+        else f"{score.n:,} of {score.n_total:,} questions, on {score.images:,} images; the judge gave no verdict on "
+        f"{score.unjudged:,}"
+        if score.unjudged
         else f"only the first {score.n:,} of {score.n_total:,} questions, on {score.images:,} images"
     )
+    right = "% right" if score.unit == "percent" else f"{_mark(score)} {_right(score)}"
+    ceiling = ""
+    if score.question_only_ceiling is not None:
+        ceiling = f" The question alone allows at most {score.question_only_ceiling:.2f}%."
     return (
-        f"{score.score:.2f}% right ({_span(score.ci95)}) on {asked}; {score.image_off:.2f}% without the image. "
-        f"The question alone allows at most {score.question_only_ceiling:.2f}%."
+        f"{score.score:.2f}{right} ({_span(score.ci95)}) on {asked}; {score.image_off:.2f}{_mark(score)} without the "
+        f"image.{ceiling}"
     )
+
+
+def _mark(score: BenchmarkScore) -> str:
+    """What stands behind a figure in the benchmark's unit."""
+    return "" if score.unit == "points" else "%"
+
+
+def _right(score: BenchmarkScore) -> str:
+    if score.unit == "relative":
+        return "of what the reference answers get"
+    return "right" if score.unit == "percent" else f"of {score.maximum:g} points"
 
 
 def _benchmark_html(score: BenchmarkScore, outcomes: Sequence[Outcome], benchmark: Benchmark) -> str:
     tiles = [
-        (f"{score.score:.2f}%", "right, with the image", _span(score.ci95)),
-        (f"{score.image_off:.2f}%", "right, image removed", _span(score.image_off_ci95)),
+        (f"{score.score:.2f}{_mark(score)}", f"{_right(score)}, with the image", _span(score.ci95)),
+        (f"{score.image_off:.2f}{_mark(score)}", f"{_right(score)}, image removed", _span(score.image_off_ci95)),
         (f"{score.image_adds:+.2f}", "points from the image", _span(score.image_adds_ci95)),
         (f"{score.parse_failures:,}", "answers not understood", f"of {score.n:,} questions"),
     ]
@@ -153,7 +206,9 @@ def _benchmark_html(score: BenchmarkScore, outcomes: Sequence[Outcome], benchmar
 
 
 def _bars(score: BenchmarkScore) -> str:
-    rows = [_bar_pair(f"all ({score.n:,})", score.score, score.ci95, score.image_off, score.image_off_ci95, score)]
+    scale = 100 / score.maximum
+    ends, ends_off = ((low * scale, high * scale) for low, high in (score.ci95, score.image_off_ci95))
+    rows = [_bar_pair(f"all ({score.n:,})", score.score * scale, ends, score.image_off * scale, ends_off, score)]
     rows += [
         _bar_pair(f"{name} ({part.n:,})", part.score, part.ci95, part.image_off, part.image_off_ci95, None)
         for name, part in score.by_type.items()
@@ -169,7 +224,7 @@ def _bar_pair(
     label: str, on: float, on_ci: Interval, off: float, off_ci: Interval, ceiling_of: BenchmarkScore | None
 ) -> str:
     ceiling = ""
-    if ceiling_of is not None:
+    if ceiling_of is not None and ceiling_of.question_only_ceiling is not None:
         ceiling = f'<div class="mark" style="left:{ceiling_of.question_only_ceiling:.2f}%"></div>'
     return (
         f'<div class="group">{escape(label)}</div>{_bar("on", on, on_ci, "")}<div>{on:.2f}%</div>'
@@ -236,7 +291,7 @@ def _samples_html(outcomes: Sequence[Outcome], benchmark: Benchmark) -> str:
 
 
 def _sample(image: str, outcomes: Sequence[Outcome], records: dict[str, int], benchmark: Benchmark) -> str:
-    data = benchmark.reader.read(records[image]).images[0].data
+    data = benchmark.read_images(records[image])[0]
     # Wrong answers first, then those that are right only with the image.
     ordered = sorted(outcomes, key=lambda outcome: (outcome.correct, outcome.correct_image_off))
     lines = "".join(_answer(outcome) for outcome in ordered[:_QUESTIONS_A_SAMPLE])
@@ -271,12 +326,16 @@ def _fine_print(scorecard: Scorecard) -> str:
         ["recipe", f"{escape(scorecard.recipe)} <code>{escape(scorecard.recipe_digest)}</code>"],
         ["data", f"<code>{escape(scorecard.data_md5)}</code>"],
         ["code", f"<code>{escape(scorecard.code_digest)}</code>"],
-        ["longest answer", f"{scorecard.max_new_tokens} tokens, greedy"],
     ]
+    if scorecard.judge is not None:
+        rows.append(["judge", escape(scorecard.judge.in_words())])
     for name, score in scorecard.benchmarks.items():
         rows += [
             [f"{escape(name)}: questions", f"<code>{escape(score.benchmark_digest)}</code>"],
             [f"{escape(name)}: prompt", f"<code>{escape(score.prompt_digest)}</code>"],
+            [f"{escape(name)}: scored as", escape(score.variant)],
+            *([[f"{escape(name)}: judge", escape(score.judge)]] if score.judge else []),
+            [f"{escape(name)}: longest answer", f"{score.max_new_tokens} tokens, greedy"],
             [f"{escape(name)}: blind guessing", f"{score.chance:.2f}%"],
             [f"{escape(name)}: speed", f"{score.questions_per_s:,.0f} questions/s with the image"],
         ]

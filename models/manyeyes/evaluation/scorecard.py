@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.judge import JudgeUse
 from manyeyes.evaluation.output import write_file
 
 ModelKind = Literal["torch", "bundle"]
@@ -29,11 +39,21 @@ class TypeScore(_Strict):
     """One answer type of a benchmark."""
 
     n: int = Field(gt=0, description="Questions of this type.")
-    score: float = Field(ge=0, le=100, description="Percent.")
+    score: float = Field(ge=0, le=100, description="Mean of the items' scores; percent.")
     ci95: Interval = Field(description="95% interval of score, clustered by image; percent.")
     image_off: float = Field(ge=0, le=100, description="Percent with the image removed.")
     image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; percent.")
     chance: float = Field(ge=0, le=100, description="What blind guessing gets; percent.")
+
+
+class ConditionScore(_Strict):
+    """One benchmark with something else in the image's place."""
+
+    score: float = Field(ge=0, description="The benchmark's figure; in the benchmark's unit.")
+    ci95: Interval = Field(description="95% interval of score, clustered by image; in the benchmark's unit.")
+    image_adds: float = Field(description="The score with the image minus this one; points.")
+    image_adds_ci95: Interval = Field(description="95% interval of image_adds, paired, clustered by image; points.")
+    parse_failures: int = Field(ge=0, description="Answers that none could be read from.")
 
 
 class BenchmarkScore(_Strict):
@@ -41,38 +61,70 @@ class BenchmarkScore(_Strict):
 
     n: int = Field(gt=0, description="Questions that were asked.")
     n_total: int = Field(gt=0, description="Questions that the benchmark has; n is lower when the recipe cuts it.")
+    unjudged: int = Field(default=0, ge=0, description="Questions that the judge gave no verdict on; not in n.")
     images: int = Field(gt=0, description="Distinct images: the clusters of the intervals.")
-    score: float = Field(ge=0, le=100, description="Percent right with the image.")
-    ci95: Interval = Field(description="95% interval of score, clustered by image; percent.")
-    image_off: float = Field(ge=0, le=100, description="Percent right with the image removed.")
-    image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; percent.")
+    variant: str = Field(default="official", description="Whose scoring.")
+    judge: str = Field(default="", description="Language model that judged and what it was asked; empty for rules.")
+    unit: Unit = Field(default="percent", description="Of score, image_off, image_adds and their intervals.")
+    maximum: float = Field(default=100, gt=0, description="The best score there is; in unit.")
+    score: float = Field(ge=0, description="The benchmark's figure, with the image; in unit.")
+    ci95: Interval = Field(description="95% interval of score, clustered by image; in unit.")
+    scores: dict[str, float] = Field(default={}, description="Sub-scores by name, with the image.")
+    scores_image_off: dict[str, float] = Field(default={}, description="The same with the image removed.")
+    image_off: float = Field(ge=0, description="The benchmark's figure with the image removed; in unit.")
+    image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; in unit.")
     image_adds: float = Field(description="score minus image_off; points.")
     image_adds_ci95: Interval = Field(description="95% interval of image_adds, paired, clustered by image; points.")
-    question_only_ceiling: float = Field(
+    question_only_ceiling: float | None = Field(
         ge=0,
         le=100,
         description="What the best answer per question text gets on these items; percent. Image off cannot honestly "
-        "be above it.",
+        "be above it. null where an item has several right answers or shades of right.",
     )
     chance: float = Field(ge=0, le=100, description="What blind guessing gets on these items; percent.")
     parse_failures: int = Field(ge=0, description="Answers with the image that no answer could be read from.")
     parse_failures_image_off: int = Field(ge=0, description="The same with the image removed.")
+    conditions: dict[str, ConditionScore] = Field(
+        default={}, description="By what took the image's place: grey, other-image."
+    )
     by_type: dict[str, TypeScore] = Field(description="By answer type.")
     benchmark_digest: str = Field(
         description="sha256 over scorer, item ids, image sha256s, prompts and references; scores compare only where "
         "it is equal."
     )
+    max_new_tokens: int = Field(default=16, gt=0, description="Longest answer; tokens.")
     prompt_digest: str = Field(description="sha256 over the benchmark's prompt and the recipe's chat template.")
-    seconds: float = Field(ge=0, description="Time spent answering, both halves; seconds.")
+    seconds: float = Field(ge=0, description="Time spent answering, all conditions; seconds.")
     questions_per_s: float = Field(ge=0, description="Questions answered a second, with the image.")
+
+    @property
+    def mark(self) -> str:
+        """What stands behind a figure in ``unit``."""
+        return " points" if self.unit == "points" else "%"
+
+    @field_validator("score", "image_off")
+    @classmethod
+    def _is_possible(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("unit") != "relative" and value > info.data.get("maximum", value):
+            raise ValueError(f"{value} is above the maximum, {info.data['maximum']}")
+        return value
 
     @model_validator(mode="after")
     def _intervals_hold(self) -> BenchmarkScore:
-        if self.n > self.n_total or sum(score.n for score in self.by_type.values()) != self.n:
+        if self.n + self.unjudged > self.n_total or sum(score.n for score in self.by_type.values()) != self.n:
             raise ValueError(f"n is {self.n}, n_total {self.n_total}; by_type must add up to n")
         if not self.ci95[0] <= self.score <= self.ci95[1]:
             raise ValueError(f"score {self.score} is outside its interval {self.ci95}")
         return self
+
+
+class GroupAverage(_Strict):
+    """The average of one of Cambrian-1's groups of four benchmarks."""
+
+    score: float | None = Field(ge=0, le=100, description="Mean percent of the maximum; null where one is missing.")
+    ci95: Interval | None = Field(description="95% interval of score, by cluster bootstrap; percent.")
+    parts: dict[str, float] = Field(description="Percent of its maximum, by benchmark.")
+    missing: list[str] = Field(description="Benchmarks of the group without a score.")
 
 
 class Scorecard(_Strict):
@@ -84,8 +136,24 @@ class Scorecard(_Strict):
     recipe_digest: str = Field(description="sha256 of the whole recipe.")
     data_md5: str = Field(description="md5 of the snapshot.")
     code_digest: str = Field(description="Digest of the library's code, or of the image.")
-    max_new_tokens: int = Field(gt=0, description="Longest answer; tokens.")
-    benchmarks: dict[str, BenchmarkScore] = Field(min_length=1, description="By benchmark.")
+    max_new_tokens: int | None = Field(
+        gt=0, description="Longest answer that the recipe allows; tokens. null: each benchmark's own."
+    )
+    benchmarks: dict[str, BenchmarkScore] = Field(description="By benchmark.")
+    skipped: dict[str, str] = Field(
+        default={}, description="Benchmarks without a score, and why: no judge, or no verdict on too many items."
+    )
+
+    judge: JudgeUse | None = Field(default=None, description="Who judged, and what it took; null without a judge.")
+    groups: dict[str, GroupAverage] = Field(
+        default={}, description="Cambrian-1's groups of which two benchmarks or more are scored, by name."
+    )
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Scorecard:
+        if not self.benchmarks and not self.skipped:
+            raise ValueError("no benchmark is scored, and none is skipped")
+        return self
 
     def metrics(self) -> dict[str, float]:
         """Plain figures for MLflow and Kubeflow, for instance ``easy-vqa.score``."""
@@ -95,11 +163,13 @@ class Scorecard(_Strict):
             figures[f"{name}.ci95_low"], figures[f"{name}.ci95_high"] = score.ci95
             figures[f"{name}.image_off"] = score.image_off
             figures[f"{name}.image_adds"] = score.image_adds
+            for condition, part in score.conditions.items():
+                figures[f"{name}.{condition}"] = part.score
             figures[f"{name}.parse_failures"] = float(score.parse_failures)
             figures[f"{name}.questions_per_s"] = score.questions_per_s
-            for answer_type, part in score.by_type.items():
+            for answer_type, type_score in score.by_type.items():
                 # MLflow takes no more than letters, digits, "_-. :/" in a metric's name.
-                figures[f"{name}.{answer_type.replace('/', '-')}.score"] = part.score
+                figures[f"{name}.{answer_type.replace('/', '-')}.score"] = type_score.score
         return figures
 
 

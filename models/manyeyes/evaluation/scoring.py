@@ -97,7 +97,7 @@ def paired_difference(outcomes: Sequence[float], baseline: Sequence[float], clus
     mean = float(values.mean())
     if count == 1:
         return Estimate(n=len(values), clusters=1, mean=100 * mean, low=-100.0, high=100.0)
-    error = float(np.sqrt(_clustered_variance(values, groups, count)))
+    error = clustered_error(values, groups.tolist())
     half = student_quantile((1 + CONFIDENCE) / 2, count - 1) * error
     return Estimate(
         n=len(values),
@@ -106,6 +106,23 @@ def paired_difference(outcomes: Sequence[float], baseline: Sequence[float], clus
         low=100 * max(-1.0, mean - half),
         high=100 * min(1.0, mean + half),
     )
+
+
+def clustered_error(values: Sequence[float] | NDArray[np.float64], clusters: Sequence[Hashable]) -> float:
+    """Standard error of a mean whose items are independent between clusters only; infinite for one cluster.
+
+    Args:
+        values: One figure per item.
+        clusters: The image of each item.
+
+    Raises:
+        EvaluationError: No items, or lengths differ.
+
+    Source:
+        Miller, arXiv:2411.00640, section 2.2, with the small-sample factor G / (G - 1).
+    """
+    array, groups, count = _checked(values, clusters)
+    return float(np.sqrt(_clustered_variance(array, groups, count))) if count > 1 else float("inf")
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from manyeyes.model import load_checkpoint
 from manyeyes.processor import CutImage
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 
+Disturb = Callable[[dict[str, torch.Tensor], Sequence[int]], dict[str, torch.Tensor]]
+
 
 class TorchAnswerer:
     """Asks a checkpoint: encoders once an image, prefix keys and values once a group, greedy, fp32.
@@ -23,6 +25,10 @@ class TorchAnswerer:
         threads: CPU threads; torch's own number when left out.
         device: For instance ``cuda``; by default CUDA where there is a device, else the CPU.
         max_branches: Most questions decoded at once; bounds the memory for copies of the prefix.
+
+    Attributes:
+        disturb: Changes the encoders' features before they are fused; ``None`` leaves them. (Features by encoder,
+            ``[rows, C, h, w]``; rows of each image) to features of the same shapes. See ``reliance``.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete.
@@ -39,6 +45,7 @@ class TorchAnswerer:
         model, self.processor = load_checkpoint(checkpoint)
         self.model = model.to(device=self._device, dtype=torch.float32).eval()
         self._max_branches = max_branches
+        self.disturb: Disturb | None = None
 
     @torch.inference_mode()
     def answer_groups(self, groups: Sequence[Group], *, max_new_tokens: int) -> list[list[GeneratedAnswer]]:
@@ -101,9 +108,12 @@ class TorchAnswerer:
             return None
         pixels = self.processor.normalize_images(list(cut.values()))
         sizes = self.processor.size_inputs([image.size for image in cut.values()])
-        tokens: torch.Tensor | VisualTokens = self.model.encode_images(
-            {name: values.to(self._device) for name, values in pixels.items()},
-            **{name: values.to(self._device) for name, values in sizes.items()},
+        features = self.model.encoder_features({name: values.to(self._device) for name, values in pixels.items()})
+        if self.disturb is not None:
+            rows = [len(next(iter(image.tiles.values()))) for image in cut.values()]
+            features = self.disturb(features, rows)
+        tokens: torch.Tensor | VisualTokens = self.model.fuse(
+            features, **{name: values.to(self._device) for name, values in sizes.items()}
         )
         places = {image: place for place, image in enumerate(cut)}
         return tokens[torch.tensor([places[image] for image in images], device=tokens.device)]

@@ -223,7 +223,12 @@ class ManyEyesProcessor(ProcessorMixin):
         return [len(self._arrange(size)) for size in image_sizes]
 
     def encode(
-        self, turns: Conversation, *, num_images: int, image_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        turns: Conversation,
+        *,
+        num_images: int,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        too_long: Literal["refuse", "cut"] = "refuse",
     ) -> Encoded:
         """Tokenise one conversation; one that ends with a human turn gets a generation prompt.
 
@@ -231,9 +236,11 @@ class ManyEyesProcessor(ProcessorMixin):
             turns: Speaker and text of each turn, with ``<image>`` placeholders.
             num_images: How many images go with it.
             image_sizes: Width and height of each; needed with a layout.
+            too_long: What becomes of more than ``max_length`` tokens; ``cut`` leaves the end out.
 
         Raises:
-            RecordError: Turns do not alternate, placeholders and images differ in number, or it is too long.
+            RecordError: Turns do not alternate, placeholders and images differ in number, or it is too long; also to be
+                cut within or before an image.
         """
         encoded = encode_conversation(
             self.rust_tokenizer,
@@ -244,6 +251,12 @@ class ManyEyesProcessor(ProcessorMixin):
             system=self.system,
             generation_prompt=bool(turns) and turns[-1][0] == "human",
         )
+        if too_long == "cut" and encoded.prefix_length <= self.max_length:
+            return replace(
+                encoded,
+                input_ids=encoded.input_ids[: self.max_length],
+                supervised=encoded.supervised[: self.max_length],
+            )
         if len(encoded.input_ids) > self.max_length:
             raise RecordError(
                 f"conversation has {len(encoded.input_ids)} tokens",

@@ -84,6 +84,10 @@ class StageSpec(Strict):
         description="Trained encoders compute the inside of their blocks again in the backward pass instead of keeping "
         "it: less memory, more time, the same gradients.",
     )
+    too_long: Literal["refuse", "cut"] = Field(
+        default="refuse",
+        description="A conversation of more than model.language_model.max_length tokens stops the stage, or loses its end.",
+    )
     template: str | None = Field(
         default=None, description="A row of CHAT_TEMPLATES for this stage alone; model.chat's when left out."
     )

@@ -245,8 +245,8 @@ def _judge_image_adds(rule: ImageAddsRule, score: BenchmarkScore) -> RuleResult:
         found=f"{score.image_adds:+.2f} points",
         needed=f"at least {rule.at_least:+g} points",
         passed=score.image_adds >= rule.at_least,
-        explanation=f"{score.score:.2f}{score.mark} with the image, {score.image_off:.2f}{score.mark} with it removed: the "
-        f"model looks. 95% interval {low:+.2f} to {high:+.2f}.{_asked(score)}",
+        explanation=f"{score.score:.2f}{score.mark} with the image, {score.image_off:.2f}{score.mark} with it "
+        f"removed: the model looks. 95% interval {low:+.2f} to {high:+.2f}.{_asked(score)}",
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import load_benchmarks
+from manyeyes.evaluation.groups import average_groups
+from manyeyes.evaluation.judge import add_uses
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.report import render_html, render_markdown
@@ -48,6 +50,7 @@ def merge_scorecards(
     files = [read_outcomes(folder / "items.parquet") for folder in scorecards]
     digests = {name: digest for file in files for name, digest in file.benchmark_digests.items()}
     outcomes = [outcome for name in names for file in files for outcome in file.of(name)]
+    card = card.model_copy(update={"groups": average_groups(card.benchmarks, outcomes)})
     reporter.progress("reading the images of the report", done=0.5)
     benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
     write_outcomes(OutcomeFile(card.model.digest, card.model.kind, digests, outcomes), scorecard / "items.parquet")
@@ -91,6 +94,7 @@ def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, reci
             "recipe": recipe,
             "recipe_digest": recipe_digest,
             "benchmarks": {name: scores[name] for name in names if name in scores},
+            "judge": add_uses([card.judge for card in cards if card.judge is not None]),
             "skipped": {name: skipped[name] for name in names if name in skipped},
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,11 +56,15 @@ class BatchBuilder:
     Args:
         mixture: Which sample comes when.
         processor: The model's.
+        too_long: What becomes of conversations of more tokens than the language model takes.
     """
 
-    def __init__(self, mixture: Mixture, processor: ManyEyesProcessor) -> None:
+    def __init__(
+        self, mixture: Mixture, processor: ManyEyesProcessor, *, too_long: Literal["refuse", "cut"] = "refuse"
+    ) -> None:
         self._mixture = mixture
         self._processor = processor
+        self._too_long = too_long
         self._cut: dict[str, CutImage] = {}
         self._cut_bytes = 0
         self._encode = lru_cache(maxsize=CONVERSATIONS_IN_MEMORY)(self._encode_uncached)
@@ -112,7 +117,7 @@ class BatchBuilder:
     def _encode_uncached(
         self, turns: tuple[tuple[str, str], ...], num_images: int, image_sizes: tuple[tuple[int, int], ...] | None
     ) -> Encoded:
-        return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes)
+        return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes, too_long=self._too_long)
 
     def _cut_image(self, image: ImageFile) -> CutImage:
         """An image's tiles as ``uint8``, from memory while there is room."""

@@ -276,7 +276,7 @@ def _train_and_save(
 
     state, begin = train(
         model,
-        BatchBuilder(mixture, processor_of_stage(processor, spec)),
+        BatchBuilder(mixture, processor_of_stage(processor, spec), too_long=spec.too_long),
         spec,
         steps=steps,
         num_samples=num_samples,

@@ -1,181 +1,357 @@
-"""What a benchmark is: a data set of the snapshot, how its records become items, and how answers are scored."""
+"""What a benchmark is: its columns, what a model reads, and how an answer and a set of answers are scored.
+
+Rows come in the hub's own schema, from Parquet or from JSON Lines. Everything here works without images and without a
+model, so that anyone's answers can be scored; ``items`` reads a snapshot.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from manyeyes.chat import without_placeholders
-from manyeyes.data.records import Record
-from manyeyes.data.shards import RecordReader
-from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import EvaluationError
+from manyeyes.errors import EvaluationError, did_you_mean
+
+Row = Mapping[str, Any]
+"""One row of the benchmark's own columns, plus ``id``."""
+
+STYLES = ("default", "llava", "cambrian", "eagle", "mini-gemini")
+VARIANTS = ("official", "lmms", "vlmevalkit", "cambrian")
+
+ROW_NUMBER = "row_number"
+"""Column that the loader adds: the position in the split, from 0; the id of rows that have none of their own."""
+
+# Types of columns, in the words of an error.
+TEXT = "text"
+TEXT_OR_NOTHING = "text or nothing"
+TEXTS = "list of texts"
+TEXT_OR_TEXTS = "text or list of texts"
+WHOLE = "whole number"
+ID = "text or whole number"
+NUMBER = "number"
+NUMBER_OR_NOTHING = "number or nothing"
+YES_NO = "true or false"
+RECORD = "record"
+RECORDS = "list of records"
+IMAGE = "image"
+IMAGES = "list of images"
+_IMAGE_TYPES = (IMAGE, IMAGES)
+
+Unit = Literal["percent", "points", "relative"]
+"""``relative`` is percent of what a reference answer gets, and may be above 100."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question of a record, before the benchmark's prompt is put around it.
+class Graded:
+    """One item's answer, judged.
+
+    What was answered is in ``parsed`` and ``score`` alone: a missing answer has ``None`` and 0, whatever the grader
+    makes of an empty text. ``facets`` describe the reference. Items that are judged together (the two questions of an
+    image, the rotations of a question) share the facet ``unit``; resampling renames it where a cluster is drawn twice.
 
     Attributes:
-        question: As the data set has it, without image placeholders.
-        reference: The answer that counts as right.
-        answer_type: A row of ``BenchmarkRow.answer_types``.
-    """
-
-    question: str
-    reference: str
-    answer_type: str
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question that a model answers.
-
-    Attributes:
-        id: Record id and number of the question in it, for instance ``easy-vqa/test/3#0``.
-        record: Index of the record in the data set.
-        image_sha256s: Of the record's images, in order; the first one is the cluster of the interval.
-        question: As the data set has it.
-        prompt: What the model reads.
-        reference: The answer that counts as right.
-        answer_type: Group within the benchmark.
+        id: Of the item.
+        cluster: Image or document; what the item is not independent of.
+        parsed: The answer read from the text, or ``None`` where none can be read.
+        score: In [0, 1].
+        facets: Whatever ``aggregate`` groups by: ``unit``, category, type, split, reference.
     """
 
     id: str
-    record: int
-    image_sha256s: tuple[str, ...]
-    question: str
-    prompt: str
-    reference: str
-    answer_type: str
+    cluster: str
+    parsed: str | None
+    score: float
+    facets: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+def mean_percent(graded: Sequence[Graded], variant: str) -> dict[str, float]:  # noqa: ARG001
+    """Mean of the items' scores times 100: what ``BenchmarkRow.aggregate`` is unless a row says otherwise."""
+    return {"score": 100 * sum(item.score for item in graded) / len(graded)}
+
+
+def mean_percent_by(facet: str) -> Callable[[Sequence[Graded], str], dict[str, float]]:
+    """Mean over all items times 100, and the same for each value of a facet under the value's name.
+
+    Items that lack the facet, or have it empty, count in the mean over all.
+    """
+
+    def aggregate(graded: Sequence[Graded], variant: str) -> dict[str, float]:
+        parts: dict[str, list[Graded]] = {}
+        for item in graded:
+            if item.facets.get(facet):
+                parts.setdefault(item.facets[facet], []).append(item)
+        by_value = {value: mean_percent(part, variant)["score"] for value, part in sorted(parts.items())}
+        return mean_percent(graded, variant) | by_value
+
+    return aggregate
+
+
+def image_bytes(row: Row, column: str = "image") -> list[bytes]:
+    """The image files of a column in the hub's struct (``bytes``, ``path``) or a list of such; empty without one.
+
+    Raises:
+        EvaluationError: An image is named and its bytes are not there.
+    """
+    value = row.get(column)
+    values = value if isinstance(value, list | tuple) else [value]
+    files: list[bytes] = []
+    for image in (image for image in values if image is not None):
+        file = image.get("bytes") if isinstance(image, Mapping) else image
+        if not isinstance(file, bytes):
+            raise EvaluationError(
+                f'column "{column}" names an image ({str(image)[:60]}) and does not hold its bytes',
+                "the hub's image struct with bytes",
+                "Build the data set with its images embedded.",
+            )
+        files.append(file)
+    return files
+
+
+def cluster_by(column: str) -> Callable[[Row], str]:
+    """The value of a column as the cluster; the item itself where the references lack the column."""
+
+    def cluster(row: Row) -> str:
+        value = row.get(column)
+        return str(row["id"]) if value is None else str(value)
+
+    return cluster
+
+
+def facet_of(row: Row, column: str) -> str:
+    """A column as text for a facet; empty where references lack it, which costs a sub-score and nothing else."""
+    value = row.get(column)
+    return "" if value is None else str(value)
+
+
+def read_from(text: str, answer: str) -> str | None:
+    """``answer``, or ``None`` where the prediction is nothing but white space: free answers fail to parse only then."""
+    return answer if text.strip() else None
+
+
+def by_item(row: Row) -> str:
+    """The item itself as the cluster, where every item has its own image."""
+    return str(row["id"])
+
+
+def position(row: Row) -> str:
+    """The row's position in the split, for benchmarks whose rows have no id of their own (lmms-eval's ``doc_id``)."""
+    return str(row[ROW_NUMBER])
+
+
+def no_chance(row: Row) -> float:  # noqa: ARG001
+    """0: what guessing blindly gets where answers are free."""
+    return 0.0
+
+
+def _question(row: Row) -> str:
+    return str(row["question"])
+
+
+def _answer(row: Row) -> str:
+    return str(row["answer"])
+
+
+def _one_group(row: Row) -> str:  # noqa: ARG001
+    return "all"
+
+
+def itself(row: Row) -> Sequence[Row]:
+    """One question: the row."""
+    return [row]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkRow:
-    """One benchmark: everything that decides a score, as data and three small functions.
+    """One benchmark: everything that decides a score, as data and small functions.
 
     Attributes:
         name: Key in ``BENCHMARKS``.
         title: For reports.
-        dataset: A data set of the snapshot.
-        prompt: What the model reads; ``{question}`` stands for the question.
-        ask: A record's questions, in order.
-        parse: The answer that a text gives, or ``None`` where it gives none: that counts as wrong and as a parse
-            failure.
-        score: How right a parsed answer is, in [0, 1].
-        scorer: Name and version of prompt handling, parser and scorer; part of the digest.
-        chance: Percent that guessing blindly gets, by answer type; its keys are the answer types.
-        source: Where the questions come from, with the licence.
-        metric: What the score is, in words for a report.
+        hub_id: Data set on the hub, ``owner/name``.
+        config: Its configuration; ``default`` where it has one only.
+        split: For instance ``validation``.
+        columns: Column to its type in words (``TEXT``, ``TEXTS``, ``IMAGE``, ...). Reading a snapshot needs all of
+            them; scoring answers needs those that ``grade`` asks for.
+        licence: Of the data, with its reservations.
+        cambrian_group: ``general``, ``knowledge``, ``ocr-chart`` or ``vision-centric``; ``None`` outside Cambrian's 16.
+        reported_by: Which of ``llava``, ``eagle``, ``cambrian``, ``mini-gemini`` report it.
+        variants: Whose scoring there is to choose from; a subset of ``VARIANTS``.
+        default_variant: The one that papers report.
+        default_reason: Why that one.
+        item_id: Stable id from the columns; ``position`` where they have none.
+        cluster: Image or document of the row, from its columns.
+        prompt: (row, style) to the text that the model reads; style is one of ``STYLES``.
+        images: The row's image files.
+        max_new_tokens: Longest answer.
+        chance: What guessing blindly gets on this row, in [0, 1].
+        grade: (row, prediction, variant) to the item's score; the prediction as it was written.
+        aggregate: (items, variant) to ``{"score": ..., sub-scores}``.
+        mean_scale: ``score`` is the mean of the items' scores times this; ``None`` where it is no mean, and intervals
+            come from resampling clusters. 100 by itself where ``aggregate`` is ``mean_percent``.
+        judged: A language model judges; without one the benchmark is skipped by name.
+        scorer: Name and version of prompt, parser and metric; part of the digest.
+        unit: Of ``score``.
+        maximum: The best ``score`` there is.
+        single_answer: Each item has one right answer, compared whole; then the best guess by question text is known.
+        metric: What ``score`` is, in words for a report.
+        question: The question as a report shows it.
+        reference: What counts as right, as a report shows it.
+        group: A report's part of the benchmark that the row belongs to.
+        guess: A random answer, for parsers that fall back on one; used only where a seed is given and nothing was read.
+        images_config: Configuration that holds the images, where the hub keeps them apart, and
+        images_key: the column of a row that names its image's ``id`` there.
+        dataset: Data set of a snapshot; ``<name>-<split>`` when empty.
+        unfold: A Parquet row's questions; itself unless the benchmark keeps several in a row.
     """
 
     name: str
     title: str
-    dataset: str
-    prompt: str
-    ask: Callable[[Record], Sequence[Asked]] = field(repr=False)
-    parse: Callable[[str], str | None] = field(repr=False)
-    score: Callable[[str, str], float] = field(repr=False)
+    hub_id: str
+    config: str = "default"
+    split: str
+    columns: Mapping[str, str]
+    licence: str
+    cambrian_group: str | None = None
+    reported_by: tuple[str, ...] = ()
+    variants: tuple[str, ...]
+    default_variant: str
+    default_reason: str
+    item_id: Callable[[Row], str] = field(default=position, repr=False)
+    cluster: Callable[[Row], str] = field(repr=False)
+    prompt: Callable[[Row, str], str] = field(repr=False)
+    images: Callable[[Row], Sequence[bytes]] = field(default=image_bytes, repr=False)
+    max_new_tokens: int
+    chance: Callable[[Row], float] = field(default=no_chance, repr=False)
+    grade: Callable[[Row, str, str], Graded] = field(repr=False)
+    aggregate: Callable[[Sequence[Graded], str], dict[str, float]] = field(default=mean_percent, repr=False)
+    mean_scale: float | None = None
+    judged: bool = False
     scorer: str
-    chance: dict[str, float]
-    source: str
-    metric: str
+    unit: Unit = "percent"
+    maximum: float = 100.0
+    single_answer: bool = False
+    metric: str = "percent right"
+    question: Callable[[Row], str] = field(default=_question, repr=False)
+    reference: Callable[[Row], str] = field(default=_answer, repr=False)
+    group: Callable[[Row], str] = field(default=_one_group, repr=False)
+    guess: Callable[[Row, random.Random], str] | None = field(default=None, repr=False)
+    images_config: str = ""
+    images_key: str = ""
+    dataset: str = ""
+    unfold: Callable[[Row], Sequence[Row]] = field(default=itself, repr=False)
 
-    @property
-    def answer_types(self) -> tuple[str, ...]:
-        """The groups of the report, in order."""
-        return tuple(self.chance)
+    def __post_init__(self) -> None:
+        """Fill in what follows from other fields."""
+        if self.aggregate is mean_percent and self.mean_scale is None:
+            object.__setattr__(self, "mean_scale", 100.0)
+        if not self.dataset:
+            object.__setattr__(self, "dataset", f"{self.name}-{self.split}")
 
-    def grade(self, text: str, reference: str) -> tuple[str | None, float]:
-        """The answer read from a text, ``None`` where there is none, and its score in [0, 1]."""
-        parsed = self.parse(text)
-        return parsed, 0.0 if parsed is None else self.score(parsed, reference)
+    def check_variant(self, variant: str | None) -> str:
+        """The variant to score with; the default one for ``None``.
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark's items on one snapshot.
-
-    Attributes:
-        row: What is asked and how it is scored.
-        items: The questions that are asked, ordered by record.
-        n_total: How many questions there are when ``max_items`` does not cut.
-        reader: Reads the records again, for their images.
-    """
-
-    row: BenchmarkRow
-    items: tuple[Item, ...]
-    n_total: int
-    reader: RecordReader = field(repr=False)
-
-    @property
-    def digest(self) -> str:
-        """sha256 over scorer and every item's id, images, prompt and reference; equal digests ask the same thing."""
-        lines = sorted(
-            json.dumps([item.id, item.image_sha256s, item.prompt, item.reference], ensure_ascii=False)
-            for item in self.items
-        )
-        return hashlib.sha256("\n".join([self.row.scorer, *lines]).encode()).hexdigest()
-
-    @property
-    def question_only_ceiling(self) -> float:
-        """Percent that the best guess per question text gets on these very items; more, image off, means a leak."""
-        counts: dict[str, dict[str, int]] = {}
-        for item in self.items:
-            answers = counts.setdefault(item.prompt, {})
-            answers[item.reference] = answers.get(item.reference, 0) + 1
-        return 100 * sum(max(answers.values()) for answers in counts.values()) / len(self.items)
+        Raises:
+            EvaluationError: The benchmark has no such variant.
+        """
+        if variant is None:
+            return self.default_variant
+        if variant not in self.variants:
+            raise EvaluationError(
+                f'variant is "{variant}"',
+                f"{self.name} is scored as {', '.join(self.variants)}",
+                f"{did_you_mean(variant, self.variants)}Leave it out for {self.default_variant}: {self.default_reason}",
+            )
+        return variant
 
 
-def load_benchmark(row: BenchmarkRow, *, snapshot: Snapshot, max_items: int | None = None) -> Benchmark:
-    """Read a benchmark's questions.
+class CheckedRow(Mapping[str, Any]):
+    """A row that says which column is missing or of the wrong type, when it is asked for.
 
     Args:
-        row: The benchmark.
-        snapshot: Has the data set.
-        max_items: First so many questions only; ``None`` for all.
+        values: The row.
+        columns: The benchmark's columns.
+        where: Names the row in an error, for instance ``vqav2 references, line 3``.
 
     Raises:
-        EvaluationError: The data set has no questions, or one of an answer type that the row does not name.
-        SnapshotError: The snapshot lacks the data set, or a shard is broken.
+        EvaluationError: (from ``row[column]`` and ``row.get``) No such column, or a wrong type.
     """
-    reader = RecordReader(snapshot.shards(row.dataset))
-    items: list[Item] = []
-    total = 0
-    for index in range(len(reader)):
-        record = reader.read(index)
-        asked = row.ask(record)
-        total += len(asked)
-        sha256s = tuple(image.sha256 for image in record.images)
-        for number, question in enumerate(asked):
-            if question.answer_type not in row.chance:
-                raise EvaluationError(
-                    f'"{record.id}" has an answer of type "{question.answer_type}" ("{question.reference}")',
-                    f"{row.name} knows {', '.join(row.answer_types)}",
-                    "Check that the snapshot has the data set that the benchmark was written for.",
-                )
-            if max_items is None or len(items) < max_items:
-                items.append(
-                    Item(
-                        id=f"{record.id}#{number}",
-                        record=index,
-                        image_sha256s=sha256s,
-                        question=question.question,
-                        prompt=row.prompt.format(question=question.question),
-                        reference=question.reference,
-                        answer_type=question.answer_type,
-                    )
-                )
-    if not items:
-        raise EvaluationError(
-            f'data set "{row.dataset}" has no questions', f"{row.name} needs at least one", "Build the snapshot again."
-        )
-    return Benchmark(row=row, items=tuple(items), n_total=total, reader=reader)
+
+    def __init__(self, values: Row, columns: Mapping[str, str], where: str) -> None:
+        self._given = values
+        self._columns = columns
+        self._where = where
+
+    def __getitem__(self, column: str) -> Any:
+        """The value of a column."""
+        if column not in self._given:
+            raise MissingColumnError(
+                f'{self._where} has no column "{column}" (it has {", ".join(self._given)})',
+                f'"{column}": {self._columns.get(column, "a column that the scoring reads")}',
+                f"{did_you_mean(column, self._given)}Give it as the hub has it.",
+            )
+        value = self._given[column]
+        kind = self._columns.get(column)
+        if kind is not None and not is_of_type(value, kind):
+            raise EvaluationError(
+                f'{self._where}: column "{column}" holds {type(value).__name__} {str(value)[:60]!r}',
+                f'"{column}": {kind}',
+                "Give it as the hub has it.",
+            )
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        """The columns that are there."""
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        """How many columns are there."""
+        return len(self._given)
+
+    def __contains__(self, column: object) -> bool:
+        """Whether the column is there."""
+        return column in self._given
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """The value of a column, or the default where it is missing."""
+        return self[column] if column in self._given else default
 
 
-def question_answer_pairs(record: Record) -> list[tuple[str, str]]:
-    """A record's questions without image placeholders, each with its answer."""
-    texts = [without_placeholders(turn.text).strip() for turn in record.turns]
-    return list(zip(texts[0::2], texts[1::2], strict=True))
+class MissingColumnError(EvaluationError):
+    """A row lacks a column that the benchmark has."""
+
+
+def is_of_type(value: object, kind: str) -> bool:
+    """Whether a value read from Parquet or JSON is of a column's type.
+
+    Args:
+        value: From the row.
+        kind: One of this module's types.
+    """
+    if kind.endswith(" or nothing") and value is None:
+        return True
+    match kind.removesuffix(" or nothing"):
+        case "text":
+            return isinstance(value, str)
+        case "whole number":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "text or whole number":
+            return isinstance(value, str | int) and not isinstance(value, bool)
+        case "number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case "true or false":
+            return isinstance(value, bool)
+        case "text or list of texts":
+            return is_of_type(value, TEXT) or is_of_type(value, TEXTS)
+        case "list of texts":
+            return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+        case "record":
+            return isinstance(value, Mapping)
+        case "list of records":
+            return isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value)
+        case "image":
+            # References may keep the name of an image that was left out.
+            return value is None or isinstance(value, bytes | Mapping | str)
+        case "list of images":
+            return value is None or isinstance(value, list | tuple)
+    raise ValueError(f"no such type of column: {kind}")

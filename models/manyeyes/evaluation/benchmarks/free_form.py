@@ -1,0 +1,168 @@
+"""Metrics of free-form answers: VQA accuracy with its normalisers, ANLS, relaxed accuracy.
+
+Each function says whose it is. Where published scripts differ, they differ on purpose here: scores are compared item by
+item. Oddities of those scripts are kept and named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+_CONTRACTED = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd
+there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've 'ow's'at she'd've shouldn't've
+somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll
+y'all'd've you'd've
+"""
+
+
+def _with_one_apostrophe_less(word: str) -> list[str]:
+    return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
+
+
+# "dont" becomes "don't"; of several apostrophes one may be missing. "somebody'd" is upstream's slip, kept. Upstream's
+# "Im", "Ive" and "Id've" are left out: text is lower case by then, so they never match.
+_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _with_one_apostrophe_less(word)} | {
+    "somebody'd": "somebodyd"
+}
+_NUMBERS = {"none": "0", "zero": "0", "ten": "10"} | {
+    word: str(number)
+    for number, word in enumerate("one two three four five six seven eight nine".split(), start=1)  # noqa: SIM905
+}
+_ARTICLES = ("a", "an", "the")
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# Upstream's pattern is (?!<=\d)(\.)(?!\d): the look-behind is mistyped and never refuses anything.
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIOD_OUTSIDE_NUMBERS = re.compile(r"(?<!\d)\.(?!\d)")
+# re.UNICODE (32) is passed where the count belongs, so only the first 32 full stops go.
+_MOST_PERIODS = 32
+# People's answers repeat each other: ten to a question, and the same words to the next.
+_MOST_REMEMBERED = 65_536
+_COMMA = re.compile(r"\d,\d")
+_COMMAS = re.compile(r"\d,+\d")
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def normalise_evalai(text: str) -> str:
+    """The normaliser of TextVQA and VizWiz in M4C, LLaVA, Cambrian-1 and lmms-eval.
+
+    Source:
+        ``EvalAIAnswerProcessor``; Pythia and MMF, arXiv:1904.08920.
+    """
+    words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _digits_and_articles(_punctuation(_one_line(words), _COMMAS, _PERIOD))
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def normalise_vqa(text: str) -> str:
+    """The normaliser of VQAv2's official script, which keeps "it's" whole.
+
+    Source:
+        ``vqaEval.py``; VQA, arXiv:1505.00468.
+    """
+    return _digits_and_articles(_punctuation(_one_line(text), _COMMA, _PERIOD))
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def normalise_vqa_lmms(text: str) -> str:
+    """The normaliser of VQAv2 in lmms-eval: the official one, but several commas between digits count as one."""
+    return _digits_and_articles(_punctuation(_one_line(text), _COMMAS, _PERIOD))
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def normalise_vlmevalkit(text: str) -> str:
+    """VLMEvalKit's normaliser: the official one, but a full stop after a digit stays ("3." is not "3")."""
+    return _digits_and_articles(_punctuation(_one_line(text), _COMMA, _PERIOD_OUTSIDE_NUMBERS))
+
+
+def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
+    """Mean over the annotators of min(1, others who agree / 3), on text that is normalised already.
+
+    Args:
+        answer: The model's.
+        golds: The annotators', ten as a rule; 0 where there are none.
+    """
+    if not golds:
+        return 0.0
+    matches = sum(gold == answer for gold in golds)
+    agree = (matches - 1) if matches else 0
+    return (matches * min(1.0, agree / 3) + (len(golds) - matches) * min(1.0, matches / 3)) / len(golds)
+
+
+def anls(answer: str, golds: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one item; below 0.5 counts as 0, 0.5 itself is kept.
+
+    Distances are measured after case and repeated white space are gone, lengths before: stray spaces cost.
+
+    Args:
+        answer: The model's, as written.
+        golds: The best counts.
+
+    Source:
+        ST-VQA, arXiv:1905.13648; the script of the Robust Reading Competition.
+    """
+    distances = []
+    for gold in golds:
+        ours, theirs = (" ".join(text.strip().lower().split()) for text in (answer, gold))
+        # Upstream measures the length of the upper-cased text, where one letter may become two.
+        longest = max(len(gold.upper()), len(answer.upper()))
+        distances.append(levenshtein(ours, theirs) / longest if longest else 0.0)
+    similarity = 1 - min(distances, default=1.0)
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def levenshtein(first: str, second: str) -> int:
+    """Least insertions, deletions and substitutions of letters that make one text the other."""
+    if len(first) > len(second):
+        first, second = second, first
+    row = list(range(len(first) + 1))
+    for number, letter in enumerate(second, start=1):
+        above = row
+        row = [number]
+        for place, other in enumerate(first):
+            row.append(above[place] if letter == other else 1 + min(above[place], above[place + 1], row[-1]))
+    return row[-1]
+
+
+def relaxed_match(answer: str, gold: str) -> bool:
+    """Within 5% where both are numbers ("10%" is 0.1) and the reference is not 0, else equal but for case.
+
+    Source:
+        ChartQA, arXiv:2203.10244, section 5.1; the function of Pix2Struct, Qwen-VL, lmms-eval and VLMEvalKit.
+    """
+    found, target = _as_number(answer), _as_number(gold)
+    if found is not None and target:
+        return abs(found - target) / abs(target) <= 0.05
+    return answer.lower() == gold.lower()
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _punctuation(text: str, comma: re.Pattern[str], period: re.Pattern[str]) -> str:
+    """Drop a mark that stands beside a space anywhere in the text, else put a space in its place."""
+    numbers = comma.search(text) is not None
+    out = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_space or numbers else " ")
+    return period.sub("", out, count=_MOST_PERIODS)
+
+
+def _digits_and_articles(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

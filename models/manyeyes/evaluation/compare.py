@@ -1,0 +1,268 @@
+"""Two models on the same questions: which is better, how sure that is, and on which items they part.
+
+Every figure is the second model minus the first, paired by item and clustered by image or document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
+from manyeyes.evaluation.output import write_file
+from manyeyes.evaluation.scorecard import BenchmarkScore, Interval, Scorecard, read_scorecard
+from manyeyes.evaluation.significance import POWER, PairedTest, average_difference, compare_scores, holm
+
+LEVEL = 0.05
+COMPARE_FILE = "compare.json"
+
+Verdict = Literal["better", "worse", "not shown"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComparedModel(_Strict):
+    """One side of a comparison."""
+
+    name: str = Field(description="As given: a folder, or a registered model.")
+    digest: str = Field(description="Of the checkpoint or the bundle.")
+    kind: str = Field(description="torch or bundle.")
+    recipe: str = Field(description="Name of the recipe.")
+
+
+class ComparedBenchmark(_Strict):
+    """One benchmark, the second model against the first."""
+
+    title: str = Field(description="For people.")
+    variant: str = Field(description="Whose scoring.")
+    unit: Unit = Field(description="Of the scores, the difference and what is detectable.")
+    n: int = Field(gt=0, description="Items that both answered.")
+    clusters: int = Field(gt=0, description="Images or documents.")
+    first: float = Field(description="The first model's score.")
+    first_ci95: Interval = Field(description="Its 95% interval.")
+    second: float = Field(description="The second model's score.")
+    second_ci95: Interval = Field(description="Its 95% interval.")
+    difference: float = Field(description="Second minus first.")
+    ci95: Interval = Field(description="95% interval of difference, paired and clustered; not widened for several.")
+    p: float = Field(ge=0, le=1, description="Probability of such a difference between equals; two-sided.")
+    p_holm: float = Field(ge=0, le=1, description="The same, corrected for the number of benchmarks (Holm).")
+    verdict: Verdict = Field(description="Of the second model, at p_holm below 0.05.")
+    detectable: float | None = Field(
+        description=f"Difference that this benchmark shows {POWER:.0%} of the time at the 5% level, uncorrected; null "
+        "where the two never differ."
+    )
+    only_first: int = Field(ge=0, description="Items on which the first scores higher.")
+    only_second: int = Field(ge=0, description="Items on which the second scores higher.")
+    both: int = Field(ge=0, description="Items on which they score the same, above 0.")
+    neither: int = Field(ge=0, description="Items on which both score 0.")
+
+
+class AverageDifference(_Strict):
+    """The mean over the compared benchmarks, each as percent of its maximum."""
+
+    difference: float = Field(description="Second minus first; points.")
+    ci95: Interval = Field(description="Its 95% interval; benchmarks taken for independent.")
+    p: float = Field(ge=0, le=1, description="Probability of such a difference between equals; two-sided.")
+    detectable: float | None = Field(description="As for a benchmark; points.")
+
+
+class ModelComparison(_Strict):
+    """``compare.json``: two models on the same questions."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    first: ComparedModel = Field(description="What the second is compared with.")
+    second: ComparedModel = Field(description="The second model.")
+    data_md5: str = Field(description="md5 of the first one's snapshot.")
+    average: AverageDifference = Field(description="Over all benchmarks below.")
+    benchmarks: dict[str, ComparedBenchmark] = Field(min_length=1, description="By benchmark.")
+    not_compared: dict[str, str] = Field(description="Benchmarks that were left out, and why.")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What ``manyeyes evaluate`` wrote of one model.
+
+    Attributes:
+        name: As the user named it.
+        scorecard: The figures.
+        items: Every item's answer.
+    """
+
+    name: str
+    scorecard: Scorecard
+    items: OutcomeFile
+
+
+def read_results(path: Path, *, name: str = "", scorecard: str = "scorecard.json") -> Results:
+    """Read a model's results.
+
+    Args:
+        path: A folder with a scorecard and ``items.parquet`` in it or in its folder ``scorecard``, or the scorecard.
+        name: For reports; the path when empty.
+        scorecard: File name of the scorecard in a folder.
+
+    Raises:
+        EvaluationError: A file is missing, or the two do not belong together.
+    """
+    file = path
+    if path.is_dir():
+        file = path / scorecard
+        if not file.is_file() and (path / "scorecard" / scorecard).is_file():
+            file = path / "scorecard" / scorecard
+    card = read_scorecard(file)
+    items = read_outcomes(file.parent / "items.parquet")
+    digests = {benchmark: score.benchmark_digest for benchmark, score in card.benchmarks.items()}
+    if items.model_digest != card.model.digest or dict(items.benchmark_digests) != digests:
+        raise EvaluationError(
+            f"{file.parent / 'items.parquet'} is of another evaluation than {file.name}",
+            "the two files of one evaluation",
+            "Evaluate the model again.",
+        )
+    return Results(name or str(path), card, items)
+
+
+def compare_results(first: Results, second: Results) -> ModelComparison:
+    """Compare two models on every benchmark that asked both the same.
+
+    Args:
+        first: What the second is compared with.
+        second: The other model.
+
+    Raises:
+        EvaluationError: No benchmark asked both the same.
+    """
+    names, not_compared = _common(first.scorecard, second.scorecard)
+    if not names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in not_compared.items())
+        raise EvaluationError(
+            f"{first.name} and {second.name} have no benchmark to compare ({reasons})",
+            "one benchmark that asked both the same questions",
+            "Evaluate both on the same snapshot with the same evaluation settings.",
+        )
+    pairs = {name: paired_outcomes(first.items, second.items, name) for name in names}
+    tests: dict[str, PairedTest] = {}
+    for name, outcomes in pairs.items():
+        ours, theirs = ([outcome.graded for outcome in side] for side in zip(*outcomes, strict=True))
+        tests[name] = compare_scores(BENCHMARKS[name], ours, theirs, first.scorecard.benchmarks[name].variant)
+    corrected = dict(zip(names, holm([tests[name].p for name in names]), strict=True))
+    average = average_difference([(BENCHMARKS[name], tests[name]) for name in names])
+    return ModelComparison(
+        first=_model(first),
+        second=_model(second),
+        data_md5=first.scorecard.data_md5,
+        average=AverageDifference(
+            difference=_rounded(average.difference),
+            ci95=(_rounded(average.low), _rounded(average.high)),
+            p=average.p,
+            detectable=None if average.detectable is None else _rounded(average.detectable),
+        ),
+        benchmarks={
+            name: _compared(
+                name,
+                first.scorecard.benchmarks[name],
+                second.scorecard.benchmarks[name],
+                tests[name],
+                corrected[name],
+                pairs[name],
+            )
+            for name in names
+        },
+        not_compared=not_compared,
+    )
+
+
+def paired_outcomes(first: OutcomeFile, second: OutcomeFile, benchmark: str) -> list[tuple[Outcome, Outcome]]:
+    """Both models' outcomes of each item of a benchmark, in the first one's order.
+
+    Raises:
+        EvaluationError: They have not the same items.
+    """
+    theirs = {outcome.id: outcome for outcome in second.of(benchmark)}
+    ours = first.of(benchmark)
+    if {outcome.id for outcome in ours} != set(theirs):
+        raise EvaluationError(
+            f"{benchmark} has {len(ours)} items against {len(theirs)}, not the same ones",
+            "the same items in both",
+            "Evaluate both models again.",
+        )
+    return [(outcome, theirs[outcome.id]) for outcome in ours]
+
+
+def write_comparison(comparison: ModelComparison, path: Path) -> None:
+    """Write ``compare.json``; whole or not at all.
+
+    Raises:
+        StorageError: No space, or no permission.
+    """
+    write_file(path, comparison.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _common(first: Scorecard, second: Scorecard) -> tuple[list[str], dict[str, str]]:
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    for name, score in first.benchmarks.items():
+        other = second.benchmarks.get(name)
+        if other is None:
+            left_out[name] = "only the first was asked"
+        elif name not in BENCHMARKS:
+            left_out[name] = "no such benchmark in this version"
+        elif score.variant != other.variant:
+            left_out[name] = f"scored as {score.variant} and as {other.variant}"
+        elif score.benchmark_digest != other.benchmark_digest:
+            left_out[name] = f"other questions ({score.n:,} of {score.n_total:,}; {other.n:,} of {other.n_total:,})"
+        else:
+            names.append(name)
+    left_out |= {name: "only the second was asked" for name in second.benchmarks if name not in first.benchmarks}
+    return names, left_out
+
+
+def _compared(
+    name: str,
+    first: BenchmarkScore,
+    second: BenchmarkScore,
+    test: PairedTest,
+    p_holm: float,
+    outcomes: Sequence[tuple[Outcome, Outcome]],
+) -> ComparedBenchmark:
+    row = BENCHMARKS[name]
+    gains = [theirs.correct - ours.correct for ours, theirs in outcomes]
+    verdict: Verdict = "not shown" if p_holm >= LEVEL else "better" if test.difference > 0 else "worse"
+    return ComparedBenchmark(
+        title=row.title,
+        variant=first.variant,
+        unit=row.unit,
+        n=len(outcomes),
+        clusters=test.clusters,
+        first=first.score,
+        first_ci95=first.ci95,
+        second=second.score,
+        second_ci95=second.ci95,
+        difference=_rounded(test.difference),
+        ci95=(_rounded(test.low), _rounded(test.high)),
+        p=test.p,
+        p_holm=p_holm,
+        verdict=verdict,
+        detectable=None if test.detectable is None else _rounded(test.detectable),
+        only_first=sum(gain < 0 for gain in gains),
+        only_second=sum(gain > 0 for gain in gains),
+        both=sum(ours.correct == theirs.correct > 0 for ours, theirs in outcomes),
+        neither=sum(ours.correct == theirs.correct == 0 for ours, theirs in outcomes),
+    )
+
+
+def _model(results: Results) -> ComparedModel:
+    card = results.scorecard
+    return ComparedModel(name=results.name, digest=card.model.digest, kind=card.model.kind, recipe=card.recipe)
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4)

@@ -1,0 +1,301 @@
+"""Scores anyone's answers: references and predictions in, one report and one line an item out. No model, no images."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark
+from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
+from manyeyes.evaluation.interval import score_interval
+from manyeyes.evaluation.output import write_file
+
+LISTED_IDS = 20
+_REFERENCES = 'one object a line: {"id": ..., the benchmark\'s columns}'
+_PREDICTIONS = 'one object a line: {"id": ..., "prediction": "..."}'
+
+
+class ScoreReport(BaseModel):
+    """What ``manyeyes score --json`` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    benchmark: str = Field(description="Row of BENCHMARKS.")
+    variant: str = Field(description="Whose scoring: official, lmms, vlmevalkit or cambrian.")
+    score: float = Field(description="Percent; MME and OCRBench in points.")
+    unit: Unit = Field(description="Of score and ci95; relative: percent of what the reference answers get.")
+    scores: dict[str, float] = Field(description="Sub-scores by name, each in its own unit: percent or points.")
+    n: int = Field(ge=0, description="Items of the references; a missing prediction is one of them, and wrong.")
+    parse_failures: int = Field(ge=0, description="Predictions that no answer could be read from.")
+    missing: int = Field(ge=0, description="Items without a prediction.")
+    unexpected: int = Field(ge=0, description="Predictions for items that the references lack; not scored.")
+    duplicates: int = Field(ge=0, description="Further predictions or references of an id; the first counts.")
+    empty: int = Field(ge=0, description="Predictions of nothing but white space; scored as any other text.")
+    ci95: tuple[float, float] = Field(description="95% interval of score, clustered; in the unit of score.")
+    clusters: int = Field(ge=0, description="Images or documents behind the interval.")
+    missing_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    unexpected_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    duplicate_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    empty_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    parse_failure_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    per_item: str = Field(description="Path of the JSON Lines with each item's outcome; empty when not written.")
+
+
+@dataclass(frozen=True)
+class ScoredItem:
+    """One line of the per-item file.
+
+    Attributes:
+        graded: Its score.
+        prediction: As written; ``None`` where it is missing.
+    """
+
+    graded: Graded
+    prediction: str | None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """References and predictions, brought together by id.
+
+    Attributes:
+        known: Reference by id, in their order.
+        answers: Prediction by id; an item without one is missing.
+        unexpected: Ids of predictions that the references lack.
+        repeated: Ids of further predictions or references.
+    """
+
+    known: Mapping[str, Row]
+    answers: Mapping[str, str]
+    unexpected: tuple[str, ...]
+    repeated: tuple[str, ...]
+
+
+def score_predictions(
+    name: str,
+    references: Sequence[Row],
+    predictions: Sequence[Mapping[str, Any]],
+    *,
+    variant: str | None = None,
+    seed: int | None = None,
+    out: Path | None = None,
+) -> ScoreReport:
+    """Score predictions against references.
+
+    Args:
+        name: Row of ``BENCHMARKS``.
+        references: ``id`` and the benchmark's columns; images may be left out.
+        predictions: ``id`` and ``prediction``, in any order.
+        variant: Whose scoring; the row's default for ``None``.
+        seed: Turns on the random answer of parsers that fall back on one (MMMU), drawn in the references' order.
+        out: Folder for ``items.jsonl``; nothing is written for ``None``.
+
+    Raises:
+        EvaluationError: Unknown benchmark or variant, one that a language model judges, no references, a missing or
+            wrong column, or two references of one id that differ.
+        StorageError: No space, or no permission.
+    """
+    row = find_benchmark(name)
+    if row.judged:
+        raise EvaluationError(
+            f"{name} is judged by a language model", "a judge", "Score it with: manyeyes judge, or manyeyes evaluate."
+        )
+    variant = row.check_variant(variant)
+    matched = match_predictions(row, references, predictions)
+    return summarise(row, variant, matched, _grade(row, matched.known, matched.answers, variant, seed), out=out)
+
+
+def match_predictions(
+    row: BenchmarkRow, references: Sequence[Row], predictions: Sequence[Mapping[str, Any]]
+) -> Matched:
+    """Find each item's answer.
+
+    Args:
+        row: The benchmark.
+        references: ``id`` and the benchmark's columns; images may be left out.
+        predictions: ``id`` and ``prediction``, in any order.
+
+    Raises:
+        EvaluationError: No references, two of one id that differ, or a prediction without its columns.
+    """
+    known, repeated = _by_id(row, references)
+    answers: dict[str, str] = {}
+    unexpected: list[str] = []
+    for number, prediction in enumerate(predictions, start=1):
+        item_id, text = _read_prediction(prediction, number)
+        if item_id not in known:
+            unexpected.append(item_id)
+        elif item_id in answers:
+            repeated.append(item_id)
+        else:
+            answers[item_id] = text
+    return Matched(known=known, answers=answers, unexpected=tuple(unexpected), repeated=tuple(repeated))
+
+
+def summarise(
+    row: BenchmarkRow, variant: str, matched: Matched, items: Sequence[ScoredItem], *, out: Path | None
+) -> ScoreReport:
+    """The report on graded items.
+
+    Args:
+        row: The benchmark.
+        variant: Whose scoring.
+        matched: What was found in the two files.
+        items: Graded, in the references' order.
+        out: Folder for ``items.jsonl``; nothing is written for ``None``.
+
+    Raises:
+        StorageError: No space, or no permission.
+    """
+    graded = [item.graded for item in items]
+    scores = row.aggregate(graded, variant)
+    low, high = score_interval(row, graded, variant)
+    missing = [item.graded.id for item in items if item.prediction is None]
+    empty = [item.graded.id for item in items if item.prediction is not None and not item.prediction.strip()]
+    failures = [item.graded.id for item in items if item.prediction is not None and item.graded.parsed is None]
+    path = "" if out is None else str(_write_items(out / "items.jsonl", items))
+    return ScoreReport(
+        benchmark=row.name,
+        variant=variant,
+        score=scores["score"],
+        unit=row.unit,
+        scores={part: value for part, value in scores.items() if part != "score"},
+        n=len(items),
+        parse_failures=len(failures),
+        missing=len(missing),
+        unexpected=len(matched.unexpected),
+        duplicates=len(matched.repeated),
+        empty=len(empty),
+        ci95=(low, high),
+        clusters=len({item.cluster for item in graded}),
+        missing_ids=missing[:LISTED_IDS],
+        unexpected_ids=list(matched.unexpected[:LISTED_IDS]),
+        duplicate_ids=list(matched.repeated[:LISTED_IDS]),
+        empty_ids=empty[:LISTED_IDS],
+        parse_failure_ids=failures[:LISTED_IDS],
+        per_item=path,
+    )
+
+
+def as_missing(graded: Graded) -> Graded:
+    """What a grader says of an empty text, made wrong: nothing was answered."""
+    return replace(graded, parsed=None, score=0.0)
+
+
+def read_json_lines(path: Path, *, needed: str) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; blank lines are left out.
+
+    Args:
+        path: The file.
+        needed: What it should hold, for the error.
+
+    Raises:
+        EvaluationError: No such file, or a line that is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error})", needed, "Give a file of UTF-8 text.") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{path}, line {number} is not JSON ({error})", needed, "Mend the line.") from error
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}, line {number} is no object", needed, "Mend the line.")
+        rows.append(row)
+    return rows
+
+
+def read_references(path: Path) -> list[dict[str, Any]]:
+    """Read references; see ``read_json_lines``."""
+    return read_json_lines(path, needed=_REFERENCES)
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Read predictions; see ``read_json_lines``."""
+    return read_json_lines(path, needed=_PREDICTIONS)
+
+
+def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, CheckedRow], list[str]]:
+    known: dict[str, CheckedRow] = {}
+    repeated: list[str] = []
+    for number, reference in enumerate(references, start=1):
+        checked = CheckedRow(reference, row.columns, f"{row.name} references, row {number}")
+        item_id = str(reference["id"]) if "id" in reference else row.item_id(checked)
+        checked = CheckedRow({**reference, "id": item_id}, row.columns, f"{row.name} references, row {number}")
+        if item_id not in known:
+            known[item_id] = checked
+        elif dict(known[item_id]) == dict(checked):
+            repeated.append(item_id)
+        else:
+            raise EvaluationError(
+                f'{row.name} references, row {number}: a second "{item_id}", which differs from the first',
+                "one reference an id",
+                "Make the ids unique; the benchmark's own are described in docs/benchmarks.md.",
+            )
+    if not known:
+        raise EvaluationError("there are no references", _REFERENCES, "Check the file.")
+    return known, repeated
+
+
+def _read_prediction(prediction: Mapping[str, Any], number: int) -> tuple[str, str]:
+    where = f"predictions, row {number}"
+    for column in ("id", "prediction"):
+        if column not in prediction:
+            raise EvaluationError(
+                f'{where} has no "{column}" (it has {", ".join(prediction)})', _PREDICTIONS, "Mend the row."
+            )
+    text = prediction["prediction"]
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise EvaluationError(f'{where}: "prediction" is {type(text).__name__}', "text", "Write it as text.")
+    return str(prediction["id"]), text
+
+
+def _grade(
+    row: BenchmarkRow, known: Mapping[str, Row], answers: Mapping[str, str], variant: str, seed: int | None
+) -> list[ScoredItem]:
+    draw = random.Random(seed)
+    items = []
+    for item_id, reference in known.items():
+        prediction = answers.get(item_id)
+        graded = row.grade(reference, prediction or "", variant)
+        if prediction is None:
+            graded = as_missing(graded)
+        elif graded.parsed is None and seed is not None and row.guess is not None:
+            guessed = row.grade(reference, row.guess(reference, draw), variant)
+            graded = replace(guessed, parsed=None)
+        items.append(ScoredItem(graded, prediction))
+    return items
+
+
+def _write_items(path: Path, items: Sequence[ScoredItem]) -> Path:
+    lines = [
+        json.dumps(
+            {
+                "id": item.graded.id,
+                "score": item.graded.score,
+                "parsed": item.graded.parsed,
+                "prediction": item.prediction,
+                "missing": item.prediction is None,
+                "cluster": item.graded.cluster,
+                "facets": dict(item.graded.facets),
+            },
+            ensure_ascii=False,
+        )
+        for item in items
+    ]
+    write_file(path, ("\n".join(lines) + "\n").encode())
+    return path
