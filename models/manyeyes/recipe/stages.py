@@ -86,7 +86,7 @@ class StageSpec(Strict):
     )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
-        description="A conversation of more than model.language_model.max_length tokens stops the stage, or loses its end.",
+        description="A conversation of more tokens than model.language_model.max_length stops the stage, or is cut.",
     )
     template: str | None = Field(
         default=None, description="A row of CHAT_TEMPLATES for this stage alone; model.chat's when left out."
