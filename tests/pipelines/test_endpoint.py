@@ -505,6 +505,8 @@ def test_terminated_run_exits_1(manyeyes: Callable[..., Answer], endpoint: Endpo
 def test_ctrl_c_leaves_the_run_going_and_says_how_to_follow_again(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("RUNNING", task("sft", "RUNNING"))]
+    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "manyeyes.cli.main", "pipeline", "status", run.run_id, "--follow", "--poll", "0.05"],
         env={**os.environ, "KFP_ENDPOINT": kubeflow.url, "PYTHONPATH": str(ROOT / "models")},
@@ -512,6 +514,7 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_follow_again(endpoint: Endp
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
     while kubeflow.calls("GET", f"/runs/{run.run_id}") < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
