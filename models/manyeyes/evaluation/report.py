@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-
-from PIL import Image
 
 from manyeyes.evaluation.benchmarks import Benchmark
 from manyeyes.evaluation.looking import looking_html, looking_markdown
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.page import markdown_table, page, table
+from manyeyes.evaluation.picture import image_tag
 from manyeyes.evaluation.scorecard import BenchmarkScore, Interval, Scorecard
-from manyeyes.runtime.preprocess import decode_image
 
 _SAMPLES = 6
 _QUESTIONS_A_SAMPLE = 5
 _MISTAKES = 10
-_THUMBNAIL_PIXELS = 256
-_SMALL_PIXELS = 96
 _GROUP_COLUMNS = ["group", "average %", "95%", "benchmarks, % of the maximum", "missing"]
 _KIND = {"torch": "checkpoint in PyTorch", "bundle": "ONNX bundle"}
 
@@ -297,7 +291,7 @@ def _sample(image: str, outcomes: Sequence[Outcome], records: dict[str, int], be
     lines = "".join(_answer(outcome) for outcome in ordered[:_QUESTIONS_A_SAMPLE])
     left = len(ordered) - _QUESTIONS_A_SAMPLE
     more = f'<li class="quiet">and {left} more</li>' if left > 0 else ""
-    return f'<div class="sample">{_image(data, alt=outcomes[0].id.partition("#")[0])}<ul>{lines}{more}</ul></div>'
+    return f'<div class="sample">{image_tag(data, alt=outcomes[0].id.partition("#")[0])}<ul>{lines}{more}</ul></div>'
 
 
 def _answer(outcome: Outcome) -> str:
@@ -308,16 +302,6 @@ def _answer(outcome: Outcome) -> str:
     else:
         verdict = f'<span class="bad">{said} ✗</span> right: {escape(outcome.reference)}'
     return f'<li>{escape(outcome.question)}<br>{verdict} <span class="quiet">· without: {without}</span></li>'
-
-
-def _image(data: bytes, *, alt: str) -> str:
-    picture = Image.fromarray(decode_image(data))
-    small = max(picture.size) <= _SMALL_PIXELS
-    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="{"small" if small else "large"}" alt="{escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
 def _fine_print(scorecard: Scorecard) -> str:
