@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -121,17 +121,7 @@ def build_model(
             encoder = model.encoders[entry.name]
             assert isinstance(encoder, Encoder)
             load_encoder_weights(encoder, entry.encoder, weights)
-    processor = ManyEyesProcessor(
-        tokenizer,
-        transforms={name: transform.as_dict() for name, transform in _image_transforms(spec, chosen).items()},
-        template=spec.chat.template,
-        system=spec.chat.system,
-        num_image_tokens=model.num_image_tokens,
-        image_token_id=config.image_token_id,
-        max_length=spec.language_model.max_length,
-        layout=_processor_layout(config),
-        sends_image_sizes=model.fusion.uses_image_sizes,
-    )
+    processor = _make_processor(spec, chosen, model, tokenizer)
     generation = model.generation_config
     generation.eos_token_id = processor.stop_token_ids
     generation.pad_token_id = tokenizer.pad_token_id
@@ -207,22 +197,31 @@ def write_manifest(folder: Path) -> str:
     return manifest.digest
 
 
-def load_checkpoint(path: Path) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+def load_checkpoint(
+    path: Path, *, spec: ModelSpec | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
 
     Args:
         path: The folder.
+        spec: What the model is to be from here on, for instance at another resolution; as it was saved when left out.
 
     Returns:
         Model in evaluation mode, in the dtype it was saved in, and its processor.
 
     Raises:
-        CheckpointError: Missing, incomplete or changed.
+        CheckpointError: Missing, incomplete or changed, or ``spec`` has other tensors.
+        RecipeError: ``spec`` names something that there is not.
+        ShapeError: Parts of ``spec`` do not fit together.
     """
     checkpoint_digest(path)
+    config = None
+    if spec is not None:
+        saved = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        config = _configure(spec, spec.encoders, text_config=saved.text_config, image_token_id=saved.image_token_id)
     with _without_progress_bars():
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
-            path, local_files_only=True, dtype="auto", output_loading_info=True
+            path, config=config, local_files_only=True, dtype="auto", output_loading_info=True
         )
     problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
     if problems:
@@ -230,6 +229,8 @@ def load_checkpoint(path: Path) -> tuple[ManyEyesForConditionalGeneration, ManyE
             f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
         )
     processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    if spec is not None:
+        processor = _make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor
 
 
@@ -283,6 +284,25 @@ def _configure(
         layout=_layout_entry(spec, chosen),
         shared_pixels=_shared_entry(spec),
         image_token_id=image_token_id,
+    )
+
+
+def _make_processor(
+    spec: ModelSpec,
+    chosen: Sequence[EncoderSpec],
+    model: ManyEyesForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ManyEyesProcessor:
+    return ManyEyesProcessor(
+        tokenizer,
+        transforms={name: transform.as_dict() for name, transform in _image_transforms(spec, chosen).items()},
+        template=spec.chat.template,
+        system=spec.chat.system,
+        num_image_tokens=model.num_image_tokens,
+        image_token_id=model.config.image_token_id,
+        max_length=spec.language_model.max_length,
+        layout=_processor_layout(model.config),
+        sends_image_sizes=model.fusion.uses_image_sizes,
     )
 
 

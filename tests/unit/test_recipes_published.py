@@ -287,3 +287,15 @@ def test_twins_have_the_structure_of_their_originals() -> None:
         assert recipe(twin).prealigned_encoders() == recipe(original).prealigned_encoders()
         assert recipe(twin).stages.pretrain is not None
         assert recipe(twin).stages.sft is not None
+
+
+@pytest.mark.parametrize("name", ["mini-gemini-7b-hd", "mini-gemini-34b-hd", "tiny-mini-gemini-hd"])
+def test_high_resolution_is_for_sft_alone(name: str) -> None:
+    """Mini-Gemini-HD starts from the projector of the normal resolution's first stage."""
+    normal = recipe(name.removesuffix("-hd").replace("34b", "7b"))
+    hd = recipe(name)
+    first, last = hd.stage_model("pretrain"), hd.stage_model("sft")
+    other = {"language_model": last.language_model, "chat": last.chat}
+    assert first.model_copy(update=other) == normal.model.model_copy(update=other)
+    assert first.language_model.max_length == normal.model.language_model.max_length
+    assert last == hd.model

@@ -1,4 +1,4 @@
-"""What a stage may say beside rates and mixture: adapters, template, fit, a number of samples, AdamW's betas."""
+"""What a stage may say beside rates and mixture: adapters, template, fit, resolution, a number of samples, betas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import open_folder
-from manyeyes.errors import RecipeError
+from manyeyes.errors import CheckpointError, RecipeError
 from manyeyes.language_model import decoder_of
 from manyeyes.model import build_model, build_skeleton, load_checkpoint
 from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
@@ -169,3 +169,68 @@ def test_betas_reach_the_optimizer(pretrained: Path) -> None:
         spec = toy_recipe(betas=betas).stages.sft
         assert spec is not None
         assert build_optimizer(groups, {"projector": 1e-3}, spec).defaults["betas"] == betas
+
+
+def test_a_stage_may_train_the_model_at_another_resolution(pretrained: Path, tmp_path: Path) -> None:
+    model = {
+        "preprocess": "shared",
+        "encoders": [
+            {"name": "coarse", "encoder": "vit-tiny-p16-64", "image_size": 32},
+            {"name": "fine", "encoder": "efficientnet-lite0", "image_size": 64},
+        ],
+        "fusion": {"strategy": "patch-info-mining", "grid": 2, "options": {"image_grid": 2}},
+        "layout": {"tiling": "grid", "whole": ["fine"]},
+    }
+    changes = {f"model.{field}": value for field, value in model.items()}
+    normal = {"fusion.options": {}, "layout": None, "shared": {"image_size": 48}}
+    rates = {"projector": 1e-3}
+    recipe = change_recipe(
+        toy_recipe(max_steps=1, train=rates), {**changes, "stages.prealign": None, "stages.pretrain.model": normal}
+    )
+    for stage in ("pretrain", "sft"):
+        run_toy_stage(
+            stage,
+            recipe=recipe,
+            snapshot=pretrained / "data",
+            inputs=tmp_path,
+            out=tmp_path / stage,
+            work_dir=tmp_path / "work",
+            **({"encoder_checkpoints": {}} if stage == "pretrain" else {}),
+        )
+    (first, low), (second, high) = (load_checkpoint(tmp_path / stage) for stage in ("pretrain", "sft"))
+    assert (first.config.layout, second.config.layout["tiling"]) == (None, "grid")
+    assert (low.image_transforms["shared"].size, high.image_transforms["shared"].size) == (48, 64)
+    before, after = first.state_dict(), second.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("projector.") for name in changed)
+
+
+def test_what_a_stage_changes_in_the_model_must_be_there(pretrained: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages.sft.model changes model.fusion.gird"):
+        change_recipe(toy_recipe(), {"stages.sft.model": {"fusion.gird": 3}})
+    with pytest.raises(CheckpointError, match=r"every tensor of the model and no other"):
+        sft(pretrained, "deeper", model={"projector.depth": 3})
+
+
+def test_prealign_of_an_encoder_does_not_depend_on_its_company(pretrained: Path) -> None:
+    def digest(**changes: object) -> str:
+        report = run_toy_stage(
+            "prealign",
+            recipe=change_recipe(
+                toy_recipe(max_steps=1), {f"model.{field}": value for field, value in changes.items()}
+            ),
+            snapshot=pretrained / "data",
+            inputs=pretrained,
+            out=pretrained / "alone",
+            work_dir=pretrained / "work-alone",
+        )
+        return report.stage_digest
+
+    left = {"name": "left", "encoder": "vit-tiny-p16-64", "image_size": 32}
+    right = {"name": "right", "encoder": "vit-tiny-p16-64", "image_size": 48}
+    alone = digest()
+    assert digest(encoders=[left, right], fusion={"strategy": "sequence-append", "grid": 2}) == alone
+    assert digest(fusion={"grid": 1}) != alone
+    assert digest(encoders=[{**left, "image_size": 48}, right]) != alone

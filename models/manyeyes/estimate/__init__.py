@@ -32,7 +32,7 @@ from manyeyes.errors import SourceError
 from manyeyes.estimate.dry_run import ImageShape, count_sample, image_shape
 from manyeyes.language_model import load_language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
-from manyeyes.recipe import Recipe, StageSpec
+from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.sources import committed_config, resolve_source
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
@@ -110,7 +110,10 @@ def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEsti
     text_config = language_model_config(recipe.model.language_model.source, snapshot_path=snapshot_path)
     model = build_skeleton(recipe.model, text_config=text_config)
     shape = image_shape(model)
-    stages = {name: _stage(recipe, name, spec, model, shape, text_config) for name, spec in recipe.present_stages()}
+    stages = {}
+    for name, spec in recipe.present_stages():
+        own = model if not spec.model else build_skeleton(recipe.stage_model(name), text_config=text_config)
+        stages[name] = _stage(recipe, name, spec, own, shape if own is model else image_shape(own), text_config)
     parameters = count_parameters(model)
     disk = _disk(recipe, parameters.total, {name: stage.trained for name, stage in stages.items()})
     return RecipeEstimate(
@@ -121,7 +124,7 @@ def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEsti
         memory_parts_gb={name: stage.memory for name, stage in stages.items()},
         disk_gb=disk,
         flops_per_sample={name: float(stage.flops) for name, stage in stages.items()},
-        text_tokens=_text_tokens(recipe, shape.tokens),
+        text_tokens=_text_tokens(recipe.model.language_model.max_length, shape.tokens),
     )
 
 
@@ -162,23 +165,26 @@ class _Stage(BaseModel):
 
 def _stage(
     recipe: Recipe,
-    name: str,
+    name: StageName,
     spec: StageSpec,
     model: ManyEyesForConditionalGeneration,
     shape: ImageShape,
     text_config: PreTrainedConfig,
 ) -> _Stage:
+    max_length = recipe.stage_model(name).language_model.max_length
     if name != "prealign":
-        return _count_stage(recipe, spec, model, shape)
+        return _count_stage(spec, model, shape, max_length)
     branches = []
     for encoder in recipe.prealigned_encoders():
-        alone = build_skeleton(recipe.model, text_config=text_config, encoders=[encoder])
-        branches.append(_count_stage(recipe, spec, alone, image_shape(alone)))
+        alone = build_skeleton(recipe.stage_model(name), text_config=text_config, encoders=[encoder])
+        branches.append(_count_stage(spec, alone, image_shape(alone), max_length))
     largest = max(branches, key=lambda branch: branch.total_gb)
     return largest.model_copy(update={"flops": sum(branch.flops for branch in branches)})
 
 
-def _count_stage(recipe: Recipe, spec: StageSpec, model: ManyEyesForConditionalGeneration, shape: ImageShape) -> _Stage:
+def _count_stage(
+    spec: StageSpec, model: ManyEyesForConditionalGeneration, shape: ImageShape, max_length: int
+) -> _Stage:
     groups: ParameterGroups = model.parameter_groups()
     if spec.lora is not None:
         add_adapters(model.requires_grad_(False), spec.lora, seed=0)
@@ -190,8 +196,8 @@ def _count_stage(recipe: Recipe, spec: StageSpec, model: ManyEyesForConditionalG
     for group in groups:
         if group not in rates:
             model.get_submodule(group).eval()
-    longest = max(recipe.model.language_model.max_length - shape.tokens, 1)
-    text = _text_tokens(recipe, shape.tokens)
+    longest = max(max_length - shape.tokens, 1)
+    text = _text_tokens(max_length, shape.tokens)
     counts = count_sample(model, shape, text_tokens=text, longest_text=longest, supervised=SUPERVISED_TOKENS)
     micro_batch = spec.micro_batch_size or spec.batch_size
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -230,8 +236,8 @@ def stage_memory(
     )
 
 
-def _text_tokens(recipe: Recipe, visual_tokens: int) -> int:
-    return max(1, min(TEXT_TOKENS, recipe.model.language_model.max_length - visual_tokens))
+def _text_tokens(max_length: int, visual_tokens: int) -> int:
+    return max(1, min(TEXT_TOKENS, max_length - visual_tokens))
 
 
 def count_parameters(model: ManyEyesForConditionalGeneration) -> ParameterCounts:

@@ -20,6 +20,7 @@ from manyeyes.recipe.gate import (
     ParityRule,
     ValidationRule,
 )
+from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.recipe import Recipe
 
 
@@ -41,7 +42,7 @@ def load_recipe(name_or_path: str, *, overrides: dict[str, Any] | None = None) -
     """
     tree = _read_tree(name_or_path, seen=())
     for path, value in (overrides or {}).items():
-        _apply_override(tree, path, value)
+        apply_override(tree, path, value)
     return _check(tree, where=name_or_path)
 
 
@@ -72,7 +73,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """
     tree = recipe.model_dump(mode="json")
     for path, value in changes.items():
-        _apply_override(tree, path, value)
+        apply_override(tree, path, value)
     return _check(tree, where=recipe.name)
 
 
@@ -143,36 +144,6 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         # A stage's learning rates are one decision: naming them again replaces all of them.
         merged[key] = _merge(merged[key], value) if both and key != "train" else value
     return merged
-
-
-def _apply_override(tree: dict[str, Any], path: str, value: Any) -> None:
-    node: Any = tree
-    keys = path.split(".")
-    # Group names such as encoders.vit hold a dot: everything after "train" is one key.
-    if "train" in keys[:-1]:
-        at = keys.index("train")
-        keys = [*keys[: at + 1], ".".join(keys[at + 1 :])]
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise RecipeError(
-                    f'override "{path}" has "{key}" at a list of {len(node)}', f"an index from 0 to {len(node) - 1}", ""
-                )
-            if last:
-                node[int(key)] = value
-            else:
-                node = node[int(key)]
-            continue
-        if last:
-            node[key] = value
-            return
-        child = node.get(key)
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict | list):
-            raise RecipeError(f'override "{path}" goes below "{key}", which is {child!r}', "a field with fields", "")
-        node = child
 
 
 def _check(tree: dict[str, Any], *, where: str) -> Recipe:

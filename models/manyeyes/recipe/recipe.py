@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from manyeyes.errors import did_you_mean
 from manyeyes.recipe.gate import GateRule
 from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.recipe.model import ModelSpec
+from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
 from manyeyes.recipe.strict import Strict
 
@@ -101,6 +102,12 @@ class Recipe(Strict):
             for name in stage.encoders or ():
                 if name not in names:
                     raise ValueError(f'stages.{stage_name}.encoders names "{name}"; the encoders are {names}')
+            try:
+                self.stage_model(stage_name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"stages.{stage_name}.model changes model.{place}: {first['msg']}") from error
         for rule in self.gate:
             benchmark = getattr(rule, "benchmark", None)
             if benchmark is not None and benchmark not in self.evaluation.benchmarks:
@@ -113,6 +120,16 @@ class Recipe(Strict):
         """The stages that this recipe has, in order."""
         stages = ((name, getattr(self.stages, name)) for name in STAGE_NAMES)
         return [(name, stage) for name, stage in stages if stage is not None]
+
+    def stage_model(self, stage: StageName) -> ModelSpec:
+        """The model as a stage trains it: ``model`` with the stage's own changes."""
+        spec = dict(self.present_stages())[stage]
+        if not spec.model:
+            return self.model
+        tree = self.model.model_dump(mode="json")
+        for path, value in spec.model.items():
+            apply_override(tree, path, value)
+        return ModelSpec.model_validate(tree)
 
     def prealigned_encoders(self) -> list[str]:
         """Names of the encoders that the prealign stage trains; empty without that stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -94,6 +94,11 @@ class StageSpec(Strict):
     fit: Literal["stretch", "crop", "pad"] | None = Field(
         default=None,
         description="What happens to images that are not square in this stage alone; the encoders' own when left out.",
+    )
+    model: dict[str, Any] | None = Field(
+        default=None,
+        description="What of model is otherwise in this stage alone, by dotted path, for instance "
+        "{shared.image_size: 768, layout: null}; the parameters must keep their shapes.",
     )
     lora: LoraSpec | None = Field(
         default=None, description="Train adapters of the language model in place of the language model."

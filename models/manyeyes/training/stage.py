@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -180,10 +181,20 @@ class _Job:
         text = f"{self.recipe.seed}/{self.stage}/{self.encoder or ''}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
+    def model_facts(self) -> dict[str, Any]:
+        """What of the model determines the result; an encoder that is prealigned alone knows nothing of its company."""
+        model = self.recipe.stage_model(self.stage).model_dump(mode="json")
+        # Shared pixels are as large as the encoder that needs most.
+        if self.encoder is not None and len(model["encoders"]) > 1 and model["preprocess"] == "independent":
+            model["encoders"] = [entry for entry in model["encoders"] if entry["name"] == self.encoder]
+            model["fusion"] = model["fusion"]["grid"]
+            model["layout"] = model["reinjection"] = None
+        return model
+
     def digest(self) -> str:
         inputs = {name: encoder_digest(path) for name, path in sorted(self.encoder_checkpoints.items())}
         facts = {
-            "model": self.recipe.model.model_dump(mode="json"),
+            "model": self.model_facts(),
             "stage": self.stage,
             # How often it saves, and what it keeps in memory, do not change what it learns.
             "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s", "checkpoint_encoders"}),
@@ -314,10 +325,13 @@ def _train_and_save(
 
 
 def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    spec = job.recipe.stage_model(job.stage)
     if job.checkpoint is not None:
-        return load_checkpoint(job.checkpoint)
+        # As it was saved, unless the stages differ in what the model is.
+        changes = any(stage.model for _, stage in job.recipe.present_stages())
+        return load_checkpoint(job.checkpoint, spec=spec if changes else None)
     model, processor = build_model(
-        job.recipe.model,
+        spec,
         snapshot_path=job.snapshot.path,
         seed=job.seed,
         encoders=None if job.encoder is None else [job.encoder],
