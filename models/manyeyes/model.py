@@ -6,19 +6,17 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from manyeyes.encoders import Encoder, encoder_row, encoder_transform, load_encoder_weights
-from manyeyes.errors import CheckpointError, RecipeError, StorageError, did_you_mean
+from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
+from manyeyes.errors import CheckpointError, StorageError
 from manyeyes.language_model import (
     check_vocabulary,
     find_image_token_id,
@@ -35,10 +33,9 @@ from manyeyes.modeling import (
     ManyEyesOutput,
     build_encoders,
 )
-from manyeyes.processor import SHARED, ManyEyesProcessor
-from manyeyes.recipe import EncoderSpec, FusionSpec, LayoutSpec, ModelSpec, SharedSpec
-from manyeyes.runtime.preprocess import ImageTransform
-from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.modeling.from_recipe import choose_encoders, configure, make_processor
+from manyeyes.processor import ManyEyesProcessor
+from manyeyes.recipe import ModelSpec
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
 
@@ -93,7 +90,7 @@ def build_model(
         SourceError: A pretrained part cannot be had or does not fit.
         ShapeError: Parts do not fit together.
     """
-    chosen = _choose_encoders(spec, encoders)
+    chosen = choose_encoders(spec, encoders)
     path, pretrained = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, load_language_model_config(path))
@@ -102,7 +99,7 @@ def build_model(
         with _without_progress_bars():
             language_model = load_language_model(path, pretrained=pretrained)
         text_config = language_model.config
-        config = _configure(
+        config = configure(
             spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
         )
         # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
@@ -121,7 +118,7 @@ def build_model(
             encoder = model.encoders[entry.name]
             assert isinstance(encoder, Encoder)
             load_encoder_weights(encoder, entry.encoder, weights)
-    processor = _make_processor(spec, chosen, model, tokenizer)
+    processor = make_processor(spec, chosen, model, tokenizer)
     generation = model.generation_config
     generation.eos_token_id = processor.stop_token_ids
     generation.pad_token_id = tokenizer.pad_token_id
@@ -143,7 +140,7 @@ def build_skeleton(
         RecipeError: An unknown encoder, fusion, option or name in ``encoders``.
         ShapeError: Parts do not fit together.
     """
-    config = _configure(spec, _choose_encoders(spec, encoders), text_config=text_config, image_token_id=0)
+    config = configure(spec, choose_encoders(spec, encoders), text_config=text_config, image_token_id=0)
     with torch.device("meta"):
         return ManyEyesForConditionalGeneration(config)
 
@@ -198,16 +195,17 @@ def write_manifest(folder: Path) -> str:
 
 
 def load_checkpoint(
-    path: Path, *, spec: ModelSpec | None = None
+    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
 
     Args:
         path: The folder.
         spec: What the model is to be from here on, for instance at another resolution; as it was saved when left out.
+        dtype: Of every tensor in memory; the one that ``config.json`` names when left out.
 
     Returns:
-        Model in evaluation mode, in the dtype it was saved in, and its processor.
+        Model in evaluation mode, and its processor.
 
     Raises:
         CheckpointError: Missing, incomplete or changed, or ``spec`` has other tensors.
@@ -218,10 +216,10 @@ def load_checkpoint(
     config = None
     if spec is not None:
         saved = ManyEyesConfig.from_pretrained(path, local_files_only=True)
-        config = _configure(spec, spec.encoders, text_config=saved.text_config, image_token_id=saved.image_token_id)
+        config = configure(spec, spec.encoders, text_config=saved.text_config, image_token_id=saved.image_token_id)
     with _without_progress_bars():
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
-            path, config=config, local_files_only=True, dtype="auto", output_loading_info=True
+            path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
         )
     problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
     if problems:
@@ -230,7 +228,7 @@ def load_checkpoint(
         )
     processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
     if spec is not None:
-        processor = _make_processor(spec, spec.encoders, model, processor.tokenizer)
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor
 
 
@@ -270,127 +268,6 @@ def checkpoint_digest(path: Path) -> str:
             "Copy the checkpoint again, or train it again.",
         )
     return manifest.digest
-
-
-def _configure(
-    spec: ModelSpec, chosen: Sequence[EncoderSpec], *, text_config: PreTrainedConfig, image_token_id: int
-) -> ManyEyesConfig:
-    return ManyEyesConfig(
-        text_config=text_config,
-        encoders=[_encoder_entry(entry) for entry in chosen],
-        fusion=_fusion_entry(spec, chosen),
-        projector=spec.projector.model_dump(),
-        reinjection=spec.reinjection.model_dump() if spec.reinjection and len(chosen) == len(spec.encoders) else None,
-        layout=_layout_entry(spec, chosen),
-        shared_pixels=_shared_entry(spec),
-        image_token_id=image_token_id,
-    )
-
-
-def _make_processor(
-    spec: ModelSpec,
-    chosen: Sequence[EncoderSpec],
-    model: ManyEyesForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-) -> ManyEyesProcessor:
-    return ManyEyesProcessor(
-        tokenizer,
-        transforms={name: transform.as_dict() for name, transform in _image_transforms(spec, chosen).items()},
-        template=spec.chat.template,
-        system=spec.chat.system,
-        num_image_tokens=model.num_image_tokens,
-        image_token_id=model.config.image_token_id,
-        max_length=spec.language_model.max_length,
-        layout=_processor_layout(model.config),
-        sends_image_sizes=model.fusion.uses_image_sizes,
-    )
-
-
-def _choose_encoders(spec: ModelSpec, names: Sequence[str] | None) -> list[EncoderSpec]:
-    known = [entry.name for entry in spec.encoders]
-    for name in names or ():
-        if name not in known:
-            raise RecipeError(
-                f'encoder is "{name}"', f"the recipe has {', '.join(known)}", did_you_mean(name, known) or "Name one."
-            )
-    return [entry for entry in spec.encoders if names is None or entry.name in names]
-
-
-def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any] | None:
-    if spec.layout is None or len(chosen) < len(spec.encoders):
-        return None
-    names = [entry.name for entry in chosen]
-    for name in spec.layout.whole:
-        if name not in names:
-            raise RecipeError(
-                f'model.layout.whole names "{name}"',
-                f"the encoders are {', '.join(names)}",
-                f"{did_you_mean(name, names)}Mend it.",
-            )
-    tiled = [entry for entry in chosen if entry.name not in spec.layout.whole]
-    if not tiled:
-        raise RecipeError("model.layout.whole names every encoder", "one must see tiles", "Leave the first one out.")
-    size = _shared_size(spec) if spec.preprocess == "shared" else _encoder_size(tiled[0])
-    return TokenLayout(**spec.layout.model_dump(), tile_size=size).as_dict()
-
-
-def _fusion_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any]:
-    if len(chosen) == len(spec.encoders):
-        return spec.fusion.model_dump()
-    # Prealign: one encoder has nothing to be fused with; the joint fusion starts after it.
-    return FusionSpec(strategy="channel-concat", grid=spec.fusion.grid).model_dump()
-
-
-def _encoder_entry(entry: EncoderSpec) -> dict[str, Any]:
-    return {"name": entry.name, "encoder": entry.encoder, "image_size": _encoder_size(entry), "small": entry.small}
-
-
-def _encoder_size(entry: EncoderSpec) -> int:
-    row = encoder_row(entry.encoder)
-    default = row.small_image_size if entry.small else None
-    return entry.image_size or default or row.image_size
-
-
-def _shared_size(spec: ModelSpec) -> int:
-    if spec.shared is not None and spec.shared.image_size is not None:
-        return spec.shared.image_size
-    layout = spec.layout or LayoutSpec()
-    # A fixed grid of tiles is cut from the whole image, which then has to be so many times as large.
-    grid = layout.image_grid if layout.tiling == "grid" else 1
-    return max(_encoder_size(entry) * (1 if entry.name in layout.whole else grid) for entry in spec.encoders)
-
-
-def _shared_entry(spec: ModelSpec) -> dict[str, Any] | None:
-    if spec.preprocess != "shared":
-        return None
-    shared = spec.shared or SharedSpec()
-    return {
-        "image_size": _shared_size(spec),
-        "align_corners": shared.align_corners,
-        "antialias": shared.antialias,
-    }
-
-
-def _image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
-    if spec.preprocess != "shared":
-        return {entry.name: _transform(entry, _encoder_size(entry)) for entry in chosen}
-    # An encoder that is prealigned alone sees the pixels that it will see in company.
-    name = (spec.shared or SharedSpec()).base or spec.encoders[0].name
-    base = next(entry for entry in spec.encoders if entry.name == name)
-    return {SHARED: _transform(base, _shared_size(spec))}
-
-
-def _transform(entry: EncoderSpec, size: int) -> ImageTransform:
-    transform = encoder_transform(entry.encoder, image_size=size, fill=entry.fill)
-    return transform if entry.fit is None else replace(transform, fit=entry.fit)
-
-
-def _processor_layout(config: ManyEyesConfig) -> dict[str, Any] | None:
-    layout: dict[str, Any] | None = config.layout
-    if layout is None or config.shared_pixels is None or layout["tiling"] != "grid":
-        return layout
-    # The model cuts the tiles of a fixed grid itself, from the one tensor that shows the whole image.
-    return {**layout, "whole": [SHARED]}
 
 
 @contextmanager
