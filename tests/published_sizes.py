@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from manyeyes.checkpoints.encoder_sources import EncoderSources
-from manyeyes.checkpoints.source import OriginalCheckpoint, StoredTensor
+from manyeyes.checkpoints.source import OriginalCheckpoint
 from manyeyes.checkpoints.system import Plan, System
 from manyeyes.checkpoints.tables import Resolution
+from manyeyes.checkpoints.tensor_files import StoredTensor
 from manyeyes.modeling import ManyEyesConfig, ManyEyesForConditionalGeneration
 
 Shapes = dict[str, tuple[int, ...]]

@@ -111,6 +111,8 @@ def test_keys_are_named_as_published_when_they_are_missing_misshapen_or_left_ove
     ("changes", "message"),
     [
         ({"image_token_len": 15}, r"image_token_len 15; the square of a whole number"),
+        ({"query_num_list": None, "connector_depth": None}, r"has no query_num_list, connector_depth; the numbers"),
+        ({"stride_of_vision_sampler_layers": None}, r"has no stride_of_vision_sampler_layers; the numbers"),
         ({"mm_vision_tower_aux_token_len_list": [16, 16, 16]}, r"names 4 encoders, .* has 3 entries"),
         ({"mm_vision_tower_aux_list": ["ijepa/vith14"] * 4}, r'names "ijepa/vith14"; SigLIP SO400M, OpenAI'),
     ],

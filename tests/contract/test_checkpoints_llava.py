@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from manyeyes.checkpoints.convert import ConversionReport, convert
 from manyeyes.checkpoints.logits import prompt_logits
+from manyeyes.errors import CheckpointError
+from manyeyes.model import load_checkpoint
 from tests import published_toys as toys
 from tests.published_toys import PROMPT, QUESTION, LlavaToy
 
@@ -103,8 +105,9 @@ def test_v0_marks_images_crops_and_projects_in_one_layer(tmp_path: Path) -> None
     encoders = _clip_folder(tmp_path, toy)
     source = toy.write(mm_use_im_start_end=True, mm_use_im_patch_token=True)
     config = json.loads((source / "config.json").read_text())
-    # Configurations of that time name neither.
+    # Configurations of that time name neither; the first have the language model's own kind.
     del config["mm_projector_type"], config["image_aspect_ratio"]
+    config["model_type"] = "llama"
     (source / "config.json").write_text(json.dumps(config))
     report = convert(source, tmp_path / "out", encoders=encoders)
     assert report.template == "llava_v0"
@@ -201,6 +204,15 @@ def test_differences_are_added_to_their_base(tmp_path: Path) -> None:
     _check(tmp_path / "out", _expected(toy))
 
 
+def test_differences_from_something_else_are_refused(tmp_path: Path) -> None:
+    toy = LlavaToy(tmp_path / "llava")
+    encoders = _clip_folder(tmp_path, toy)
+    source = toy.write()
+    with pytest.raises(CheckpointError, match=r'encoders has no "lm_head\.weight" and 20 more keys'):
+        convert(source, tmp_path / "out", encoders=encoders, base=Path(encoders))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("family", ["mistral", "mpt"])
 def test_other_language_models_convert_too(tmp_path: Path, family: str) -> None:
     toy = LlavaToy(tmp_path / "llava")
@@ -220,14 +232,17 @@ def test_other_language_models_convert_too(tmp_path: Path, family: str) -> None:
     _check(tmp_path / "out", _expected(toy))
 
 
-def test_1_6_cuts_tiles_unpads_them_and_ends_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_text", [False, True])
+def test_1_6_cuts_tiles_unpads_them_and_ends_rows(tmp_path: Path, as_text: bool) -> None:
     toy = LlavaToy(tmp_path / "llava")
     encoders = _clip_folder(tmp_path, toy)
     size, grid = toys.SIZE, toys.SIZE // toys.PATCH
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
     source = toy.write(
         image_aspect_ratio="anyres",
         mm_patch_merge_type="spatial_unpad",
-        image_grid_pinpoints=[[size, 2 * size], [2 * size, size], [2 * size, 2 * size]],
+        # LLaVA's training script stores the text that it was given.
+        image_grid_pinpoints=str([tuple(pair) for pair in pinpoints]) if as_text else pinpoints,
     )
     weights = toy.tensors()
     newline = weights["model.image_newline"] = torch.randn(toys.WIDTH)
@@ -245,6 +260,18 @@ def test_1_6_cuts_tiles_unpads_them_and_ends_rows(tmp_path: Path) -> None:
     whole = toy.image_tokens(toys.normalised(picture.resize((size, size), toys.BICUBIC)))
     ids = toys.piece_ids(toy.folder, PROMPT)
     _check(tmp_path / "out", toy.logits(ids, [torch.cat([whole, ended])]).numpy())
+
+
+def test_one_tile_has_no_newline_whatever_the_merge(tmp_path: Path) -> None:
+    toy = LlavaToy(tmp_path / "llava")
+    encoders = _clip_folder(tmp_path, toy)
+    source = toy.write(image_aspect_ratio="pad", mm_patch_merge_type="spatial_unpad")
+    weights = toy.tensors()
+    weights["model.image_newline"] = torch.randn(toys.WIDTH)
+    toys.write_weights(source, weights, shards=1, form="safetensors")
+    report = convert(source, tmp_path / "out", encoders=encoders)
+    assert report.left["model.image_newline"] == "unused: no rows to end, by its configuration"
+    _check(tmp_path / "out", _expected(toy))
 
 
 def test_pixels_and_ids_from_elsewhere_give_the_same_logits(tmp_path: Path) -> None:
@@ -269,20 +296,50 @@ def test_text_without_an_image_is_the_language_models_own(tmp_path: Path) -> Non
     np.testing.assert_allclose(found.logits, toy.logits(ids, []).numpy(), atol=TOLERANCE, rtol=0)
 
 
-def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
+def _in_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
+
+
+def test_half_precision_stays_half_precision_and_an_encoder_beside_it_stays_whole(tmp_path: Path) -> None:
     toy = LlavaToy(tmp_path / "llava")
     encoders = _clip_folder(tmp_path, toy)
     source = toy.write()
-    halves = {key: tensor.to(torch.bfloat16) for key, tensor in toy.tensors().items()}
     (source / "model.safetensors").unlink()
-    toys.write_weights(source, halves, shards=2, form="bin")
+    toys.write_weights(source, _in_half(toy.tensors()), shards=2, form="bin")
     report = convert(source, tmp_path / "out", encoders=encoders)
     assert report.dtype == "bfloat16"
-    for part in (toy.language_model, toy.tower):
-        for parameter in part.parameters():
-            # Weights alone: rotary frequencies stay as they are.
-            parameter.data = parameter.data.to(torch.bfloat16).float()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["language_model.lm_head.weight"].dtype == torch.bfloat16
+    assert stored["encoders.clip.net.cls_token"].dtype == torch.float32
+    assert {parameter.dtype for parameter in load_checkpoint(tmp_path / "out")[0].parameters()} == {torch.bfloat16}
+    for parameter in toy.language_model.parameters():
+        # Weights alone: rotary frequencies stay as they are.
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     toy.projector = {key: tensor.to(torch.bfloat16).float() for key, tensor in toy.projector.items()}
+    _check(tmp_path / "out", _expected(toy))
+
+
+def test_lora_on_half_precision_is_not_rounded(tmp_path: Path) -> None:
+    toy = LlavaToy(tmp_path / "base")
+    encoders = _clip_folder(tmp_path, toy)
+    base = toys.write_language_model(toy)
+    for file in (*base.glob("*.bin"), base / "pytorch_model.bin.index.json"):
+        file.unlink()
+    toys.write_weights(base, _in_half(toy.language_model.state_dict()), shards=1, form="safetensors")
+    source = tmp_path / "lora"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(toy.config()))
+    torch.save({f"base_model.model.model.{k}": t for k, t in toy.projector.items()}, source / "non_lora_trainables.bin")
+    (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    torch.manual_seed(4)
+    down, up = torch.randn(2, toys.WIDTH), torch.randn(toys.WIDTH, 2) / 100
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, source / "adapter_model.safetensors")
+    for parameter in toy.language_model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    toy.language_model.model.layers[0].self_attn.q_proj.weight.data += 4 * up @ down
+    report = convert(source, tmp_path / "out", encoders=encoders, base=base)
+    assert report.dtype == "bfloat16"
     _check(tmp_path / "out", _expected(toy))
 
 

@@ -32,8 +32,10 @@ TOLERANCE = 1e-4
 PICTURE = toys.photograph(90, 61)
 
 
-def _check(toy: MiniGeminiToy, out: Path, *, aspect: str = "pad", prompt: str = toys.PROMPT) -> None:
-    expected = toy.logits(toys.piece_ids(toy.folder, prompt), toy.image_tokens(PICTURE, aspect=aspect))
+def _check(
+    toy: MiniGeminiToy, out: Path, *, aspect: str = "pad", prompt: str = toys.PROMPT, factor: float = 1.0
+) -> None:
+    expected = toy.logits(toys.piece_ids(toy.folder, prompt), factor * toy.image_tokens(PICTURE, aspect=aspect))
     found = prompt_logits(out, prompt=prompt, images=[PICTURE])
     assert found.logits.shape == expected.shape
     np.testing.assert_allclose(found.logits, expected, atol=TOLERANCE, rtol=0)
@@ -122,7 +124,13 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def test_mini_gemini_on_gemma_shares_its_head(tmp_path: Path) -> None:
+def _round_to_half(toy: MiniGeminiToy) -> None:
+    modules = (toy.language_model, toy.clip, toy.convnext)
+    for tensor in [*(tensor for module in modules for tensor in module.parameters()), *toy.own.values()]:
+        tensor.data = tensor.data.bfloat16().float()
+
+
+def test_mini_gemini_on_gemma_shares_its_head_and_multiplies_visual_tokens_too(tmp_path: Path) -> None:
     toy = MiniGeminiToy(tmp_path / "mgm")
     torch.manual_seed(10)
     config = GemmaConfig(
@@ -136,16 +144,18 @@ def test_mini_gemini_on_gemma_shares_its_head(tmp_path: Path) -> None:
         initializer_range=0.2,
     )
     toy.language_model = GemmaForCausalLM(config).eval()
+    _round_to_half(toy)
     own = {"model_type": "mgm_gemma", "intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 12}
     own |= {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
     (toy.folder / "config.json").write_text(json.dumps(toy.config(**own)))
-    tensors = toy.tensors(towers=True)
+    tensors = {key: tensor.bfloat16() for key, tensor in toy.tensors(towers=True).items()}
     del tensors["lm_head.weight"]
     save_file(tensors, toy.folder / "model.safetensors")
     report = convert(toy.folder, tmp_path / "out", encoder_configs=_heads(toy.folder))
     assert report.template == "mini_gemini_gemma"
     turn = f"<start_of_turn>user\n<image>\n{toys.QUESTION}<end_of_turn>\n<start_of_turn>model\n"
-    _check(toy, tmp_path / "out", prompt=turn)
+    # Transformers 4, on which it was trained, multiplies whatever enters Gemma; transformers 5 embeddings alone.
+    _check(toy, tmp_path / "out", prompt=turn, factor=toys.WIDTH**0.5)
 
 
 def test_a_tower_whose_heads_nothing_tells_asks_for_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from manyeyes.errors import BundleError, RecordError
+from manyeyes.runtime import preprocess
 from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels, resize_image, transform_image
 
 HALF = ImageTransform(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -174,11 +175,25 @@ def test_colour_of_the_padding_is_stated_in_json() -> None:
     assert ImageTransform.from_dict({**clip.as_dict(), "fill": [1, 2, 3]}).fill_colour == (1, 2, 3)
 
 
-def test_crop_equals_resize_of_the_short_side_then_centre_crop() -> None:
-    image = photo(100, 60)
-    transform = ImageTransform(size=24, mean=(0, 0, 0), std=(1, 1, 1), fit="crop")
-    whole = np.asarray(image.resize((40, 24), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(resize_image(np.asarray(image), transform), whole[:, 8:32])
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(100, 60, 24), (201, 333, 224), (90, 61, 336), (500, 375, 512), (61, 300, 56)]
+)
+def test_crop_equals_resize_of_the_short_side_then_centre_crop(width: int, height: int, size: int) -> None:
+    image = photo(width, height)
+    transform = ImageTransform(size=size, mean=(0, 0, 0), std=(1, 1, 1), fit="crop")
+    short = min(width, height)
+    across, down = int(size * width / short), int(size * height / short)
+    whole = np.asarray(image.resize((across, down), Image.Resampling.BICUBIC))
+    left, top = (across - size) // 2, (down - size) // 2
+    kept = whole[top : top + size, left : left + size]
+    np.testing.assert_array_equal(resize_image(np.asarray(image), transform), kept)
+
+
+def test_crop_of_a_very_long_image_differs_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, transform = np.asarray(photo(90, 61)), ImageTransform(size=48, mean=(0, 0, 0), std=(1, 1, 1), fit="crop")
+    whole = resize_image(image, transform)
+    monkeypatch.setattr(preprocess, "_MOST_SCALED_PIXELS", 0)
+    np.testing.assert_allclose(resize_image(image, transform).astype(int), whole.astype(int), atol=2)
 
 
 def test_normalisation_is_that_of_the_definition() -> None:
@@ -186,6 +201,17 @@ def test_normalisation_is_that_of_the_definition() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
     expected = (image.astype(np.float64) / 255 - transform.mean) / transform.std
     np.testing.assert_allclose(transform_image(image, transform), expected.transpose(2, 0, 1), atol=1e-6)
+
+
+def test_normalisation_rounds_as_published_preprocessing_does() -> None:
+    transform = ImageTransform(
+        size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+    )
+    image = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    # Transformers 4: scaled in double precision, then in single precision.
+    mean, std = np.array(transform.mean, np.float32), np.array(transform.std, np.float32)
+    expected = ((image * (1 / 255)).astype(np.float32) - mean) / std
+    np.testing.assert_array_equal(normalize_pixels(image, transform), expected.transpose(2, 0, 1))
 
 
 def test_normalising_a_batch_equals_normalising_each() -> None:

@@ -19,7 +19,7 @@ from manyeyes.checkpoints.clip import clip_table, plan_clip
 from manyeyes.checkpoints.convnext import convnext_shapes, convnext_table, plan_convnext
 from manyeyes.checkpoints.encoder_facts import IMAGE_SIZE, INPUT_SIZE, stated
 from manyeyes.checkpoints.encoder_sources import EncoderSources, FoundEncoder
-from manyeyes.checkpoints.language import added_tokens, language_table, plan_text_config
+from manyeyes.checkpoints.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
 from manyeyes.checkpoints.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.checkpoints.source import OriginalCheckpoint
 from manyeyes.checkpoints.system import EncoderPlan, Plan, System
@@ -65,6 +65,14 @@ _CONVNEXT_SIZE = 1024
 _CLIP_FILL = (122, 116, 104)
 # Fixed in the published code.
 _NUM_HEADS = 16
+# Without these the published code stops, too.
+_FIELDS = ("mm_vision_tower_aux_token_len_list", "image_token_len")
+_SVA_FIELDS = ("query_num_list", "vision_hidden_size", "connector_depth")
+_LOOKS_BACK_FIELDS = (
+    "start_of_vision_sampler_layers",
+    "stride_of_vision_sampler_layers",
+    "num_of_vision_sampler_layers",
+)
 # The key of a block's parameter here, and there.
 _BLOCK = (
     (r"context_projection\.weight", "proj_context.weight"),
@@ -104,6 +112,7 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
     else:
         fusion = FusionSpec(grid=grid, options={"align_corners": False, "average": False}).model_dump()
         projector, projector_table = plan_projector(str(config.get("mm_projector_type") or "linear"))
+    factor = image_factor(text_config)
     template = _template(checkpoint, model_type)
     _compare_image_position(checkpoint, config, template, model_type=model_type)
     return Plan(
@@ -113,10 +122,10 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
         projector=projector,
         keys=join_tables(
             language_table(tied=bool(text_config.get("tie_word_embeddings", model_type in _TIED))),
-            projector_table,
+            scale_last(projector_table, factor),
             _aggregator_table() if aggregates else KeyTable(takes=()),
             *tower_tables,
-            _NEWLINE,
+            scale_last(_NEWLINE, factor),
         ),
         template=template,
         reinjection=_plan_reinjection(config) if reinjects else None,
@@ -272,11 +281,17 @@ def _block_rule(prefix: str, stored_prefix: str, ours: str, there: str) -> Take:
 
 
 def _check_supported(config: Mapping[str, Any]) -> None:
-    for field in ("mm_vision_tower_aux_token_len_list", "image_token_len"):
-        if not config.get(field):
-            raise CheckpointError(
-                f"config.json has no {field}", "the number of tokens of each encoder and of an image", "Mend it."
-            )
+    aggregates = config.get("mm_projector_type") == "sva"
+    looks_back = aggregates and not config.get("connector_only", True)
+    needed = [*_FIELDS, *(_SVA_FIELDS if aggregates else ()), *(_LOOKS_BACK_FIELDS if looks_back else ())]
+    missing = [field for field in needed if config.get(field) in (None, [])]
+    if missing:
+        raise CheckpointError(
+            f"config.json has no {', '.join(missing)}",
+            "the numbers of tokens of each encoder and of an image, and with mm_projector_type sva the sizes of the "
+            "samplers",
+            "Take config.json from the same place as the weights.",
+        )
     refused = {
         "mm_vision_select_feature": (config.get("mm_vision_select_feature") or "patch") != "patch",
         "image_aspect_ratio": config.get("image_aspect_ratio") not in (None, "pad"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ class ConversionReport(BaseModel):
 
     system: str = Field(description="Published layout that it was.")
     template: str = Field(description="Chat template; a row of CHAT_TEMPLATES.")
-    dtype: str = Field(description="Of every tensor: the one that most bytes of the source have.")
+    dtype: str = Field(
+        description="That the model is loaded in: the one that most bytes of the checkpoint have. On disk every tensor "
+        "keeps the dtype that it has at its source; one that a LoRA adapter changes is fp32."
+    )
     encoders: dict[str, str] = Field(description="Per encoder `checkpoint`, or the folder or file it came from.")
     converted: dict[str, list[str]] = Field(description="Per tensor of ours the stored keys that it was made of.")
     left: dict[str, str] = Field(description="Stored keys without a place here: `unused: why` or `recomputed: why`.")
@@ -118,9 +122,7 @@ def convert(
         notes=[*checkpoint.notes, *notes],
     )
     with new_folder(out) as new:
-        _write_weights(
-            new, checkpoint, resolution, wanted, dtype, _Brought(model, brought), max_shard_bytes, on_progress
-        )
+        _write_weights(new, checkpoint, resolution, wanted, _Brought(model, brought), max_shard_bytes, on_progress)
         config.save_pretrained(new)
         _generation_config(processor).save_pretrained(new)
         processor.save_pretrained(new)
@@ -155,11 +157,14 @@ class _Brought:
     def __init__(self, model: ManyEyesForConditionalGeneration, plans: Mapping[str, EncoderPlan]) -> None:
         self._model = model
         self._plans = plans
-        self._name = ""
-        self._state: dict[str, Tensor] = {}
+        self.release()
 
     def __contains__(self, key: str) -> bool:
         return _owner(key) in self._plans
+
+    def release(self) -> None:
+        self._name = ""
+        self._state: dict[str, Tensor] = {}
 
     def tensor(self, key: str) -> Tensor:
         name = _owner(key)
@@ -178,7 +183,6 @@ def _write_weights(
     checkpoint: OriginalCheckpoint,
     resolution: Resolution,
     wanted: Mapping[str, Shape],
-    dtype: torch.dtype,
     brought: _Brought,
     max_shard_bytes: int,
     on_progress: Callable[[str], None] | None,
@@ -197,7 +201,18 @@ def _write_weights(
         assignment = resolution.assignments[key]
         return assignment.make([checkpoint.tensor(source) for source in assignment.sources])
 
-    planned = {key: Planned(wanted[key], dtype) for key in sorted(wanted, key=place)}
+    def dtype_of(key: str) -> torch.dtype:
+        # An encoder in fp32 beside half-precision shards would change by more than two implementations may differ.
+        if key in brought:
+            return brought.tensor(key).dtype
+        assignment = resolution.assignments[key]
+        if assignment.dtype is not None:
+            return assignment.dtype
+        sources = [stored[source] for source in assignment.sources]
+        return functools.reduce(torch.promote_types, (source.result_dtype for source in sources))
+
+    planned = {key: Planned(wanted[key], dtype_of(key)) for key in sorted(wanted, key=place)}
+    brought.release()
     write_tensors(folder, planned, read, max_shard_bytes=max_shard_bytes, on_progress=on_progress)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manyeyes.checkpoints.encoder_sources import FoundEncoder
-from manyeyes.checkpoints.source import list_tensors
 from manyeyes.checkpoints.tables import Shape
+from manyeyes.checkpoints.tensor_files import list_tensors
 from manyeyes.encoders import encoder_row, encoder_transform
 from manyeyes.errors import CheckpointError, SourceError
 from manyeyes.runtime.preprocess import ImageTransform

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig
 
 from manyeyes.checkpoints.source import OriginalCheckpoint, read_json
-from manyeyes.checkpoints.tables import KeyTable, Leave, Take
+from manyeyes.checkpoints.tables import KeyTable, Leave, Take, scaled
 from manyeyes.errors import CheckpointError
 
 # Fields of older configurations that transformers' own read, though a fresh one does not show them.
@@ -50,6 +52,38 @@ def plan_text_config(
         del config["pad_token_id"]
     # Config.json lags behind where tokens were added (Eagle on Llama 3).
     return {**config, "model_type": model_type, "vocab_size": shape[0]}
+
+
+def image_factor(text_config: Mapping[str, Any]) -> float:
+    """What visual tokens of published code are multiplied by before the first layer.
+
+    The Gemma of transformers 4 multiplies everything that enters it by the root of its width, visual tokens too; that
+    of transformers 5 only what comes out of its embedding table.
+
+    Args:
+        text_config: From ``plan_text_config``.
+    """
+    if text_config["model_type"] != "gemma":
+        return 1.0
+    return math.sqrt(AutoConfig.for_model(**text_config).hidden_size)
+
+
+def scale_last(table: KeyTable, factor: float) -> KeyTable:
+    """A projector's rules, its last layer multiplied.
+
+    Raises:
+        CheckpointError: It has no layer.
+    """
+    if factor == 1.0:
+        return table
+    if not table.takes:
+        raise CheckpointError(
+            "config.json has no layer between fusion and language model, which multiplies what it is given",
+            "mm_projector_type linear or mlp<N>x_gelu",
+            "It cannot be converted.",
+        )
+    *others, last = table.takes
+    return replace(table, takes=(*others, scaled(last, factor)))
 
 
 def language_table(*, tied: bool = False, inner: str = r"\1") -> KeyTable:

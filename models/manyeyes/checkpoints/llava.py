@@ -8,6 +8,7 @@ that ``mm_vision_tower`` names. So does this, and falls back on the shards' wher
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,14 @@ from manyeyes.runtime.tiling import TokenLayout
 ENCODER = "clip"
 DEFAULT_MAX_LENGTH = 2048
 
-_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+# LLaVA's first code wrote "llama"; its later code upgrades such a checkpoint.
+_LANGUAGE_MODELS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mpt": "mpt",
+    "llama": "llama",
+}
 _HOMES = {"mpt": "transformer."}
 _EMBEDDINGS = {"mpt": "transformer.wte.weight"}
 _MARKS = ("<im_start>", "<im_end>")
@@ -176,23 +184,22 @@ def _plan_tower(checkpoint: OriginalCheckpoint, encoders: EncoderSources, *, hom
 
 
 def _plan_layout(config: Mapping[str, Any], *, image_size: int) -> dict[str, Any] | None:
+    if config.get("image_aspect_ratio") != "anyres":
+        # An image of one tile has no newline, whatever the merge: process_images makes one tensor of such images, and
+        # LLaVA's code merges lists alone.
+        return None
     merge = str(config.get("mm_patch_merge_type") or "flat")
     unpads = "unpad" in merge
-    if config.get("image_aspect_ratio") != "anyres":
-        # An image of one tile: one newline behind it.
-        if not (merge.startswith("spatial") and unpads):
-            return None
-        return TokenLayout(newline=True, newline_at="end", tile_size=image_size).as_dict()
     if not merge.startswith("spatial"):
         raise CheckpointError(
             f'config.json has image_aspect_ratio "anyres" and mm_patch_merge_type "{merge}"',
             "spatial or spatial_unpad with anyres",
             "This checkpoint cannot be converted.",
         )
-    pinpoints = config.get("image_grid_pinpoints")
-    if not isinstance(pinpoints, list) or any(side % image_size for pair in pinpoints for side in pair):
+    pinpoints = _read_pinpoints(config.get("image_grid_pinpoints"))
+    if not pinpoints or any(side < 1 or side % image_size for pair in pinpoints for side in pair):
         raise CheckpointError(
-            f"config.json has image_grid_pinpoints {pinpoints!r}",
+            f"config.json has image_grid_pinpoints {config.get('image_grid_pinpoints')!r}",
             f"a list of [width, height], each a multiple of the tower's {image_size} pixels",
             "Check that the tower belongs to the checkpoint.",
         )
@@ -203,6 +210,20 @@ def _plan_layout(config: Mapping[str, Any], *, image_size: int) -> dict[str, Any
         unpad=unpads,
         tile_size=image_size,
     ).as_dict()
+
+
+def _read_pinpoints(value: Any) -> list[tuple[int, int]]:
+    """Pairs of a list, or of its text, as LLaVA's training script stores what it got; empty for anything else."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return []
+    if not isinstance(value, list | tuple):
+        return []
+    pairs = [tuple(pair) for pair in value if isinstance(pair, list | tuple) and len(pair) == 2]
+    whole = len(pairs) == len(value) and all(isinstance(side, int) for pair in pairs for side in pair)
+    return [(width, height) for width, height in pairs] if whole else []
 
 
 def _template(checkpoint: OriginalCheckpoint, model_type: str, *, marks: bool) -> str:
@@ -223,5 +244,5 @@ SYSTEM = System(
     name="llava",
     recognises=recognises,
     plan=plan,
-    describes="model_type llava, llava_llama, llava_mistral or llava_mpt, and one mm_vision_tower",
+    describes="model_type llava, llava_llama, llava_mistral, llava_mpt or llama, and one mm_vision_tower",
 )

@@ -65,8 +65,7 @@ def prompt_logits(
         RecordError: Images and placeholders differ in number, or ids that cannot be used.
         ShapeError: Pixels for other encoders, or of other sizes.
     """
-    model, processor = load_checkpoint(checkpoint)
-    model = model.float().eval()
+    model, processor = load_checkpoint(checkpoint, dtype=torch.float32)
     cut = [processor.cut_image(image) for image in images]
     sizes = [image.size for image in cut]
     if ids is not None:

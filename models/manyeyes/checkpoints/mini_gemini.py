@@ -20,11 +20,12 @@ from manyeyes.checkpoints.clip import clip_row, clip_table, plan_clip
 from manyeyes.checkpoints.convnext import convnext_shapes, convnext_table, plan_convnext
 from manyeyes.checkpoints.encoder_facts import published_size
 from manyeyes.checkpoints.encoder_sources import EncoderSources
-from manyeyes.checkpoints.language import added_tokens, language_table, plan_text_config
+from manyeyes.checkpoints.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
 from manyeyes.checkpoints.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.checkpoints.source import OriginalCheckpoint
 from manyeyes.checkpoints.system import EncoderPlan, Plan, System
 from manyeyes.checkpoints.tables import KeyTable, Take, join_tables
+from manyeyes.checkpoints.tokenizer_files import load_published_tokenizer
 from manyeyes.checkpoints.transformer_encoders import plan_outside_clip
 from manyeyes.errors import CheckpointError
 from manyeyes.processor import SHARED
@@ -73,6 +74,8 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
             "Check that the towers belong to the checkpoint.",
         )
     projector, projector_table = plan_projector(str(config.get("mm_projector_type") or "linear"))
+    template = _template(checkpoint, model_type)
+    _compare_first_tokens(checkpoint, template, model_type=model_type)
     layout = None
     if image_grid > 1:
         layout = TokenLayout(tiling="grid", image_grid=image_grid, whole=(_CONVNEXT,), tile_size=canvas).as_dict()
@@ -89,10 +92,10 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
             language_table(tied=bool(text_config.get("tie_word_embeddings", model_type == "gemma"))),
             clip_rules,
             convnext_rules,
-            projector_table,
+            scale_last(projector_table, image_factor(text_config)),
             _MINING,
         ),
-        template=_template(checkpoint, model_type),
+        template=template,
         layout=layout,
         shared_pixels={"image_size": canvas, "align_corners": False, "antialias": False},
         shared_transform=replace(clip.transform, size=canvas, fit="pad" if fit == "pad" else "crop"),
@@ -193,6 +196,19 @@ def _template(checkpoint: OriginalCheckpoint, model_type: str) -> str:
     if "<|start_header_id|>" in tokens:
         return "mini_gemini_llama_3"
     return "chatml_direct" if "<|im_start|>" in tokens else "vicuna_v1"
+
+
+def _compare_first_tokens(checkpoint: OriginalCheckpoint, template: str, *, model_type: str) -> None:
+    # The published code takes a text's first token for the tokenizer's own BOS, which the text itself begins with here.
+    if template != "mini_gemini_llama_3":
+        return
+    tokenizer = load_published_tokenizer(checkpoint.tokenizer_path, model_type=model_type)
+    if tokenizer("").input_ids:
+        return
+    checkpoint.notes.append(
+        "its tokenizer puts no token in front of a text, so that the published code drops the first one behind each "
+        "image, a line break; here it stays"
+    )
 
 
 SYSTEM = System(

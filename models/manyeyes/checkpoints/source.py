@@ -7,17 +7,17 @@ is ever run.
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manyeyes.checkpoints.tensor_files import LoraPair, StoredTensor, list_tensors, open_tensors
 from manyeyes.errors import CheckpointError
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -27,44 +27,9 @@ _OTHERS_TRAINED = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPEN_FILES = 2
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """A low-rank change of a matrix: ``scale * up @ down``.
-
-    Attributes:
-        file: The adapter's.
-        down: Key of the ``[rank, in]`` matrix.
-        up: Key of the ``[out, rank]`` matrix.
-        scale: Alpha over rank.
-    """
-
-    file: Path
-    down: str
-    up: str
-    scale: float
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor on disk.
-
-    Attributes:
-        file: Where it is.
-        name: Its key in that file.
-        shape: Its shape.
-        dtype: Its dtype.
-        lora: A change to add to it; None for none.
-        below: What it is the difference from, perhaps with fewer rows; None where it is whole.
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    lora: LoraPair | None = None
-    below: StoredTensor | None = None
+_OF_LANGUAGE_MODEL = re.compile(
+    r"(model\.(embed_tokens|layers|norm)|transformer\.(wte|blocks|norm_f)|lm_head)\.(?!.*inv_freq)"
+)
 
 
 class OriginalCheckpoint:
@@ -116,7 +81,7 @@ class OriginalCheckpoint:
         if stored.lora is None:
             return tensor
         down, up = (self._read(stored.lora.file, name).float() for name in (stored.lora.down, stored.lora.up))
-        return (tensor.float() + stored.lora.scale * (up @ down)).to(tensor.dtype)
+        return (tensor.float() + stored.lora.scale * (up @ down)).to(stored.result_dtype)
 
     def release(self) -> None:
         """Close every file."""
@@ -128,7 +93,7 @@ class OriginalCheckpoint:
         else:
             while len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[file] = _open_file(file)
+            self._open[file] = open_tensors(file)
         opened = self._open[file]
         tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
         return tensor
@@ -180,22 +145,6 @@ def open_checkpoint(path: Path, *, base: Path | None = None) -> OriginalCheckpoi
     return checkpoint
 
 
-def list_tensors(file: Path) -> dict[str, StoredTensor]:
-    """What a file of weights holds, without reading any tensor.
-
-    Raises:
-        CheckpointError: Missing, truncated, with code in it, or something else than tensors by name.
-    """
-    opened = _open_file(file)
-    if isinstance(opened, dict):
-        return {key: StoredTensor(file, key, tuple(value.shape), value.dtype) for key, value in opened.items()}
-    stored = {}
-    for key in opened.keys():  # noqa: SIM118 - not a mapping
-        part = opened.get_slice(key)
-        stored[key] = StoredTensor(file, key, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
-    return stored
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -222,20 +171,6 @@ def read_json_value(file: Path) -> Any:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{file} is broken ({error})", "a JSON object", "Fetch it again.") from error
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def _own_weights(path: Path) -> dict[str, StoredTensor] | None:
@@ -273,6 +208,14 @@ def _indexed(path: Path, index: Path) -> dict[str, StoredTensor]:
 
 def _add_base(checkpoint: OriginalCheckpoint, base: OriginalCheckpoint) -> None:
     # As LLaVA's apply_delta: what the base lacks (the projector) is whole already, and tables may have more rows.
+    held = base.shapes()
+    lacking = [key for key in checkpoint._stored if _OF_LANGUAGE_MODEL.match(key) and key not in held]
+    if lacking:
+        raise CheckpointError(
+            f'{base.path} has no "{lacking[0]}" and {len(lacking) - 1} more keys of {checkpoint.path}',
+            "with --base, the language model that whole weights are the differences from",
+            "Name the model that the release says; weights that are whole need no --base.",
+        )
     for key, below in base.keys().items():
         stored = checkpoint._stored.get(key)
         if stored is None:
@@ -378,40 +321,3 @@ def _under_model(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 
 def _name(path: Path, names: tuple[str, ...]) -> str:
     return next((name for name in names if (path / name).is_file()), "")
-
-
-def _open_file(file: Path) -> Any:
-    """An open safetensors file, or a pickle's tensors by name, mapped into memory rather than read."""
-    if file.suffix == ".safetensors":
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
-    try:
-        tensors = _load_pickle(file)
-    except pickle.UnpicklingError as error:
-        if "nsupported" in str(error):
-            reason = str(error).partition("nsupported")[2].splitlines()[0]
-            raise CheckpointError(
-                f"{file} is a pickle with code in it (u{'nsupported' + reason})",
-                "tensors by name and nothing else; nothing of it was run",
-                "Get the weights as safetensors, or from someone you trust.",
-            ) from error
-        raise _unreadable(file, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file} holds {type(tensors).__name__}", "tensors by name", "Check the source.")
-    return dict(tensors)
-
-
-def _load_pickle(file: Path) -> Any:
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"
-    # The format before torch 1.6 cannot be mapped.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-
-
-def _unreadable(file: Path, error: BaseException) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{file} cannot be read ({reason})", "a whole file of tensors", "Fetch it again.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,11 +33,19 @@ class Take:
         ours: Regular expression that matches the whole of our key.
         sources: Keys of the stored tensors, with the groups of ``ours`` as in ``re.sub`` (``\1``).
         make: Makes ours from them. It also runs on the meta device, so that shapes are known before anything is read.
+        dtype: What ours is stored in; that of its sources when left out.
     """
 
     ours: str
     sources: tuple[str, ...]
     make: Make = joined_rows
+    dtype: torch.dtype | None = None
+
+
+def scaled(rule: Take, factor: float) -> Take:
+    """The same tensor, multiplied; in fp32, since half precision would round it anew."""
+    make = rule.make
+    return replace(rule, make=lambda parts: make(parts).float() * factor, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,12 @@ class Assignment:
     Attributes:
         sources: Stored keys.
         make: Makes ours from them.
+        dtype: What ours is stored in; None for that of its sources.
     """
 
     sources: tuple[str, ...]
     make: Make
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ class KeyTable:
             sources = tuple(match.expand(source) for source in rule.sources)
             lacking = [source for source in sources if source not in stored]
             if not lacking:
-                return Assignment(sources=sources, make=rule.make), []
+                return Assignment(sources=sources, make=rule.make, dtype=rule.dtype), []
             absent = absent or lacking
         return None, absent or [f"anything that gives {key}"]
 

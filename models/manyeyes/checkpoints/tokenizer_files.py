@@ -11,10 +11,11 @@ Source: ``sentencepiece_model.proto`` of github.com/google/sentencepiece (Apache
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _BPE = 2
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LONGEST = 1_000_000
+# Without a vocabulary beside them transformers makes an empty tokenizer of these.
+_SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 
 
@@ -70,6 +73,7 @@ def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedToke
         SourceError: Transformers cannot convert it.
     """
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    spaces_text = False
     if (folder / "tokenizer.json").is_file():
         tokenizer = _read_rust(folder / "tokenizer.json")
         # Llama's and Gemma's fast classes put in front what their settings say, whatever the file says.
@@ -80,12 +84,18 @@ def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedToke
         tokenizer = build_sentencepiece(
             parse_sentencepiece((folder / "tokenizer.model").read_bytes(), name=str(folder / "tokenizer.model")),
             legacy=settings.get("legacy") is not False,
+            described=_described(settings),
         )
+        # Llama's newer rule: a space in front of the whole text, and no other.
+        spaces_text = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace)
         resets_bos = True
     else:
         return _convert_by_transformers(folder, model_type)
     names = _named_tokens(folder, settings, tokenizer)
-    _add_tokens(tokenizer, folder, settings)
+    added = _add_tokens(tokenizer, folder, settings, behind_normalizer=spaces_text)
+    marks = [token for token in added if token not in {*names.values(), *_more_specials(folder, settings)}]
+    if spaces_text:
+        _space_start(tokenizer, marks)
     if resets_bos:
         _set_bos(tokenizer, names, settings)
     longest = settings.get("model_max_length")
@@ -127,12 +137,15 @@ def parse_sentencepiece(data: bytes, *, name: str) -> SentencePieceModel:
     return model
 
 
-def build_sentencepiece(model: SentencePieceModel, *, legacy: bool) -> Tokenizer:
+def build_sentencepiece(
+    model: SentencePieceModel, *, legacy: bool, described: Mapping[str, Mapping[str, Any]] | None = None
+) -> Tokenizer:
     """The same ids by the Rust library.
 
     Args:
         model: From ``parse_sentencepiece``.
         legacy: Llama's older rule: the text behind a special token gets a space in front too, not the first alone.
+        described: By token, how ``tokenizer_config.json`` has it found in a text.
     """
     ids = {piece: number for number, (piece, _, _) in enumerate(model.pieces)}
     unknown = next((number for number, (_, _, kind) in enumerate(model.pieces) if kind == _UNKNOWN), None)
@@ -154,7 +167,8 @@ def build_sentencepiece(model: SentencePieceModel, *, legacy: bool) -> Tokenizer
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.add_dummy_prefix and legacy:
         steps.append(normalizers.Prepend(_SPACE))
-    if legacy or not model.add_dummy_prefix:
+    spaces_text = model.add_dummy_prefix and not legacy
+    if not spaces_text:
         steps.append(normalizers.Replace(" ", _SPACE))
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
@@ -166,7 +180,8 @@ def build_sentencepiece(model: SentencePieceModel, *, legacy: bool) -> Tokenizer
     tokenizer.decoder = decoders.Sequence(parts)
     marks = [(piece, kind) for piece, _, kind in model.pieces if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
     for piece, kind in marks:
-        added = AddedToken(piece, normalized=False, special=kind != _USER_DEFINED)
+        entry = (described or {}).get(piece, {})
+        added = _added(piece, entry, special=kind != _USER_DEFINED, normalized=spaces_text)
         if kind == _USER_DEFINED:
             tokenizer.add_tokens([added])
         else:
@@ -255,17 +270,32 @@ def _named_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenize
     return names
 
 
-def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+def _space_start(tokenizer: Tokenizer, marks: Sequence[str]) -> None:
+    # The published code puts a space in front of the whole text before it looks for marks, so that one that starts with
+    # a mark, or with a space, starts with a space of its own; bos, eos and the like it takes away again. Metaspace puts
+    # one in front of the first piece of text alone. Marks are looked for behind this normaliser, which also
+    # normalises them: it leaves a mark that stands alone as it is.
+    starts = "|".join([*(re.escape(mark) + "(?m:.)" for mark in marks), " "])
+    own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+    tokenizer.normalizer = normalizers.Sequence([*own, normalizers.Replace(Regex(rf"\A(?={starts})"), _SPACE)])
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any], *, behind_normalizer: bool
+) -> list[str]:
+    """Add tokens that stand beside the vocabulary, and return them."""
     file = folder / "added_tokens.json"
     wanted = {str(token): int(number) for token, number in (read_json(file) if file.is_file() else {}).items()}
-    described = settings.get("added_tokens_decoder") or {}
-    special = {}
-    for number, entry in described.items():
+    described = _described(settings)
+    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
         wanted.setdefault(entry["content"], int(number))
-        special[entry["content"]] = bool(entry.get("special", True))
+    added: list[str] = []
     for token, number in sorted(wanted.items(), key=lambda entry: entry[1]):
         if tokenizer.token_to_id(token) is None:
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=special.get(token, True))])
+            entry = described.get(token, {})
+            special = bool(entry.get("special", True))
+            tokenizer.add_special_tokens([_added(token, entry, special=special, normalized=behind_normalizer)])
+            added.append(token)
         found = tokenizer.token_to_id(token)
         if found != number:
             raise CheckpointError(
@@ -273,6 +303,24 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any])
                 f"{number}, as its files say",
                 "Fetch it again.",
             )
+    return added
+
+
+def _more_specials(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    file = folder / "special_tokens_map.json"
+    given = {**(read_json(file) if file.is_file() else {}), **settings}
+    listed = given.get("additional_special_tokens") or []
+    return [str(entry["content"] if isinstance(entry, dict) else entry) for entry in listed]
+
+
+def _described(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {entry["content"]: entry for entry in (settings.get("added_tokens_decoder") or {}).values()}
+
+
+def _added(token: str, entry: Mapping[str, Any], *, special: bool, normalized: bool = False) -> AddedToken:
+    # Phi-3's marks take the white space behind them along, line breaks of the template included.
+    strips = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(token, normalized=normalized, special=special, **strips)
 
 
 def _set_bos(tokenizer: Tokenizer, names: Mapping[str, str], settings: Mapping[str, Any]) -> None:
@@ -294,7 +342,7 @@ def _convert_by_transformers(folder: Path, model_type: str) -> PreTrainedTokeniz
         for pattern in _FILES:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, Path(own) / file.name)
-        if not any(Path(own).iterdir()):
+        if {file.name for file in Path(own).iterdir()} <= _SETTINGS:
             raise CheckpointError(
                 f"{folder} has no tokenizer", "tokenizer.model or tokenizer.json", "Fetch the checkpoint again, whole."
             )

@@ -40,6 +40,8 @@ _DECODING_ERRORS = (
 _WHITE = (255, 255, 255, 255)
 # Longest side that is padded to a square as it is; longer images are shrunk to it first, to bound memory.
 _LONGEST_PADDED_SIDE = 8192
+# Pixels of an image scaled for a centre crop up to which the whole is scaled, as published preprocessing does it.
+_MOST_SCALED_PIXELS = 2**26
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -116,15 +118,6 @@ class ImageTransform:
         tuples = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "fill": fill and tuple(fill)}
         return cls(**{**values, **tuples})
 
-    def scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Factors so that a normalised pixel is ``pixel * scale + offset``.
-
-        Returns:
-            Scale and offset, ``[3]`` each, float32, for pixels of 0 to 255.
-        """
-        mean, std = np.array(self.mean, np.float64), np.array(self.std, np.float64)
-        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image file to RGB.
@@ -192,8 +185,9 @@ def resize_image(image: NDArray[np.uint8], transform: ImageTransform) -> NDArray
     picture = Image.fromarray(image)
     if transform.fit == "pad":
         picture = _pad_to_square(picture, transform)
-    box = _centre_box(picture.size, size) if transform.fit == "crop" else None
-    return np.array(picture.resize((size, size), resampling, box=box))
+    if transform.fit == "crop":
+        return np.array(_crop_to_square(picture, size, resampling))
+    return np.array(picture.resize((size, size), resampling))
 
 
 def normalize_pixels(pixels: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.float32]:
@@ -206,11 +200,14 @@ def normalize_pixels(pixels: NDArray[np.uint8], transform: ImageTransform) -> ND
     Returns:
         ``[..., 3, H, W]``, float32, contiguous.
     """
-    scale, offset = transform.scale_offset()
+    mean, std = (np.array(each, np.float32)[:, None, None] for each in (transform.mean, transform.std))
     channels_first = np.moveaxis(pixels, -1, -3)
     normalized = np.empty(channels_first.shape, np.float32)
-    np.multiply(channels_first, scale[:, None, None], out=normalized)
-    normalized += offset[:, None, None]
+    # Rounded as published preprocessing rounds (torchvision's, and transformers' of images): one factor and one offset
+    # give pixels that differ in the last bits, and small models logits that differ by up to 1e-4.
+    np.divide(channels_first, np.float32(255), out=normalized, dtype=np.float32)
+    normalized -= mean
+    normalized /= std
     return normalized
 
 
@@ -277,12 +274,16 @@ def _pad_to_square(picture: Image.Image, transform: ImageTransform) -> Image.Ima
     return square
 
 
-def _centre_box(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
-    # The part of the source that a resize of the short side to `size`, then a centre crop, would keep. Pillow's
-    # filter looks past the box, so the pixels are the same, without the intermediate image.
-    width, height = image_size
+def _crop_to_square(picture: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    width, height = picture.size
     short = min(width, height)
     scaled_width, scaled_height = int(size * width / short), int(size * height / short)
     left, top = (scaled_width - size) // 2, (scaled_height - size) // 2
+    if scaled_width * scaled_height <= _MOST_SCALED_PIXELS:
+        scaled = picture.resize((scaled_width, scaled_height), resampling)
+        return scaled.crop((left, top, left + size, top + size))
+    # The part of a very long image that would be kept. Pillow places its filter by a box of 32-bit floats, which moves
+    # some pixels by one or two of 255.
     x, y = width / scaled_width, height / scaled_height
-    return (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))
+    box = (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))
+    return picture.resize((size, size), resampling, box=box)
