@@ -50,6 +50,13 @@ class EvaluationSpec(Strict):
     variants: Mapping[str, str] = Field(
         default={}, description="By benchmark: whose scoring, where it is not the one that papers report."
     )
+    multiple_choice: Literal["generate", "prefill"] = Field(
+        default="generate",
+        description="How a question with options is answered. generate: the model writes, and the answer is read from "
+        "what it wrote, as the papers do. prefill: the option whose first token is the likeliest after one prefill; "
+        "faster, and another protocol (likelihood), whose figures must not stand beside written ones: whoever reports "
+        "one says which it is, as the scorecard does.",
+    )
     conditions: tuple[Literal["grey", "other-image"], ...] = Field(
         default=("grey", "other-image"),
         description="What takes the image's place in further runs, besides nothing: a grey image, another item's.",

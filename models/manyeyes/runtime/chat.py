@@ -24,6 +24,7 @@ __all__ = [
     "ChatTemplate",
     "Encoded",
     "Turns",
+    "encode_answers",
     "encode_conversation",
     "get_chat_template",
     "render",
@@ -168,6 +169,69 @@ def encode_conversation(
     return encoded
 
 
+def encode_answers(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    turns: Turns,
+    answers: Sequence[str],
+    *,
+    stop_ids: Sequence[int],
+    system: str | None = None,
+) -> list[list[int]]:
+    """Tokenise possible answers as they stand behind a prompt: prompt and answer together, less the prompt.
+
+    A tokenizer may join an answer with what stands in front of it (``ASSISTANT:`` and `` A`` give ``▁A``), so an answer
+    on its own may have other tokens.
+
+    Args:
+        tokenizer: The language model's.
+        template: The text around turns.
+        turns: Speaker and text of each turn; the last one is human.
+        answers: What the model might say.
+        stop_ids: From ``stop_token_ids``.
+        system: Replaces the template's system text; an empty text leaves it out.
+
+    Returns:
+        Token ids of each answer, from ``gpt_lead`` to the token that ends the turn, that one included.
+
+    Raises:
+        RecordError: Turns do not alternate.
+        RecipeError: The tokenizer joins an answer with the prompt's end or with the end of the turn, or drops it.
+    """
+    # Tokens of a chunk depend on that chunk alone, and the last one begins behind the last image.
+    prompt = render(template, turns, system=system, generation_prompt=True).rpartition(IMAGE_PLACEHOLDER)[2]
+    asked = _asked_template(template)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    encoded = []
+    for answer in answers:
+        said = prompt + asked.gpt_lead + (answer.strip() if asked.trims else answer)
+        joint = tokenizer.encode(said + asked.gpt_end, add_special_tokens=False)
+        first = len(prompt_ids)
+        if joint.ids[:first] != prompt_ids:
+            # GPT-2's pre-tokenizer leaves two newlines together only at the end of a text. What counts is that the
+            # answer begins with a token.
+            first = sum(begin < len(prompt) for begin, _ in joint.offsets)
+            if joint.offsets[first][0] != len(prompt) or joint.offsets[first - 1][1] != len(prompt):
+                raise RecipeError(
+                    f"the tokenizer joins the end of the prompt, {prompt[-20:]!r}, with the answer {answer!r}",
+                    "answers that begin with a token of their own are needed to choose between them",
+                    "Leave evaluation.multiple_choice at generate with this chat template.",
+                )
+        ids = []
+        for token, (begin, _) in list(zip(joint.ids, joint.offsets, strict=True))[first:]:
+            ids.append(token)
+            if begin >= len(said) and token in stop_ids:
+                break
+        if len(ids) < 2 or ids[-1] not in stop_ids:
+            raise RecipeError(
+                f"the tokenizer gives {ids} for the answer {answer!r} and the end of the turn",
+                "at least one token for the answer and one for the end are needed",
+                "Leave evaluation.multiple_choice at generate with this tokenizer.",
+            )
+        encoded.append(ids)
+    return encoded
+
+
 def stop_token_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     """Ids that end an answer: the token of ``template.stop``, or of ``gpt_end`` without white space in front.
 
@@ -194,9 +258,8 @@ def _pieces(
     template: ChatTemplate, turns: Turns, *, system: str | None, generation_prompt: bool
 ) -> Iterator[_Text | _ImageSlot]:
     _check_turns(turns, generation_prompt=generation_prompt)
-    if generation_prompt and template.asked_as:
-        marks = (template.image_prefix, template.image_suffix)
-        template = replace(get_chat_template(template.asked_as), image_prefix=marks[0], image_suffix=marks[1])
+    if generation_prompt:
+        template = _asked_template(template)
     opening = _system_text(template, system)
     yield _Text(template.start)
     if not template.system_inside:
@@ -218,6 +281,14 @@ def _pieces(
         else:
             yield _Text(template.gpt_lead + text + template.gpt_end, supervised=True)
             yield _Text(template.gpt_after)
+
+
+def _asked_template(template: ChatTemplate) -> ChatTemplate:
+    """The text around a question that a model is to answer."""
+    if not template.asked_as:
+        return template
+    marks = (template.image_prefix, template.image_suffix)
+    return replace(get_chat_template(template.asked_as), image_prefix=marks[0], image_suffix=marks[1])
 
 
 def _system_text(template: ChatTemplate, system: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Greedy decoding with a key-value cache whose prefix is shared by all questions about the same images.
+"""Greedy answers, and choices between options, from a key-value cache shared by all questions about the same images.
 
 Shapes: R prefixes of at most P tokens, Q questions of at most L tokens, width D, vocabulary V. Prefixes and questions
 are padded on the left, so a row of the cache reads ``[padding prefix padding question answer]`` and the attention mask
@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from manyeyes.runtime.choosing import OptionIds, leading_options
 from manyeyes.runtime.sessions import Graph
 from manyeyes.runtime.vision import PLACES, WINDOWS, ImageTokens
 
@@ -44,6 +45,19 @@ class Continuation:
     """
 
     token_ids: tuple[int, ...]
+    first_logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which option a model holds for the likeliest.
+
+    Attributes:
+        option: Its place among the options.
+        first_logits: ``[V]``, float32, behind the prompt.
+    """
+
+    option: int
     first_logits: NDArray[np.float32]
 
 
@@ -110,13 +124,10 @@ class Decoder:
             prompts: Token ids of each prompt after its prefix; at least one each.
             max_new_tokens: Most tokens to write after each prompt; at least 1 each.
         """
-        ids, mask = _pad_left(prompts)
-        mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
-        cache = self._take(prefixes.cache, rows)
+        first_logits, mask, cache = self._run_prompts(prefixes, rows, prompts)
         written: list[list[int]] = [[] for _ in prompts]
         ended = np.zeros(len(prompts), bool)
         alive = np.arange(len(prompts))
-        first_logits, cache = self._step(self._embed_tokens(ids), mask, cache)
         tokens = first_logits.argmax(axis=-1)
         while True:
             for question, token in zip(alive.tolist(), tokens.tolist(), strict=True):
@@ -134,8 +145,61 @@ class Decoder:
                 alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
             mask = np.concatenate([mask, np.ones((len(alive), 1), np.int64)], axis=1)
             logits, cache = self._step(self._embed_tokens(tokens[:, None]), mask, cache)
-            tokens = logits.argmax(axis=-1)
+            tokens = logits[:, -1].argmax(axis=-1)
         return [Continuation(tuple(tokens), first_logits[question]) for question, tokens in enumerate(written)]
+
+    def choose(
+        self,
+        prefixes: Prefixes,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[OptionIds],
+        *,
+        batch_size: int,
+    ) -> list[Choice]:
+        """Choose between the options of prompts that each go on from a prefix; see ``choosing``.
+
+        Args:
+            prefixes: From ``run_prefixes``.
+            rows: Which prefix each prompt follows, ``[Q]``.
+            prompts: Token ids of each prompt after its prefix; at least one each.
+            options: Token ids of each prompt's options; at least one each.
+            batch_size: Most options a run, where first tokens do not decide.
+        """
+        first_logits, mask, cache = self._run_prompts(prefixes, rows, prompts)
+        leading = [
+            leading_options([float(logits[ids[0]]) for ids in own], own)
+            for logits, own in zip(first_logits, options, strict=True)
+        ]
+        tied = [(prompt, place) for prompt, places in enumerate(leading) if len(places) > 1 for place in places]
+        sums: dict[tuple[int, int], float] = {}
+        for start in range(0, len(tied), batch_size):
+            part = tied[start : start + batch_size]
+            # The first token's logits are there, and they are the same for all that share it.
+            fed, fed_mask = _pad_left([options[prompt][place][:-1] for prompt, place in part])
+            of_prompt = [prompt for prompt, _ in part]
+            logits, _ = self._step(
+                self._embed_tokens(fed),
+                np.concatenate([mask[of_prompt], fed_mask], axis=1),
+                self._take(cache, of_prompt),
+                positions_of_logits=np.arange(fed.shape[1]),
+            )
+            for row, (prompt, place) in enumerate(part):
+                rest = options[prompt][place][1:]
+                sums[prompt, place] = _log_probability(logits[row, fed.shape[1] - len(rest) :], rest)
+        return [
+            Choice(max(places, key=lambda place: sums.get((prompt, place), 0.0)), first_logits[prompt])
+            for prompt, places in enumerate(leading)
+        ]
+
+    def _run_prompts(
+        self, prefixes: Prefixes, rows: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, ort.OrtValue]]:
+        """``[Q, V]`` logits behind each prompt, and mask and cache to go on from."""
+        ids, mask = _pad_left(prompts)
+        mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
+        logits, cache = self._step(self._embed_tokens(ids), mask, self._take(prefixes.cache, rows))
+        return logits[:, -1], mask, cache
 
     def _step(
         self,
@@ -146,6 +210,7 @@ class Decoder:
         positions_of_logits: NDArray[np.int64] | None = None,
         looks: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+        """Logits at the positions (the last one by default), ``[rows, positions, V]``, and the longer cache."""
         length = embeddings.shape[1]
         position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
         last = np.array([length - 1], np.int64)
@@ -160,7 +225,7 @@ class Decoder:
         outputs = self._decoder.run(inputs, on_host=_ON_HOST)
         present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self._cache_names}
         logits: NDArray[np.float32] = outputs["logits"].numpy()
-        return logits[:, -1] if logits.shape[1] else logits[:, 0:0], present
+        return logits, present
 
     def _gather_looks(
         self, places: Sequence[NDArray[np.int64]], images: Sequence[ImageTokens]
@@ -205,3 +270,11 @@ def _pad_left(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray
             ids[index, longest - len(row) :] = row
             mask[index, longest - len(row) :] = 1
     return ids, mask
+
+
+def _log_probability(logits: NDArray[np.float32], token_ids: Sequence[int]) -> float:
+    """Of tokens, each after its row of ``[len(token_ids), V]``; added up."""
+    wide = logits.astype(np.float64)
+    highest = wide.max(axis=-1)
+    normaliser = highest + np.log(np.exp(wide - highest[:, None]).sum(axis=-1))
+    return float((wide[np.arange(len(token_ids)), list(token_ids)] - normaliser).sum())

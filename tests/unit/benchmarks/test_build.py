@@ -98,6 +98,9 @@ def test_a_model_is_scored_on_it_and_each_image_is_shown_once(snapshot: Snapshot
     assert answerer.images == 3
     assert score.score == pytest.approx(100 * 5 / 6, abs=1e-3)
     assert score.scores == {"other": 100, "yes/no": 50}
+    for name, (low, high) in score.scores_ci95.items():
+        assert 0 <= low <= score.scores[name] <= high <= 100
+    assert score.scores_ci95.keys() == score.scores.keys()
     assert (score.n, score.images, score.image_off) == (6, 3, 0)
     assert (score.variant, score.unit, score.max_new_tokens, score.question_only_ceiling) == (
         "official",

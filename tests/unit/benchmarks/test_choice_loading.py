@@ -120,9 +120,16 @@ def test_a_missing_column_and_one_of_the_wrong_type_are_named(name: str, column:
     ("name", "style", "prompt"),
     [
         ("ai2d", "default", f"Which eats?\nA. a fox\nB. grass\nC. a hare{LETTER}"),
-        ("ai2d", "cambrian", f"Which eats? Options:\nA. a fox\nB. grass\nC. a hare{LETTER}"),
+        ("ai2d", "cambrian", f"Which eats?\nA. a fox\nB. grass\nC. a hare{LETTER}"),
         ("scienceqa", "llava", f"Context: Matter has states.\nWhich is solid?\nA. juice\nB. rice{LETTER}"),
+        (
+            "scienceqa",
+            "cambrian",
+            "Matter has states. Which is solid?\nA. juice\nB. rice\n"
+            "Please answer directly with only the letter of the correct option and nothing else.",
+        ),
         ("mme", "default", f"Are there two?{PHRASE}"),
+        ("mme", "cambrian", f"Are there two? Please answer yes or no.{PHRASE}"),
         ("mmbench", "default", f"What is it? There are several options:\nA. dog\nB. cat\n{LETTER}"),
         ("mmbench", "llava", f"What is it?\nA. dog\nB. cat{LETTER}"),
         ("mmbench", "cambrian", f"What is it? Options:\nA. dog\nB. cat{LETTER}"),
@@ -139,7 +146,9 @@ def test_a_missing_column_and_one_of_the_wrong_type_are_named(name: str, column:
             "Note: You only need to respond with A, B, C without providing any additional information.\n\n"
             "How many? Select from the following choices.\n(A) 1\n(B) 3\n(C) 2",
         ),
-        ("cv-bench", "cambrian", f"How many? Options:\nA. 1\nB. 3\nC. 2{LETTER}"),
+        # What coco_eval.py and omni_eval.py of Cambrian's repository ask.
+        ("cv-bench", "cambrian", f"How many? Select from the following choices.\n(A) 1\n(B) 3\n(C) 2{LETTER}"),
+        ("cv-bench", "llava", f"How many?\nA. 1\nB. 3\nC. 2{LETTER}"),
     ],
 )
 def test_prompts_are_the_papers_words(name: str, style: str, prompt: str) -> None:

@@ -130,6 +130,21 @@ def test_the_command_prints_one_object(tmp_path: Path, monkeypatch: pytest.Monke
     assert "missing 1" in text
 
 
+def test_every_sub_score_has_an_interval_in_json_and_in_text(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "type": "human_test" if n % 2 else "augmented_test", "answer": "7"} for n in range(20)]
+    references = write_lines(tmp_path / "r.jsonl", rows)
+    predictions = write_lines(
+        tmp_path / "p.jsonl", [{"id": str(n), "prediction": "7" if n % 4 else "8"} for n in range(20)]
+    )
+    command = ["score", "chartqa", "--references", references, "--predictions", predictions, "--out", str(tmp_path)]
+    report = ScoreReport.model_validate_json(CliRunner().invoke(cli, [*command, "--json"]).output)
+    assert report.scores == {"human": 100, "augmented": 50}
+    low, high = report.scores_ci95["augmented"]
+    assert 10 < low < 50 < high < 90
+    assert report.scores_ci95["human"][1] == 100
+    assert f"50.00 ({low:.2f} to {high:.2f})" in CliRunner().invoke(cli, command).output
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     references = write_lines(tmp_path / "r.jsonl", GQA)
     (tmp_path / "p.jsonl").write_text('{"id": "0", "prediction": "yes"}\n{"id": \n')

@@ -12,7 +12,7 @@ from manyeyes.evaluation.benchmarks.docvqa import DOCVQA
 from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
 from manyeyes.evaluation.benchmarks.gqa import GQA
 from manyeyes.evaluation.benchmarks.infovqa import INFOVQA
-from manyeyes.evaluation.benchmarks.items import Benchmark, Item, load_benchmark
+from manyeyes.evaluation.benchmarks.items import Benchmark, Item, MultipleChoice, load_benchmark
 from manyeyes.evaluation.benchmarks.llava_bench import LLAVA_BENCH_COCO, LLAVA_BENCH_WILD
 from manyeyes.evaluation.benchmarks.mathvista import MATHVISTA
 from manyeyes.evaluation.benchmarks.mm_vet import MM_VET
@@ -36,6 +36,7 @@ __all__ = [
     "BenchmarkRow",
     "Graded",
     "Item",
+    "MultipleChoice",
     "Row",
     "find_benchmark",
     "load_benchmark",
@@ -108,6 +109,7 @@ def load_benchmarks(spec: EvaluationSpec, *, snapshot: Snapshot, max_items: int 
             max_items=spec.max_items if max_items is None else max_items,
             variant=spec.variants.get(row.name),
             style=spec.prompts,
+            multiple_choice=spec.multiple_choice,
         )
         for row in rows
     ]

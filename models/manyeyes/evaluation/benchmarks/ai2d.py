@@ -52,7 +52,9 @@ def _parse(row: Row, prediction: str, variant: str) -> str | None:
         first = cambrian_letter(prediction)
         index = {"a": "0", "b": "1", "c": "2", "d": "3"}.get(first, first)
         letters = list(choices)
-        return letters[int(index)] if index.isdecimal() and int(index) < len(letters) else None
+        # Compared as text: digits of other scripts, which int() reads, are none here.
+        is_index = index.isascii() and index.isdecimal()
+        return letters[int(index)] if is_index and int(index) < len(letters) else None
     return lmms_letter(prediction, choices)
 
 
@@ -70,17 +72,19 @@ AI2D = BenchmarkRow(
     hub_id="lmms-lab/ai2d",
     split="test",
     columns={"question": TEXT, "options": TEXTS, "answer": TEXT, "image": IMAGE},
-    licence="CC BY-SA 4.0",
+    licence="unknown: the hub's card names none, and no word of the authors was found",
     cambrian_group="knowledge",
     reported_by=("cambrian", "eagle"),
     variants=("lmms", "vlmevalkit", "cambrian"),
     default_variant="lmms",
     default_reason="Eagle scores with lmms-eval, and AI2D has no script of its own for models that write",
     cluster=by_item,
-    prompt=lambda row, style: choice_prompt(row["question"], options(row), style),
+    # Cambrian's script has no "Options:" behind the question here; all styles are alike.
+    prompt=lambda row, style: choice_prompt(row["question"], options(row), "default"),  # noqa: ARG005
     max_new_tokens=16,
     chance=lambda row: 1 / len(row["options"]),
     grade=grade,
-    scorer="ai2d option letter 1",
+    options=lambda row: tuple(options(row)),
+    scorer="ai2d option letter 2",
     reference=answer_letter,
 )

@@ -173,7 +173,7 @@ class BenchmarkRow:
         split: For instance ``validation``.
         columns: Column to its type in words (``TEXT``, ``TEXTS``, ``IMAGE``, ...). Reading a snapshot needs all of
             them; scoring answers needs those that ``grade`` asks for.
-        licence: Of the data, with its reservations.
+        licence: Of the data and who says so; ``unknown`` and why where nobody was found to say it.
         cambrian_group: ``general``, ``knowledge``, ``ocr-chart`` or ``vision-centric``; ``None`` outside Cambrian's 16.
         reported_by: Which of ``llava``, ``eagle``, ``cambrian``, ``mini-gemini`` report it.
         variants: Whose scoring there is to choose from; a subset of ``VARIANTS``.
@@ -199,6 +199,9 @@ class BenchmarkRow:
         reference: What counts as right, as a report shows it.
         group: A report's part of the benchmark that the row belongs to.
         guess: A random answer, for parsers that fall back on one; used only where a seed is given and nothing was read.
+        options: What a question's answer may be chosen from, in the words that its prompt asks for (``A``, ``B``; yes
+            and no); empty for a row with a free answer, ``None`` where every row has one. Asked for where the recipe
+            says ``multiple_choice: prefill``.
         images_config: Configuration that holds the images, where the hub keeps them apart, and
         images_key: the column of a row that names its image's ``id`` there.
         dataset: Data set of a snapshot; ``<name>-<split>`` when empty.
@@ -236,6 +239,7 @@ class BenchmarkRow:
     reference: Callable[[Row], str] = field(default=_answer, repr=False)
     group: Callable[[Row], str] = field(default=_one_group, repr=False)
     guess: Callable[[Row, random.Random], str] | None = field(default=None, repr=False)
+    options: Callable[[Row], Sequence[str]] | None = field(default=None, repr=False)
     images_config: str = ""
     images_key: str = ""
     dataset: str = ""

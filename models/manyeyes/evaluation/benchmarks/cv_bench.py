@@ -25,8 +25,10 @@ def options(row: Row) -> dict[str, str]:
 
 
 def prompt(row: Row, style: str) -> str:
-    """Cambrian's own words, or lmms-eval's note above the benchmark's ``prompt``."""
-    if style in ("cambrian", "llava", "mini-gemini"):
+    """The benchmark's ``prompt``, with Cambrian's sentence below it or lmms-eval's note above; LLaVA's letters."""
+    if style == "cambrian":
+        return f"{row['prompt']}\n{LETTER_SUFFIX}"
+    if style in ("llava", "mini-gemini"):
         return choice_prompt(row["question"], options(row), style, suffix=LETTER_SUFFIX)
     letters = ", ".join(options(row))
     note = f"Note: You only need to respond with {letters} without providing any additional information.\n"
@@ -85,7 +87,7 @@ CV_BENCH = BenchmarkRow(
         "prompt": TEXT,
         "source": TEXT,
     },
-    licence="Apache-2.0",
+    licence="Apache-2.0 by its authors' card",
     cambrian_group="vision-centric",
     reported_by=("cambrian",),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
@@ -98,6 +100,7 @@ CV_BENCH = BenchmarkRow(
     chance=lambda row: 1 / len(row["choices"]),
     grade=grade,
     aggregate=aggregate,
+    options=lambda row: tuple(options(row)),
     scorer="cv-bench 1",
     metric="mean of 2D and 3D, percent",
     group=lambda row: str(row["type"]),

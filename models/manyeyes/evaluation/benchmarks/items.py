@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError, did_you_mean
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, IMAGES, ROW_NUMBER, BenchmarkRow, CheckedRow, Row, itself
+
+MultipleChoice = Literal["generate", "prefill"]
+"""Whether an answer is written, or chosen from options after one prefill (``runtime.choosing``)."""
 
 _GROUPS_IN_MEMORY = 4
 
@@ -36,6 +39,7 @@ class Item:
         answer_type: Part of the benchmark in a report.
         chance: What guessing blindly gets, in [0, 1].
         row: The benchmark's columns without images, for scoring.
+        options: What the answer is chosen from after one prefill; empty where it is written.
     """
 
     id: str
@@ -48,6 +52,7 @@ class Item:
     answer_type: str
     chance: float
     row: Row = field(repr=False)
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,24 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """sha256 over scorer, variant, judge and every item's id, images, prompt and columns; equal: same questions."""
+        """sha256 over scorer, variant, judge and every item's id, images, prompt and columns; equal: same questions.
+
+        Covers the options that answers are chosen from: a choice and a written answer are two questions.
+        """
         lines = sorted(
-            json.dumps([item.id, item.image_sha256s, item.prompt, item.reference, _digest(item.row)])
+            json.dumps(
+                [item.id, item.image_sha256s, item.prompt, item.reference, _digest(item.row)]
+                + ([item.options] if item.options else [])
+            )
             for item in self.items
         )
         judge = [self.judge] if self.judge else []
         return hashlib.sha256("\n".join([self.row.scorer, self.variant, *judge, *lines]).encode()).hexdigest()
+
+    @property
+    def multiple_choice(self) -> MultipleChoice:
+        """``prefill`` where answers are chosen, of the items at least that have options; else ``generate``."""
+        return "prefill" if any(item.options for item in self.items) else "generate"
 
     @property
     def question_only_ceiling(self) -> float | None:
@@ -104,6 +120,7 @@ def load_benchmark(
     max_items: int | None = None,
     variant: str | None = None,
     style: str = "default",
+    multiple_choice: MultipleChoice = "generate",
 ) -> Benchmark:
     """Read a benchmark's questions.
 
@@ -113,6 +130,7 @@ def load_benchmark(
         max_items: First so many questions only; ``None`` for all.
         variant: Whose scoring; the row's default for ``None``.
         style: Whose prompt.
+        multiple_choice: ``prefill`` to have answers chosen where the row has options.
 
     Raises:
         EvaluationError: The data set has no questions, lacks a column, or has two items of one id.
@@ -135,7 +153,9 @@ def load_benchmark(
             checked = CheckedRow(asked, row.columns, f"{row.name} row {number}")
             if sha256s is None:
                 sha256s = tuple(hashlib.sha256(data).hexdigest() for data in row.images(checked))
-            item = _item(row, checked, number=number, sha256s=sha256s, style=style)
+            chosen_from = row.options if multiple_choice == "prefill" else None
+            options = () if chosen_from is None else tuple(chosen_from(checked))
+            item = _item(row, checked, number=number, sha256s=sha256s, style=style, options=options)
             if item.id in items:
                 raise EvaluationError(
                     f'{row.name} has two items "{item.id}" (rows {items[item.id].record} and {number})',
@@ -231,7 +251,9 @@ def without_images(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return {column: row[column] for column in row if columns.get(column) not in (IMAGE, IMAGES) or row[column] is None}
 
 
-def _item(row: BenchmarkRow, checked: Row, *, number: int, sha256s: tuple[str, ...], style: str) -> Item:
+def _item(
+    row: BenchmarkRow, checked: Row, *, number: int, sha256s: tuple[str, ...], style: str, options: tuple[str, ...]
+) -> Item:
     values = without_images(checked, row.columns)
     values["id"] = item_id = str(row.item_id(checked))
     return Item(
@@ -245,6 +267,7 @@ def _item(row: BenchmarkRow, checked: Row, *, number: int, sha256s: tuple[str, .
         answer_type=row.group(checked),
         chance=row.chance(checked),
         row=values,
+        options=options,
     )
 
 

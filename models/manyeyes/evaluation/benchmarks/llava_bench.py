@@ -171,7 +171,7 @@ LLAVA_BENCH_COCO = _row(
     "lmms-lab/llava-bench-coco",
     "answer",
     1024,
-    "none stated for the questions; COCO's captions CC BY 4.0, its images under Flickr's terms",
+    "unknown: the hub's card names none; images of COCO, Flickr terms",
 )
 LLAVA_BENCH_WILD = _row(
     "llava-bench-wild",

@@ -76,6 +76,9 @@ def extract(row: Row, response: str) -> str | None:
     """
     text = response.strip()
     if has_options(row):
+        if not response:
+            # Upstream takes nothing for the extraction, and then the option that is nearest to nothing: the shortest.
+            return ""
         letters = list(option_letters.lettered(choices(row)))
         if response in choices(row) or text in letters or re.search(r"\([a-zA-Z]\)", text):
             return response
@@ -204,7 +207,7 @@ MATHVISTA = BenchmarkRow(
         "decoded_image": IMAGE,
         "metadata": RECORD,
     },
-    licence="CC BY-SA 4.0; its images come from many data sets",
+    licence="CC BY-SA 4.0 by its authors' card; its images come from many data sets",
     cambrian_group="knowledge",
     reported_by=("mini-gemini", "cambrian", "eagle"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
@@ -219,6 +222,7 @@ MATHVISTA = BenchmarkRow(
     grade=grade,
     aggregate=aggregate,
     mean_scale=100.0,
-    scorer="mathvista rules 1",
+    options=lambda row: tuple(option_letters.lettered(choices(row))) if has_options(row) else (),
+    scorer="mathvista rules 2",
     group=lambda row: str(row["question_type"]),
 )

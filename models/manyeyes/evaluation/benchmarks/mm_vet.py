@@ -122,7 +122,7 @@ MM_VET = BenchmarkRow(
         "image_source": TEXT,
         "capability": TEXT,
     },
-    licence="Apache-2.0 by its authors' repository; images from the web",
+    licence="non-commercial research and education (LICENSE_DATASET of yuweihao/MM-Vet)",
     reported_by=("llava", "mini-gemini"),
     variants=("official",),
     default_variant="official",

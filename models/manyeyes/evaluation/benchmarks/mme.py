@@ -23,10 +23,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 _HINT = " Please answer yes or no."
 
 
-def prompt(row: Row, style: str) -> str:  # noqa: ARG001
-    """The question without its own request for yes or no, and the single-word sentence."""
-    question: str = row["question"].strip().replace(_HINT, "")
-    return question + PHRASE
+def prompt(row: Row, style: str) -> str:
+    """The question without its own request for yes or no, which Cambrian leaves in, and the single-word sentence."""
+    question: str = row["question"].strip()
+    return (question if style == "cambrian" else question.replace(_HINT, "")) + PHRASE
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
@@ -85,7 +85,7 @@ MME = BenchmarkRow(
     hub_id="lmms-lab/MME",
     split="test",
     columns={"question_id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXT, "category": TEXT},
-    licence="for research; its images come from several data sets",
+    licence="unknown: the hub's card names none, and the question about it there has no answer",
     cambrian_group="general",
     reported_by=("llava", "mini-gemini", "cambrian", "eagle"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
@@ -98,6 +98,7 @@ MME = BenchmarkRow(
     chance=lambda row: 0.375,  # noqa: ARG005
     grade=grade,
     aggregate=aggregate,
+    options=lambda row: yes_no.OPTIONS,  # noqa: ARG005
     scorer="mme 1",
     unit="points",
     maximum=2000.0,

@@ -52,7 +52,7 @@ def _parse(row: Row, prediction: str, variant: str, gold: str) -> str | None:
         return option_letters.vlmevalkit(prediction, options(row))
     if variant == "cambrian":
         answer = option_letters.cambrian_choice(prediction)
-        texts = [part.split(")")[-1].strip().lower() for part in row["Options"].split("(")[1:]]
+        texts = [part.partition(")")[2].partition(")")[0].strip().lower() for part in row["Options"].split("(")[1:]]
         if answer == gold.lower() or answer == texts["AB".index(gold)]:
             return gold
         return answer.upper() if answer in ("a", "b") else None
@@ -77,7 +77,7 @@ MMVP = BenchmarkRow(
     hub_id="lmms-lab-eval/MMVP",
     split="train",
     columns={"Index": WHOLE, "Question": TEXT, "Options": TEXT, "Correct Answer": TEXT, "image": IMAGE},
-    licence="MIT",
+    licence="MIT by its authors' repository (tsb0601/MMVP)",
     cambrian_group="vision-centric",
     reported_by=("cambrian", "eagle"),
     variants=("lmms", "vlmevalkit", "cambrian"),
@@ -91,7 +91,8 @@ MMVP = BenchmarkRow(
     chance=lambda row: 0.25,  # noqa: ARG005
     grade=grade,
     aggregate=aggregate,
-    scorer="mmvp pairs 1",
+    options=lambda row: tuple(options(row)),
+    scorer="mmvp pairs 2",
     metric="percent of pairs with both right",
     question=lambda row: str(row["Question"]),
     reference=answer_letter,

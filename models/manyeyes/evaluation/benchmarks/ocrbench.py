@@ -93,7 +93,7 @@ OCRBENCH = BenchmarkRow(
         "answer": TEXTS,
         "image": IMAGE,
     },
-    licence="research; each of 29 sources under its own terms",
+    licence="unknown: neither the hub's card nor the authors' page names one; made of 29 data sets",
     cambrian_group="ocr-chart",
     reported_by=("eagle", "cambrian"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),

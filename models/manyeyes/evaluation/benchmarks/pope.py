@@ -109,7 +109,7 @@ POPE = BenchmarkRow(
         "image": IMAGE,
         "category": TEXT,
     },
-    licence="MIT; images of COCO, Flickr terms",
+    licence="MIT by its authors' repository (AoiDragon/POPE); images of COCO, Flickr terms",
     reported_by=("llava", "eagle"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
     default_variant="official",
@@ -121,6 +121,7 @@ POPE = BenchmarkRow(
     chance=lambda row: 0.5,  # noqa: ARG005
     grade=grade,
     aggregate=aggregate,
+    options=lambda row: yes_no.OPTIONS,  # noqa: ARG005
     scorer="pope 1",
     metric="F1, percent",
     group=lambda row: str(row["category"]),

@@ -29,10 +29,15 @@ def grade(row: Row, prediction: str, variant: str) -> Graded:
     return outcome(row, parsed=parsed, right=parsed == gold.lower(), cluster=by_item(row))
 
 
+def options(row: Row) -> tuple[str, ...]:
+    """The letters of the options written in the question, one a line; empty where the answer is a word."""
+    return tuple(line[0] for line in row["question"].split("\n") if line[:1] in _LETTERS and line[1:2] == ".")
+
+
 def _chance(row: Row) -> float:
     """One of the options written in the question; the words of the others are mostly yes, no and small numbers."""
-    lines = [line for line in row["question"].split("\n") if line[:1] in _LETTERS and line[1:2] == "."]
-    return 1 / len(lines) if lines else _WORD_CHANCE
+    letters = options(row)
+    return 1 / len(letters) if letters else _WORD_CHANCE
 
 
 REALWORLDQA = BenchmarkRow(
@@ -41,7 +46,7 @@ REALWORLDQA = BenchmarkRow(
     hub_id="lmms-lab/RealWorldQA",
     split="test",
     columns={"image": IMAGE, "question": TEXT, "answer": TEXT},
-    licence="CC BY-ND 4.0",
+    licence="CC BY-ND 4.0 by its authors' card (xai-org/RealworldQA)",
     cambrian_group="vision-centric",
     reported_by=("cambrian", "eagle"),
     variants=("lmms", "cambrian"),
@@ -52,5 +57,6 @@ REALWORLDQA = BenchmarkRow(
     max_new_tokens=16,
     chance=_chance,
     grade=grade,
+    options=options,
     scorer="realworldqa 1",
 )

@@ -57,12 +57,15 @@ def answer_letter(row: Row) -> str:
 
 
 def prompt(row: Row, style: str) -> str:
-    """The hint as context where there is one, question, options and the sentence that asks for a letter."""
-    hint = row["hint"]
-    question = f"Context: {hint}\n{row['question']}" if hint else row["question"]
+    """The hint as context where there is one, question, options and the sentence that asks for a letter.
+
+    Cambrian puts the hint in front without a word, and here no "Options:" behind the question.
+    """
+    hint, question = row["hint"], row["question"]
     if style == "cambrian":
-        return choice_prompt(question, options(row), style, suffix=CAMBRIAN_SUFFIX)
-    return choice_prompt(question, options(row), style)
+        asked = f"{hint} {question}" if hint else question
+        return choice_prompt(asked, options(row), "default", suffix=CAMBRIAN_SUFFIX)
+    return choice_prompt(f"Context: {hint}\n{question}" if hint else question, options(row), style)
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
@@ -131,7 +134,7 @@ SCIENCEQA = BenchmarkRow(
         "subject": TEXT,
         "grade": TEXT,
     },
-    licence="CC BY-NC-SA 4.0",
+    licence="CC BY-NC-SA 4.0 by its authors' repository (lupantech/ScienceQA)",
     cambrian_group="knowledge",
     reported_by=("llava", "cambrian", "eagle"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
@@ -143,6 +146,7 @@ SCIENCEQA = BenchmarkRow(
     chance=lambda row: 1 / len(row["choices"]),
     grade=grade,
     aggregate=aggregate,
+    options=lambda row: tuple(options(row)),
     scorer="scienceqa option letter 1",
     metric="percent right of the questions with an image",
     reference=answer_letter,

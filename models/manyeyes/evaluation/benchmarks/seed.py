@@ -89,7 +89,7 @@ SEED = BenchmarkRow(
         "question_type_id": ID,
         "image": IMAGES,
     },
-    licence="CC BY-NC 4.0",
+    licence="CC BY-NC 4.0 by its authors' card (AILab-CVC/SEED-Bench); images of Conceptual Captions",
     cambrian_group="general",
     reported_by=("llava", "cambrian", "eagle"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),
@@ -102,6 +102,7 @@ SEED = BenchmarkRow(
     chance=lambda row: 0.25,  # noqa: ARG005
     grade=grade,
     aggregate=aggregate,
+    options=lambda row: tuple(options(row)),
     scorer="seed 1",
     metric="percent right of the image part",
     group=lambda row: TASKS.get(str(row["question_type_id"]), str(row["question_type_id"])),

@@ -63,7 +63,7 @@ TEXTVQA = BenchmarkRow(
         "ocr_tokens": TEXTS,
         "image": IMAGE,
     },
-    licence="CC BY 4.0",
+    licence="CC BY 4.0 by its authors' card (facebook/textvqa)",
     cambrian_group="ocr-chart",
     reported_by=("llava", "eagle", "cambrian", "mini-gemini"),
     variants=("official", "lmms", "vlmevalkit", "cambrian"),

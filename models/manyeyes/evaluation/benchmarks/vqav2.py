@@ -72,7 +72,7 @@ VQAV2 = BenchmarkRow(
         "answers": RECORDS,
         "image": IMAGE,
     },
-    licence="CC BY 4.0 (annotations); images under their owners' Flickr terms",
+    licence="CC BY 4.0 by the hub's card; images of COCO, Flickr terms",
     reported_by=("llava", "eagle"),
     variants=("official", "lmms"),
     default_variant="official",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+OPTIONS = ("Yes", "No", "yes", "no")
+"""What may be answered; prompts leave the case to the model."""
+
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIODS_REMOVED = 32
 """VQA's normaliser passes ``re.UNICODE`` where ``re.sub`` takes a count, so only so many full stops go."""
