@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +13,8 @@ from manyeyes.data.builders.manifest import Provenance, write_manifest
 from manyeyes.data.records import ImageFile, Record, Turn
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
+from manyeyes.evaluation.answerers import AnsweredBatch, answer_in_turn
+from manyeyes.evaluation.encoder_cache import ImageCounts
 from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 
@@ -69,6 +71,7 @@ class RuleAnswerer:
         self.rule = rule
         self.images = 0
         self.questions = 0
+        self.image_counts = ImageCounts()
 
     def answer_groups(self, groups: Sequence[Group], *, max_new_tokens: int) -> list[list[GeneratedAnswer]]:
         assert max_new_tokens > 0
@@ -79,6 +82,9 @@ class RuleAnswerer:
             image = group.images[0] if group.images else None
             answers.append([GeneratedAnswer(self.rule(image, question), ()) for question in group.questions])
         return answers
+
+    def answer_batches(self, batches: Iterable[Sequence[Group]], *, max_new_tokens: int) -> Iterator[AnsweredBatch]:
+        return answer_in_turn(self, batches, max_new_tokens=max_new_tokens)
 
 
 def right_answers(images: int) -> dict[tuple[bytes, str], str]:

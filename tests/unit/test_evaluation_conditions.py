@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from manyeyes.evaluation.conditions import (
     CONDITIONS,
     GREY,
     Condition,
-    count_questions,
+    Question,
     grey_image,
     is_possible,
     other_images,
@@ -24,6 +25,7 @@ from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.looking import by_image, looking_html, looking_markdown
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.runtime.bundle import Group
 from tests.benchmark_toys import make_row
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
@@ -62,6 +64,13 @@ def _benchmark(records: Sequence[Sequence[bytes]], *, questions: int = 2) -> Ben
     )
 
 
+def _asked(groups: Sequence[Group], questions: Sequence[Question]) -> list[tuple[Group, Question]]:
+    """Each question with the group that it is asked in."""
+    homes = [(group, prompt) for group in groups for prompt in group.questions]
+    assert [prompt for _, prompt in homes] == [question.prompt for question in questions]
+    return [(group, question) for (group, _), question in zip(homes, questions, strict=True)]
+
+
 IMAGES = [_png(16, 16, shade) for shade in range(5)] + [_png(24, 8, shade) for shade in range(2)]
 
 
@@ -70,29 +79,65 @@ IMAGES = [_png(16, 16, shade) for shade in range(5)] + [_png(24, 8, shade) for s
 def test_every_item_is_asked_once_with_its_own_prompt(condition: Condition, batch_size: int) -> None:
     benchmark = _benchmark([[image] for image in IMAGES], questions=11)
     asked: list[str] = []
-    questions = 0
-    for groups, items_by_question in plan_questions(benchmark, condition, batch_size=batch_size):
+    plan = plan_questions(benchmark, condition)
+    batches = list(plan.batches(batch_size=batch_size))
+    for groups, questions in batches:
         assert len(groups) <= batch_size
-        prompts = [question for group in groups for question in group.questions]
-        questions += len(prompts)
-        for prompt, items in zip(prompts, items_by_question, strict=True):
-            assert {item.prompt for item in items} == {prompt}
-            asked += [item.id for item in items]
+        for group, question in _asked(groups, questions):
+            assert tuple(hashlib.sha256(image).hexdigest() for image in group.images) == question.images
+            asked += [item.id for item in question.items]
     assert sorted(asked) == sorted(item.id for item in benchmark.items)
-    assert questions == count_questions(benchmark, condition)
+    assert sorted(asked) == sorted(item.id for question in plan.questions for item in question.items)
+    assert len({(question.images, question.prompt) for question in plan.questions}) == len(plan.questions)
+
+
+def test_questions_that_are_left_out_are_not_asked_and_their_images_not_read() -> None:
+    benchmark = _benchmark([[image] for image in IMAGES])
+    read: list[int] = []
+
+    def read_images(record: int) -> tuple[bytes, ...]:
+        read.append(record)
+        return benchmark.read_images(record)
+
+    plan = plan_questions(replace(benchmark, read_images=read_images), "image-on")
+    first, last = plan.questions[0].images, plan.questions[-1]
+    ((groups, questions),) = plan.batches(batch_size=100, leave_out=lambda q: q.images == first or q == last)
+    assert {*plan.questions} - {*questions} == {plan.questions[0], plan.questions[1], last}
+    assert sum(len(group.questions) for group in groups) == len(questions) == 2 * len(IMAGES) - 3
+    assert read == list(range(1, len(IMAGES)))
+    assert list(plan.batches(batch_size=100, leave_out=lambda _: True)) == []
+
+
+def test_equal_questions_on_an_image_are_one_question_unless_their_options_differ() -> None:
+    benchmark = _benchmark([[IMAGES[0]], [IMAGES[0]]], questions=1)
+    (question,) = plan_questions(benchmark, "image-on").questions
+    assert [item.id for item in question.items] == ["0#0", "1#0"]
+    chosen = replace(benchmark, items=(benchmark.items[0], replace(benchmark.items[1], options=("yes", "no"))))
+    plan = plan_questions(chosen, "image-on")
+    assert [question.options for question in plan.questions] == [(), ("yes", "no")]
+    ((groups, _),) = plan.batches(batch_size=1)
+    assert [group.choices for group in groups] == [((), ("yes", "no"))]
+
+
+def test_other_images_come_in_the_reverse_order_of_the_own_ones() -> None:
+    # A cache that holds a part of the images then has those that are shown first.
+    benchmark = _benchmark([[image] for image in IMAGES], questions=1)
+    own = [question.images for question in plan_questions(benchmark, "image-on").questions]
+    assert [question.images for question in plan_questions(benchmark, "other-image").questions] == own[::-1]
 
 
 def test_grey_is_asked_once_for_each_size_and_question() -> None:
     benchmark = _benchmark([[image] for image in IMAGES])
-    assert count_questions(benchmark, "grey") == 2 * 2
-    ((groups, items),) = plan_questions(benchmark, "grey", batch_size=10)
+    plan = plan_questions(benchmark, "grey")
+    assert len(plan.questions) == 2 * 2
+    ((groups, questions),) = plan.batches(batch_size=10)
     sizes = set()
     for group in groups:
         picture = Image.open(io.BytesIO(group.images[0]))
         assert picture.getcolors() == [(picture.width * picture.height, GREY)]
         sizes.add(picture.size)
     assert sizes == {(16, 16), (24, 8)}
-    assert [len(answered) for answered in items] == [5, 5, 2, 2]
+    assert [len(question.items) for question in questions] == [5, 5, 2, 2]
 
 
 def test_a_grey_image_has_the_size_of_the_item_s_own() -> None:
@@ -106,11 +151,12 @@ def test_another_image_is_never_the_own_and_all_are_shown() -> None:
     assert set(others) == set(others.values()) == {item.image_sha256s for item in benchmark.items}
     assert others == other_images(benchmark)
     shown = {
-        answered[0].image_sha256s[0]: hashlib.sha256(group.images[0]).hexdigest()
-        for groups, items in plan_questions(benchmark, "other-image", batch_size=100)
-        for group, answered in zip(groups, items[::2], strict=False)
-        if len(group.questions) == 2
+        item.image_sha256s[0]: hashlib.sha256(group.images[0]).hexdigest()
+        for groups, questions in plan_questions(benchmark, "other-image").batches(batch_size=100)
+        for group, question in _asked(groups, questions)
+        for item in question.items
     }
+    assert len(shown) == len(IMAGES)
     assert all(mine != theirs for mine, theirs in shown.items())
 
 
@@ -126,12 +172,10 @@ def test_another_image_s_images_are_as_many_where_they_can_be() -> None:
 def test_items_without_images_stay_without() -> None:
     benchmark = _benchmark([[], [IMAGES[0]], [IMAGES[1]]])
     for condition in CONDITIONS:
-        for groups, items in plan_questions(benchmark, condition, batch_size=100):
-            answered = iter(items)
-            for group in groups:
-                for _ in group.questions:
-                    mine = next(answered)
-                    assert bool(group.images) == (condition != "image-off" and all(item.record for item in mine))
+        for groups, questions in plan_questions(benchmark, condition).batches(batch_size=100):
+            for group, question in _asked(groups, questions):
+                with_images = condition != "image-off" and all(item.record for item in question.items)
+                assert bool(group.images) == with_images
 
 
 def test_one_image_has_no_other() -> None:
@@ -156,9 +200,11 @@ def test_an_evaluation_scores_every_condition_and_the_report_sorts_by_what_the_i
         code_digest="c",
         model_digest="m",
     )
-    # 18 images with their questions, the other images with theirs; four questions without, four on grey.
-    assert (answerer.images, answerer.questions) == (18 + 18 + 1, 2 * 72 + 4 + 4)
+    # 18 images with their questions; four questions without, four on grey. Every image has the same four questions, so
+    # what is asked of another item's image was asked of it before.
+    assert (answerer.images, answerer.questions) == (18 + 1, 72 + 4 + 4)
     score = card.benchmarks["easy-vqa"]
+    assert score.from_cache == 72
     assert set(score.conditions) == {"grey", "other-image"}
     grey, other = score.conditions["grey"], score.conditions["other-image"]
     assert grey.score == score.image_off  # "no" to everything

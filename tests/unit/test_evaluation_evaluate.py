@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import EvaluationError
+from manyeyes.errors import EvaluationError, RecordError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark, load_benchmark
 from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
@@ -73,6 +73,7 @@ def test_files_say_what_the_scorecard_says(snapshot: Snapshot, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "items.parquet",
         "report.html",
+        "report.json",
         "report.md",
         "scorecard.json",
     ]
@@ -115,7 +116,8 @@ def test_a_stopped_evaluation_goes_on_with_the_next_half(snapshot: Snapshot, tmp
     resumed = run(second, snapshot, tmp_path / "a", work_dir=tmp_path / "work")
     assert (second.images, second.questions) == (0, 4)
     whole = run(RuleAnswerer(rule), snapshot, tmp_path / "b")
-    timeless = {"seconds": 0, "questions_per_s": 0}
+    assert (resumed.benchmarks["easy-vqa"].from_cache, whole.benchmarks["easy-vqa"].from_cache) == (72, 0)
+    timeless = {"seconds": 0, "questions_per_s": None, "from_cache": 0}
     assert resumed.benchmarks["easy-vqa"].model_copy(update=timeless) == whole.benchmarks["easy-vqa"].model_copy(
         update=timeless
     )
@@ -232,3 +234,20 @@ def test_items_that_are_not_items_are_refused(tmp_path: Path) -> None:
         read_outcomes(tmp_path / "items.parquet")
     with pytest.raises(EvaluationError, match="no file"):
         read_outcomes(tmp_path / "other.parquet")
+
+
+def test_a_record_that_cannot_be_used_is_looked_for_among_the_items_of_its_batch(
+    snapshot: Snapshot, tmp_path: Path
+) -> None:
+    def rule(_image: bytes | None, _question: str) -> str:
+        raise RecordError("image cannot be decoded", "a whole image", "Replace the file.")
+
+    with pytest.raises(RecordError, match=r"^easy-vqa-test, among the items .*test/.* more: image cannot be decoded"):
+        evaluate(
+            RuleAnswerer(rule),
+            make_recipe(),
+            snapshot=snapshot,
+            out_dir=tmp_path,
+            code_digest="c",
+            model_digest="m",
+        )

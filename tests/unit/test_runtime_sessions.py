@@ -27,7 +27,7 @@ def adder(tmp_path: Path) -> Path:
 
 
 def has_cuda_device() -> bool:
-    return sessions._has_cuda_device()
+    return sessions.count_cuda_devices() > 0
 
 
 class FakeDriver:

@@ -10,8 +10,8 @@ import click
 from manyeyes.errors import EvaluationError, ManyEyesError
 
 if TYPE_CHECKING:
-    from manyeyes.evaluation.compare import Results
     from manyeyes.evaluation.compare_page import ReadImage
+    from manyeyes.evaluation.results import Results
 
 
 @click.command("compare")
@@ -26,6 +26,8 @@ def compare_command(
     first: str, second: str, out: Path, data_folder: str, data_remote: str, examples: int, as_json: bool
 ) -> None:
     """Compare the model SECOND with FIRST: folders that `manyeyes evaluate` wrote, or NAME[@ALIAS or /VERSION].
+
+    Folders of `manyeyes score` compare too, with each other and where their references are the same.
 
     Writes compare.json, compare.html and compare.md into --out. Differences are paired by question and clustered by
     image, and corrected for the number of benchmarks.
@@ -54,13 +56,15 @@ def compare_command(
 
 
 def _results(given: str) -> Results:
-    from manyeyes.evaluation.compare import read_results
+    from manyeyes.evaluation.results import read_results
 
     if Path(given).exists():
         return read_results(Path(given))
     if Path(given).is_absolute() or given.startswith(".") or given.count("/") > 1:
         raise EvaluationError(
-            f"no folder {given}", "what `manyeyes evaluate` wrote, or a registered model", "Check the path."
+            f"no folder {given}",
+            "what `manyeyes evaluate` or `manyeyes score` wrote, or a registered model",
+            "Check the path.",
         )
     from manyeyes.registry.evidence import BUNDLE_SCORECARD, EVIDENCE_PATH, download
     from manyeyes.registry.references import ModelReference, find_version, parse_model_reference

@@ -43,7 +43,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     show_default=True,
     help="With --other: fill in for it, or let the judge decide.",
 )
-@click.option("--out", type=_FOLDER, help="Folder for items.jsonl; runs/judge/BENCHMARK by default.")
+@click.option("--out", type=_FOLDER, help="Folder for score.json and items.jsonl; runs/judge/BENCHMARK by default.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def judge_command(
     benchmark: str,
@@ -156,7 +156,9 @@ def _ensemble_lines(report: EnsembleReport) -> list[str]:
 def _score_lines(name: str, report: ScoreReport) -> list[str]:
     low, high = report.ci95
     lines = [f"{name}: {report.score:.2f}% ({low:.2f} to {high:.2f}), {report.n:,} items"]
-    lines += [f"  {part:<32} {value:9.2f}" for part, value in report.scores.items()]
+    for part, value in report.scores.items():
+        low, high = report.scores_ci95[part]
+        lines.append(f"  {part:<32} {value:9.2f} ({low:.2f} to {high:.2f})")
     lines.append(
         f"  missing {report.missing:,}, unexpected {report.unexpected:,}, duplicates {report.duplicates:,}, "
         f"empty {report.empty:,}"

@@ -15,6 +15,7 @@ from manyeyes.cli.compare import compare_command
 from manyeyes.cli.contamination import contamination_command
 from manyeyes.cli.convert import convert_command, logits_command
 from manyeyes.cli.correlate import correlate_command
+from manyeyes.cli.evaluate import evaluate_command
 from manyeyes.cli.group import Group as _Group
 from manyeyes.cli.judge import judge_command
 from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
@@ -257,31 +258,7 @@ chat.add_command(render_command)
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-@cli.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--recipe", default="tiny", show_default=True)
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe.")
-@click.option("--data-md5", default="")
-@click.option("--data-remote", default="")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
-def evaluate(
-    model: Path, recipe: str, assignments: tuple[str, ...], data_md5: str, data_remote: str, out: Path
-) -> None:
-    """Score the checkpoint or bundle in the folder MODEL on a recipe's benchmarks."""
-    from manyeyes.cli.step import run_from_files
-
-    kind = "bundle" if (model / "manifest.json").is_file() else "torch"
-    run_from_files(
-        "evaluate",
-        {"kind": kind, "model": model},
-        recipe=recipe,
-        assignments=assignments,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        out=out,
-    )
-
-
+cli.add_command(evaluate_command)
 cli.add_command(score_command)
 cli.add_command(judge_command)
 cli.add_command(compare_command)

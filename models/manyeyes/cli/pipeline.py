@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from manyeyes.cli.profiles import Profile
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
 from manyeyes.recipe import list_recipes
-from manyeyes.steps.base import OTHER_ERROR, USER_ERROR, describe_failure, wait_for_runner_death
+from manyeyes.steps.base import OTHER_ERROR, USER_ERROR, describe_failure
 from manyeyes.steps.events import Artifact, ErrorReport, emit
+from manyeyes.steps.runner_death import wait_for_runner_death
 
 REQUEST_FILE = "request.json"
 IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"

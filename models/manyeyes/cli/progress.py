@@ -40,9 +40,10 @@ class ProgressView:
         self._lines: dict[str, _Line] = {}
         self._live: Live | None = None
 
-    def begin(self, run_dir: Path) -> None:
-        """Start showing the run in ``run_dir``."""
-        self.console.print(f"run {run_dir.name}, log: {_short(run_dir / 'pipeline.log')}", highlight=False)
+    def begin(self, run_dir: Path | None = None) -> None:
+        """Start showing the run in ``run_dir``, or steps that no pipeline runs."""
+        if run_dir is not None:
+            self.console.print(f"run {run_dir.name}, log: {_short(run_dir / 'pipeline.log')}", highlight=False)
         if self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._table)
             self._live.start()

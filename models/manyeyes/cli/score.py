@@ -26,7 +26,7 @@ import click
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for items.jsonl; runs/score/BENCHMARK-VARIANT by default.",
+    help="Folder for score.json and items.jsonl; runs/score/BENCHMARK-VARIANT by default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def score_command(
@@ -60,7 +60,8 @@ def score_command(
     click.echo(f"{row.title}, scored as {report.variant}: {report.score:.2f}{mark} ({low:.2f} to {high:.2f})")
     click.echo(f"  {row.metric}; {report.n:,} items in {report.clusters:,} clusters")
     for name, value in report.scores.items():
-        click.echo(f"  {name:<48} {value:9.2f}")
+        low, high = report.scores_ci95[name]
+        click.echo(f"  {name:<48} {value:9.2f} ({low:.2f} to {high:.2f})")
     counts = ("parse_failures", "missing", "unexpected", "duplicates", "empty")
     click.echo("  " + ", ".join(f"{name.replace('_', ' ')} {getattr(report, name):,}" for name in counts))
     click.echo(f"  every item: {report.per_item}")

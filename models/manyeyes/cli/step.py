@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from manyeyes.recipe import load_recipe, parse_overrides
+from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.steps.base import LocalArtifact, Step, StepResult, run_step
 from manyeyes.steps.code_digest import code_digest
+from manyeyes.steps.events import watching
 from manyeyes.steps.inputs import locate_data
 
 STEP_NAMES = (
@@ -99,19 +101,19 @@ def run_from_files(
     name: str,
     arguments: Mapping[str, Any],
     *,
-    recipe: str,
-    assignments: Sequence[str],
+    recipe: str | Recipe,
+    assignments: Sequence[str] = (),
     data_md5: str,
     data_remote: str,
     out: Path,
 ) -> StepResult:
-    """Run one step; its outputs and reports go to ``out``.
+    """Run one step and show how far it is; its outputs and reports go to ``out``.
 
     Args:
         name: Of ``STEP_NAMES``.
         arguments: The step function's own arguments.
-        recipe: Name or path.
-        assignments: Overrides, ``a.b=c``.
+        recipe: Name or path, or what was made from one.
+        assignments: Overrides, ``a.b=c``, of a name or path.
         data_md5: Snapshot; the checkout's own when empty.
         data_remote: Where it is; the checkout's own when empty.
         out: Folder to write.
@@ -120,23 +122,43 @@ def run_from_files(
     wanted = inspect.signature(step.function).parameters
     given = dict(arguments)
     if "recipe_json" in wanted:
-        loaded = load_recipe(recipe, overrides=parse_overrides(list(assignments)))
+        loaded = recipe
+        if not isinstance(loaded, Recipe):
+            loaded = load_recipe(loaded, overrides=parse_overrides(list(assignments)))
         given |= {"recipe_json": loaded.canonical_json(), "recipe_digest": loaded.digest, "code_digest": code_digest()}
         given["data_md5"], given["data_remote"] = locate_data(data_md5, data_remote)
         if "registry_model" in wanted:
             given["registry_model"] = given.get("registry_model") or loaded.registry.model
     out.mkdir(parents=True, exist_ok=True)
-    result = run_step(
-        step,
-        metrics=LocalArtifact(str(out / "metrics.json")),
-        report=LocalArtifact(str(out / "report.html")),
-        notes=LocalArtifact(str(out / "report.md")),
-        outputs={key: LocalArtifact(str(out / key)) for key in step.outputs},
-        **given,
-    )
+    with _showing_progress():
+        result = run_step(
+            step,
+            metrics=LocalArtifact(str(out / "metrics.json")),
+            report=LocalArtifact(str(out / "report.html")),
+            notes=LocalArtifact(str(out / "report.md")),
+            outputs={key: LocalArtifact(str(out / key)) for key in step.outputs},
+            **given,
+        )
     click.echo(f"{name}: {result.figure}")
     click.echo(f"report: {out / 'report.html'}")
     return result
+
+
+@contextmanager
+def _showing_progress() -> Iterator[None]:
+    """One line on a terminal's standard error, or one line now and then in a log."""
+    from rich.console import Console
+
+    from manyeyes.cli.progress import ProgressView
+
+    view = ProgressView(Console(stderr=True))
+    view.begin()
+    try:
+        with watching(lambda event: view.update([event])):
+            yield
+    finally:
+        view.interrupt()
+        view.end()
 
 
 def _click_type(annotation: Any) -> click.ParamType:
@@ -145,7 +167,7 @@ def _click_type(annotation: Any) -> click.ParamType:
         return click.Path(path_type=Path, exists=True)
     if typing.get_origin(annotation) is typing.Literal:
         return click.Choice([str(choice) for choice in inner])
-    return click.INT if annotation is int else click.STRING
+    return click.INT if int in (annotation, *inner) else click.STRING
 
 
 def _described_arguments(docstring: str) -> dict[str, str]:

@@ -10,9 +10,11 @@ Source: Cambrian-1, arXiv:2406.16860, removes the image; MMStar, arXiv:2403.2033
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from PIL import Image
@@ -33,45 +35,106 @@ GREY = (128, 128, 128)
 _QUESTIONS_PER_IMAGE = 8
 
 Sha256s = tuple[str, ...]
-"""Of an item's images, in order."""
-
-Batch = tuple[list[Group], list[list[Item]]]
-"""The groups to ask, and for each of their questions in order the items that it answers."""
+"""Of images, in order."""
 
 
-def plan_questions(benchmark: Benchmark, condition: Condition, *, batch_size: int) -> Iterator[Batch]:
-    """Batches that ask every item of a benchmark once under a condition.
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked once, and the items whose answer that is: they are the same input to a greedy model.
 
-    With images, all questions on one image are asked together. Items that are the same input to a greedy model (no
-    image or the same grey one, and the same prompt) are asked once.
+    Attributes:
+        images: Of the images that are shown; empty without any.
+        prompt: What the model reads.
+        options: What the answer is chosen from; empty where it is written.
+        items: At least one.
+    """
+
+    images: Sha256s
+    prompt: str
+    options: tuple[str, ...]
+    items: tuple[Item, ...] = field(compare=False, repr=False)
+
+
+Batch = tuple[list[Group], list[Question]]
+"""The groups to ask, and their questions in order."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked under a condition.
+
+    Attributes:
+        questions: Each once, those on the same images one after the other.
+        read_images: The files of the images of a question.
+        whole: Whether all questions on the same images belong into one batch.
+    """
+
+    questions: tuple[Question, ...]
+    read_images: Callable[[Sha256s], tuple[bytes, ...]] = field(repr=False)
+    whole: bool
+
+    def batches(self, *, batch_size: int, leave_out: Callable[[Question], bool] | None = None) -> Iterator[Batch]:
+        """The questions, images read as each batch is made.
+
+        Args:
+            batch_size: Most images a batch; eight times as many questions where images are removed or grey.
+            leave_out: Says of a question that it need not be asked.
+
+        Yields:
+            Each batch.
+        """
+        by_images: dict[Sha256s, list[Question]] = {}
+        for question in self.questions:
+            if leave_out is None or not leave_out(question):
+                by_images.setdefault(question.images, []).append(question)
+        most = batch_size * _QUESTIONS_PER_IMAGE
+        groups: list[Group] = []
+        asked: list[Question] = []
+        for images, waiting in by_images.items():
+            # Questions on an image share its prefix, which one batch computes once.
+            together = self.whole and bool(images)
+            while waiting:
+                if len(groups) == batch_size or (len(asked) >= most and not together):
+                    yield groups, asked
+                    groups, asked = [], []
+                room = len(waiting) if together else most - len(asked)
+                now, waiting = waiting[:room], waiting[room:]
+                groups.append(_group(self.read_images(images), now))
+                asked += now
+        if groups:
+            yield groups, asked
+
+
+def plan_questions(benchmark: Benchmark, condition: Condition) -> Plan:
+    """What to ask so that every item of a benchmark has an answer under a condition.
 
     Args:
         benchmark: The questions.
         condition: What takes the image's place.
-        batch_size: Most images a batch; eight times as many questions where images are removed or grey.
-
-    Yields:
-        Each batch.
 
     Raises:
-        EvaluationError: ``other-image`` where all items show the same image.
+        EvaluationError: ``other-image`` where all items that have images show the same ones.
+        RecordError: An image is none, where a grey one of its size is needed.
     """
+    records = _records(benchmark)
+
+    def read_images(images: Sha256s) -> tuple[bytes, ...]:
+        return benchmark.read_images(records[images]) if images else ()
+
     if condition == "image-on":
-        yield from _on_images(benchmark, {}, batch_size)
-    elif condition == "other-image":
-        yield from _on_images(benchmark, other_images(benchmark), batch_size)
-    elif condition == "image-off":
-        yield from _shared(_distinct(benchmark.items, {}), batch_size)
-    else:
-        yield from _shared(_distinct(benchmark.items, _grey_images(benchmark)), batch_size)
-
-
-def count_questions(benchmark: Benchmark, condition: Condition) -> int:
-    """How many questions ``plan_questions`` asks under a condition."""
-    if condition in ("image-on", "other-image"):
-        return len(benchmark.items)
-    images = _grey_images(benchmark) if condition == "grey" else {}
-    return len({(images.get(item.image_sha256s, ()), item.prompt) for item in benchmark.items})
+        return Plan(_distinct(benchmark.items, {images: images for images in records}), read_images, whole=True)
+    if condition == "image-off":
+        return Plan(_distinct(benchmark.items, {}), read_images, whole=False)
+    if condition == "grey":
+        grey, files = _grey_images(benchmark)
+        return Plan(
+            _distinct(benchmark.items, grey), lambda images: tuple(files[sha256] for sha256 in images), whole=False
+        )
+    # The last come first: a cache that is smaller than the benchmark still has the images that image-on ended with.
+    place = {images: number for number, images in enumerate(records)}
+    questions = _distinct(benchmark.items, other_images(benchmark))
+    ordered = tuple(sorted(questions, key=lambda question: place.get(question.images, len(place))))
+    return Plan(ordered, read_images, whole=True)
 
 
 def is_possible(benchmark: Benchmark, condition: Condition) -> bool:
@@ -124,65 +187,43 @@ def grey_image(data: bytes) -> bytes:
 
 
 def _records(benchmark: Benchmark) -> dict[Sha256s, int]:
-    """A record that has them, by images."""
+    """A record that has them, by images; the last come first."""
     return {item.image_sha256s: item.record for item in reversed(benchmark.items)}
 
 
-def _grey_images(benchmark: Benchmark) -> dict[Sha256s, tuple[bytes, ...]]:
-    """Grey images by those whose place they take; equal objects for equal sizes."""
-    by_sha256: dict[str, bytes] = {}
-    kept: dict[bytes, bytes] = {}
-    grey: dict[Sha256s, tuple[bytes, ...]] = {}
+def _grey_images(benchmark: Benchmark) -> tuple[dict[Sha256s, Sha256s], dict[str, bytes]]:
+    """Grey images by those whose place they take, and their files; equal for equal sizes."""
+    grey_of: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    shown: dict[Sha256s, Sha256s] = {}
     for sha256s, record in _records(benchmark).items():
-        if any(sha256 not in by_sha256 for sha256 in sha256s):
+        if any(sha256 not in grey_of for sha256 in sha256s):
             for sha256, data in zip(sha256s, benchmark.read_images(record), strict=True):
                 image = grey_image(data)
-                by_sha256[sha256] = kept.setdefault(image, image)
-        grey[sha256s] = tuple(by_sha256[sha256] for sha256 in sha256s)
-    return grey
+                grey_of[sha256] = hashlib.sha256(image).hexdigest()
+                files[grey_of[sha256]] = image
+        shown[sha256s] = tuple(grey_of[sha256] for sha256 in sha256s)
+    return shown, files
 
 
-def _on_images(benchmark: Benchmark, instead: Mapping[Sha256s, Sha256s], batch_size: int) -> Iterator[Batch]:
-    # Data sets with a row a question repeat the image; equal files are one image. Without one, an item stands alone.
-    records = _records(benchmark)
-    by_images: dict[Sha256s, list[Item]] = {}
-    for item in benchmark.items:
-        by_images.setdefault(item.image_sha256s or (item.id,), []).append(item)
-    together = list(by_images.values())
-    for start in range(0, len(together), batch_size):
-        batch = together[start : start + batch_size]
-        groups = []
-        for items in batch:
-            shown = instead.get(items[0].image_sha256s, items[0].image_sha256s)
-            images = benchmark.read_images(records[shown]) if shown else ()
-            groups.append(Group(images=images, questions=tuple(item.prompt for item in items)))
-        yield groups, [[item] for items in batch for item in items]
+def _distinct(items: Sequence[Item], shown: Mapping[Sha256s, Sha256s]) -> tuple[Question, ...]:
+    """Each input once, with its items; those on the same images one after the other.
 
-
-def _distinct(
-    items: Sequence[Item], images: Mapping[Sha256s, tuple[bytes, ...]]
-) -> dict[tuple[bytes, ...], dict[str, list[Item]]]:
-    """Items by the images that they are shown, then by prompt."""
-    by_input: dict[tuple[bytes, ...], dict[str, list[Item]]] = {}
+    Args:
+        items: What is to be answered.
+        shown: By an item's images those that the model sees; none where they are left out.
+    """
+    by_images: dict[Sha256s, dict[tuple[str, tuple[str, ...]], list[Item]]] = {}
     for item in items:
-        by_input.setdefault(images.get(item.image_sha256s, ()), {}).setdefault(item.prompt, []).append(item)
-    return by_input
+        by_asked = by_images.setdefault(shown.get(item.image_sha256s, ()), {})
+        by_asked.setdefault((item.prompt, item.options), []).append(item)
+    return tuple(
+        Question(images, prompt, options, tuple(own))
+        for images, by_asked in by_images.items()
+        for (prompt, options), own in by_asked.items()
+    )
 
 
-def _shared(by_input: dict[tuple[bytes, ...], dict[str, list[Item]]], batch_size: int) -> Iterator[Batch]:
-    """Batches of like size; the images of a size are shown once a batch."""
-    size = batch_size * _QUESTIONS_PER_IMAGE
-    groups: list[Group] = []
-    answered: list[list[Item]] = []
-    for images, by_prompt in by_input.items():
-        prompts = list(by_prompt)
-        while prompts:
-            room = size - len(answered)
-            if room == 0 or len(groups) == batch_size:
-                yield groups, answered
-                groups, answered, room = [], [], size
-            now, prompts = prompts[:room], prompts[room:]
-            groups.append(Group(images=images, questions=tuple(now)))
-            answered += [by_prompt[prompt] for prompt in now]
-    if groups:
-        yield groups, answered
+def _group(images: tuple[bytes, ...], asked: Sequence[Question]) -> Group:
+    choices = tuple(question.options for question in asked)
+    return Group(images, tuple(question.prompt for question in asked), choices if any(choices) else ())

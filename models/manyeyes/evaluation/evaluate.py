@@ -1,8 +1,8 @@
 """Score a model on a recipe's benchmarks, with the image and with what may take its place (``conditions``).
 
-Each condition of each benchmark is kept as soon as it is done, so an evaluation that was stopped goes on from there.
-With the image, all questions on one image are asked together: the encoders see it once and the questions share its
-prefix. Without the image, equal questions are the same input to a greedy model and are asked once.
+Each answer is kept as soon as it is there (``answer_cache``), so an evaluation that was stopped goes on from there, and
+inputs that are equal in several benchmarks or conditions are asked once. All questions on one image are asked together:
+the encoders see it once and the questions share its prefix.
 """
 
 from __future__ import annotations
@@ -10,69 +10,42 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
-
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.answer_cache import AnswerKeys, open_answers
 from manyeyes.evaluation.answerers import Answerer
+from manyeyes.evaluation.asking import Answered, EvaluationProgress, ask_benchmark
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, Item, load_benchmarks
-from manyeyes.evaluation.conditions import CONDITIONS, Condition, count_questions, is_possible, plan_questions
+from manyeyes.evaluation.conditions import CONDITIONS, Condition, is_possible
+from manyeyes.evaluation.encoder_cache import ImageCounts
 from manyeyes.evaluation.grading import UNJUDGED, GradedAnswers, grade_answers
 from manyeyes.evaluation.groups import average_groups
 from manyeyes.evaluation.interval import added_interval, score_interval
 from manyeyes.evaluation.judge import Judge
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
-from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.report import render_html, render_markdown
+from manyeyes.evaluation.report import NO_CHAMPION, Champion, write_report
 from manyeyes.evaluation.scorecard import (
     BenchmarkScore,
     ConditionScore,
+    ImageCacheUse,
     Scorecard,
     ScoredModel,
     TypeScore,
     write_scorecard,
 )
 from manyeyes.evaluation.scoring import Estimate, clustered_mean
+from manyeyes.evaluation.sub_scores import sub_score_intervals
+from manyeyes.export.model_facts import ModelFacts
 from manyeyes.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """How far an evaluation is.
-
-    Attributes:
-        benchmark: Being answered.
-        condition: What the model is shown.
-        done: Questions answered under this condition.
-        total: Questions of this condition; without the image, distinct ones.
-        score: Percent right so far under this condition; 0 until a judge has judged.
-        questions_per_s: Since this condition began.
-        eta_s: Seconds that this condition still takes.
-    """
-
-    benchmark: str
-    condition: Condition
-    done: int
-    total: int
-    score: float
-    questions_per_s: float
-    eta_s: float
+__all__ = ["UNFINISHED", "EvaluationProgress", "evaluate"]
 
 
-class _Answered(BaseModel):
-    """A finished condition, as it is kept for an evaluation that goes on later."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    key: str = Field(description="Digest over model, benchmark, prompts and answering code.")
-    predictions: dict[str, str] = Field(description="Text by item id.")
-    seconds: float
+UNFINISHED = "scorecard-unfinished.json"
+"""What is scored so far, for a reader; it goes when the evaluation is done."""
 
 
 def evaluate(
@@ -86,10 +59,12 @@ def evaluate(
     on_progress: Callable[[EvaluationProgress], None] | None = None,
     work_dir: Path | None = None,
     judge: Judge | None = None,
+    facts: ModelFacts | None = None,
+    champion: Champion = NO_CHAMPION,
 ) -> Scorecard:
     """Ask every question of the recipe's benchmarks, score the answers and write the results.
 
-    Writes ``scorecard.json``, ``items.parquet``, ``report.html`` and ``report.md``.
+    Writes ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
     Args:
         answerer: The model.
@@ -99,8 +74,11 @@ def evaluate(
         code_digest: Of the code that evaluates.
         model_digest: Of the checkpoint or the bundle behind ``answerer``.
         on_progress: Called after each batch.
-        work_dir: Keeps finished conditions while the evaluation runs; ``out_dir/unfinished`` when left out.
+        work_dir: Keeps answers, for this evaluation and others (``work_dir/answers``); when left out,
+            ``out_dir/unfinished`` keeps them until this one is done.
         judge: Judges free answers; the recipe's own when left out. Without any, benchmarks that need one are skipped.
+        facts: Size and cost of the model, for the report.
+        champion: What the report compares with.
 
     Returns:
         What ``scorecard.json`` holds.
@@ -115,124 +93,97 @@ def evaluate(
     if judge is None and recipe.evaluation.judge is not None:
         judge = Judge(recipe.evaluation.judge, cache=work_dir / "judge")
     benchmarks = load_benchmarks(recipe.evaluation, snapshot=snapshot)
+    keys = AnswerKeys(
+        kind=answerer.name,
+        model_digest=model_digest,
+        code_digest=code_digest,
+        data_md5=snapshot.md5,
+        chat=recipe.model.chat.model_dump(mode="json"),
+    )
     scores: dict[str, BenchmarkScore] = {}
     outcomes: list[Outcome] = []
-    kept: list[Path] = []
     skipped: dict[str, str] = {}
     scored: list[Benchmark] = []
-    for benchmark in benchmarks:
-        if benchmark.row.judged and judge is None:
-            skipped[benchmark.row.name] = UNJUDGED
-            continue
-        answers: dict[Condition, _Answered] = {}
-        files: list[Path] = []
-        for condition in CONDITIONS:
-            asked = condition in ("image-on", "image-off") or condition in recipe.evaluation.conditions
-            if not asked or not is_possible(benchmark, condition):
-                continue
-            key = _condition_key(benchmark, recipe, condition, answerer.name, model_digest, code_digest)
-            file = work_dir / f"{benchmark.row.name}-{condition}-{key[:16]}.json"
-            answered = _read_answered(file, key)
-            if answered is None:
-                answered = _answer(benchmark, answerer, recipe, condition, key, on_progress)
-                write_file(file, answered.model_dump_json().encode())
-            files.append(file)
-            answers[condition] = answered
-        predictions = {condition: answered.predictions for condition, answered in answers.items()}
-        verdicts = grade_answers(benchmark, predictions, judge)
-        if not isinstance(verdicts, GradedAnswers):
-            # The answers stay where they are, so that the next call asks the judge alone.
-            skipped[benchmark.row.name] = verdicts
-            continue
-        benchmark, graded = verdicts.benchmark, verdicts.graded
-        scored.append(benchmark)
-        kept += files
-        outcomes.extend(_outcomes(benchmark, answers, graded))
-        scores[benchmark.row.name] = _score(
-            benchmark,
-            graded,
-            unjudged=verdicts.unjudged,
-            prompt_digest=_prompt_digest(benchmark, recipe),
-            max_new_tokens=_max_new_tokens(benchmark, recipe),
-            seconds={condition: answered.seconds for condition, answered in answers.items()},
+
+    def scorecard(to_come: Sequence[Benchmark] = ()) -> Scorecard:
+        return Scorecard(
+            model=ScoredModel(digest=model_digest, kind=answerer.name, facts=facts),
+            recipe=recipe.name,
+            recipe_digest=recipe.digest,
+            data_md5=snapshot.md5,
+            code_digest=code_digest,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            benchmarks=scores,
+            skipped=skipped,
+            judge=None if judge is None else judge.use,
+            groups={} if to_come else average_groups(scores, outcomes),
+            unfinished=[benchmark.row.name for benchmark in to_come],
         )
-    scorecard = Scorecard(
-        model=ScoredModel(digest=model_digest, kind=answerer.name),
-        recipe=recipe.name,
-        recipe_digest=recipe.digest,
-        data_md5=snapshot.md5,
-        code_digest=code_digest,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        benchmarks=scores,
-        skipped=skipped,
-        judge=None if judge is None else judge.use,
-        groups=average_groups(scores, outcomes),
-    )
+
+    with open_answers(work_dir / "answers", model_digest=model_digest, kind=answerer.name) as known:
+        for place, benchmark in enumerate(benchmarks):
+            to_come = benchmarks[place + 1 :]
+            if benchmark.row.judged and judge is None:
+                skipped[benchmark.row.name] = UNJUDGED
+                continue
+            # Other tasks ask the same model at the same time.
+            known.refresh()
+            images = answerer.image_counts
+            answers = {
+                condition: ask_benchmark(
+                    benchmark,
+                    condition,
+                    answerer,
+                    known=known,
+                    keys=keys,
+                    batch_size=recipe.evaluation.batch_size,
+                    max_new_tokens=_max_new_tokens(benchmark, recipe),
+                    on_progress=on_progress,
+                )
+                for condition in CONDITIONS
+                if condition in ("image-on", "image-off", *recipe.evaluation.conditions)
+                and is_possible(benchmark, condition)
+            }
+            predictions = {condition: answered.predictions for condition, answered in answers.items()}
+            verdicts = grade_answers(benchmark, predictions, judge)
+            if not isinstance(verdicts, GradedAnswers):
+                # The answers stay where they are, so that the next call asks the judge alone.
+                skipped[benchmark.row.name] = verdicts
+                continue
+            benchmark, graded = verdicts.benchmark, verdicts.graded
+            scored.append(benchmark)
+            outcomes.extend(_outcomes(benchmark, predictions, graded))
+            scores[benchmark.row.name] = _score(
+                benchmark,
+                graded,
+                unjudged=verdicts.unjudged,
+                prompt_digest=_prompt_digest(benchmark, recipe),
+                max_new_tokens=_max_new_tokens(benchmark, recipe),
+                answers=answers,
+                images=answerer.image_counts - images,
+            )
+            if to_come:
+                write_scorecard(scorecard(to_come), out_dir / UNFINISHED)
+    card = scorecard()
     digests = {benchmark.row.name: benchmark.digest for benchmark in scored}
     write_outcomes(OutcomeFile(model_digest, answerer.name, digests, outcomes), out_dir / "items.parquet")
-    write_file(out_dir / "report.html", render_html(scorecard, outcomes, scored).encode())
-    write_file(out_dir / "report.md", render_markdown(scorecard, outcomes, scored).encode())
-    write_scorecard(scorecard, out_dir / "scorecard.json")
-    for file in kept:
-        file.unlink(missing_ok=True)
+    write_report(out_dir, card, outcomes, scored, recipe=recipe, champion=champion)
+    write_scorecard(card, out_dir / "scorecard.json")
+    (out_dir / UNFINISHED).unlink(missing_ok=True)
     if work_dir == out_dir / "unfinished" and all(reason == UNJUDGED for reason in skipped.values()):
         shutil.rmtree(work_dir, ignore_errors=True)
-    return scorecard
-
-
-def _answer(
-    benchmark: Benchmark,
-    answerer: Answerer,
-    recipe: Recipe,
-    condition: Condition,
-    key: str,
-    on_progress: Callable[[EvaluationProgress], None] | None,
-) -> _Answered:
-    total = count_questions(benchmark, condition)
-    predictions: dict[str, str] = {}
-    correct = 0.0
-    done = 0
-    seconds = 0.0
-    for groups, items_by_question in plan_questions(benchmark, condition, batch_size=recipe.evaluation.batch_size):
-        started = time.perf_counter()
-        answers = answerer.answer_groups(groups, max_new_tokens=_max_new_tokens(benchmark, recipe))
-        seconds += time.perf_counter() - started
-        texts = [answer.text for group in answers for answer in group]
-        if [len(group) for group in answers] != [len(group.questions) for group in groups]:
-            raise EvaluationError(
-                f"{answerer.name} returned {len(texts)} answers to {len(items_by_question)} questions",
-                "one answer per question, in order",
-                "Check the answerer.",
-            )
-        for text, items in zip(texts, items_by_question, strict=True):
-            for item in items:
-                predictions[item.id] = text
-                if not benchmark.row.judged:
-                    correct += benchmark.row.grade(item.row, text, benchmark.variant).score
-        done += len(texts)
-        if on_progress is not None:
-            rate = done / max(seconds, 1e-9)
-            on_progress(
-                EvaluationProgress(
-                    benchmark=benchmark.row.name,
-                    condition=condition,
-                    done=done,
-                    total=total,
-                    score=100 * correct / len(predictions),
-                    questions_per_s=rate,
-                    eta_s=(total - done) / rate,
-                )
-            )
-    return _Answered(key=key, predictions=predictions, seconds=seconds)
+    return card
 
 
 def _outcomes(
-    benchmark: Benchmark, answers: Mapping[Condition, _Answered], graded: Mapping[Condition, Sequence[Graded]]
+    benchmark: Benchmark,
+    predictions: Mapping[Condition, Mapping[str, str]],
+    graded: Mapping[Condition, Sequence[Graded]],
 ) -> list[Outcome]:
     def said(condition: Condition, item: Item, place: int) -> tuple[str, float] | tuple[None, None]:
-        if condition not in answers:
+        if condition not in predictions:
             return None, None
-        return answers[condition].predictions[item.id], graded[condition][place].score
+        return predictions[condition][item.id], graded[condition][place].score
 
     outcomes = []
     for place, item in enumerate(benchmark.items):
@@ -247,10 +198,10 @@ def _outcomes(
                 question=item.question,
                 answer_type=item.answer_type,
                 reference=item.reference,
-                prediction=answers["image-on"].predictions[item.id],
+                prediction=predictions["image-on"][item.id],
                 parsed=with_image.parsed,
                 correct=with_image.score,
-                prediction_image_off=answers["image-off"].predictions[item.id],
+                prediction_image_off=predictions["image-off"][item.id],
                 parsed_image_off=without.parsed,
                 correct_image_off=without.score,
                 cluster_id=with_image.cluster,
@@ -271,7 +222,8 @@ def _score(
     unjudged: int,
     prompt_digest: str,
     max_new_tokens: int,
-    seconds: Mapping[Condition, float],
+    answers: Mapping[Condition, Answered],
+    images: ImageCounts,
 ) -> BenchmarkScore:
     image_on, image_off = graded["image-on"], graded["image-off"]
     row, variant = benchmark.row, benchmark.variant
@@ -303,6 +255,7 @@ def _score(
         score=_rounded(scores.pop("score")),
         ci95=_interval(*score_interval(row, image_on, variant)),
         scores={name: _rounded(value) for name, value in scores.items()},
+        scores_ci95={name: _interval(*ends) for name, ends in sub_score_intervals(row, image_on, variant).items()},
         image_off=_rounded(scores_off.pop("score")),
         image_off_ci95=_interval(*score_interval(row, image_off, variant)),
         scores_image_off={name: _rounded(value) for name, value in scores_off.items()},
@@ -319,10 +272,14 @@ def _score(
         },
         by_type=by_type,
         benchmark_digest=benchmark.digest,
+        multiple_choice=benchmark.multiple_choice,
+        chosen=sum(bool(item.options) for item in benchmark.items),
         max_new_tokens=max_new_tokens,
         prompt_digest=prompt_digest,
-        seconds=round(sum(seconds.values()), 3),
-        questions_per_s=round(len(image_on) / max(seconds["image-on"], 1e-9), 3),
+        from_cache=sum(answered.from_cache for answered in answers.values()),
+        image_cache=None if images == ImageCounts() else ImageCacheUse(**asdict(images)),
+        seconds=round(sum(answered.seconds for answered in answers.values()), 3),
+        questions_per_s=_speed(answers["image-on"]),
     )
 
 
@@ -360,30 +317,10 @@ def _prompt_digest(benchmark: Benchmark, recipe: Recipe) -> str:
         "prompts": benchmark.style,
         "chat": recipe.model.chat.model_dump(mode="json"),
     }
+    if benchmark.multiple_choice != "generate":
+        parts["multiple_choice"] = benchmark.multiple_choice
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _condition_key(
-    benchmark: Benchmark, recipe: Recipe, condition: Condition, kind: str, model_digest: str, code_digest: str
-) -> str:
-    parts = {
-        "benchmark": benchmark.digest,
-        "prompt": _prompt_digest(benchmark, recipe),
-        "condition": condition,
-        "kind": kind,
-        "model": model_digest,
-        "code": code_digest,
-        "max_new_tokens": _max_new_tokens(benchmark, recipe),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_answered(path: Path, key: str) -> _Answered | None:
-    try:
-        answered = _Answered.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except pydantic.ValidationError:
-        # Files are written whole, so this one was touched by something else: the condition is answered again.
-        return None
-    return answered if answered.key == key else None
+def _speed(answered: Answered) -> float | None:
+    return round(answered.asked / max(answered.seconds, 1e-9), 3) if answered.asked else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import Benchmark, Graded, load_benchmarks
+from manyeyes.evaluation.benchmarks import Benchmark, Graded, MultipleChoice, load_benchmarks
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.conditions import plan_questions
 from manyeyes.evaluation.interval import score_interval
@@ -59,6 +59,9 @@ class BenchmarkReliance(_Strict):
     images: int = Field(gt=0, description="Images or documents: the clusters of the intervals.")
     score: float = Field(description="Undisturbed.")
     ci95: Interval = Field(description="Its 95% interval.")
+    multiple_choice: MultipleChoice = Field(
+        default="generate", description="generate: answers were written. prefill: those with options were chosen."
+    )
     encoders: tuple[EncoderReliance, ...] = Field(description="Each encoder, zeroed and shuffled.")
 
 
@@ -215,7 +218,10 @@ def _skipped(report: RelianceReport) -> list[str]:
 
 def _sentence(benchmark: BenchmarkReliance) -> str:
     low, high = benchmark.ci95
-    return f"Undisturbed {benchmark.score:.2f} ({low:.2f} to {high:.2f}) on {benchmark.n:,} questions."
+    chosen = " Answers were chosen from options after one prefill, not written."
+    return f"Undisturbed {benchmark.score:.2f} ({low:.2f} to {high:.2f}) on {benchmark.n:,} questions." + (
+        "" if benchmark.multiple_choice == "generate" else chosen
+    )
 
 
 def _rows(benchmark: BenchmarkReliance) -> list[list[str]]:
@@ -239,10 +245,10 @@ def _disturbance(encoder: str, how: How) -> Callable[[dict[str, Tensor], Sequenc
 def _grade(benchmark: Benchmark, answerer: TorchAnswerer, recipe: Recipe) -> list[Graded]:
     predictions: dict[str, str] = {}
     tokens = recipe.evaluation.max_new_tokens or benchmark.row.max_new_tokens
-    for groups, items_by_question in plan_questions(benchmark, "image-on", batch_size=recipe.evaluation.batch_size):
+    for groups, questions in plan_questions(benchmark, "image-on").batches(batch_size=recipe.evaluation.batch_size):
         answers = [answer for group in answerer.answer_groups(groups, max_new_tokens=tokens) for answer in group]
-        for answer, items in zip(answers, items_by_question, strict=True):
-            predictions |= {item.id: answer.text for item in items}
+        for answer, question in zip(answers, questions, strict=True):
+            predictions |= {item.id: answer.text for item in question.items}
     return [benchmark.row.grade(item.row, predictions[item.id], benchmark.variant) for item in benchmark.items]
 
 
@@ -262,6 +268,7 @@ def _reliance(benchmark: Benchmark, graded: dict[tuple[str, How] | None, list[Gr
         images=len({item.cluster for item in own}),
         score=round(score, 4),
         ci95=(round(low, 4), round(high, 4)),
+        multiple_choice=benchmark.multiple_choice,
         encoders=tuple(
             EncoderReliance(
                 encoder=encoder,

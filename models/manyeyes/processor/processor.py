@@ -228,6 +228,7 @@ class ManyEyesProcessor(ProcessorMixin):
         *,
         num_images: int,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_tokens: Sequence[int] | None = None,
         too_long: Literal["refuse", "cut"] = "refuse",
     ) -> Encoded:
         """Tokenise one conversation; one that ends with a human turn gets a generation prompt.
@@ -236,6 +237,7 @@ class ManyEyesProcessor(ProcessorMixin):
             turns: Speaker and text of each turn, with ``<image>`` placeholders.
             num_images: How many images go with it.
             image_sizes: Width and height of each; needed with a layout.
+            image_tokens: Visual tokens of each, where they are known; the sizes are not needed then.
             too_long: What becomes of more than ``max_length`` tokens; ``cut`` leaves the end out.
 
         Raises:
@@ -246,7 +248,7 @@ class ManyEyesProcessor(ProcessorMixin):
             self.rust_tokenizer,
             self._template,
             turns,
-            image_tokens=self.count_tokens(num_images, image_sizes),
+            image_tokens=self.count_tokens(num_images, image_sizes) if image_tokens is None else image_tokens,
             image_token_id=self.image_token_id,
             system=self.system,
             generation_prompt=bool(turns) and turns[-1][0] == "human",
@@ -271,6 +273,7 @@ class ManyEyesProcessor(ProcessorMixin):
         *,
         num_images: int,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_tokens: Sequence[int] | None = None,
     ) -> BranchGroup:
         """Tokenise questions about the same images, each seeing the images and itself alone.
 
@@ -278,6 +281,7 @@ class ManyEyesProcessor(ProcessorMixin):
             pairs: Question and answer; None instead of an answer asks for one. Questions carry no ``<image>``.
             num_images: How many images they are about; 0 for none.
             image_sizes: Width and height of each; needed with a layout.
+            image_tokens: Visual tokens of each, where they are known; the sizes are not needed then.
 
         Raises:
             RecordError: As ``encode``, or the template leaves nothing between image and answer.
@@ -287,7 +291,9 @@ class ManyEyesProcessor(ProcessorMixin):
             turns = [("human", question_with_images(question, num_images=num_images))]
             if answer is not None:
                 turns.append(("gpt", answer))
-            conversations.append(self.encode(turns, num_images=num_images, image_sizes=image_sizes))
+            conversations.append(
+                self.encode(turns, num_images=num_images, image_sizes=image_sizes, image_tokens=image_tokens)
+            )
         return split_branches(conversations)
 
     def pixel_values(self, images: Sequence[Image]) -> dict[str, Tensor]:

@@ -24,11 +24,12 @@ from tokenizers import Tokenizer
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
-from manyeyes.runtime.decoding import Continuation, Decoder
+from manyeyes.runtime.choosing import OptionEncoder, OptionIds, check_choices
+from manyeyes.runtime.decoding import Decoder
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
 from manyeyes.runtime.tiling import TokenLayout
-from manyeyes.runtime.vision import ImageTokens, Vision
+from manyeyes.runtime.vision import ImageCache, ImageTokens, Vision
 
 FORMAT_VERSION = 1
 VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
@@ -43,10 +44,24 @@ class Group:
     Attributes:
         images: Image files, in the order in which the model sees them; none for a question about text.
         questions: Without ``<image>``: one placeholder and a newline per image are put in front.
+        choices: What each question's answer is chosen from, after one prefill (``choosing``); an empty entry, or no
+            entries at all, for an answer that is written freely.
+
+    Raises:
+        RecordError: Another number of entries than questions, or options that are empty or equal.
     """
 
     images: tuple[bytes, ...]
     questions: tuple[str, ...]
+    choices: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        check_choices(self.questions, self.choices)
+
+    def options(self, question: int) -> tuple[str, ...]:
+        """What a question's answer is chosen from; empty where it is written freely."""
+        return self.choices[question] if self.choices else ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class GeneratedAnswer:
     """One answer.
 
     Attributes:
-        text: Without special tokens and surrounding white space.
-        token_ids: What the model wrote, without the stop token.
+        text: Without special tokens and surrounding white space; or the option that was chosen.
+        token_ids: What the model wrote, without the stop token; empty for a choice, which is not written.
         first_logits: ``[V]``, float32, at the first token, when asked for.
     """
 
@@ -70,6 +85,11 @@ class _Prompt:
     question: int
     encoded: Encoded
 
+    @property
+    def branch_ids(self) -> list[int]:
+        """Token ids behind the images."""
+        return self.encoded.input_ids[self.encoded.prefix_length :]
+
 
 class Bundle:
     """A loaded bundle; make one with ``load_bundle``.
@@ -80,7 +100,15 @@ class Bundle:
         providers: Execution providers that run the graphs, best first.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, providers: Sequence[str], threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        *,
+        providers: Sequence[str],
+        threads: int,
+        image_cache: ImageCache | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self._tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
@@ -94,12 +122,14 @@ class Bundle:
             _read_transforms(preprocess),
             layout=_read_layout(preprocess),
             tile_tokens=_field(chat, CHAT, "image_tokens", int),
+            cache=image_cache,
         )
         self._decoder = Decoder(
             Graph(path / EMBED, providers=providers, threads=threads),
             Graph(path / DECODER, providers=providers, threads=threads),
             stop_ids=stop_token_ids(self._tokenizer, self._template),
         )
+        self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self._max_length)
         self.providers: tuple[str, ...] = self._vision.providers
 
     def answer(self, question: str, *, images: Sequence[bytes] = (), max_new_tokens: int = 32) -> str:
@@ -185,21 +215,38 @@ class Bundle:
             [images[group] for group in of_group],
             [encoded.image_spans for encoded in of_group.values()],
         )
-        found: dict[tuple[int, int], Continuation] = {}
+        found: dict[tuple[int, int], GeneratedAnswer] = {}
         # Prompts of like length run together, so that little is padding.
         prompts.sort(key=lambda prompt: len(prompt.encoded.input_ids) - prompt.encoded.prefix_length)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
+        choosing = [prompt for prompt in prompts if groups[prompt.group].options(prompt.question)]
+        writing = [prompt for prompt in prompts if not groups[prompt.group].options(prompt.question)]
+        for start in range(0, len(writing), batch_size):
+            batch = writing[start : start + batch_size]
             continuations = self._decoder.continue_greedily(
                 prefixes,
                 [rows[prompt.group] for prompt in batch],
-                [prompt.encoded.input_ids[prompt.encoded.prefix_length :] for prompt in batch],
+                [prompt.branch_ids for prompt in batch],
                 max_new_tokens=[min(max_new_tokens, self._max_length - len(p.encoded.input_ids)) for p in batch],
             )
-            found.update(((p.group, p.question), c) for p, c in zip(batch, continuations, strict=True))
+            for prompt, written in zip(batch, continuations, strict=True):
+                text = str(self._tokenizer.decode(list(written.token_ids), skip_special_tokens=True)).strip()
+                kept = written.first_logits if first_logits else None
+                found[prompt.group, prompt.question] = GeneratedAnswer(text, written.token_ids, kept)
+        for start in range(0, len(choosing), batch_size):
+            batch = choosing[start : start + batch_size]
+            choices = self._decoder.choose(
+                prefixes,
+                [rows[prompt.group] for prompt in batch],
+                [prompt.branch_ids for prompt in batch],
+                [self._encode_options(groups[prompt.group], prompt) for prompt in batch],
+                batch_size=batch_size,
+            )
+            for prompt, choice in zip(batch, choices, strict=True):
+                text = groups[prompt.group].options(prompt.question)[choice.option]
+                kept = choice.first_logits if first_logits else None
+                found[prompt.group, prompt.question] = GeneratedAnswer(text, (), kept)
         return [
-            [self._to_answer(found[index, question], first_logits) for question in range(len(group.questions))]
-            for index, group in enumerate(groups)
+            [found[index, question] for question in range(len(group.questions))] for index, group in enumerate(groups)
         ]
 
     def _encode_prompts(self, groups: Sequence[Group], images: Sequence[Sequence[ImageTokens]]) -> Iterator[_Prompt]:
@@ -232,14 +279,22 @@ class Bundle:
                     )
                 yield _Prompt(index, place, encoded)
 
-    def _to_answer(self, continuation: Continuation, first_logits: bool) -> GeneratedAnswer:
-        token_ids = continuation.token_ids
-        text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
-        return GeneratedAnswer(text, token_ids, continuation.first_logits if first_logits else None)
+    def _encode_options(self, group: Group, prompt: _Prompt) -> OptionIds:
+        return self._options.encode(
+            group.questions[prompt.question],
+            group.options(prompt.question),
+            num_images=len(group.images),
+            prompt_length=len(prompt.encoded.input_ids),
+        )
 
 
 def load_bundle(
-    path: str | Path, *, providers: Sequence[str] | None = None, threads: int | None = None, verify: bool = True
+    path: str | Path,
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    image_cache: ImageCache | None = None,
 ) -> Bundle:
     """Load a bundle.
 
@@ -248,6 +303,7 @@ def load_bundle(
         providers: Execution providers of ONNX Runtime, best first; by default CUDA where there is a device, else CPU.
         threads: Threads a graph may use; by default ``MANYEYES_THREADS``, else every core.
         verify: Whether to check every file's sha256.
+        image_cache: Keeps the visual tokens of images; None without.
 
     Raises:
         BundleError: A file is missing or has changed, the manifest is of another format, a provider is unknown or
@@ -257,7 +313,7 @@ def load_bundle(
     chosen, num_threads = choose_providers(providers), choose_threads(threads)
     manifest = read_manifest(path)
     check_files(path, manifest["files"], sha256=verify)
-    return Bundle(path, manifest, providers=chosen, threads=num_threads)
+    return Bundle(path, manifest, providers=chosen, threads=num_threads, image_cache=image_cache)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def choose_providers(providers: Sequence[str] | None = None) -> list[str]:
     """
     available = ort.get_available_providers()
     if providers is None:
-        return [CUDA, CPU] if CUDA in available and _has_cuda_device() else [CPU]
+        return [CUDA, CPU] if count_cuda_devices() else [CPU]
     if not providers:
         raise BundleError("no execution provider is named", "at least one is needed", f"For instance {CPU}.")
     for name in providers:
@@ -163,12 +163,16 @@ class Graph:
         return dict(zip(self.output_names, binding.get_outputs(), strict=True))
 
 
-def _has_cuda_device() -> bool:
+def count_cuda_devices() -> int:
+    """CUDA devices that this ONNX Runtime can use; ``CUDA_VISIBLE_DEVICES`` hides the others."""
+    if CUDA not in ort.get_available_providers():
+        return 0
     # ONNX Runtime's CUDA build lists its provider on machines without a GPU too, and prints an error when it is asked
     # for there. The driver knows better.
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    counted = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if counted else 0

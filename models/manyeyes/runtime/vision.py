@@ -7,8 +7,10 @@ the language model, K cells that each of those looks at, C width of a cell.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,16 @@ class ImageTokens:
     windows: Mapping[str, NDArray[np.float32] | NDArray[np.bool_]] = field(default_factory=dict)
 
 
+class ImageCache(Protocol):
+    """Keeps what the vision graph made of an image."""
+
+    def find(self, image: bytes) -> ImageTokens | None:
+        """The tokens of an image file, or ``None`` where they must be made."""
+
+    def keep(self, image: bytes, tokens: ImageTokens, *, seconds: float) -> None:
+        """Keep the tokens of an image file; ``seconds`` is what making them took."""
+
+
 class Vision:
     """``vision.onnx`` and the way to it.
 
@@ -53,6 +65,7 @@ class Vision:
         transforms: How each encoder wants its pixels, by the name of the graph's input.
         layout: How an image becomes tiles and its tokens a sequence; None for one tile, its tokens as they are.
         tile_tokens: Visual tokens a tile.
+        cache: Is asked for an image before the graph is; None without.
 
     Raises:
         BundleError: The graph takes other inputs.
@@ -65,6 +78,7 @@ class Vision:
         *,
         layout: TokenLayout | None,
         tile_tokens: int,
+        cache: ImageCache | None = None,
     ) -> None:
         described = {*transforms, *([] if layout is None else [LAYOUT])}
         if set(graph.input_names) - {IMAGE_SIZES} != described:
@@ -77,10 +91,11 @@ class Vision:
         self._transforms = dict(transforms)
         self._layout = layout
         self._tile_tokens = tile_tokens
+        self._cache = cache
         self.providers = graph.providers
 
     def encode(self, images: Sequence[bytes]) -> list[ImageTokens]:
-        """Run images through encoders, fusion and projector, all at once.
+        """Run images through encoders, fusion and projector, all at once; those that the cache has stay out.
 
         Args:
             images: Image files.
@@ -89,6 +104,20 @@ class Vision:
             RecordError: An image cannot be decoded, or unpadding leaves nothing of it.
             BundleError: The graph does not run.
         """
+        if self._cache is None:
+            return self._run(images)
+        found = {image: self._cache.find(image) for image in images}
+        missing = [image for image, tokens in found.items() if tokens is None]
+        if missing:
+            started = time.perf_counter()
+            made = self._run(missing)
+            seconds = (time.perf_counter() - started) / len(missing)
+            for image, tokens in zip(missing, made, strict=True):
+                self._cache.keep(image, tokens, seconds=seconds)
+                found[image] = tokens
+        return [tokens for tokens in (found[image] for image in images) if tokens is not None]
+
+    def _run(self, images: Sequence[bytes]) -> list[ImageTokens]:
         decoded = [decode_image(data) for data in images]
         sizes = [(image.shape[1], image.shape[0]) for image in decoded]
         tiling = self._layout or TokenLayout()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
 from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
+from manyeyes.export.model_facts import ModelFacts, count_checkpoint
 from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
+from manyeyes.steps.champion_scores import find_champion
 from manyeyes.steps.inputs import Inputs, open_inputs, work_dir
 from manyeyes.steps.summary import EXAMPLE_FILE, ExampleSummary
+
+if TYPE_CHECKING:
+    from manyeyes.evaluation.asking import EvaluationProgress
 
 
 def evaluate(
@@ -28,8 +33,10 @@ def evaluate(
     code_digest: str,
     scorecard: Path,
     other_scorecard: Path | None = None,
+    processes: int | None = None,
+    registry_model: str = "",
 ) -> StepResult:
-    """Write ``scorecard.json``, ``items.parquet``, ``report.html`` and ``report.md``.
+    """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
     Args:
         reporter: Shows the progress.
@@ -42,40 +49,45 @@ def evaluate(
         code_digest: From ``resolve_data``.
         scorecard: Folder to write.
         other_scorecard: Folder of the same model's other scorecard; the report shows the difference.
+        processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.
+        registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
     """
-    from manyeyes.evaluation.answerers import Answerer, BundleAnswerer, TorchAnswerer
-    from manyeyes.evaluation.evaluate import EvaluationProgress
+    from manyeyes.evaluation.answerers import AnswererSpec
+    from manyeyes.evaluation.answering import open_answerer
+    from manyeyes.evaluation.encoder_cache import encoder_cache_settings
     from manyeyes.evaluation.evaluate import evaluate as evaluate_model
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
-    threads = num_threads()
-    answerer: Answerer
-    if kind == "torch":
-        from manyeyes.model import checkpoint_digest
-
-        answerer, digest = TorchAnswerer(model, threads=threads), checkpoint_digest(model)
-    else:
-        answerer = BundleAnswerer(model, threads=threads)
-        digest = str(json.loads((model / "manifest.json").read_text())["digest"])
+    digest = _digest(kind, model)
+    spec = AnswererSpec(
+        kind=kind,
+        model=model,
+        threads=num_threads(),
+        encoder_cache=encoder_cache_settings(
+            work_dir() / "images", kind=kind, model_digest=digest, code_digest=code_digest
+        ),
+    )
 
     def show(progress: EvaluationProgress) -> None:
         reporter.progress(
-            f"{progress.benchmark} {progress.condition}: {progress.score:.1f}% of {progress.done:,}, "
-            f"{progress.questions_per_s:,.0f} questions/s",
+            _in_words(progress, inputs.recipe.evaluation.benchmarks),
             done=progress.done / progress.total,
-            eta_s=progress.eta_s,
+            eta_s=progress.eta_s if progress.questions_per_s else None,
         )
 
-    card = evaluate_model(
-        answerer,
-        inputs.recipe,
-        snapshot=inputs.snapshot,
-        out_dir=scorecard,
-        code_digest=code_digest,
-        model_digest=digest,
-        on_progress=show,
-        work_dir=work_dir() / "evaluate",
-    )
+    with open_answerer(spec, processes=processes) as answerer:
+        card = evaluate_model(
+            answerer,
+            inputs.recipe,
+            snapshot=inputs.snapshot,
+            out_dir=scorecard,
+            code_digest=code_digest,
+            model_digest=digest,
+            on_progress=show,
+            work_dir=work_dir() / "evaluate",
+            facts=_facts(kind, model),
+            champion=find_champion(registry_model),
+        )
     _keep_example(inputs, scorecard)
     figure = ", ".join(
         [
@@ -91,6 +103,35 @@ def evaluate(
         markdown=(scorecard / "report.md").read_text() + _difference(card, other_scorecard),
         metadata={"model_digest": digest, "kind": kind, "recipe_digest": recipe_digest, "data_md5": data_md5},
     )
+
+
+def _in_words(progress: EvaluationProgress, benchmarks: Sequence[str]) -> str:
+    place = f"{benchmarks.index(progress.benchmark) + 1}/{len(benchmarks)} " if len(benchmarks) > 1 else ""
+    known = f" ({progress.from_cache:,} known)" if progress.from_cache else ""
+    speed = f", {progress.questions_per_s:,.1f} questions/s" if progress.questions_per_s else ""
+    return (
+        f"{place}{progress.benchmark} {progress.condition}: {progress.done:,} of {progress.total:,}{known}, "
+        f"{progress.score:.1f}% right{speed}"
+    )
+
+
+def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
+    if kind == "torch":
+        from manyeyes.model import checkpoint_digest
+
+        return checkpoint_digest(model)
+    from manyeyes.runtime.bundle import read_manifest
+
+    return str(read_manifest(model)["digest"])
+
+
+def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
+    if kind == "torch":
+        return count_checkpoint(model)
+    from manyeyes.runtime.bundle import read_manifest
+
+    found = read_manifest(model).get("model")
+    return None if found is None else ModelFacts.model_validate(found)
 
 
 def _keep_example(inputs: Inputs, folder: Path) -> None:

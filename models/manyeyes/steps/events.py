@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,11 +107,31 @@ def append_event(run_dir: Path, event: Event) -> None:
         os.close(descriptor)
 
 
+_watchers: list[Callable[[Event], None]] = []
+
+
+@contextmanager
+def watching(watch: Callable[[Event], None]) -> Iterator[None]:
+    """Have the events of steps that run in this process, besides any run.
+
+    Args:
+        watch: Gets each event in the block.
+    """
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
+
+
 def emit(kind: EventKind, step: str, **fields: Any) -> None:
-    """Append an event to the run that ``MANYEYES_RUN_DIR`` names; without one, do nothing."""
+    """Append an event to the run that ``MANYEYES_RUN_DIR`` names, if it names one, and tell whoever is ``watching``."""
+    event = Event(kind=kind, step=step, time=time.time(), **fields)
     run_dir = os.environ.get("MANYEYES_RUN_DIR")
     if run_dir:
-        append_event(Path(run_dir), Event(kind=kind, step=step, time=time.time(), **fields))
+        append_event(Path(run_dir), event)
+    for watch in _watchers:
+        watch(event)
 
 
 class EventReader:

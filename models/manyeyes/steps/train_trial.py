@@ -159,7 +159,15 @@ class _Job:
                 checkpoint = self._stage(stage, None, {} if checkpoint else encoders, checkpoint)
         assert checkpoint is not None
         scores = self.folder / "scores"
-        evaluate(self.reporter, kind="torch", model=checkpoint, scorecard=scores, other_scorecard=None, **self.pinned)
+        evaluate(
+            self.reporter,
+            kind="torch",
+            model=checkpoint,
+            scorecard=scores,
+            other_scorecard=None,
+            processes=None,
+            **self.pinned,
+        )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
             (new / TRIAL_FILE).write_text(self._describe(scores).model_dump_json(indent=2) + "\n")
