@@ -22,6 +22,7 @@ def benchmarks(
     data_md5: str,
     data_remote: str,
     code_digest: str,
+    champion: str,
 ) -> dsl.Artifact:
     """Score a model on every benchmark, side by side, and put the scorecards together.
 
@@ -34,6 +35,7 @@ def benchmarks(
         data_md5: Snapshot.
         data_remote: A folder or s3:// that holds it.
         code_digest: Digest of the image or of the library's source.
+        champion: What the report compares with.
     """
     pinned = {
         "recipe_json": recipe_json,
@@ -44,7 +46,7 @@ def benchmarks(
     }
     with dsl.ParallelFor(names) as benchmark:
         scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, **pinned)
-    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), **pinned)
+    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, **pinned)
     return merged.outputs["scorecard"]
 
 
@@ -98,5 +100,6 @@ def evaluate(
             recipe_json=planned.outputs["recipe_json"],
             recipe_digest=planned.outputs["recipe_digest"],
             code_digest=code_digest,
+            champion=planned.outputs["champion"],
             **where,
         )

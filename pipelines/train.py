@@ -102,12 +102,15 @@ def train(
         validation = validate_data(**pinned).outputs["validation"]
         trained = stages(encoders=resolved.outputs["encoders"], validation=validation, **pinned)
         checkpoint = trained.output
-        torch_scores = evaluate(kind="torch", model=checkpoint, **pinned).set_display_name("evaluate torch")
+        torch_scores = evaluate(kind="torch", model=checkpoint, registry_model=model_name, **pinned).set_display_name(
+            "evaluate torch"
+        )
         exported = export_onnx(checkpoint=checkpoint, **pinned)
         bundle_scores = evaluate(
             kind="bundle",
             model=exported.outputs["bundle"],
             other_scorecard=torch_scores.outputs["scorecard"],
+            registry_model=model_name,
             **pinned,
         ).set_display_name("evaluate bundle")
         evidence = {

@@ -21,6 +21,7 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
     other_scorecard: dsl.Input[dsl.Artifact] = None,
+    registry_model: str = "",
 ) -> None:
     """Score a model on the recipe's benchmarks, with the image and without.
 
@@ -35,8 +36,9 @@ def evaluate(
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
+        notes: The same without pictures; the reason, when the step fails.
         other_scorecard: Another scorecard of the same model, to show the difference.
+        registry_model: Name in the registry whose champion the report compares with; empty: none.
     """
     from pathlib import Path
 
@@ -58,4 +60,5 @@ def evaluate(
         data_remote=data_remote,
         code_digest=code_digest,
         other_scorecard=Path(other_scorecard.path) if other_scorecard else None,
+        registry_model=registry_model,
     )

@@ -19,6 +19,7 @@ def merge_scorecards(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
+    champion: str = "",
 ) -> None:
     """Put the scorecards of a model's benchmarks together.
 
@@ -32,7 +33,8 @@ def merge_scorecards(
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
+        notes: The same without pictures; the reason, when the step fails.
+        champion: NAME/VERSION in the registry to compare with; NAME alone has none yet. Empty: none is looked up.
     """
     from pathlib import Path
 
@@ -51,4 +53,5 @@ def merge_scorecards(
         data_md5=data_md5,
         data_remote=data_remote,
         code_digest=code_digest,
+        champion=champion,
     )

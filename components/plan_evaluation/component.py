@@ -28,6 +28,7 @@ def plan_evaluation(
         ("kind", str),
         ("model", str),
         ("model_digest", str),
+        ("champion", str),
     ],
 ):
     """Find the model to score and the benchmarks to ask.
@@ -56,5 +57,5 @@ def plan_evaluation(
         data_md5=data_md5,
         data_remote=data_remote,
     )
-    names = ("recipe_json", "recipe_digest", "benchmarks", "kind", "model", "model_digest")
+    names = ("recipe_json", "recipe_digest", "benchmarks", "kind", "model", "model_digest", "champion")
     return tuple(result.values[name] for name in names)

@@ -16,6 +16,7 @@ from manyeyes.errors import BundleError, CheckpointError
 from manyeyes.export.bundle import _save_tokenizer, export_bundle
 from manyeyes.export.graphs import check_exportable, export_decoder
 from manyeyes.export.manifest import ChatFile, PreprocessFile, load_manifest
+from manyeyes.export.model_facts import count_checkpoint
 from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import REQUIRED_FILES, Bundle
@@ -32,6 +33,10 @@ def test_manifest_says_where_the_bundle_comes_from(toy_bundle: Toy, loaded_bundl
         content = (toy_bundle.bundle / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file.bytes, file.sha256)
     assert manifest.recipe_digest == tiny_recipe.digest
+    assert manifest.model == count_checkpoint(toy_bundle.checkpoint)
+    assert manifest.model is not None
+    model, _ = load_checkpoint(toy_bundle.checkpoint)
+    assert manifest.model.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert manifest.checkpoint_digest == checkpoint_digest(toy_bundle.checkpoint)
     assert loaded_bundle.manifest["digest"] == manifest.digest
     PreprocessFile.model_validate_json((toy_bundle.bundle / "preprocess.json").read_text())

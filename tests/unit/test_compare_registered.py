@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from manyeyes.cli.main import cli
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.compare import ModelComparison
+from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.steps.champion_scores import find_champion
 from tests.evaluation_fakes import make_snapshot
 from tests.registry_store import IMAGES, make_candidate, put, store_uri
 
@@ -31,3 +33,17 @@ def test_two_registered_versions_are_compared_by_name(
     assert written.benchmarks["easy-vqa"].only_second == 24
     with pytest.raises(RegistryError, match="compared"):
         CliRunner().invoke(cli, ["compare", "compared/9", "compared", *arguments], catch_exceptions=False)
+
+
+def test_a_report_finds_the_champion_and_its_scorecard(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri(tmp_path_factory))
+    monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
+    snapshot = make_snapshot(tmp_path / "snapshot", images=IMAGES)
+    candidate = make_candidate(tmp_path / "first", snapshot, wrong=range(6))
+    put("reported", candidate)
+    found = find_champion("reported")
+    assert found.name == "reported version 1"
+    assert found.scorecard == read_scorecard(candidate.bundle_scorecard)
+    assert find_champion("reported-by-nobody").reason == "reported-by-nobody has no champion yet."

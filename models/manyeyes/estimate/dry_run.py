@@ -109,6 +109,22 @@ def count_sample(
     return Counts(flops=int(counter.get_total_flops()), saved_bytes=saved)
 
 
+def count_forward(model: ManyEyesForConditionalGeneration, shape: ImageShape, *, text_tokens: int) -> int:
+    """Operations of one forward pass over one image and its text: what answering starts with.
+
+    Args:
+        model: On the meta device; its parameters are frozen.
+        shape: What the image becomes.
+        text_tokens: Tokens beside the visual ones; only the last one reaches the head.
+    """
+    # The counter asks each parameter that is passed on for its gradient function, which without gradients has none.
+    model.requires_grad_(False)
+    with torch.no_grad(), _FusedKernels(), FlopCounterMode(display=False) as counter:
+        seen = model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
+        _loss(model, seen, shape, text_tokens=text_tokens, supervised=1)
+    return int(counter.get_total_flops())
+
+
 def _loss(
     model: ManyEyesForConditionalGeneration,
     seen: Tensor | VisualTokens,

@@ -8,7 +8,6 @@ Source: Cambrian-1, arXiv:2406.16860, sorts benchmarks so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS
@@ -30,7 +29,13 @@ _NOTE = (
     "Image adds: the score with the image minus the score without, in points; 95% paired, clustered by image. "
     "Guessing: what blind guessing gets on an item on average; scores of pairs or categories are no means of items."
 )
-_COLOURS = (("with the image", "--on"), ("no image", "--off"), ("grey", "--text"), ("another item's image", "--bad"))
+_MARKS = {
+    "off": ("no image", "○", "--quiet"),
+    "grey": ("grey image", "■", "--quiet"),
+    _OTHER: ("another item's image", "▲", "--bad"),
+    "on": ("with the image", "●", "--on"),
+}
+"""By what is shown: in words, sign and colour; the last one is drawn on top."""
 
 
 def by_image(scorecard: Scorecard) -> dict[str, BenchmarkScore]:
@@ -46,7 +51,8 @@ def looking_html(scorecard: Scorecard) -> str:
         for name, cells in ((name, _cells(score)) for name, score in by_image(scorecard).items())
     ]
     key = "".join(
-        f'<span><i style="background:var({colour});border-radius:50%"></i>{what}</span>' for what, colour in _COLOURS
+        f'<span><b class="glyph" style="color:var({colour})">{sign}</b> {what}</span>'
+        for what, sign, colour in reversed(_MARKS.values())
     )
     bars = "".join(_bar(_title(name), score) for name, score in by_image(scorecard).items())
     return "\n".join(
@@ -54,7 +60,7 @@ def looking_html(scorecard: Scorecard) -> str:
             "<h2>Does it look?</h2>",
             f"<p>{escape(_sentence(scorecard))}</p>",
             f'<div class="key">{key}<span><i class="dash"></i>guessing</span></div>',
-            f'<div class="bars">{bars}</div>',
+            f'<div class="bars strip">{bars}</div>',
             table(_HEADER, rows, numbers=[1, 2, 3, 4, 5, 6]),
             f'<p class="quiet">{escape(_NOTE)}</p>',
         ]
@@ -94,24 +100,19 @@ def _cells(score: BenchmarkScore) -> list[str]:
 
 
 def _bar(title: str, score: BenchmarkScore) -> str:
-    conditions = score.conditions
-    values: Mapping[str, float | None] = {
-        "--off": score.image_off,
-        "--text": conditions["grey"].score if "grey" in conditions else None,
-        "--bad": conditions[_OTHER].score if _OTHER in conditions else None,
-        "--on": score.score,
-    }
-    dots = "".join(
-        f'<div style="position:absolute;top:50%;left:{min(100.0, 100 * value / score.maximum):.2f}%;width:.7rem;'
-        f'height:.7rem;border-radius:50%;background:var({colour});transform:translate(-50%,-50%)"></div>'
-        for colour, value in values.items()
-        if value is not None
+    values = {name: condition.score for name, condition in score.conditions.items()}
+    values |= {"off": score.image_off, "on": score.score}
+    marks = "".join(
+        f'<span class="glyph at" style="left:{min(100.0, 100 * values[name] / score.maximum):.2f}%;'
+        f'color:var({colour})" title="{what}: {values[name]:.2f}">{sign}</span>'
+        for name, (what, sign, colour) in _MARKS.items()
+        if name in values
     )
     low, high = sorted(min(100.0, 100 * value / score.maximum) for value in (score.image_off, score.score))
     return (
         f'<div class="group">{escape(title)}</div><div class="track">'
-        f'<div class="whisker" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
-        f'<div class="mark" style="left:{score.chance:.2f}%"></div>{dots}</div>'
+        f'<div class="span" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
+        f'<div class="mark" style="left:{score.chance:.2f}%" title="guessing: {score.chance:.2f}"></div>{marks}</div>'
         f"<div>{score.image_adds:+.2f}</div>"
     )
 

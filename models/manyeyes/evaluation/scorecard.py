@@ -17,8 +17,10 @@ from pydantic import (
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.benchmarks.items import MultipleChoice
 from manyeyes.evaluation.judge import JudgeUse
 from manyeyes.evaluation.output import write_file
+from manyeyes.export.model_facts import ModelFacts
 
 ModelKind = Literal["torch", "bundle"]
 Interval = tuple[float, float]
@@ -33,6 +35,9 @@ class ScoredModel(_Strict):
 
     digest: str = Field(description="Digest of the checkpoint (torch) or of the bundle.")
     kind: ModelKind = Field(description="torch: the checkpoint in PyTorch. bundle: the ONNX bundle.")
+    facts: ModelFacts | None = Field(
+        default=None, description="Its size and cost; null where a bundle of an older export does not say."
+    )
 
 
 class TypeScore(_Strict):
@@ -56,6 +61,14 @@ class ConditionScore(_Strict):
     parse_failures: int = Field(ge=0, description="Answers that none could be read from.")
 
 
+class ImageCacheUse(_Strict):
+    """Where the visual tokens of the images that were shown came from; an image counts once a batch."""
+
+    encoded: int = Field(ge=0, description="Ran through the encoders.")
+    from_memory: int = Field(ge=0, description="Had been encoded by the same process.")
+    from_disk: int = Field(ge=0, description="Were in the cache on disk.")
+
+
 class BenchmarkScore(_Strict):
     """One benchmark."""
 
@@ -70,6 +83,10 @@ class BenchmarkScore(_Strict):
     score: float = Field(ge=0, description="The benchmark's figure, with the image; in unit.")
     ci95: Interval = Field(description="95% interval of score, clustered by image; in unit.")
     scores: dict[str, float] = Field(default={}, description="Sub-scores by name, with the image.")
+    scores_ci95: dict[str, Interval] = Field(
+        default={},
+        description="95% interval of each of scores, clustered by image, in its own unit; not widened for several.",
+    )
     scores_image_off: dict[str, float] = Field(default={}, description="The same with the image removed.")
     image_off: float = Field(ge=0, description="The benchmark's figure with the image removed; in unit.")
     image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; in unit.")
@@ -92,10 +109,27 @@ class BenchmarkScore(_Strict):
         description="sha256 over scorer, item ids, image sha256s, prompts and references; scores compare only where "
         "it is equal."
     )
-    max_new_tokens: int = Field(default=16, gt=0, description="Longest answer; tokens.")
+    multiple_choice: MultipleChoice = Field(
+        default="generate",
+        description="generate: answers were written. prefill: they were chosen, the option with the likeliest first "
+        "token after one prefill; another protocol, in which no answer is unreadable.",
+    )
+    chosen: int = Field(default=0, ge=0, description="Questions of n that had options to choose from; 0 for generate.")
+    max_new_tokens: int = Field(default=16, gt=0, description="Longest written answer; tokens.")
     prompt_digest: str = Field(description="sha256 over the benchmark's prompt and the recipe's chat template.")
-    seconds: float = Field(ge=0, description="Time spent answering, all conditions; seconds.")
-    questions_per_s: float = Field(ge=0, description="Questions answered a second, with the image.")
+    from_cache: int = Field(
+        default=0,
+        ge=0,
+        description="Questions, of all conditions, that were not asked: an earlier run, another benchmark or another "
+        "condition had answered the same input. Equal inputs under one condition count once.",
+    )
+    image_cache: ImageCacheUse | None = Field(
+        default=None, description="Images shown, all conditions; null where none was, or without a cache."
+    )
+    seconds: float = Field(ge=0, description="Time spent answering in this run, all conditions; seconds.")
+    questions_per_s: float | None = Field(
+        ge=0, description="Questions that were asked in this run, a second, with the image; null where none was."
+    )
 
     @property
     def mark(self) -> str:
@@ -149,6 +183,12 @@ class Scorecard(_Strict):
         default={}, description="Cambrian-1's groups of which two benchmarks or more are scored, by name."
     )
 
+    unfinished: list[str] = Field(
+        default=[],
+        description="Benchmarks that were still to come: only in scorecard-unfinished.json, which the evaluation "
+        "writes after each benchmark and removes at its end.",
+    )
+
     @model_validator(mode="after")
     def _holds_something(self) -> Scorecard:
         if not self.benchmarks and not self.skipped:
@@ -166,7 +206,9 @@ class Scorecard(_Strict):
             for condition, part in score.conditions.items():
                 figures[f"{name}.{condition}"] = part.score
             figures[f"{name}.parse_failures"] = float(score.parse_failures)
-            figures[f"{name}.questions_per_s"] = score.questions_per_s
+            figures[f"{name}.from_cache"] = float(score.from_cache)
+            if score.questions_per_s is not None:
+                figures[f"{name}.questions_per_s"] = score.questions_per_s
             for answer_type, type_score in score.by_type.items():
                 # MLflow takes no more than letters, digits, "_-. :/" in a metric's name.
                 figures[f"{name}.{answer_type.replace('/', '-')}.score"] = type_score.score

@@ -20,6 +20,7 @@ from manyeyes.export.manifest import (
     load_manifest,
     write_json,
 )
+from manyeyes.export.model_facts import count_model
 from manyeyes.export.parity import ParityReport
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
@@ -87,6 +88,7 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
             precision=recipe.export.precision,
             files=files,
             graphs=graphs,
+            model=count_model(model.config),
             digest=digest_files({name: file.model_dump() for name, file in files.items()}),
         )
         write_json(manifest, folder / MANIFEST)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import BundleError
+from manyeyes.export.model_facts import ModelFacts
 from manyeyes.runtime.bundle import MANIFEST
 
 FORMAT_VERSION: Literal[1] = 1
@@ -68,6 +69,7 @@ class BundleManifest(_Strict):
     files: dict[str, BundleFile] = Field(description="Every file but this one, by name.")
     graphs: dict[str, GraphSignature] = Field(description="Inputs and outputs of each graph, by file name.")
     digest: str = Field(description="Digest of the bundle: sha256 over the names and sha256s of its files.")
+    model: ModelFacts | None = Field(default=None, description="Size and cost of the model; null in older bundles.")
     parity: ParitySummary | None = Field(default=None, description="Comparison with torch; null until it is measured.")
 
 

@@ -10,10 +10,11 @@ from manyeyes.evaluation.benchmarks import load_benchmarks
 from manyeyes.evaluation.groups import average_groups
 from manyeyes.evaluation.judge import add_uses
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
-from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.report import render_html, render_markdown
+from manyeyes.evaluation.report import read_report, write_report
+from manyeyes.evaluation.reproduction import describe_reproduction, merge_runs
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
 from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.steps.champion_scores import find_champion
 from manyeyes.steps.inputs import open_inputs
 
 
@@ -27,8 +28,9 @@ def merge_scorecards(
     data_remote: str,
     code_digest: str,  # noqa: ARG001  (part of the cache key)
     scorecard: Path,
+    champion: str = "",
 ) -> StepResult:
-    """Write ``scorecard.json``, ``items.parquet``, ``report.html`` and ``report.md`` of all benchmarks.
+    """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``, of all benchmarks.
 
     Args:
         reporter: Shows the progress.
@@ -39,6 +41,8 @@ def merge_scorecards(
         data_remote: From ``resolve_data``.
         code_digest: From ``resolve_data``.
         scorecard: Folder to write.
+        champion: ``NAME/VERSION`` in the registry from ``plan_evaluation``, so that another champion makes another
+            report; ``NAME`` alone has none yet. Empty: none is looked up.
 
     Raises:
         EvaluationError: A benchmark is missing, or the scorecards are not of one model.
@@ -54,15 +58,25 @@ def merge_scorecards(
     reporter.progress("reading the images of the report", done=0.5)
     benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
     write_outcomes(OutcomeFile(card.model.digest, card.model.kind, digests, outcomes), scorecard / "items.parquet")
-    html, markdown = render_html(card, outcomes, benchmarks), render_markdown(card, outcomes, benchmarks)
-    write_file(scorecard / "report.html", html.encode())
-    write_file(scorecard / "report.md", markdown.encode())
+    reports = [read_report(folder / "report.json").reproduction for folder in scorecards]
+    reproduction = describe_reproduction(
+        card.model.kind, benchmarks=names, recipe=inputs.recipe, data_md5=card.data_md5
+    ).model_copy(update={"runs": merge_runs([run for report in reports for run in report.runs])})
+    write_report(
+        scorecard,
+        card,
+        outcomes,
+        benchmarks,
+        recipe=inputs.recipe,
+        champion=find_champion(champion.partition("/")[0]),
+        reproduction=reproduction,
+    )
     write_scorecard(card, scorecard / "scorecard.json")
     return StepResult(
         figure=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),
         metrics=card.metrics(),
-        html=html,
-        markdown=markdown,
+        html=(scorecard / "report.html").read_text(),
+        markdown=(scorecard / "report.md").read_text(),
         metadata={"model_digest": card.model.digest, "kind": card.model.kind, "recipe_digest": recipe_digest},
     )
 
@@ -80,7 +94,7 @@ def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, reci
             f"one of each of {', '.join(names)}",
             "Score the benchmarks that are missing.",
         )
-    facts = {(card.model, card.data_md5, card.code_digest, card.max_new_tokens) for card in cards}
+    facts = {(card.model.model_dump_json(), card.data_md5, card.code_digest, card.max_new_tokens) for card in cards}
     if len(facts) != 1:
         raise EvaluationError(
             "scorecards of different models, snapshots, code or answer lengths",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from manyeyes.data.snapshot import open_snapshot
+from manyeyes.errors import RegistryUnreachableError
 from manyeyes.recipe import Recipe, change_recipe, parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.inputs import cache_dir
@@ -32,8 +33,8 @@ def plan_evaluation(
         data_remote: From ``resolve_data``.
 
     Returns:
-        Values: ``recipe_json`` and ``recipe_digest`` with these benchmarks, ``benchmarks`` (never empty), and ``kind``,
-        ``model`` and ``model_digest``.
+        Values: ``recipe_json`` and ``recipe_digest`` with these benchmarks, ``benchmarks`` (never empty), ``kind``,
+        ``model``, ``model_digest``, and ``champion``: what the report compares with, as ``merge_scorecards`` takes it.
 
     Raises:
         EvaluationError: Unknown benchmark.
@@ -52,11 +53,13 @@ def plan_evaluation(
     location = locate_model(evaluate_model)
     reporter.progress("looking for the benchmarks", done=0.6)
     snapshot = open_snapshot(md5=data_md5, remote=data_remote, cache_dir=cache_dir())
+    champion = _champion(location.place, recipe)
     counts = {row.name: snapshot.dataset(row.dataset).rows for row in rows}
     shown: list[tuple[str, object]] = [
         ("model", location.place),
         ("kind", "checkpoint in PyTorch" if location.kind == "torch" else "ONNX bundle"),
         ("model digest", location.digest),
+        ("compared with", _in_words(champion)),
         ("recipe", recipe.name),
         ("snapshot (md5)", data_md5),
         ("items at most", recipe.evaluation.max_items or "all"),
@@ -74,8 +77,28 @@ def plan_evaluation(
             "kind": location.kind,
             "model": location.place,
             "model_digest": location.digest,
+            "champion": champion,
         },
     )
+
+
+def _in_words(champion: str) -> str:
+    if not champion:
+        return "no champion: the registry did not answer"
+    return f"champion {champion}" if "/" in champion else f"no champion: {champion} has none yet"
+
+
+def _champion(place: str, recipe: Recipe) -> str:
+    """The champion of the model that is scored where it is registered, of the recipe's model otherwise."""
+    from manyeyes.registry.references import CHAMPION, find_alias
+    from manyeyes.registry.tracking import connect
+
+    name = place.split("/")[1] if place.startswith("models:/") else recipe.registry.model
+    try:
+        version = find_alias(connect(), name, CHAMPION)
+    except RegistryUnreachableError:
+        return ""
+    return name if version is None else f"{name}/{version}"
 
 
 def ask_benchmarks(recipe: Recipe, benchmarks: list[str]) -> Recipe:

@@ -216,7 +216,7 @@ def _as_html(notice: RunNotice, rows: list[tuple[str, str]]) -> str:
         for step in notice.steps
     ]
     if steps:
-        body += section("Steps that ran", page.table(["step", "", "seconds", ""], steps, numbers=[2]))
+        body += section("Steps that ran", page.table(["step", "", "seconds", ""], steps, numbers=[2], stacked=True))
     links = [(name, notice.links[name]) for name in ("run", "version") if name in notice.links]
     return body + "".join(f'<p><a href="{escape(link)}">{escape(name)}</a></p>\n' for name, link in links)
 

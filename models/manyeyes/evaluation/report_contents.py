@@ -1,0 +1,193 @@
+"""``report.json``: everything that the pages of an evaluation show; they are rendered from it and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.scorecard import Interval, Scorecard
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Column(_Strict):
+    """One benchmark, or one of Cambrian-1's groups, of the comparison."""
+
+    title: str = Field(description="For people.")
+    unit: Unit = Field(description="Of its scores; groups are in percent of the maximum.")
+    maximum: float = Field(gt=0, description="The best score there is; in unit.")
+
+
+class Cell(_Strict):
+    """One model on one benchmark."""
+
+    score: float = Field(ge=0, description="In the column's unit.")
+    ci95: Interval | None = Field(description="95% interval, clustered by image; null: none is published.")
+    source: str = Field(default="", description="Where it is printed; empty for scores of this project.")
+    notes: list[int] = Field(default=[], description="Numbers of notes, from 1: why it does not quite compare.")
+
+
+class ComparisonRow(_Strict):
+    """One model of the comparison."""
+
+    name: str = Field(description="Of the model.")
+    kind: Literal["this", "champion", "published"] = Field(description="Whose row it is.")
+    system: str = Field(default="", description="llava, eagle, cambrian or mini-gemini, where it is published.")
+    language_model: str = Field(default="", description="Of a published model, where the source names it.")
+    visual_tokens: int | None = Field(default=None, description="Of an image in the sequence; null: unknown.")
+    parameters: int | None = Field(default=None, description="Of the whole model; null: unknown.")
+    flops_per_sample: int | None = Field(
+        default=None, description="One forward pass over one image and 128 tokens of text; null: unknown."
+    )
+    questions_per_s: float | None = Field(
+        default=None, description="Questions answered a second with the image, over all benchmarks; null: unknown."
+    )
+    cells: dict[str, Cell] = Field(description="By benchmark; those without a score are left out.")
+    groups: dict[str, Cell] = Field(default={}, description="By group; incomplete ones are left out.")
+
+
+class Comparison(_Strict):
+    """This model beside the champion and published models."""
+
+    columns: dict[str, Column] = Field(description="The benchmarks that are scored, by name.")
+    groups: dict[str, Column] = Field(description="Cambrian-1's groups that any row has, by name.")
+    rows: list[ComparisonRow] = Field(description="This model, the champion, then published ones.")
+    notes: list[str] = Field(description="What the cells' notes say.")
+    champion: str = Field(description="Which champion it is compared with, or why with none.")
+    unpublished: list[str] = Field(description="Scored benchmarks of which no published score is known here.")
+
+
+class TradeOffPoint(_Strict):
+    """One model: what it scores and what it costs."""
+
+    name: str = Field(description="As in the comparison.")
+    kind: Literal["this", "champion", "published"] = Field(description="Whose it is.")
+    system: str = Field(default="", description="As in the comparison.")
+    score: float = Field(ge=0, description="Mean over the benchmarks, in percent of their maximum.")
+    visual_tokens: int = Field(gt=0, description="Of an image in the sequence.")
+    flops_per_sample: int | None = Field(description="As in the comparison; null: unknown.")
+
+
+class TradeOff(_Strict):
+    """Score against cost, over benchmarks that every model shown has."""
+
+    benchmarks: list[str] = Field(min_length=1, description="Which ones.")
+    points: list[TradeOffPoint] = Field(min_length=2, description="Models whose visual tokens are known.")
+
+
+class Mistake(_Strict):
+    """A wrong answer that was given more or less often."""
+
+    reference: str = Field(description="What counts as right.")
+    prediction: str = Field(description="What the model wrote.")
+    times: int = Field(gt=0, description="How often.")
+
+
+class ExampleAnswer(_Strict):
+    """One question, and what the model wrote under each condition."""
+
+    question: str = Field(description="As the data set has it, cut where it is long.")
+    reference: str = Field(description="What counts as right.")
+    answers: dict[str, str] = Field(description="By condition: image-on, image-off, grey, other-image.")
+    scores: dict[str, float] = Field(description="By condition; 0 wrong to 1 right.")
+
+
+class Example(_Strict):
+    """An image with questions on it."""
+
+    item: str = Field(description="Id of its first question.")
+    image_sha256: str = Field(description="Of the image file.")
+    answers: list[ExampleAnswer] = Field(description="Wrong ones first.")
+    left_out: int = Field(ge=0, description="Questions on the image that are not shown.")
+
+
+class Unread(_Strict):
+    """A text that no answer could be read from."""
+
+    item: str = Field(description="Id of the question.")
+    question: str = Field(description="As the data set has it, cut where it is long.")
+    prediction: str = Field(description="What the model wrote, cut where it is long.")
+
+
+class BenchmarkDetails(_Strict):
+    """What stands behind a benchmark's figures."""
+
+    title: str = Field(description="For people.")
+    metric: str = Field(description="What score is.")
+    dataset: str = Field(description="Id on the hub, configuration and split.")
+    prompts: str = Field(description="Whose prompts.")
+    prompt: str = Field(description="All that the model reads for the first question; <image> where an image stands.")
+    prompt_is_whole: bool = Field(description="Whether prompt has the text around turns; else it is the tokenizer's.")
+    images: int = Field(ge=0, description="Images that were asked about.")
+    images_with_mistakes: int = Field(ge=0, description="Those of them with a wrong answer.")
+    wrong: int = Field(ge=0, description="Answers with the image that are not wholly right.")
+    mistakes: list[Mistake] = Field(description="The most frequent ones.")
+    unread: list[Unread] = Field(description="The first answers that nothing could be read from.")
+    worst: list[Example] = Field(description="Images with most wrong answers.")
+    best: list[Example] = Field(description="Images that are all right, where the image made most difference.")
+
+
+class Machine(_Strict):
+    """What answered."""
+
+    system: str = Field(description="Operating system and architecture.")
+    processor: str = Field(description="Model of the CPU.")
+    cores: int = Field(gt=0, description="CPU cores that this process may use.")
+    memory_gb: float | None = Field(description="Main memory, 1e9 bytes; null where the system does not say.")
+    accelerators: list[str] = Field(description="Models of the GPUs.")
+
+
+class Conditions(_Strict):
+    """Where and with what some benchmarks were answered."""
+
+    benchmarks: list[str] = Field(description="Which ones.")
+    finished: str = Field(description="When the report was made; UTC.")
+    machine: Machine = Field(description="The machine.")
+    versions: dict[str, str] = Field(description="Of python, manyeyes and the libraries that compute.")
+
+
+class Reproduction(_Strict):
+    """Everything needed to get the figures again."""
+
+    command: str = Field(description="Asks this model these questions, beside recipe.yaml; MODEL is its folder.")
+    started_as: str = Field(description="What was typed, folders shortened; empty where a pipeline started it.")
+    recipe: str = Field(description="recipe.yaml with every default filled in; empty where it was not at hand.")
+    runs: list[Conditions] = Field(description="Of one machine and set of versions each.")
+
+
+class Report(_Strict):
+    """``report.json``: the figures, what they compare with, what is behind them, and how to get them again."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    title: str = Field(description="Of the pages.")
+    scorecard: Scorecard = Field(description="As in scorecard.json.")
+    comparison: Comparison = Field(description="Beside the champion and published models.")
+    trade_off: TradeOff | None = Field(description="Score against cost; null with fewer than two models.")
+    details: dict[str, BenchmarkDetails] = Field(description="By benchmark.")
+    reproduction: Reproduction = Field(description="How to get the figures again.")
+
+
+def read_report(path: Path) -> Report:
+    """Read and check ``report.json``.
+
+    Raises:
+        EvaluationError: Missing, or not such a report.
+    """
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no file {path}", "what `manyeyes evaluate` writes", "Evaluate it first.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise EvaluationError(
+            f"{path} is not a report ({place}: {first['msg']})",
+            "what `manyeyes evaluate` writes",
+            "Evaluate the model again.",
+        ) from error

@@ -1,0 +1,78 @@
+"""What a model is in figures: parameters by part, visual tokens and the operations of one sample.
+
+The class needs no torch, so that a bundle's manifest and a scorecard hold it; counting needs the architecture alone and
+no weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
+
+class ModelFacts(BaseModel):
+    """Size and cost of a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parameters: int = Field(gt=0, description="Of the whole model, each once.")
+    parts: dict[str, int] = Field(
+        description="The same by part: `encoders.NAME`, fusion, projector, language_model, reinjection."
+    )
+    encoders: list[str] = Field(min_length=1, description="Names of the vision encoders, in the model's order.")
+    visual_tokens: int = Field(
+        gt=0, description="Of one image in the sequence, newlines included; with tiles, of the largest image."
+    )
+    flops_per_sample: int = Field(
+        gt=0,
+        description="One forward pass over one image and text_tokens; a multiplication and an addition count as two.",
+    )
+    text_tokens: int = Field(gt=0, description="Tokens of text in that sample.")
+
+
+def count_model(config: PreTrainedConfig) -> ModelFacts:
+    """Count a model by its configuration, on the meta device.
+
+    Args:
+        config: Of a ``ManyEyesForConditionalGeneration``; left as it is.
+    """
+    import copy
+
+    import torch
+
+    from manyeyes.estimate import TEXT_TOKENS, count_parameters
+    from manyeyes.estimate.dry_run import count_forward, image_shape
+    from manyeyes.model import ManyEyesForConditionalGeneration
+
+    with torch.device("meta"):
+        model = ManyEyesForConditionalGeneration(copy.deepcopy(config)).eval()
+    counts = count_parameters(model)
+    shape = image_shape(model)
+    parts = {f"encoders.{name}": count for name, count in counts.encoders.items()} | {
+        "fusion": counts.fusion,
+        "projector": counts.projector,
+        "language_model": counts.language_model,
+        "reinjection": counts.reinjection,
+    }
+    return ModelFacts(
+        parameters=counts.total,
+        parts={name: count for name, count in parts.items() if count},
+        encoders=list(counts.encoders),
+        visual_tokens=shape.tokens,
+        flops_per_sample=count_forward(model, shape, text_tokens=TEXT_TOKENS),
+        text_tokens=TEXT_TOKENS,
+    )
+
+
+def count_checkpoint(checkpoint: Path) -> ModelFacts:
+    """Count the model of a checkpoint's folder; its weights are not read."""
+    from transformers import AutoConfig
+
+    import manyeyes.model  # noqa: F401  (registers the Auto classes)
+
+    return count_model(AutoConfig.from_pretrained(checkpoint))

@@ -1,0 +1,66 @@
+"""Pages in a real browser: nothing is wider than the window, narrow or wide, light or dark."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.evaluation.comparison import Champion
+from manyeyes.evaluation.report import write_report
+from manyeyes.recipe import load_recipe
+from tests.report_toys import make_evaluation
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium"),
+]
+
+# The page is shown in a frame, because a headless window is at least 500 pixels wide.
+FRAME = """<!doctype html><iframe id="page" src="{page}" style="width:{width}px;height:2000px;border:0"></iframe>
+<script>document.getElementById("page").onload = (event) => {{
+  const shown = event.target.contentDocument;
+  const colour = event.target.contentWindow.getComputedStyle(shown.body).backgroundColor;
+  document.body.dataset.found = shown.documentElement.scrollWidth + " " + colour;
+}}</script>"""
+
+
+def look(page: Path, *, width: int, dark: bool) -> tuple[int, str]:
+    """How wide the page is in a window of a width, in pixels, and the colour behind it."""
+    frame = page.with_name(f"frame-{width}-{dark}.html")
+    frame.write_text(FRAME.format(page=page.name, width=width))
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
+        *(f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={page.parent / 'profile'}"),
+        *("--virtual-time-budget=5000", "--hide-scrollbars", "--window-size=1400,2000", "--dump-dom", frame.as_uri()),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    found = re.search(r'data-found="(\d+) ([^"]+)"', result.stdout)
+    assert found is not None, result.stdout[-500:] + result.stderr[-500:]
+    return int(found[1]), found[2]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    card, outcomes, benchmarks = make_evaluation(list(BENCHMARKS))
+    champion, _, _ = make_evaluation(list(BENCHMARKS), seed=1, digest="k" * 64, kind="bundle")
+    name = "manyeyes-a-rather-long-model-name-of-somebody version 12"
+    write_report(
+        folder, card, outcomes, benchmarks, recipe=load_recipe("tiny"), champion=Champion(name, scorecard=champion)
+    )
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_report_of_all_benchmarks_fits_its_window(page: Path, width: int) -> None:
+    light, white = look(page, width=width, dark=False)
+    dark, black = look(page, width=width, dark=True)
+    assert (light, dark) == (width, width)
+    assert (white, black) == ("rgb(255, 255, 255)", "rgb(20, 22, 26)")
