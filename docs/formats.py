@@ -12,7 +12,8 @@ from typing import Any
 FORMATS = [
     ("summary.json", "manyeyes.steps.summary", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
     ("scorecard.json", "manyeyes.evaluation.scorecard", "Scorecard", "the step `evaluate`"),
-    ("score", "manyeyes.evaluation.score", "ScoreReport", "`manyeyes score BENCHMARK --json`, on stdout"),
+    ("report.json", "manyeyes.evaluation.report_contents", "Report", "the steps `evaluate` and `merge_scorecards`"),
+    ("score.json", "manyeyes.evaluation.score", "ScoreReport", "`manyeyes score`; with `--json` on stdout too"),
     ("judge", "manyeyes.evaluation.judging", "JudgeReport", "`manyeyes judge BENCHMARK --json`, on stdout"),
     (
         "judge (ensemble)",

@@ -1,16 +1,26 @@
-"""A checkout of toy size: real easy-VQA records, a language model that learned next to nothing, its own DVC remote."""
+"""A checkout of toy size with real easy-VQA records and its own DVC remote; an API server and a command line for it."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from manyeyes.cli import main as command_line
+from manyeyes.cli import uploading
+from manyeyes.cli.endpoint import Endpoint
+from manyeyes.cli.endpoint_transport import EndpointSettings
 from manyeyes.data.builders.manifest import Provenance, write_manifest
 from manyeyes.data.shards import RecordReader, write_shards
 from manyeyes.data.snapshot import open_folder, open_snapshot, read_dvc_file
 from tests.pipelines.checkout import ROOT, Checkout, make_checkout, push
+from tests.pipelines.endpoint_toys import Answer
+from tests.pipelines.kfp_server import Kubeflow, start_server
 
 SIZES = {"train": 16, "val": 4, "test": 8}
 
@@ -66,3 +76,55 @@ def toy_checkout(toy_snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -
         "[core]\n    remote = default\n['remote \"default\"']\n    url = ../infra/dvc-remote\n"
     )
     return checkout
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    server, state = start_server()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert state.violations == [], "a request or a reply is not as the SDK's models say"
+
+
+@pytest.fixture
+def endpoint(kubeflow: Kubeflow) -> Iterator[Endpoint]:
+    with Endpoint(EndpointSettings(kubeflow.url, timeout_s=0.5, pause_s=0.01)) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def manyeyes(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """The command line, in this process, in the checkout."""
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith("KFP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KFP_ENDPOINT", kubeflow.url)
+
+    def call(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["manyeyes", *arguments])
+        capsys.readouterr()
+        try:
+            command_line.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles to the same few lines, for tests of what happens to the file and not of the file."""
+
+    def write(_name: str, out: Path, **_options: Any) -> Path:
+        out.write_text("pipelineInfo: {name: train}\nroot: {}\n")
+        return out
+
+    monkeypatch.setattr(uploading, "compile_pipeline", write)

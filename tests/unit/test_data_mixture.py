@@ -128,7 +128,7 @@ def as_sample(
         make_record(num_images=sum(text.count("<image>") for text in texts)),
         turns=tuple(Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)),
     )
-    return Sample(record, turns, dropped, order or tuple(range(pairs)))  # type: ignore[arg-type]
+    return Sample("toy-train", record, turns, dropped, order or tuple(range(pairs)))  # type: ignore[arg-type]
 
 
 def texts_of(sample: Sample) -> list[list[str]]:

@@ -13,10 +13,11 @@ from manyeyes.cli.main import cli
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation import compare
-from manyeyes.evaluation.compare import ModelComparison, compare_results, read_results
+from manyeyes.evaluation.compare import ModelComparison, compare_results
 from manyeyes.evaluation.compare_images import read_images
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes, write_outcomes
+from manyeyes.evaluation.results import read_results
 from manyeyes.evaluation.scoring import paired_difference
 from manyeyes.evaluation.significance import (
     average_difference,
@@ -195,7 +196,7 @@ def test_items_of_another_evaluation_are_refused(folders: tuple[Path, Path], tmp
     with pytest.raises(EvaluationError, match="another evaluation"):
         read_results(tmp_path)
     write_outcomes(replace(items, model_digest="first"), tmp_path / "items.parquet")
-    assert read_results(tmp_path / "scorecard.json").scorecard.model.digest == "first"
+    assert read_results(tmp_path / "scorecard.json").digest == "first"
 
 
 def test_the_images_of_a_comparison_are_found_by_their_bytes(snapshot: Snapshot, folders: tuple[Path, Path]) -> None:

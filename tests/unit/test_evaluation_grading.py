@@ -213,7 +213,7 @@ FACETS = {
 
 def test_group_averages_divide_mme_by_20_and_ocrbench_by_10(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manyeyes.evaluation.groups.average_interval", lambda parts: (float(len(parts)), 99.0))
-    # Cambrian-1-8B, arXiv:2406.16860, table 5; its averages are rounded to one place.
+    # Cambrian-1-8B as its paper prints it (arXiv:2406.16860); scores and averages are rounded to one place.
     scores = {
         **{"mme": 1547.1, "mmbench": 75.9, "seed": 74.7, "gqa": 64.6},
         **{"scienceqa": 80.4, "mmmu": 42.7, "mathvista": 49.0, "ai2d": 73.0},

@@ -84,6 +84,16 @@ def test_a_published_recipe_builds_offline_and_every_stage_trains_what_it_names(
         assert (spec.weight_decay, spec.betas, spec.max_grad_norm) == (0.0, (0.9, 0.999), 1.0)
 
 
+@pytest.mark.parametrize("system", ["llava", "eagle", "cambrian", "mini-gemini"])
+def test_a_published_recipe_asks_what_its_paper_reports_in_its_papers_words(system: str) -> None:
+    found = [recipe(name).evaluation for name in PUBLISHED if name.startswith(system)]
+    reported = {name for name, row in BENCHMARKS.items() if system in row.reported_by}
+    assert {evaluation.prompts for evaluation in found} == {system}
+    for evaluation in found:
+        assert set(evaluation.benchmarks) <= reported
+    assert {name for evaluation in found for name in evaluation.benchmarks} == reported
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, *TWINS])
 def test_a_recipe_says_where_its_values_come_from(name: str) -> None:
     text = resources.files("manyeyes").joinpath("recipes", f"{name}.yaml").read_text()

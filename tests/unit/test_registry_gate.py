@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
 from manyeyes.evaluation.scorecard import Scorecard
+from manyeyes.evaluation.significance import compare_scores
 from manyeyes.recipe import (
     ContaminationRule,
     FloorRule,
@@ -19,7 +23,14 @@ from manyeyes.recipe import (
     ParityRule,
     ValidationRule,
 )
-from manyeyes.registry.gate import ChampionEvidence, GateReport, judge, read_gate_report, write_gate_report
+from manyeyes.registry.gate import (
+    ChampionEvidence,
+    GateReport,
+    compare_outcomes,
+    judge,
+    read_gate_report,
+    write_gate_report,
+)
 from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
@@ -137,6 +148,71 @@ def test_a_better_mean_with_a_wide_interval_is_not_enough(snapshot: Snapshot, tm
     assert report.rules[0].found.startswith("+0.00 points (-")
     assert report.verdict == "failed"
     assert judge_one(rule.model_copy(update={"margin": -20}), other, as_champion(good)).verdict == "passed"
+
+
+def mme_items(right: dict[int, tuple[bool, bool]]) -> list[Outcome]:
+    """Two questions an image of MME's category "count"."""
+    return [
+        Outcome(
+            benchmark="mme",
+            id=f"{image}/{number}",
+            image_sha256=f"{image}",
+            question="?",
+            answer_type="count",
+            reference="yes",
+            prediction="yes" if correct else "no",
+            parsed="yes" if correct else "no",
+            correct=float(correct),
+            prediction_image_off="no",
+            parsed_image_off="no",
+            correct_image_off=0.0,
+            facets=json.dumps({"category": "count", "unit": f"{image}"}),
+        )
+        for image, pair in right.items()
+        for number, correct in enumerate(pair)
+    ]
+
+
+def as_mme(scored: Scored, outcomes: list[Outcome], score: float, folder: Path) -> Any:
+    """The scorecards of ``scored`` with MME instead of easy-VQA."""
+    easy = scored.bundle.benchmarks["easy-vqa"]
+    figures = {"score": score, "ci95": (0.0, 2000.0), "unit": "points", "maximum": 2000.0, "variant": "official"}
+    benchmarks = {"mme": easy.model_copy(update=figures)}
+    items = folder / "items.parquet"
+    digest = scored.bundle.model.digest
+    write_outcomes(OutcomeFile(digest, "bundle", {"mme": easy.benchmark_digest}, outcomes), items)
+    cards = (card.model_copy(update={"benchmarks": benchmarks}) for card in (scored.torch, scored.bundle))
+    return SimpleNamespace(**dict(zip(("torch", "bundle"), cards, strict=True)), items=items)
+
+
+def test_non_inferiority_compares_the_benchmarks_own_figure(good: Scored, worse: Scored, tmp_path: Path) -> None:
+    # Half of the images wholly right: 50 + 50 points. One question right of each image, and both of one: more
+    # questions right (52.5%), yet only one of twenty pairs: 52.5 + 5 points.
+    whole = mme_items({image: (image < 10, image < 10) for image in range(20)})
+    halves = mme_items({image: (True, image == 0) for image in range(20)})
+    champion = as_mme(good, whole, 100.0, tmp_path / "champion")
+    challenger = as_mme(worse, halves, 57.5, tmp_path / "challenger")
+    rule = NonInferiorityRule(rule="non-inferiority", benchmark="mme", margin=-10)
+    failed = judge_one(rule, challenger, as_champion(champion))
+    assert failed.verdict == "failed"
+    assert failed.rules[0].found.startswith("-42.50 points (")
+    assert "(version 3, 100.00 points), paired" in failed.rules[0].explanation
+    assert judge_one(rule, champion, as_champion(challenger)).rules[0].found.startswith("+42.50 points (")
+    # The interval is that of the difference of MME's own figure: the bootstrap of `manyeyes compare`.
+    ours, theirs = ([outcome.graded for outcome in outcomes] for outcomes in (halves, whole))
+    test = compare_scores(BENCHMARKS["mme"], theirs, ours, "official")
+    assert f"({test.low:+.2f} to {test.high:+.2f})" in failed.rules[0].found
+    shuffled = compare_outcomes("mme", halves, whole[::-1], variant="official")
+    assert shuffled == test
+    # Margins are of the figure's own unit, and parity of its percentage: 1 of 2,000 points are 0.05%.
+    near = SimpleNamespace(
+        torch=challenger.torch.model_copy(
+            update={"benchmarks": {"mme": challenger.torch.benchmarks["mme"].model_copy(update={"score": 58.5})}}
+        ),
+        bundle=challenger.bundle,
+        items=challenger.items,
+    )
+    assert "scores 0.05 points apart" in judge_one(ParityRule(rule="parity"), near).rules[0].found
 
 
 def test_the_same_model_again_is_not_inferior(good: Scored) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError, PipelineError, RecipeError
+from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded
+from manyeyes.evaluation.benchmarks.benchmark import mean_percent
+from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
 from manyeyes.recipe import load_recipe
 from manyeyes.steps.advance_search import NOTHING, advance_search
 from manyeyes.steps.base import Reporter, StepResult
@@ -17,7 +22,7 @@ from manyeyes.steps.compare_trials import Comparison, compare_trials
 from manyeyes.steps.inputs import mark_absent
 from manyeyes.steps.search import MAX_ROUNDS, has_ended, read_search
 from manyeyes.steps.start_search import start_search
-from manyeyes.steps.trial import difference, mean_score, read_items, read_trial
+from manyeyes.steps.trial import difference, mean_score, read_trial
 from manyeyes.steps.variant import Variant, parse_variant
 from tests.evaluation_fakes import make_snapshot
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark, make_trial
@@ -68,8 +73,8 @@ def test_mean_of_two_benchmarks_has_the_interval_of_independent_errors(
 
 
 def test_difference_is_paired_and_zero_against_itself(snapshot: Snapshot, tmp_path: Path) -> None:
-    few = read_items(make_trial(tmp_path / "few", snapshot, Variant(), wrong=range(3)))
-    many = read_items(make_trial(tmp_path / "many", snapshot, Variant(), wrong=range(15)))
+    few = make_trial(tmp_path / "few", snapshot, Variant(), wrong=range(3))
+    many = make_trial(tmp_path / "many", snapshot, Variant(), wrong=range(15))
     same = difference(few, few)
     assert (same.mean, same.ci95, same.is_certain) == (0.0, (0.0, 0.0), False)
     better = difference(few, many)
@@ -78,10 +83,27 @@ def test_difference_is_paired_and_zero_against_itself(snapshot: Snapshot, tmp_pa
     assert difference(many, few).mean == pytest.approx(-better.mean)
 
 
+def test_difference_is_of_the_benchmarks_own_figure_as_percent_of_its_maximum(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 40 points a share of right answers, 20 at most: 21 of 24 images give 20 points, 9 give 15.
+    def capped(graded: Sequence[Graded], variant: str) -> dict[str, float]:
+        return {"score": min(20.0, 40 * mean_percent(graded, variant)["score"] / 100)}
+
+    row = replace(EASY_VQA, name=SECOND, scorer="capped", aggregate=capped, mean_scale=None, maximum=20.0)
+    monkeypatch.setitem(BENCHMARKS, SECOND, row)
+    few = make_trial(tmp_path / "few", snapshot, Variant(), wrong=range(3), benchmarks=("easy-vqa", SECOND))
+    many = make_trial(tmp_path / "many", snapshot, Variant(), wrong=range(15), benchmarks=("easy-vqa", SECOND))
+    found = difference(few, many)
+    assert found.by_benchmark[SECOND].difference == pytest.approx(5)
+    assert found.mean == pytest.approx((50 + 25) / 2, abs=1e-3)
+    assert found.ci95[0] < found.mean < found.ci95[1]
+
+
 def test_trials_with_other_questions_are_not_compared(snapshot: Snapshot, tmp_path: Path) -> None:
     other = make_snapshot(tmp_path / "other", images=3)
-    ours = read_items(make_trial(tmp_path / "ours", snapshot, Variant(), wrong=()))
-    theirs = read_items(make_trial(tmp_path / "theirs", other, Variant(), wrong=()))
+    ours = make_trial(tmp_path / "ours", snapshot, Variant(), wrong=())
+    theirs = make_trial(tmp_path / "theirs", other, Variant(), wrong=())
     with pytest.raises(EvaluationError, match="different questions"):
         difference(ours, theirs)
 

@@ -12,7 +12,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,16 +39,24 @@ class Sample:
     """One record as it is shown in one epoch.
 
     Attributes:
+        dataset: Its data set.
         record: The record, as stored; with another question where the mixture draws questions.
         turns: ``independent``: each pair sees the images and itself alone; ``chained``: pairs follow each other.
         image_dropped: Shown without its images and their placeholders.
         order: Order of the question-answer pairs; shuffled for ``chained`` samples whose images all stand in front.
     """
 
+    dataset: str
     record: Record
     turns: Literal["independent", "chained"]
     image_dropped: bool
     order: tuple[int, ...]
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Whatever is wrong with this sample inside the block is said of it by data set and id."""
+        with _naming(f'record "{self.record.id}"', self.dataset):
+            yield
 
     def conversations(self) -> list[tuple[Turn, ...]]:
         """The conversations to train on, placeholders in their places.
@@ -137,16 +146,19 @@ class Mixture:
 
         Raises:
             IndexError: ``index`` is outside.
-            RecordError: The mixture draws questions, and the record is no caption.
+            RecordError: The row is no record, or the mixture draws questions and the record is no caption.
             SnapshotError: The shard cannot be read there.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number, row = self._locate(epoch, index)
-        part, record = self._parts[number], self._readers[number].read(row)
+        part = self._parts[number]
+        with _naming(f"row {row:,}", part.dataset):
+            record = self._readers[number].read(row)
         if part.questions == "brief":
             key = int(_keys(np.asarray([row]), self._seed, number, epoch, "question")[0])
-            record = ask_briefly(record, draw=key)
+            with _naming(f'record "{record.id}"', part.dataset):
+                record = ask_briefly(record, draw=key)
         pairs = tuple(range(len(record.turns) // 2))
         shuffled = part.turns == "chained" and part.order == "shuffled"
         if shuffled and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
@@ -156,7 +168,7 @@ class Mixture:
         if part.image_dropout > 0 and record.images:
             key = int(_keys(np.asarray([row]), self._seed, number, epoch, "dropout")[0])
             dropped = key / 2**64 < part.image_dropout
-        return Sample(record=record, turns=part.turns, image_dropped=dropped, order=pairs)
+        return Sample(part.dataset, record, part.turns, image_dropped=dropped, order=pairs)
 
     def _locate(self, epoch: int, index: int) -> tuple[int, int]:
         if self._order is None or self._order[0] != epoch:
@@ -191,6 +203,16 @@ class Mixture:
             "quarantine": sorted(quarantine),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _naming(record: str, dataset: str) -> Iterator[None]:
+    try:
+        yield
+    except RecordError as error:
+        # Some messages begin with the record's id, and none with its data set.
+        said = error.found.removeprefix(record) if error.found.startswith(f"{record} ") else f": {error.found}"
+        raise RecordError(f"{record} of {dataset}{said}", error.needed, error.do, retry=error.retry) from error
 
 
 def _leading_placeholders(turns: Sequence[Turn]) -> str | None:

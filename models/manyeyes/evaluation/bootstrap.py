@@ -201,10 +201,57 @@ class Clusters:
             rows += [self._aggregate(aggregate, samplers, variant, times, generator) for times in counts]
         return np.array(rows, dtype=np.float64)
 
+    def sub_score_draws(
+        self,
+        aggregate: Aggregate,
+        graded: Sequence[Graded],
+        variant: str,
+        names: Sequence[str],
+        *,
+        generator: np.random.Generator,
+        draws: int = DRAWS,
+    ) -> Floats:
+        """Several figures of one aggregate on each draw.
+
+        Args:
+            aggregate: Of the benchmark.
+            graded: Its items, those that this object was made of.
+            variant: Whose scoring.
+            names: The figures.
+            generator: Source of chance.
+            draws: How many draws.
+
+        Returns:
+            ``[draws, names]``; NaN where a draw lacks the figure's items.
+        """
+        if len(self.groups) >= _MANY_ITEMS and self.count >= _MANY_CLUSTERS:
+            added = self.influences(aggregate, graded, variant, names, most_kinds=draws // 2)
+            if added is not None:
+                scores = aggregate(graded, variant)
+                counted = [counts @ added for counts in self._counts(draws=draws, generator=generator)]
+                return np.array([scores[name] for name in names]) + np.concatenate(counted)
+        sampler = _Sampler(graded, self.groups, self.count)
+        rows: list[list[float]] = []
+        for counts in self._counts(draws=draws, generator=generator):
+            for times in counts:
+                try:
+                    found = aggregate(sampler.sample(times), variant)
+                except ZeroDivisionError:
+                    found = {}
+                rows.append([found.get(name, np.nan) for name in names])
+        return np.array(rows, dtype=np.float64)
+
     def influence(
         self, aggregate: Aggregate, graded: Sequence[Graded], variant: str, *, most_kinds: int
     ) -> Floats | None:
-        """What each cluster adds to a score, to first order; the sum over clusters is 0.
+        """What each cluster adds to a score, to first order: ``influences`` of ``score`` alone, ``[clusters]``."""
+        added = self.influences(aggregate, graded, variant, ["score"], most_kinds=most_kinds)
+        return None if added is None else added[:, 0]
+
+    def influences(
+        self, aggregate: Aggregate, graded: Sequence[Graded], variant: str, names: Sequence[str], *, most_kinds: int
+    ) -> Floats | None:
+        """What each cluster adds to several figures, to first order; the sum over clusters is 0.
 
         Units (or items without one) that an aggregate cannot tell apart are of one kind. One more and one less of
         each kind, halved, is what one of it adds.
@@ -213,10 +260,12 @@ class Clusters:
             aggregate: Of the benchmark.
             graded: Its items.
             variant: Whose scoring.
+            names: The figures.
             most_kinds: Beyond so many kinds it is not worth it.
 
         Returns:
-            ``[clusters]``; ``None`` with more kinds, or where a kind cannot be missing or the score is not additive.
+            ``[clusters, names]``; ``None`` with more kinds, or where a kind cannot be missing or a figure is not
+            additive. A figure of one unit alone, which cannot be missing, has 0.
         """
         units: dict[object, list[int]] = {}
         for place, item in enumerate(graded):
@@ -226,21 +275,24 @@ class Clusters:
             kinds.setdefault(tuple(sorted(map(repr, (_kind(graded[place]) for place in places)))), []).append(places)
         if len(kinds) > most_kinds:
             return None
-        score = aggregate(graded, variant)["score"]
-        influence: Floats = np.zeros(self.count)
+        figures = aggregate(graded, variant)
+        scores = np.array([figures[name] for name in names])
+        influence: Floats = np.zeros((self.count, len(names)))
         for alike in kinds.values():
             one = set(alike[0])
             more = [*graded, *(_copy(graded[place], 1) for place in alike[0])]
             less = [item for place, item in enumerate(graded) if place not in one]
             try:
-                gain = (aggregate(more, variant)["score"] - aggregate(less, variant)["score"]) / 2
+                with_one, without_one = aggregate(more, variant), aggregate(less, variant)
             except ZeroDivisionError:
                 return None
-            np.add.at(influence, self.groups[[places[0] for places in alike]], gain)
+            gains = [(with_one[name] - without_one.get(name, with_one[name])) / 2 for name in names]
+            np.add.at(influence, self.groups[[places[0] for places in alike]], gains)
         # A mean, a ratio or a sum of such does not change when every item is there twice: its parts add up to nothing.
-        if abs(influence.sum()) > 0.02 * max(1.0, abs(score)) + 0.1 * float(np.abs(influence).sum()):
+        allowed = 0.02 * np.maximum(1.0, np.abs(scores)) + 0.1 * np.abs(influence).sum(axis=0)
+        if (np.abs(influence.sum(axis=0)) > allowed).any():
             return None
-        centred: Floats = influence - influence.mean()
+        centred: Floats = influence - influence.mean(axis=0)
         return centred
 
     def _aggregate(

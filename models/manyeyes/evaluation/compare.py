@@ -6,7 +6,6 @@ Every figure is the second model minus the first, paired by item and clustered b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
+from manyeyes.evaluation.outcomes import Outcome, OutcomeFile
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.scorecard import BenchmarkScore, Interval, Scorecard, read_scorecard
+from manyeyes.evaluation.results import ANSWERS, AskedScore, Results
+from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.significance import POWER, PairedTest, average_difference, compare_scores, holm
 
 LEVEL = 0.05
@@ -34,9 +34,9 @@ class ComparedModel(_Strict):
     """One side of a comparison."""
 
     name: str = Field(description="As given: a folder, or a registered model.")
-    digest: str = Field(description="Of the checkpoint or the bundle.")
-    kind: str = Field(description="torch or bundle.")
-    recipe: str = Field(description="Name of the recipe.")
+    digest: str = Field(description="Of the checkpoint or the bundle; of the answers of a folder of `manyeyes score`.")
+    kind: str = Field(description="torch, bundle or answers.")
+    recipe: str = Field(description="Name of the recipe; empty for answers.")
 
 
 class ComparedBenchmark(_Strict):
@@ -81,53 +81,10 @@ class ModelComparison(_Strict):
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
     first: ComparedModel = Field(description="What the second is compared with.")
     second: ComparedModel = Field(description="The second model.")
-    data_md5: str = Field(description="md5 of the first one's snapshot.")
+    data_md5: str = Field(description="md5 of the first one's snapshot; empty for answers.")
     average: AverageDifference = Field(description="Over all benchmarks below.")
     benchmarks: dict[str, ComparedBenchmark] = Field(min_length=1, description="By benchmark.")
     not_compared: dict[str, str] = Field(description="Benchmarks that were left out, and why.")
-
-
-@dataclass(frozen=True)
-class Results:
-    """What ``manyeyes evaluate`` wrote of one model.
-
-    Attributes:
-        name: As the user named it.
-        scorecard: The figures.
-        items: Every item's answer.
-    """
-
-    name: str
-    scorecard: Scorecard
-    items: OutcomeFile
-
-
-def read_results(path: Path, *, name: str = "", scorecard: str = "scorecard.json") -> Results:
-    """Read a model's results.
-
-    Args:
-        path: A folder with a scorecard and ``items.parquet`` in it or in its folder ``scorecard``, or the scorecard.
-        name: For reports; the path when empty.
-        scorecard: File name of the scorecard in a folder.
-
-    Raises:
-        EvaluationError: A file is missing, or the two do not belong together.
-    """
-    file = path
-    if path.is_dir():
-        file = path / scorecard
-        if not file.is_file() and (path / "scorecard" / scorecard).is_file():
-            file = path / "scorecard" / scorecard
-    card = read_scorecard(file)
-    items = read_outcomes(file.parent / "items.parquet")
-    digests = {benchmark: score.benchmark_digest for benchmark, score in card.benchmarks.items()}
-    if items.model_digest != card.model.digest or dict(items.benchmark_digests) != digests:
-        raise EvaluationError(
-            f"{file.parent / 'items.parquet'} is of another evaluation than {file.name}",
-            "the two files of one evaluation",
-            "Evaluate the model again.",
-        )
-    return Results(name or str(path), card, items)
 
 
 def compare_results(first: Results, second: Results) -> ModelComparison:
@@ -140,25 +97,31 @@ def compare_results(first: Results, second: Results) -> ModelComparison:
     Raises:
         EvaluationError: No benchmark asked both the same.
     """
-    names, not_compared = _common(first.scorecard, second.scorecard)
+    if (first.kind == ANSWERS) != (second.kind == ANSWERS):
+        raise EvaluationError(
+            f"one of {first.name} and {second.name} is of `manyeyes score`, the other of an evaluation",
+            "two of one kind, since only these are known to have been asked the same",
+            "Score both models' answers with `manyeyes score` and the same references.",
+        )
+    names, not_compared = _common(first, second)
     if not names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_compared.items())
         raise EvaluationError(
             f"{first.name} and {second.name} have no benchmark to compare ({reasons})",
             "one benchmark that asked both the same questions",
-            "Evaluate both on the same snapshot with the same evaluation settings.",
+            "Evaluate both on the same snapshot with the same settings, or score both with the same references.",
         )
     pairs = {name: paired_outcomes(first.items, second.items, name) for name in names}
     tests: dict[str, PairedTest] = {}
     for name, outcomes in pairs.items():
         ours, theirs = ([outcome.graded for outcome in side] for side in zip(*outcomes, strict=True))
-        tests[name] = compare_scores(BENCHMARKS[name], ours, theirs, first.scorecard.benchmarks[name].variant)
+        tests[name] = compare_scores(BENCHMARKS[name], ours, theirs, first.scores[name].variant)
     corrected = dict(zip(names, holm([tests[name].p for name in names]), strict=True))
     average = average_difference([(BENCHMARKS[name], tests[name]) for name in names])
     return ModelComparison(
         first=_model(first),
         second=_model(second),
-        data_md5=first.scorecard.data_md5,
+        data_md5=first.data_md5,
         average=AverageDifference(
             difference=_rounded(average.difference),
             ci95=(_rounded(average.low), _rounded(average.high)),
@@ -168,8 +131,8 @@ def compare_results(first: Results, second: Results) -> ModelComparison:
         benchmarks={
             name: _compared(
                 name,
-                first.scorecard.benchmarks[name],
-                second.scorecard.benchmarks[name],
+                first.scores[name],
+                second.scores[name],
                 tests[name],
                 corrected[name],
                 pairs[name],
@@ -206,29 +169,32 @@ def write_comparison(comparison: ModelComparison, path: Path) -> None:
     write_file(path, comparison.model_dump_json(indent=2).encode() + b"\n")
 
 
-def _common(first: Scorecard, second: Scorecard) -> tuple[list[str], dict[str, str]]:
+def _common(first: Results, second: Results) -> tuple[list[str], dict[str, str]]:
     names: list[str] = []
     left_out: dict[str, str] = {}
-    for name, score in first.benchmarks.items():
-        other = second.benchmarks.get(name)
+    for name, score in first.scores.items():
+        other = second.scores.get(name)
         if other is None:
             left_out[name] = "only the first was asked"
         elif name not in BENCHMARKS:
             left_out[name] = "no such benchmark in this version"
         elif score.variant != other.variant:
             left_out[name] = f"scored as {score.variant} and as {other.variant}"
+        elif score.multiple_choice != other.multiple_choice:
+            said = {"generate": "written", "prefill": "chosen after one prefill"}
+            left_out[name] = f"answers are {said[score.multiple_choice]} and {said[other.multiple_choice]}"
         elif score.benchmark_digest != other.benchmark_digest:
             left_out[name] = f"other questions ({score.n:,} of {score.n_total:,}; {other.n:,} of {other.n_total:,})"
         else:
             names.append(name)
-    left_out |= {name: "only the second was asked" for name in second.benchmarks if name not in first.benchmarks}
+    left_out |= {name: "only the second was asked" for name in second.scores if name not in first.scores}
     return names, left_out
 
 
 def _compared(
     name: str,
-    first: BenchmarkScore,
-    second: BenchmarkScore,
+    first: AskedScore,
+    second: AskedScore,
     test: PairedTest,
     p_holm: float,
     outcomes: Sequence[tuple[Outcome, Outcome]],
@@ -260,8 +226,7 @@ def _compared(
 
 
 def _model(results: Results) -> ComparedModel:
-    card = results.scorecard
-    return ComparedModel(name=results.name, digest=card.model.digest, kind=card.model.kind, recipe=card.recipe)
+    return ComparedModel(name=results.name, digest=results.digest, kind=results.kind, recipe=results.recipe)
 
 
 def _rounded(value: float) -> float:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.compare import ComparedBenchmark, ModelComparison, Results, Verdict, paired_outcomes
+from manyeyes.evaluation.compare import ComparedBenchmark, ModelComparison, Verdict, paired_outcomes
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.page import markdown_table, page, table
 from manyeyes.evaluation.picture import image_tag
+from manyeyes.evaluation.results import Results
 from manyeyes.evaluation.scorecard import Interval
 
 EXAMPLES = 12
@@ -239,10 +240,15 @@ def _answer(outcome: Outcome) -> str:
 
 def _fine_print(comparison: ModelComparison) -> str:
     rows = [
-        [side, f"{escape(model.name)}: {escape(model.recipe)}, {model.kind} <code>{escape(model.digest)}</code>"]
+        [
+            side,
+            f"{escape(model.name)}: {escape(', '.join(part for part in (model.recipe, model.kind) if part))} "
+            f"<code>{escape(model.digest)}</code>",
+        ]
         for side, model in (("first", comparison.first), ("second", comparison.second))
     ]
-    rows.append(["data", f"<code>{escape(comparison.data_md5)}</code>"])
+    if comparison.data_md5:
+        rows.append(["data", f"<code>{escape(comparison.data_md5)}</code>"])
     return f"<details><summary>Digests</summary>{table(['what', 'value'], rows)}</details>"
 
 

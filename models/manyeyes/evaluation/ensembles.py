@@ -90,7 +90,7 @@ def score_ensemble(
         scheme: How two answers become one.
         judge: Decides where they differ; needed for ``judge``.
         variant: Whose reading of the letters; the row's default for ``None``.
-        out: Folder for the ensemble's ``items.jsonl``; nothing is written for ``None``.
+        out: Folder for the ensemble's ``score.json`` and ``items.jsonl``; nothing is written for ``None``.
 
     Raises:
         EvaluationError: No judge, or rows that do not fit.

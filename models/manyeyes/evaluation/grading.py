@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from manyeyes.evaluation.benchmarks import Benchmark, Graded
 from manyeyes.evaluation.conditions import Condition
 from manyeyes.evaluation.judge import Judge
-from manyeyes.evaluation.judging import JUDGINGS, enough_judged, judge_items
+from manyeyes.evaluation.judging import JUDGINGS, enough_judged, judge_items, name_judge
 
 UNJUDGED = "it needs a judge: give evaluation.judge in the recipe"
 
@@ -55,9 +55,7 @@ def grade_answers(
         condition: judge_items(row, [(item.row, texts[item.id]) for item in benchmark.items], judge, variant=variant)
         for condition, texts in predictions.items()
     }
-    judging = JUDGINGS[row.name]
-    temperature = judging.temperature if judge.spec.temperature is None else judge.spec.temperature
-    named = f"{judge.spec.model}, {judging.prompts}, temperature {temperature}"
+    named = name_judge(judge, JUDGINGS[row.name])
     reasons = [
         next((part[place].reason for part in verdicts.values() if part[place].value is None), "")
         for place in range(len(benchmark.items))

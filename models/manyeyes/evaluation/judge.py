@@ -17,21 +17,20 @@ import http.client
 import json
 import os
 import random
-import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.message import Message as Headers
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.completions import AskAgainError, NoRedirects, Reply, read_reply, read_until, retry_after
 from manyeyes.evaluation.output import write_file
 from manyeyes.recipe.judge import JudgeSpec
 
@@ -45,11 +44,9 @@ _WARMER = 0.5
 
 _HOTTEST = 2.0
 _LONGEST_WAIT_S = 60.0
-_LONGEST_REPLY = 4 << 20
 _BUSY = (408, 409, 425, 429)
 _REFUSED_KEY = (401, 403)
 _FAILURES_IN_A_ROW = 3
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 class JudgeError(EvaluationError):
@@ -112,14 +109,6 @@ class Verdict(Generic[T]):
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Reply:
-    text: str
-    model: str
-    prompt_tokens: int
-    answer_tokens: int
-
-
 class _Kept(BaseModel):
     """One answer in the cache."""
 
@@ -127,14 +116,6 @@ class _Kept(BaseModel):
 
     text: str
     model: str
-
-
-class _AgainError(Exception):
-    """Worth another request, after a wait of so many seconds where the service says so."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
 
 
 class _RefusedError(Exception):
@@ -153,22 +134,6 @@ class _Counts:
     answered: int = 0
     refused: int = 0
     served: set[str] = field(default_factory=set)
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another service."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,  # noqa: ARG002
-        fp: IO[bytes],  # noqa: ARG002
-        code: int,  # noqa: ARG002
-        msg: str,  # noqa: ARG002
-        headers: Headers,  # noqa: ARG002
-        newurl: str,  # noqa: ARG002
-    ) -> None:
-        """None: the redirect is an answer like any other."""
-        return
 
 
 class Judge:
@@ -194,7 +159,7 @@ class Judge:
         self._counts = _Counts()
         self._next_request = 0.0
         self._jitter = random.Random(0)
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(NoRedirects)
 
     @property
     def use(self) -> JudgeUse:
@@ -258,9 +223,32 @@ class Judge:
                 self._counts.unreadable += 1
         return Verdict(None, text, f"{self.spec.readings} answers made no sense, the last: {text[:80]!r}")
 
-    def _request(self, messages: Messages, temperature: float, max_tokens: int) -> _Reply:
+    def probe(self) -> str:
+        """Ask for one token, once, to see whether the judge can be asked at all.
+
+        Returns:
+            The model's name for itself; may be empty.
+
+        Raises:
+            JudgeError: It does not answer, or not to this key and model; ``retry`` where it may later.
+        """
+        messages = [{"role": "user", "content": "Answer with OK."}]
+        try:
+            return self._send(self._body(messages, self.spec.temperature or 0.0, 1)).model
+        except (AskAgainError, _RefusedError) as error:
+            raise JudgeError(
+                f"{self.spec.endpoint} gives no answer: {error}",
+                f'a judge that answers as "{self.spec.model}"',
+                "Check the address, which ends with its version (/v1), and the model's name.",
+                retry=isinstance(error, AskAgainError),
+            ) from error
+
+    def _body(self, messages: Messages, temperature: float, max_tokens: int) -> bytes:
         body = {"model": self.spec.model, "messages": list(messages), "temperature": temperature}
-        data = json.dumps({**body, "max_tokens": max_tokens}).encode()
+        return json.dumps({**body, "max_tokens": max_tokens}).encode()
+
+    def _request(self, messages: Messages, temperature: float, max_tokens: int) -> Reply:
+        data = self._body(messages, temperature, max_tokens)
         reason = ""
         for attempt in range(self.spec.attempts):
             self._take_turn()
@@ -268,7 +256,7 @@ class Judge:
                 raise _RefusedError("stopped")
             try:
                 reply = self._send(data)
-            except _AgainError as again:
+            except AskAgainError as again:
                 reason = str(again)
                 if attempt + 1 < self.spec.attempts:
                     with self._lock:
@@ -297,11 +285,11 @@ class Judge:
             )
         raise _RefusedError(f"no answer after {self.spec.attempts} requests: {reason}")
 
-    def _send(self, data: bytes) -> _Reply:
+    def _send(self, data: bytes) -> Reply:
         """One request.
 
         Raises:
-            _AgainError: Away, busy, too slow, or no chat completion.
+            AskAgainError: Away, busy, too slow, or no chat completion.
             _RefusedError: This question is not taken.
             JudgeError: No question is.
         """
@@ -314,19 +302,19 @@ class Judge:
         deadline = time.monotonic() + self.spec.timeout_s
         try:
             with self._opener.open(request, timeout=self.spec.timeout_s) as answer:
-                content = _read_until(answer, deadline)
+                content = read_until(answer, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 self._say_status(error)
         except (OSError, http.client.HTTPException) as error:
             # urllib wraps some of these in URLError, which is an OSError.
-            raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from error
-        return _read_reply(content)
+            raise AskAgainError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        return read_reply(content)
 
     def _say_status(self, error: urllib.error.HTTPError) -> None:
         said = error.read(2000).decode(errors="replace").strip()[:300]
         if error.code in _BUSY or error.code >= 500:
-            raise _AgainError(f"it answers {error.code}", _retry_after(error.headers))
+            raise AskAgainError(f"it answers {error.code}", retry_after(error.headers))
         if error.code in _REFUSED_KEY:
             raise JudgeError(
                 f"{self.spec.endpoint} answers {error.code} ({said})",
@@ -377,42 +365,7 @@ class Judge:
             # Files are written whole, so this one was touched by something else: the judge is asked again.
             return None
 
-    def _keep(self, key: str, reply: _Reply) -> None:
+    def _keep(self, key: str, reply: Reply) -> None:
         if self._cache is not None:
             kept = _Kept(text=reply.text, model=reply.model)
             write_file(self._cache / key[:2] / f"{key}.json", kept.model_dump_json().encode())
-
-
-def _read_until(answer: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body; a service that sends a byte now and then does not hold us for ever."""
-    content = b""
-    while chunk := answer.read1(1 << 16):
-        content += chunk
-        if time.monotonic() > deadline:
-            raise _AgainError("it is too slow")
-        if len(content) > _LONGEST_REPLY:
-            raise _AgainError("its answer does not end")
-    return content
-
-
-def _read_reply(content: bytes) -> _Reply:
-    try:
-        reply: Any = json.loads(content)
-        text = reply["choices"][0]["message"]["content"]
-        usage = reply.get("usage") or {}
-        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        model = str(reply.get("model") or "")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise _AgainError(f"its answer is no chat completion: {content[:80]!r}") from error
-    # A refusal and a filtered answer come with no content; a reasoning model's thoughts may come with it.
-    return _Reply(_THOUGHTS.sub("", str(text or "")), model, max(0, tokens[0]), max(0, tokens[1]))
-
-
-def _retry_after(headers: Headers) -> float | None:
-    """Seconds that the service asks to wait; dates, which few send, are left to our own waits."""
-    value = headers.get("Retry-After", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < float("inf") else None

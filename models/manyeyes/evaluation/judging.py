@@ -142,7 +142,7 @@ def judge_predictions(
         predictions: ``id`` and ``prediction``, in any order.
         judge: Is asked.
         variant: Whose scoring; the row's default for ``None``.
-        out: Folder for ``items.jsonl``; nothing is written for ``None``.
+        out: Folder for ``score.json`` and ``items.jsonl``; nothing is written for ``None``.
 
     Raises:
         EvaluationError: Unknown benchmark or variant, one that needs no judge, or rows that do not fit.
@@ -165,7 +165,7 @@ def judge_predictions(
             items.append(ScoredItem(as_missing(verdict.value) if prediction is None else verdict.value, prediction))
     scored = None
     if items and enough_judged(len(reasons), len(verdicts), judge):
-        scored = summarise(row, variant, matched, items, out=out)
+        scored = summarise(row, variant, matched, items, out=out, judge=name_judge(judge, judging))
     return JudgeReport(
         benchmark=name,
         score=None if scored is None else scored.score,
@@ -176,6 +176,12 @@ def judge_predictions(
         prompts=judging.prompts,
         judge=judge.use,
     )
+
+
+def name_judge(judge: Judge, judging: Judging) -> str:
+    """Who judged and what it was asked: figures compare only where it is equal."""
+    temperature = judging.temperature if judge.spec.temperature is None else judge.spec.temperature
+    return f"{judge.spec.model}, {judging.prompts}, temperature {temperature}"
 
 
 def enough_judged(unjudged: int, total: int, judge: Judge) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark
-from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
+from manyeyes.evaluation.benchmarks.benchmark import IMAGE, IMAGES, CheckedRow, MissingColumnError, Unit
 from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
+from manyeyes.evaluation.sub_scores import sub_score_intervals
 
 LISTED_IDS = 20
+SCORE_FILE, ITEMS_FILE = "score.json", "items.jsonl"
 _REFERENCES = 'one object a line: {"id": ..., the benchmark\'s columns}'
 _PREDICTIONS = 'one object a line: {"id": ..., "prediction": "..."}'
 
 
 class ScoreReport(BaseModel):
-    """What ``manyeyes score --json`` prints."""
+    """``score.json``, and what ``manyeyes score --json`` prints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +35,9 @@ class ScoreReport(BaseModel):
     score: float = Field(description="Percent; MME and OCRBench in points.")
     unit: Unit = Field(description="Of score and ci95; relative: percent of what the reference answers get.")
     scores: dict[str, float] = Field(description="Sub-scores by name, each in its own unit: percent or points.")
+    scores_ci95: dict[str, tuple[float, float]] = Field(
+        default={}, description="95% interval of each of scores, clustered; in its own unit."
+    )
     n: int = Field(ge=0, description="Items of the references; a missing prediction is one of them, and wrong.")
     parse_failures: int = Field(ge=0, description="Predictions that no answer could be read from.")
     missing: int = Field(ge=0, description="Items without a prediction.")
@@ -45,6 +51,11 @@ class ScoreReport(BaseModel):
     duplicate_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
     empty_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
     parse_failure_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
+    references_digest: str = Field(
+        default="",
+        description="sha256 over scorer, variant, judge and every scored reference's id and columns without images; "
+        "scores compare only where it is equal.",
+    )
     per_item: str = Field(description="Path of the JSON Lines with each item's outcome; empty when not written.")
 
 
@@ -67,12 +78,14 @@ class Matched:
 
     Attributes:
         known: Reference by id, in their order.
+        digests: sha256 of each reference's columns without images, by id.
         answers: Prediction by id; an item without one is missing.
         unexpected: Ids of predictions that the references lack.
         repeated: Ids of further predictions or references.
     """
 
     known: Mapping[str, Row]
+    digests: Mapping[str, str]
     answers: Mapping[str, str]
     unexpected: tuple[str, ...]
     repeated: tuple[str, ...]
@@ -95,7 +108,7 @@ def score_predictions(
         predictions: ``id`` and ``prediction``, in any order.
         variant: Whose scoring; the row's default for ``None``.
         seed: Turns on the random answer of parsers that fall back on one (MMMU), drawn in the references' order.
-        out: Folder for ``items.jsonl``; nothing is written for ``None``.
+        out: Folder for ``score.json`` and ``items.jsonl``; nothing is written for ``None``.
 
     Raises:
         EvaluationError: Unknown benchmark or variant, one that a language model judges, no references, a missing or
@@ -125,7 +138,7 @@ def match_predictions(
     Raises:
         EvaluationError: No references, two of one id that differ, or a prediction without its columns.
     """
-    known, repeated = _by_id(row, references)
+    known, digests, repeated = _by_id(row, references)
     answers: dict[str, str] = {}
     unexpected: list[str] = []
     for number, prediction in enumerate(predictions, start=1):
@@ -136,11 +149,19 @@ def match_predictions(
             repeated.append(item_id)
         else:
             answers[item_id] = text
-    return Matched(known=known, answers=answers, unexpected=tuple(unexpected), repeated=tuple(repeated))
+    return Matched(
+        known=known, digests=digests, answers=answers, unexpected=tuple(unexpected), repeated=tuple(repeated)
+    )
 
 
 def summarise(
-    row: BenchmarkRow, variant: str, matched: Matched, items: Sequence[ScoredItem], *, out: Path | None
+    row: BenchmarkRow,
+    variant: str,
+    matched: Matched,
+    items: Sequence[ScoredItem],
+    *,
+    out: Path | None,
+    judge: str = "",
 ) -> ScoreReport:
     """The report on graded items.
 
@@ -149,7 +170,8 @@ def summarise(
         variant: Whose scoring.
         matched: What was found in the two files.
         items: Graded, in the references' order.
-        out: Folder for ``items.jsonl``; nothing is written for ``None``.
+        out: Folder for ``score.json`` and ``items.jsonl``; nothing is written for ``None``.
+        judge: Language model that judged and what it was asked; empty for rules.
 
     Raises:
         StorageError: No space, or no permission.
@@ -160,13 +182,15 @@ def summarise(
     missing = [item.graded.id for item in items if item.prediction is None]
     empty = [item.graded.id for item in items if item.prediction is not None and not item.prediction.strip()]
     failures = [item.graded.id for item in items if item.prediction is not None and item.graded.parsed is None]
-    path = "" if out is None else str(_write_items(out / "items.jsonl", items))
-    return ScoreReport(
+    asked = "\n".join(sorted(f"{item.id} {matched.digests[item.id]}" for item in graded))
+    path = "" if out is None else str(_write_items(out / ITEMS_FILE, row, matched, items))
+    report = ScoreReport(
         benchmark=row.name,
         variant=variant,
         score=scores["score"],
         unit=row.unit,
         scores={part: value for part, value in scores.items() if part != "score"},
+        scores_ci95=sub_score_intervals(row, graded, variant),
         n=len(items),
         parse_failures=len(failures),
         missing=len(missing),
@@ -180,8 +204,12 @@ def summarise(
         duplicate_ids=list(matched.repeated[:LISTED_IDS]),
         empty_ids=empty[:LISTED_IDS],
         parse_failure_ids=failures[:LISTED_IDS],
+        references_digest=hashlib.sha256("\n".join([row.scorer, variant, judge, asked]).encode()).hexdigest(),
         per_item=path,
     )
+    if out is not None:
+        write_file(out / SCORE_FILE, report.model_dump_json(indent=2).encode() + b"\n")
+    return report
 
 
 def as_missing(graded: Graded) -> Graded:
@@ -227,8 +255,9 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return read_json_lines(path, needed=_PREDICTIONS)
 
 
-def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, CheckedRow], list[str]]:
+def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, CheckedRow], dict[str, str], list[str]]:
     known: dict[str, CheckedRow] = {}
+    digests: dict[str, str] = {}
     repeated: list[str] = []
     for number, reference in enumerate(references, start=1):
         checked = CheckedRow(reference, row.columns, f"{row.name} references, row {number}")
@@ -236,6 +265,7 @@ def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, Chec
         checked = CheckedRow({**reference, "id": item_id}, row.columns, f"{row.name} references, row {number}")
         if item_id not in known:
             known[item_id] = checked
+            digests[item_id] = _digest(row, reference)
         elif dict(known[item_id]) == dict(checked):
             repeated.append(item_id)
         else:
@@ -246,7 +276,13 @@ def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, Chec
             )
     if not known:
         raise EvaluationError("there are no references", _REFERENCES, "Check the file.")
-    return known, repeated
+    return known, digests, repeated
+
+
+def _digest(row: BenchmarkRow, reference: Row) -> str:
+    images = [name for name, kind in row.columns.items() if kind in (IMAGE, IMAGES)]
+    columns = {name: reference[name] for name in row.columns if name in reference and name not in images}
+    return hashlib.sha256(json.dumps(columns, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read_prediction(prediction: Mapping[str, Any], number: int) -> tuple[str, str]:
@@ -281,7 +317,7 @@ def _grade(
     return items
 
 
-def _write_items(path: Path, items: Sequence[ScoredItem]) -> Path:
+def _write_items(path: Path, row: BenchmarkRow, matched: Matched, items: Sequence[ScoredItem]) -> Path:
     lines = [
         json.dumps(
             {
@@ -292,6 +328,8 @@ def _write_items(path: Path, items: Sequence[ScoredItem]) -> Path:
                 "missing": item.prediction is None,
                 "cluster": item.graded.cluster,
                 "facets": dict(item.graded.facets),
+                "question": _shown(row.question, matched.known[item.graded.id]),
+                "reference": _shown(row.reference, matched.known[item.graded.id]),
             },
             ensure_ascii=False,
         )
@@ -299,3 +337,11 @@ def _write_items(path: Path, items: Sequence[ScoredItem]) -> Path:
     ]
     write_file(path, ("\n".join(lines) + "\n").encode())
     return path
+
+
+def _shown(part: Callable[[Row], str], reference: Row) -> str:
+    """What a report shows of a reference; empty where it lacks the columns, which scoring may do without."""
+    try:
+        return part(reference)
+    except MissingColumnError:
+        return ""

@@ -22,7 +22,7 @@ class NonInferiorityRule(Strict):
 
     rule: Literal["non-inferiority"]
     benchmark: str
-    margin: float = Field(le=0, description="Points; 0 or below.")
+    margin: float = Field(le=0, description="Points of the benchmark's own figure (MME: of 2,000); 0 or below.")
 
 
 class ImageAddsRule(Strict):
@@ -39,7 +39,9 @@ class ParityRule(Strict):
     rule: Literal["parity"]
     token_match: float = Field(default=1.0, ge=0, le=1)
     max_abs_logit: float = Field(default=1e-3, gt=0)
-    max_score_difference: float = Field(default=0.1, ge=0, description="Points between torch's and bundle's score.")
+    max_score_difference: float = Field(
+        default=0.1, ge=0, description="Points between torch's and bundle's score, each as percent of its maximum."
+    )
 
 
 class ValidationRule(Strict):

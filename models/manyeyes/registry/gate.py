@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
-from manyeyes.evaluation.scoring import Estimate, paired_difference
+from manyeyes.evaluation.significance import PairedTest, compare_scores
 from manyeyes.recipe import (
     ContaminationRule,
     FloorRule,
@@ -156,23 +157,35 @@ def judge(
     )
 
 
-def compare_outcomes(challenger: Sequence[Outcome], champion: Sequence[Outcome]) -> Estimate:
-    """Challenger minus champion on the same items, in points, paired and clustered by image.
+def compare_outcomes(
+    benchmark: str, challenger: Sequence[Outcome], champion: Sequence[Outcome], *, variant: str
+) -> PairedTest:
+    """The benchmark's own figure of the challenger minus the champion's, paired by item and clustered by image.
+
+    Not the mean of the items' scores: MME counts pairs, POPE is an F1, CV-Bench an average of averages. Such figures
+    are compared by a bootstrap over clusters, the same for both.
+
+    Args:
+        benchmark: Row of ``BENCHMARKS``.
+        challenger: Its items.
+        champion: The champion's, in any order.
+        variant: Whose scoring.
 
     Raises:
-        EvaluationError: The items differ.
+        EvaluationError: The items differ, or there is no such benchmark.
     """
-    theirs = {outcome.id: outcome.correct for outcome in champion}
+    theirs = {outcome.id: outcome.graded for outcome in champion}
     if len(theirs) != len(champion) or theirs.keys() != {outcome.id for outcome in challenger}:
         raise EvaluationError(
             f"{len(challenger)} items against {len(champion)}, with other ids",
             "the same items",
             "Score both models on the same benchmark.",
         )
-    return paired_difference(
-        [outcome.correct for outcome in challenger],
+    return compare_scores(
+        find_benchmark(benchmark),
         [theirs[outcome.id] for outcome in challenger],
-        [outcome.cluster for outcome in challenger],
+        [outcome.graded for outcome in challenger],
+        variant,
     )
 
 
@@ -270,16 +283,19 @@ def _judge_non_inferiority(
             f"benchmark digest {score.benchmark_digest[:16]}",
             "Score its bundle again: comparable_champion does.",
         )
-    difference = compare_outcomes(outcomes.of(rule.benchmark), theirs.of(rule.benchmark))
+    difference = compare_outcomes(
+        rule.benchmark, outcomes.of(rule.benchmark), theirs.of(rule.benchmark), variant=score.variant
+    )
     anew = " scored anew on these questions" if champion.rescored else ""
     return RuleResult(
         rule=rule.rule,
         benchmark=rule.benchmark,
-        found=f"{difference.mean:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})",
+        found=f"{difference.difference:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})",
         needed=needed,
         passed=difference.low > rule.margin,
         explanation=f"Challenger minus champion (version {champion.version}, "
-        f"{champion.scorecard.benchmarks[rule.benchmark].score:.2f}%{anew}), paired and clustered by image, 95%."
+        f"{champion.scorecard.benchmarks[rule.benchmark].score:.2f}{score.mark}{anew}), paired and clustered by image, "
+        "95%."
         f"{_asked(score)}",
     )
 
@@ -288,7 +304,8 @@ def _judge_parity(
     rule: ParityRule, scorecard: Scorecard, bundle_scorecard: Scorecard, parity: ParityReport
 ) -> RuleResult:
     apart = max(
-        abs(score.score - bundle_scorecard.benchmarks[name].score) for name, score in scorecard.benchmarks.items()
+        abs(score.score - bundle_scorecard.benchmarks[name].score) * 100 / score.maximum
+        for name, score in scorecard.benchmarks.items()
     )
     passed = (
         parity.items > 0

@@ -1,4 +1,4 @@
-"""What all steps share: timing, progress, errors, threads, and dying with the runner.
+"""What all steps share: timing, progress, errors and threads.
 
 A step is a pure function with plain values and paths in and a ``StepResult`` out. ``run_step`` calls it the same way
 from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
@@ -7,28 +7,25 @@ from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from manyeyes.errors import ManyEyesError, PreflightError, StorageError
 from manyeyes.evaluation.page import markdown_table, page
 from manyeyes.steps.events import ErrorReport, Problem, emit, error_line
 from manyeyes.steps.refusals import earlier_refusal, remember_refusal
+from manyeyes.steps.runner_death import die_with_runner
 from manyeyes.steps.traces import ERROR_TAG, error_as_tag, pipeline_tags, result_tags
 
 USER_ERROR = 2
@@ -36,8 +33,6 @@ OTHER_ERROR = 1
 
 # Between two progress events of one step.
 _PROGRESS_INTERVAL_S = 1.0
-# How long a step may take to end in order, once its runner is gone.
-_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def run_step(
     """
     name = f"{step.name}[{label}]" if label else step.name
     outputs = dict(outputs or {})
-    _die_with_runner()
+    die_with_runner(exit_code=OTHER_ERROR)
     _set_threads()
     emit("started", name)
     _stop_if_refused(metrics=metrics, notes=notes)
@@ -376,34 +371,3 @@ def _set_threads() -> None:
         os.environ.setdefault("MANYEYES_THREADS", os.environ["OMP_NUM_THREADS"])
     # Before numpy or torch are loaded: their thread pools read this once.
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
-
-
-def _die_with_runner() -> None:
-    """End this process as soon as the runner that started it is gone, however it went.
-
-    The step's parent is a shell, so the parent's pid says nothing. The runner holds an exclusive lock on a file as
-    long as it lives; the kernel frees it even after kill -9, and the thread that waits for it then wakes up.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    lock = os.environ.get("MANYEYES_RUN_LOCK")
-    if lock:
-        threading.Thread(target=wait_for_runner_death, args=(Path(lock), _end), daemon=True).start()
-
-
-def wait_for_runner_death(lock: Path, then: Callable[[], None]) -> None:
-    """Block until the process that holds ``lock`` is gone, then call ``then``."""
-    descriptor = os.open(lock, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    then()
-
-
-def _end() -> None:
-    sys.stderr.write("the runner is gone: this step ends\n")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE_S)
-    os._exit(OTHER_ERROR)
-
-
-def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
-    # As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED.
-    raise KeyboardInterrupt

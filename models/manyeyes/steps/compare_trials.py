@@ -15,7 +15,7 @@ from manyeyes.evaluation.page import page
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.report import heading, section
-from manyeyes.steps.trial import Difference, Trial, difference, read_items, read_trial
+from manyeyes.steps.trial import Difference, Trial, difference, read_trial
 from manyeyes.steps.trial_page import (
     Row,
     difference_strips,
@@ -86,11 +86,11 @@ def compare_trials(
     missing = [variant.label for variant in wanted if variant.text() not in folders]
     if missing:
         raise PipelineError(f"no trial of {', '.join(missing)}", "one of every variant", "Run the ablation again.")
-    first = read_items(folders[wanted[0].text()])
+    first = folders[wanted[0].text()]
     rows: list[Row] = []
     for number, variant in enumerate(wanted):
         folder = folders[variant.text()]
-        gained: Difference | None = difference(read_items(folder), first) if number else None
+        gained: Difference | None = difference(folder, first) if number else None
         rows.append(Row(variant.label, read_trial(folder), gained))
         shutil.copytree(folder, comparison / "trials" / f"{number:02d}-{variant.key}", dirs_exist_ok=True)
     best = max(range(len(rows)), key=lambda index: rows[index].trial.mean)

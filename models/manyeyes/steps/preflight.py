@@ -16,6 +16,7 @@ from manyeyes.errors import ManyEyesError, PreflightError
 from manyeyes.evaluation import page
 from manyeyes.recipe import Recipe
 from manyeyes.steps.base import Reporter, Step, StepResult, telling_why
+from manyeyes.steps.judge_check import check_judge
 from manyeyes.steps.preflight_checks import (
     Check,
     Need,
@@ -71,9 +72,10 @@ def preflight(
 ) -> StepResult:
     """Look at everything that a run needs, and say all that is wrong at once.
 
-    The recipe and its parts, the snapshot in its remote, pretrained weights, MLflow (something is really written, and
-    removed), the registry's name, and disk and memory against the recipe's own estimate. What this machine cannot know
-    (the memory of another node) is a warning and no error.
+    The recipe and its parts, the snapshot in its remote, pretrained weights, the judge where a benchmark needs one
+    (it is asked for one token), MLflow (something is really written, and removed), the registry's name, and disk and
+    memory against the recipe's own estimate. What this machine cannot know (the memory of another node) is a warning
+    and no error.
 
     Args:
         reporter: Shows the progress.
@@ -143,6 +145,8 @@ def _look(
         found.checks += check_data(data, parsed)
     if parsed is not None:
         found.checks += check_sources(parsed, data)
+        with found.collecting("judge"):
+            found.checks += check_judge(parsed)
         reporter.progress("estimating memory and disk", done=0.6)
         in_snapshot = parsed.model.language_model.source.removeprefix("scratch:").startswith("snapshot:")
         if data is not None or not in_snapshot:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import PipelineError
-from manyeyes.steps.trial import Difference, Trial, difference, read_items, read_trial
+from manyeyes.steps.trial import Difference, Trial, difference, read_trial
 from manyeyes.steps.variant import Variant
 
 SEARCH_FILE = "search.json"
@@ -110,7 +110,7 @@ def close_round(search: Search, before: Path, trials: Mapping[str, Path]) -> Sea
     if search.best is None:
         round_ = SearchRound(number=number, candidates=tuple(ranking), chosen=winner, gain=None, gain_ci95=None)
     else:
-        gained = difference(read_items(trials[winner]), read_items(trial_folder(before, search.best)))
+        gained = difference(trials[winner], trial_folder(before, search.best))
         chosen = winner if gained.mean > search.min_gain else None
         round_ = SearchRound(
             number=number,
@@ -136,9 +136,8 @@ def gains(search: Search, folder: Path) -> dict[str, Difference]:
     before: str | None = None
     for round_ in search.rounds:
         if before is not None:
-            baseline = read_items(trial_folder(folder, before))
             for key in round_.candidates:
-                found[key] = difference(read_items(trial_folder(folder, key)), baseline)
+                found[key] = difference(trial_folder(folder, key), trial_folder(folder, before))
         before = round_.chosen or before
     return found
 

@@ -11,9 +11,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import EvaluationError, PipelineError
+from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes
 from manyeyes.evaluation.scorecard import Interval, Scorecard
-from manyeyes.evaluation.scoring import Estimate, paired_difference
+from manyeyes.evaluation.significance import PairedTest, compare_scores
 from manyeyes.steps.variant import Variant
 
 TRIAL_FILE, ITEMS_FILE = "trial.json", "items.parquet"
@@ -49,7 +50,9 @@ class Trial(_Strict):
     visual_tokens: int = Field(description="Tokens that an image becomes.")
     flops_per_sample: dict[str, float] = Field(description="Forward and backward, by stage; floating-point operations.")
     train_seconds: float = Field(description="Seconds of training, the stages that other trials share included.")
-    evaluate_seconds: float = Field(description="Seconds of answering.")
+    evaluate_seconds: float = Field(
+        description="Seconds of answering, without what an earlier run that was stopped had answered."
+    )
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class Difference:
     """One trial's mean score minus another's, on the same questions.
 
     Attributes:
-        mean: Points.
+        mean: Points, each benchmark's figure as percent of its maximum.
         ci95: 95% interval, paired and clustered by image; points.
-        by_benchmark: The same for each benchmark.
+        by_benchmark: The same for each benchmark, in its own unit.
     """
 
     mean: float
     ci95: Interval
-    by_benchmark: Mapping[str, Estimate]
+    by_benchmark: Mapping[str, PairedTest]
 
     @property
     def is_certain(self) -> bool:
@@ -97,29 +100,41 @@ def mean_score(scorecard: Scorecard) -> tuple[float, Interval]:
     return _combine(list(normalised(scorecard).values()))
 
 
-def difference(items: OutcomeFile, baseline: OutcomeFile) -> Difference:
+def difference(trial: Path, baseline: Path) -> Difference:
     """Mean score of one trial minus another's.
 
+    Args:
+        trial: Its folder.
+        baseline: The other's.
+
     Raises:
+        PipelineError: One of them is no trial.
         EvaluationError: They were asked different questions.
     """
-    estimates: dict[str, Estimate] = {}
+    items, others = read_items(trial), read_items(baseline)
+    scores = read_trial(trial).scorecard.benchmarks
+    tests: dict[str, PairedTest] = {}
+    parts: list[tuple[float, Interval]] = []
     for benchmark, digest in items.benchmark_digests.items():
-        ours = {outcome.id: outcome for outcome in items.of(benchmark)}
-        theirs = {outcome.id: outcome for outcome in baseline.of(benchmark)}
-        if digest != baseline.benchmark_digests.get(benchmark) or set(ours) != set(theirs):
+        ours = items.of(benchmark)
+        theirs = {outcome.id: outcome for outcome in others.of(benchmark)}
+        if digest != others.benchmark_digests.get(benchmark) or {outcome.id for outcome in ours} != set(theirs):
             raise EvaluationError(
                 f"{benchmark} asked the two models different questions",
                 "the same benchmark, snapshot and max_items for both",
                 "Do not vary evaluation.benchmarks or evaluation.max_items.",
             )
-        estimates[benchmark] = paired_difference(
-            [outcome.correct for outcome in ours.values()],
-            [theirs[name].correct for name in ours],
-            [outcome.cluster for outcome in ours.values()],
+        row = find_benchmark(benchmark)
+        tests[benchmark] = test = compare_scores(
+            row,
+            [theirs[outcome.id].graded for outcome in ours],
+            [outcome.graded for outcome in ours],
+            scores[benchmark].variant,
         )
-    mean, ci95 = _combine([(estimate.mean, (estimate.low, estimate.high)) for estimate in estimates.values()])
-    return Difference(mean, ci95, estimates)
+        scale = 100 / row.maximum
+        parts.append((scale * test.difference, (scale * test.low, scale * test.high)))
+    mean, ci95 = _combine(parts)
+    return Difference(mean, ci95, tests)
 
 
 def _combine(parts: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from manyeyes.chat import IGNORE_INDEX, split_branches
+from manyeyes.chat import IGNORE_INDEX, BranchGroup, split_branches
 from manyeyes.data.mixture import Mixture, Sample
 from manyeyes.data.records import ImageFile
 from manyeyes.processor import CutImage, ManyEyesProcessor
@@ -76,17 +76,21 @@ class BatchBuilder:
             positions: From 0; position ``len(mixture)`` is the first sample of the second epoch.
 
         Raises:
-            RecordError: A conversation or an image cannot be used.
+            RecordError: A conversation or an image cannot be used; names the data set and the record.
             SnapshotError: A shard cannot be read.
         """
         samples = [self._mixture.sample(*divmod(position, len(self._mixture))) for position in positions]
         independent = [sample for sample in samples if sample.turns == "independent"]
         chained = [sample for sample in samples if sample.turns == "chained"]
-        images = [[self._cut_image(image) for image in _shown_images(sample)] for sample in (*independent, *chained)]
-        conversations = [
-            self._conversations(sample, own) for sample, own in zip((*independent, *chained), images, strict=True)
-        ]
-        groups = [split_branches(branches) for branches in conversations[: len(independent)]]
+        images: list[list[CutImage]] = []
+        conversations: list[list[Encoded]] = []
+        groups: list[BranchGroup] = []
+        for sample in (*independent, *chained):
+            with sample.named():
+                images.append([self._cut_image(image) for image in _shown_images(sample)])
+                conversations.append(self._conversations(sample, images[-1]))
+                if sample.turns == "independent":
+                    groups.append(split_branches(conversations[-1]))
         chains = [encoded for chain in conversations[len(independent) :] for encoded in chain]
         shown = [image for own in images for image in own]
         prefixes, branches = _bucket(self._processor.pad_groups(groups)) if groups else (None, ())
