@@ -33,6 +33,8 @@ check: setup ## formatting, lint, types, import layers
 
 bench: setup ## side-by-side performance ratios, with equality checks
 	@$(BIN)/python -m bench
+	@$(BIN)/python -m bench.peers
+	@$(BIN)/python -m bench.scorers
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md

@@ -19,6 +19,7 @@ from manyeyes.chat import IGNORE_INDEX
 from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.language_model import compute_logits, decoder_of
 from manyeyes.modeling.outputs import BranchAnswers, BranchOutput
+from manyeyes.modeling.packing import can_pack, decode_packed
 
 
 def forward_branches(
@@ -102,6 +103,17 @@ def decode_branches(
     Returns:
         The same ids as ``generate`` gives without its stop token, and the first logits.
     """
+    if can_pack(language_model, prefix_cache):
+        return decode_packed(
+            language_model,
+            prefix_cache,
+            prefix_mask,
+            rows,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+        )
     output = forward_branches(language_model, prefix_cache, prefix_mask, rows, input_ids, attention_mask)
     assert output.logits is not None
     assert output.attention_mask is not None
