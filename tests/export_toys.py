@@ -28,7 +28,8 @@ from manyeyes.model import (
 )
 from manyeyes.processor import SHARED
 from manyeyes.recipe import Recipe
-from manyeyes.runtime.bundle import Group, digest_files
+from manyeyes.runtime.bundle import Group
+from manyeyes.runtime.bundle_files import digest_files
 from manyeyes.runtime.tiling import TokenLayout
 
 MD5 = "0" * 32

@@ -54,7 +54,8 @@ def test_two_processes_give_the_scorecard_of_one(kind: ModelKind, toy_bundle: To
 
 
 EVALUATION = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from pathlib import Path
 from manyeyes.data.snapshot import open_folder
 from manyeyes.evaluation.evaluate import evaluate

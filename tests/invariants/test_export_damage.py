@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import BundleError
-from manyeyes.runtime.bundle import REQUIRED_FILES, digest_files, load_bundle
+from manyeyes.runtime.bundle import load_bundle
+from manyeyes.runtime.bundle_files import REQUIRED_FILES, digest_files
 from tests.export_toys import Toy, rewrite_manifest
 
 

@@ -183,7 +183,8 @@ def test_a_batch_that_ends_two_processes_is_an_error(tmp_path: Path) -> None:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from pathlib import Path
 from manyeyes.evaluation.processes import AnswererPool
 from manyeyes.runtime.bundle import Group

@@ -28,7 +28,8 @@ from manyeyes.registry.versions import (
     pull,
     rollback,
 )
-from manyeyes.runtime.bundle import REQUIRED_FILES, GeneratedAnswer, Group
+from manyeyes.runtime.bundle import GeneratedAnswer, Group
+from manyeyes.runtime.bundle_files import REQUIRED_FILES
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 

@@ -24,7 +24,7 @@ from manyeyes.export.model_facts import count_model
 from manyeyes.export.parity import ParityReport
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
-from manyeyes.runtime.bundle import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
+from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
 from manyeyes.storage import new_folder
 
 

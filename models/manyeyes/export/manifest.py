@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import BundleError
 from manyeyes.export.model_facts import ModelFacts
-from manyeyes.runtime.bundle import MANIFEST
+from manyeyes.runtime.bundle_files import MANIFEST
 
 FORMAT_VERSION: Literal[1] = 1
 

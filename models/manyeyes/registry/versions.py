@@ -34,7 +34,7 @@ from manyeyes.registry.references import (
     parse_model_reference,
 )
 from manyeyes.registry.tracking import Tracking, connect, step_run
-from manyeyes.runtime.bundle import check_files, read_manifest
+from manyeyes.runtime.bundle_files import check_files, read_manifest
 
 __all__ = [
     "ModelReference",

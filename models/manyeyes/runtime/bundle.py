@@ -11,8 +11,6 @@ including it: all questions of a ``Group`` go on from one key-value cache.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,18 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from manyeyes.errors import BundleError, RecordError
+from manyeyes.runtime.bundle_files import (
+    CHAT,
+    DECODER,
+    EMBED,
+    PREPROCESS,
+    TOKENIZER,
+    VISION,
+    check_field,
+    check_files,
+    read_json,
+    read_manifest,
+)
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
 from manyeyes.runtime.choosing import OptionEncoder, OptionIds, check_choices
 from manyeyes.runtime.decoding import Decoder
@@ -30,11 +40,6 @@ from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
 from manyeyes.runtime.tiling import TokenLayout
 from manyeyes.runtime.vision import ImageCache, ImageTokens, Vision
-
-FORMAT_VERSION = 1
-VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
-TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
-REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
 
 
 @dataclass(frozen=True)
@@ -112,16 +117,16 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
-        preprocess, chat = _read_json(path / PREPROCESS), _read_json(path / CHAT)
-        self._template = ChatTemplate.from_dict(_field(chat, CHAT, "template", dict))
+        preprocess, chat = read_json(path / PREPROCESS), read_json(path / CHAT)
+        self._template = ChatTemplate.from_dict(check_field(chat, CHAT, "template", dict))
         self._system: str | None = chat.get("system")
-        self._image_token_id = _field(chat, CHAT, "image_token_id", int)
-        self._max_length = _field(chat, CHAT, "max_length", int)
+        self._image_token_id = check_field(chat, CHAT, "image_token_id", int)
+        self._max_length = check_field(chat, CHAT, "max_length", int)
         self._vision = Vision(
             Graph(path / VISION, providers=providers, threads=threads),
             _read_transforms(preprocess),
             layout=_read_layout(preprocess),
-            tile_tokens=_field(chat, CHAT, "image_tokens", int),
+            tile_tokens=check_field(chat, CHAT, "image_tokens", int),
             cache=image_cache,
         )
         self._decoder = Decoder(
@@ -316,98 +321,8 @@ def load_bundle(
     return Bundle(path, manifest, providers=chosen, threads=num_threads, image_cache=image_cache)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a bundle's ``manifest.json``.
-
-    Raises:
-        BundleError: It is missing, is of another format version, lacks a required file, or was changed.
-    """
-    if not (path / MANIFEST).is_file():
-        raise BundleError(
-            f"{path} has no {MANIFEST}", "a bundle's folder is needed", "Check the path, or pull it again."
-        )
-    manifest = _read_json(path / MANIFEST)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{MANIFEST} has format_version {version!r}", f"this runtime reads {FORMAT_VERSION}", "Update manyeyes."
-        )
-    files = _field(manifest, MANIFEST, "files", dict)
-    absent = [name for name in REQUIRED_FILES if name not in files]
-    if absent:
-        raise BundleError(f"{MANIFEST} lists no {', '.join(absent)}", "a whole bundle is needed", "Export it again.")
-    if digest_files(files) != manifest.get("digest"):
-        raise BundleError(
-            f"{MANIFEST} has digest {manifest.get('digest')!r}",
-            "its list of files has another one",
-            "The manifest was changed: pull or export the bundle again.",
-        )
-    return manifest
-
-
-def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: bool = True) -> None:
-    """Check that files are as a manifest says.
-
-    Args:
-        path: Their folder.
-        files: ``sha256`` (hexadecimal) and ``bytes`` by name.
-        sha256: Whether to read the files; otherwise only their sizes are checked.
-
-    Raises:
-        BundleError: A file is missing, has another size or another sha256; names it.
-    """
-    for name, expected in files.items():
-        if Path(name).name != name:
-            raise BundleError(f"{MANIFEST} names {name!r}", "plain file names are needed", "Do not use this bundle.")
-        file = path / name
-        if not file.is_file():
-            raise BundleError(f"{name} is missing from {path}", f"{MANIFEST} lists it", "Pull or export it again.")
-        size = file.stat().st_size
-        if size != expected.get("bytes"):
-            raise BundleError(
-                f"{name} has {size} bytes", f"{MANIFEST} says {expected.get('bytes')}", "Pull or export it again."
-            )
-        if not sha256:
-            continue
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != expected.get("sha256"):
-            raise BundleError(
-                f"{name} has sha256 {digest}", f"{MANIFEST} says {expected.get('sha256')}", "Pull or export it again."
-            )
-
-
-def digest_files(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Digest of a bundle: sha256 over the names and sha256s of its files, sorted by name.
-
-    Args:
-        files: ``sha256`` (hexadecimal) by name, as ``manifest.json`` lists them.
-    """
-    lines = "".join(f"{files[name].get('sha256')}  {name}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{file.name} cannot be read ({error})", "JSON is needed", "Pull or export it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{file.name} holds a {type(content).__name__}", "an object is needed", "Export it again.")
-    return content
-
-
-def _field(content: Mapping[str, Any], file: str, name: str, kind: type[Any]) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind):
-        raise BundleError(f"{file} has {name} {value!r}", f"a {kind.__name__} is needed", "Export the bundle again.")
-    return value
-
-
 def _read_transforms(preprocess: Mapping[str, Any]) -> dict[str, ImageTransform]:
-    mode, encoders = preprocess.get("mode"), _field(preprocess, PREPROCESS, "encoders", dict)
+    mode, encoders = preprocess.get("mode"), check_field(preprocess, PREPROCESS, "encoders", dict)
     # With "shared" there is one input, and the graph makes each encoder's from it.
     if mode not in ("independent", "shared") or (mode == "shared" and set(encoders) != {"shared"}):
         raise BundleError(
@@ -421,4 +336,4 @@ def _read_transforms(preprocess: Mapping[str, Any]) -> dict[str, ImageTransform]
 def _read_layout(preprocess: Mapping[str, Any]) -> TokenLayout | None:
     if preprocess.get("layout") is None:
         return None
-    return TokenLayout.from_dict(_field(preprocess, PREPROCESS, "layout", dict))
+    return TokenLayout.from_dict(check_field(preprocess, PREPROCESS, "layout", dict))

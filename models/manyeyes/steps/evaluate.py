@@ -120,7 +120,7 @@ def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(model)
-    from manyeyes.runtime.bundle import read_manifest
+    from manyeyes.runtime.bundle_files import read_manifest
 
     return str(read_manifest(model)["digest"])
 
@@ -128,7 +128,7 @@ def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
 def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
     if kind == "torch":
         return count_checkpoint(model)
-    from manyeyes.runtime.bundle import read_manifest
+    from manyeyes.runtime.bundle_files import read_manifest
 
     found = read_manifest(model).get("model")
     return None if found is None else ModelFacts.model_validate(found)

@@ -153,7 +153,7 @@ def _digest(kind: Kind, folder: Path) -> str:
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(folder)
-    from manyeyes.runtime.bundle import check_files, digest_files, read_manifest
+    from manyeyes.runtime.bundle_files import check_files, digest_files, read_manifest
 
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])

@@ -1,0 +1,122 @@
+"""The files of a bundle: their names, the manifest that lists them, and whether they are as it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manyeyes.errors import BundleError
+
+FORMAT_VERSION = 1
+VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
+TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
+REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a bundle's ``manifest.json``.
+
+    Raises:
+        BundleError: It is missing, is of another format version, lacks a required file, or was changed.
+    """
+    if not (path / MANIFEST).is_file():
+        raise BundleError(
+            f"{path} has no {MANIFEST}", "a bundle's folder is needed", "Check the path, or pull it again."
+        )
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{MANIFEST} has format_version {version!r}", f"this runtime reads {FORMAT_VERSION}", "Update manyeyes."
+        )
+    files = check_field(manifest, MANIFEST, "files", dict)
+    absent = [name for name in REQUIRED_FILES if name not in files]
+    if absent:
+        raise BundleError(f"{MANIFEST} lists no {', '.join(absent)}", "a whole bundle is needed", "Export it again.")
+    if digest_files(files) != manifest.get("digest"):
+        raise BundleError(
+            f"{MANIFEST} has digest {manifest.get('digest')!r}",
+            "its list of files has another one",
+            "The manifest was changed: pull or export the bundle again.",
+        )
+    return manifest
+
+
+def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: bool = True) -> None:
+    """Check that files are as a manifest says.
+
+    Args:
+        path: Their folder.
+        files: ``sha256`` (hexadecimal) and ``bytes`` by name.
+        sha256: Whether to read the files; otherwise only their sizes are checked.
+
+    Raises:
+        BundleError: A file is missing, has another size or another sha256; names it.
+    """
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise BundleError(f"{MANIFEST} names {name!r}", "plain file names are needed", "Do not use this bundle.")
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"{name} is missing from {path}", f"{MANIFEST} lists it", "Pull or export it again.")
+        size = file.stat().st_size
+        if size != expected.get("bytes"):
+            raise BundleError(
+                f"{name} has {size} bytes", f"{MANIFEST} says {expected.get('bytes')}", "Pull or export it again."
+            )
+        if not sha256:
+            continue
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != expected.get("sha256"):
+            raise BundleError(
+                f"{name} has sha256 {digest}", f"{MANIFEST} says {expected.get('sha256')}", "Pull or export it again."
+            )
+
+
+def digest_files(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of a bundle: sha256 over the names and sha256s of its files, sorted by name.
+
+    Args:
+        files: ``sha256`` (hexadecimal) by name, as ``manifest.json`` lists them.
+    """
+    lines = "".join(f"{files[name].get('sha256')}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a bundle.
+
+    Raises:
+        BundleError: It cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{file.name} cannot be read ({error})", "JSON is needed", "Pull or export it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{file.name} holds a {type(content).__name__}", "an object is needed", "Export it again.")
+    return content
+
+
+def check_field(content: Mapping[str, Any], file: str, name: str, kind: type[Any]) -> Any:
+    """One field of such an object.
+
+    Args:
+        content: The object.
+        file: Its file's name, for the message.
+        name: The field.
+        kind: What it must be.
+
+    Raises:
+        BundleError: It is missing or something else.
+    """
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise BundleError(f"{file} has {name} {value!r}", f"a {kind.__name__} is needed", "Export the bundle again.")
+    return value
