@@ -117,7 +117,7 @@ def _benchmark(report: Report, name: str, score: BenchmarkScore, pictures: Mappi
     yield f"<details><summary>The figures</summary>{_table(types_sheet(score))}</details>"
     yield _section("Sub-scores", sub_scores_sheet(score), tag="h3")
     if details.mistakes:
-        yield f"<h3>Most frequent mistakes</h3><p>{details.wrong:,} answers are wrong.</p>"
+        yield f"<h3>Most frequent mistakes</h3><p>Wrong answers: {details.wrong:,}.</p>"
         yield _table(mistakes_sheet(report, name))
     else:
         yield "<h3>Mistakes</h3><p>None: every answer is right.</p>"

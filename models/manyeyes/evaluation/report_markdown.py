@@ -81,7 +81,7 @@ def _benchmark(report: Report, name: str, score: BenchmarkScore) -> Iterator[str
     yield f"{_table(conditions_sheet(score))}\n\n{_table(types_sheet(score))}\n"
     yield from _section("### Sub-scores", sub_scores_sheet(score))
     if details.mistakes:
-        yield f"Most frequent mistakes, of {details.wrong:,} answers that are wrong:\n"
+        yield f"Most frequent mistakes; wrong answers: {details.wrong:,}.\n"
         yield f"{_table(mistakes_sheet(report, name))}\n"
     if details.unread:
         yield f"### Not understood\n\n{_table(unread_sheet(report, name))}\n"
