@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.output import read_checked
 from manyeyes.evaluation.scorecard import Interval, Scorecard
 
 
@@ -179,15 +179,6 @@ def read_report(path: Path) -> Report:
     Raises:
         EvaluationError: Missing, or not such a report.
     """
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise EvaluationError(f"no file {path}", "what `manyeyes evaluate` writes", "Evaluate it first.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise EvaluationError(
-            f"{path} is not a report ({place}: {first['msg']})",
-            "what `manyeyes evaluate` writes",
-            "Evaluate the model again.",
-        ) from error
+    return read_checked(
+        path, Report, what="a report", needed="what `manyeyes evaluate` writes", do="Evaluate it first."
+    )

@@ -9,17 +9,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
 from manyeyes.evaluation.judge import JudgeUse
-from manyeyes.evaluation.output import write_file
+from manyeyes.evaluation.output import read_checked, write_file
 from manyeyes.export.model_facts import ModelFacts
 
 ModelKind = Literal["torch", "bundle"]
@@ -230,15 +228,4 @@ def read_scorecard(path: Path) -> Scorecard:
     Raises:
         EvaluationError: Missing, or not a scorecard.
     """
-    try:
-        return Scorecard.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise EvaluationError(f"no file {path}", "a scorecard", "Run the evaluate step first.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise EvaluationError(
-            f"{path} is not a scorecard ({place}: {first['msg']})",
-            "what `manyeyes evaluate` writes",
-            "Evaluate the model again.",
-        ) from error
+    return read_checked(path, Scorecard, what="a scorecard", needed="a scorecard", do="Run the evaluate step first.")
