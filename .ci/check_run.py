@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("summary", type=Path)
     parser.add_argument("--cached", action="store_true", help="every step that may be cached must have been")
     arguments = parser.parse_args()
-    summary = json.loads(arguments.summary.read_text())
+    summary = json.loads(arguments.summary.read_text(encoding="utf-8"))
     card = summary["scorecard"]["easy-vqa"]
     checks = [
         ("questions", card["n"], "9673", card["n"] == 9673),

@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True, help="that the whole command took")
     parser.add_argument("--limit", type=float, required=True, help="seconds that it may take")
     arguments = parser.parse_args()
-    summary = json.loads(arguments.summary.read_text())
+    summary = json.loads(arguments.summary.read_text(encoding="utf-8"))
     parity, gate, model = summary["parity"], summary["gate"], summary["model"]
     bundle = Path(summary["bundle"]["path"])
     parity_rule = [rule["passed"] for rule in gate["rules"] if rule["rule"] == "parity"]

@@ -89,7 +89,7 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            last = self.log.read_text().strip().splitlines()[-12:]
+            last = self.log.read_text(encoding="utf-8").strip().splitlines()[-12:]
             raise SystemExit("\n".join([f"{self.name} ended with {self.process.wait()}:", *last]))
         result: dict[str, Any] = json.loads(line)
         return result
@@ -169,7 +169,7 @@ def probe() -> float:
 def describe_processor() -> str:
     """Name and vector instructions."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
     flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     return f"{named} ({', '.join(flag for flag in _FLAGS if flag in flags)})"

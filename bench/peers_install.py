@@ -35,7 +35,7 @@ def make_peer_python(folder: Path, *, further: tuple[str, ...] = ()) -> tuple[Pa
     venv.create(folder, with_pip=True, clear=True)
     own = Path(sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})["purelib"])
     # Searched after the environment's own packages.
-    (own / "host.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (own / "host.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES, *further]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not _has_it(python, further):

@@ -131,7 +131,7 @@ SIDES: dict[str, tuple[Callable[[str], Answer], tuple[str, ...]]] = {
 
 def peak_rss_mib() -> float:
     """Most memory that this process held; getrusage's figure begins with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 

@@ -171,9 +171,9 @@ def count_written(graph: Path) -> int:
 
 def rewrite_manifest(bundle: Path) -> None:
     """Make checksums true again after a change."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     for name in manifest["files"]:
         content = (bundle / name).read_bytes()
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest["digest"] = digest_files(manifest["files"])
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

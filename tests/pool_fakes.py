@@ -88,4 +88,8 @@ class PoolAnswerer:
 
 def asked(folder: Path) -> dict[int, list[str]]:
     """The questions that each process began to answer, by its id."""
-    return {int(file.name): file.read_text().splitlines() for file in folder.iterdir() if file.name.isdecimal()}
+    return {
+        int(file.name): file.read_text(encoding="utf-8").splitlines()
+        for file in folder.iterdir()
+        if file.name.isdecimal()
+    }

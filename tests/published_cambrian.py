@@ -156,7 +156,7 @@ class CambrianToy:
 
     def write(self, **changes: Any) -> Path:
         """Write config and weights beside the tokenizer."""
-        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)))
+        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)), encoding="utf-8")
         tensors = {key: tensor.clone() for key, tensor in self.language_model.state_dict().items()}
         tensors |= {f"model.{key}": tensor for key, tensor in self.own.items()}
         toys.write_weights(self.folder, tensors, shards=2, form="safetensors")
@@ -182,7 +182,7 @@ class CambrianToy:
     def write_facts(self, file: Path, **more: dict[str, Any]) -> Path:
         """A file for ``--encoder-config``: what open_clip's files do not tell."""
         facts = {"siglip": {"num_heads": 4, "image_size": SIGLIP_SIZE}, NAMES[3]: {"norm_eps": 1e-5}, **more}
-        file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(facts), encoding="utf-8")
         return file
 
     def pixels(self, data: bytes, place: int) -> Tensor:

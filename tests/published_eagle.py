@@ -157,14 +157,14 @@ class EagleToy:
 
     def write(self, *, shards: int = 1, **changes: Any) -> Path:
         """Write config and weights beside the tokenizer."""
-        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)))
+        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)), encoding="utf-8")
         toys.write_weights(self.folder, self.tensors(), shards=shards, form="safetensors")
         return self.folder
 
     def write_facts(self, file: Path, *, without: str | None = None) -> Path:
         """A file for ``--encoder-config``."""
         facts = {name: values for name, values in FACTS.items() if name in self.experts and name != without}
-        file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(facts), encoding="utf-8")
         return file
 
     @torch.no_grad()

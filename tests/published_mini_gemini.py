@@ -110,7 +110,7 @@ class MiniGeminiToy:
 
     def write(self, *, towers: bool = True, shards: int = 1, form: str = "safetensors", **changes: Any) -> Path:
         """Write config and weights beside the tokenizer."""
-        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)))
+        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)), encoding="utf-8")
         toys.write_weights(self.folder, self.tensors(towers=towers), shards=shards, form=form)
         return self.folder
 

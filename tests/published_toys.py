@@ -91,9 +91,11 @@ def write_sentencepiece(
         "legacy": True,
         "model_max_length": 2048,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     if added:
-        (folder / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(added)}))
+        (folder / "added_tokens.json").write_text(
+            json.dumps({token: size + i for i, token in enumerate(added)}), encoding="utf-8"
+        )
     return size + len(added)
 
 
@@ -142,7 +144,7 @@ def make_clip(folder: Path | None = None, *, size: int = SIZE, seed: int = 1) ->
             "resample": 3,
             "size": size,
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     return tower
 
 
@@ -302,7 +304,7 @@ class LlavaToy:
 
     def write(self, *, shards: int = 1, form: str = "safetensors", tower: bool = False, **changes: Any) -> Path:
         """Write config and weights beside the tokenizer."""
-        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)))
+        (self.folder / "config.json").write_text(json.dumps(self.config(**changes)), encoding="utf-8")
         write_weights(self.folder, self.tensors(tower=tower), shards=shards, form=form)
         return self.folder
 
@@ -351,12 +353,12 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shards: int, f
             "metadata": {},
             "weight_map": {key: name for name, part in zip(names, parts, strict=True) for key in part},
         }
-        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def write_language_model(toy: LlavaToy) -> Path:
     """The language model alone, as its own repository keeps it, beside the tokenizer."""
     config = {**toy.language_model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (toy.folder / "config.json").write_text(json.dumps(config, default=str))
+    (toy.folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     write_weights(toy.folder, toy.language_model.state_dict(), shards=2, form="bin")
     return toy.folder

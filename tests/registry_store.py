@@ -54,7 +54,7 @@ def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
         "files": files,
         "digest": digest_files(files),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 
@@ -70,7 +70,7 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        return str(json.loads((self.bundle / "manifest.json").read_text())["digest"])
+        return str(json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))["digest"])
 
 
 def make_candidate(
@@ -85,7 +85,7 @@ def make_candidate(
     **recipe: object,
 ) -> Candidate:
     bundle = bundle or make_bundle(folder / "exported", folder.name, decoder_bytes=decoder_bytes)
-    digest = str(json.loads((bundle / "manifest.json").read_text())["digest"])
+    digest = str(json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["digest"])
     cards = {
         kind: evaluate(
             RuleAnswerer(rule_with_errors(IMAGES, wrong), name=kind),

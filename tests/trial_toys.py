@@ -64,5 +64,5 @@ def make_trial(
         evaluate_seconds=4.2,
     )
     shutil.copyfile(folder / "scores" / "items.parquet", folder / ITEMS_FILE)
-    (folder / TRIAL_FILE).write_text(trial.model_dump_json(indent=2))
+    (folder / TRIAL_FILE).write_text(trial.model_dump_json(indent=2), encoding="utf-8")
     return folder

@@ -100,7 +100,7 @@ def find_docker() -> str:
 
 def pinned_base(docker: str, given: str | None, *, unpinned: bool) -> str:
     """The base image with its digest; a tag without one is looked up in its registry."""
-    base = given or re.findall(r"^ARG BASE=(\S+)$", CONTAINERFILE.read_text(), flags=re.MULTILINE)[0]
+    base = given or re.findall(r"^ARG BASE=(\S+)$", CONTAINERFILE.read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
     if re.search(r"@sha256:[0-9a-f]{64}$", base):
         return base
     if unpinned:
@@ -122,7 +122,7 @@ def make_context(context: Path, *, wheels: Path | None) -> None:
     """Fill the build context: requirements, constraints, the package's wheel, and wheels (linked, not copied)."""
     for image, extra in IMAGES.items():
         lines = requirements(_project(), extra)
-        (context / f"{image}.txt").write_text("".join(f"{line}\n" for line in lines))
+        (context / f"{image}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     shutil.copyfile(ROOT / "constraints.txt", context / "constraints.txt")
     build_wheel(context / "dist")
     (context / "wheels").mkdir()
@@ -163,11 +163,11 @@ def collect_wheels(out: Path, *, images: list[str]) -> None:
     lines = [line for image in images for line in requirements(_project(), IMAGES[image])]
     with tempfile.TemporaryDirectory() as folder:
         wanted, report = Path(folder) / "requirements.txt", Path(folder) / "report.json"
-        wanted.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+        wanted.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)), encoding="utf-8")
         resolve = ["install", "--dry-run", "--ignore-installed", "--quiet", "--quiet", "--report", str(report)]
         constraints = ["--constraint", str(ROOT / "constraints.txt")]
         subprocess.run([*_PIP, *resolve, *constraints, "--requirement", str(wanted)], check=True)
-        urls = [item["download_info"]["url"] for item in json.loads(report.read_text())["install"]]
+        urls = [item["download_info"]["url"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     local = [Path(url.removeprefix("file://")) for url in urls if url.startswith("file://") and url.endswith(".whl")]
     for wheel in local:
         link(wheel, out / wheel.name)
@@ -189,7 +189,7 @@ def link(source: Path, target: Path) -> None:
 
 def read_version() -> str:
     """Of the package."""
-    text = (ROOT / "models" / "manyeyes" / "__init__.py").read_text()
+    text = (ROOT / "models" / "manyeyes" / "__init__.py").read_text(encoding="utf-8")
     return str(re.findall(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)[0])
 
 
@@ -208,7 +208,7 @@ def describe(docker: str, tag: str) -> str:
 
 
 def _project() -> dict[str, Any]:
-    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project
 
 

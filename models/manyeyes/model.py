@@ -190,7 +190,7 @@ def write_manifest(folder: Path) -> str:
     """
     files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     manifest = CheckpointManifest(files=files, digest=_digest(files))
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest.digest
 
 
@@ -247,7 +247,7 @@ def checkpoint_digest(path: Path) -> str:
         CheckpointError: Missing, incomplete or changed.
     """
     try:
-        manifest = CheckpointManifest.model_validate_json((path / MANIFEST).read_text())
+        manifest = CheckpointManifest.model_validate_json((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path} has no {MANIFEST} ({error.strerror})", "a checkpoint of ManyEyes is needed", "Check the path."

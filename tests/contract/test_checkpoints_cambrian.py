@@ -47,7 +47,7 @@ def test_cambrian_looks_back_and_gives_its_logits(tmp_path: Path) -> None:
 def _check_ids_and_pixels(toy: CambrianToy, folder: Path) -> None:
     ids, pixels = folder / "ids.json", folder / "pixels.safetensors"
     numbers = toys.piece_ids(toy.folder, toys.PROMPT)
-    ids.write_text(json.dumps({"input_ids": numbers, "image_sizes": [[90, 61]]}))
+    ids.write_text(json.dumps({"input_ids": numbers, "image_sizes": [[90, 61]]}), encoding="utf-8")
     names = ("siglip", "clip", "dinov2", "convnext")
     save_file({name: toy.pixels(PICTURE, place).contiguous() for place, name in enumerate(names)}, pixels)
     found = prompt_logits(folder / "out", ids=ids, pixels=pixels)

@@ -126,7 +126,7 @@ class _Watch:
 
     @staticmethod
     def _now() -> int:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
@@ -209,9 +209,9 @@ def test_written_as_llava_and_read_again_nothing_changes(tmp_path: Path, toy: Ll
 def test_what_llava_has_no_place_for_is_not_written(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     out = _convert(tmp_path)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["fusion"]["grid"] = 3
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config\.json changed since it was written"):
         write_llava(out, tmp_path / "back")
     (out / "checkpoint.json").unlink()

@@ -91,7 +91,9 @@ def test_an_expert_whose_windows_nothing_tells_asks_for_them(tmp_path: Path) -> 
 def test_a_list_that_its_tensors_do_not_follow_is_refused(tmp_path: Path) -> None:
     toy = EagleToy(tmp_path / "eagle", ("convnext-1024", "pix2struct-1024"))
     source = toy.write()
-    (source / "config.json").write_text(json.dumps(toy.config(mm_vision_tower="convnext-1024;sam-1024;det-1024")))
+    (source / "config.json").write_text(
+        json.dumps(toy.config(mm_vision_tower="convnext-1024;sam-1024;det-1024")), encoding="utf-8"
+    )
     with pytest.raises(CheckpointError, match=r"nothing under model\.vision_tower\.vision_towers\.2\."):
         convert(source, tmp_path / "out")
 

@@ -65,7 +65,7 @@ TOWER_CONFIG = {
 
 def _encoder_config(tmp_path: Path) -> Path:
     file = tmp_path / "encoders.json"
-    file.write_text(json.dumps({"clip": TOWER_CONFIG}))
+    file.write_text(json.dumps({"clip": TOWER_CONFIG}), encoding="utf-8")
     return file
 
 
@@ -104,11 +104,11 @@ def test_v0_marks_images_crops_and_projects_in_one_layer(tmp_path: Path) -> None
     toy = LlavaToy(tmp_path / "llava", projector="linear", added=added)
     encoders = _clip_folder(tmp_path, toy)
     source = toy.write(mm_use_im_start_end=True, mm_use_im_patch_token=True)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # Configurations of that time name neither; the first have the language model's own kind.
     del config["mm_projector_type"], config["image_aspect_ratio"]
     config["model_type"] = "llama"
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = convert(source, tmp_path / "out", encoders=encoders)
     assert report.template == "llava_v0"
     system = toys.SYSTEM.replace("user", "human")
@@ -132,7 +132,7 @@ def test_projector_of_the_first_stage_goes_on_its_language_model(tmp_path: Path)
     base = toys.write_language_model(toy)
     source = tmp_path / "projector"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(toy.config(image_aspect_ratio="square")))
+    (source / "config.json").write_text(json.dumps(toy.config(image_aspect_ratio="square")), encoding="utf-8")
     torch.save({f"model.{key}": tensor for key, tensor in toy.projector.items()}, source / "mm_projector.bin")
     convert(source, tmp_path / "out", encoders=encoders, base=base)
     _check(tmp_path / "out", _expected(toy, aspect="square"))
@@ -156,12 +156,12 @@ def test_lora_is_merged_and_what_was_trained_beside_it_counts(tmp_path: Path) ->
     base = toys.write_language_model(toy)
     source = tmp_path / "lora"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(toy.config(model_type="llava_llama")))
+    (source / "config.json").write_text(json.dumps(toy.config(model_type="llava_llama")), encoding="utf-8")
     wrapped = {f"base_model.model.model.{key}": tensor for key, tensor in toy.projector.items()}
     torch.save(wrapped, source / "non_lora_trainables.bin")
     rank, alpha = 2, 8
     settings = {"r": rank, "lora_alpha": alpha, "peft_type": "LORA", "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
-    (source / "adapter_config.json").write_text(json.dumps(settings))
+    (source / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     torch.manual_seed(4)
     changes: dict[str, torch.Tensor] = {}
     for layer in toy.language_model.model.layers:
@@ -192,7 +192,7 @@ def test_differences_are_added_to_their_base(tmp_path: Path) -> None:
         key: torch.randn_like(t)[:-1] if key in ("model.embed_tokens.weight", "lm_head.weight") else torch.randn_like(t)
         for key, t in whole.items()
     }
-    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     toys.write_weights(base, below, shards=2, form="bin")
     source = toy.write(mm_use_im_patch_token=True)
     differences = toy.tensors()
@@ -225,7 +225,7 @@ def test_other_language_models_convert_too(tmp_path: Path, family: str) -> None:
     tensors |= {f"{home}.{key}": tensor for key, tensor in toy.projector.items()}
     source = toy.folder
     config = {**fields, **vision, "model_type": f"llava_{family}"}
-    (source / "config.json").write_text(json.dumps(config, default=str))
+    (source / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     toys.write_weights(source, tensors, shards=1, form="safetensors")
     report = convert(source, tmp_path / "out", encoders=encoders, template="vicuna_v1")
     assert report.system == "llava"
@@ -279,7 +279,7 @@ def test_pixels_and_ids_from_elsewhere_give_the_same_logits(tmp_path: Path) -> N
     encoders = _clip_folder(tmp_path, toy)
     convert(toy.write(), tmp_path / "out", encoders=encoders)
     save_file({"images": toys.pixels_of(PICTURE, size=toys.SIZE, aspect="pad")}, tmp_path / "pixels.safetensors")
-    (tmp_path / "ids.json").write_text(json.dumps([toys.piece_ids(toy.folder, PROMPT)]))
+    (tmp_path / "ids.json").write_text(json.dumps([toys.piece_ids(toy.folder, PROMPT)]), encoding="utf-8")
     given = prompt_logits(tmp_path / "out", ids=tmp_path / "ids.json", pixels=tmp_path / "pixels.safetensors")
     whole = prompt_logits(tmp_path / "out", prompt=PROMPT, images=[PICTURE])
     assert given.token_ids == whole.token_ids
@@ -328,9 +328,9 @@ def test_lora_on_half_precision_is_not_rounded(tmp_path: Path) -> None:
     toys.write_weights(base, _in_half(toy.language_model.state_dict()), shards=1, form="safetensors")
     source = tmp_path / "lora"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(toy.config()))
+    (source / "config.json").write_text(json.dumps(toy.config()), encoding="utf-8")
     torch.save({f"base_model.model.model.{k}": t for k, t in toy.projector.items()}, source / "non_lora_trainables.bin")
-    (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}), encoding="utf-8")
     torch.manual_seed(4)
     down, up = torch.randn(2, toys.WIDTH), torch.randn(toys.WIDTH, 2) / 100
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -347,7 +347,7 @@ def test_every_key_is_accounted_for(tmp_path: Path) -> None:
     toy = LlavaToy(tmp_path / "llava")
     source = toy.write(tower=True)
     convert(source, tmp_path / "out", encoder_configs=_encoder_config(tmp_path))
-    report = ConversionReport.model_validate_json((tmp_path / "out" / "conversion.json").read_text())
+    report = ConversionReport.model_validate_json((tmp_path / "out" / "conversion.json").read_text(encoding="utf-8"))
     converted = {source for sources in report.converted.values() for source in sources}
     assert converted | set(report.left) == set(toy.tensors(tower=True))
     assert not converted & set(report.left)

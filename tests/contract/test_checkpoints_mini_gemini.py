@@ -43,7 +43,7 @@ def _check(
 
 def _heads(folder: Path, *, listed: bool = False) -> Path:
     file, fields = folder.parent / "encoders.json", {"num_attention_heads": 3}
-    file.write_text(json.dumps([fields, {}] if listed else {"clip": fields}))
+    file.write_text(json.dumps([fields, {}] if listed else {"clip": fields}), encoding="utf-8")
     return file
 
 
@@ -101,7 +101,8 @@ def test_mini_gemini_on_mixtral_stacks_its_experts(tmp_path: Path) -> None:
     (toy.folder / "config.json").write_text(
         json.dumps(
             toy.config(model_type="mgm_mixtral", intermediate_size=40, num_local_experts=3, num_experts_per_tok=2)
-        )
+        ),
+        encoding="utf-8",
     )
     others = {key: tensor for key, tensor in toy.tensors(towers=True).items() if ".mlp." not in key or "vision" in key}
     save_file({**others, **stored}, toy.folder / "model.safetensors")
@@ -147,7 +148,7 @@ def test_mini_gemini_on_gemma_shares_its_head_and_multiplies_visual_tokens_too(t
     _round_to_half(toy)
     own = {"model_type": "mgm_gemma", "intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 12}
     own |= {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
-    (toy.folder / "config.json").write_text(json.dumps(toy.config(**own)))
+    (toy.folder / "config.json").write_text(json.dumps(toy.config(**own)), encoding="utf-8")
     tensors = {key: tensor.bfloat16() for key, tensor in toy.tensors(towers=True).items()}
     del tensors["lm_head.weight"]
     save_file(tensors, toy.folder / "model.safetensors")
@@ -167,10 +168,10 @@ def test_a_tower_whose_heads_nothing_tells_asks_for_them(tmp_path: Path) -> None
 
 def test_fields_of_no_encoder_are_refused(tmp_path: Path) -> None:
     source, file = MiniGeminiToy(tmp_path / "mgm").write(), tmp_path / "encoders.json"
-    file.write_text('{"num_attention_heads": 3}')
+    file.write_text('{"num_attention_heads": 3}', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"one object an encoder, such as .*, or a list of them"):
         convert(source, tmp_path / "out", encoder_configs=file)
-    file.write_text('[{"num_attention_heads": 3}, {}, {}]')
+    file.write_text('[{"num_attention_heads": 3}, {}, {}]', encoding="utf-8")
     with pytest.raises(
         CheckpointError, match=r'--encoder-config has "2"; the encoders of this checkpoint are clip, con'
     ):

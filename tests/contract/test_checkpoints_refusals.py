@@ -94,9 +94,9 @@ def test_index_that_names_an_absent_file_is_refused(tmp_path: Path, toy: LlavaTo
 def test_index_that_promises_other_keys_is_refused(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write(shards=2)
     index = toy.folder / "model.safetensors.index.json"
-    values = json.loads(index.read_text())
+    values = json.loads(index.read_text(encoding="utf-8"))
     values["weight_map"]["model.image_newline"] = "model-00001-of-00002.safetensors"
-    index.write_text(json.dumps(values))
+    index.write_text(json.dumps(values), encoding="utf-8")
     assert 'promises "model.image_newline" in model-00001-of-00002.safetensors (1 keys)' in _refusal(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_tower_of_unknown_heads_asks_for_its_configuration(tmp_path: Path, toy: 
 
 def test_configuration_of_an_encoder_that_is_not_there_is_refused(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
-    (tmp_path / "configs.json").write_text(json.dumps({"clop": {}}))
+    (tmp_path / "configs.json").write_text(json.dumps({"clop": {}}), encoding="utf-8")
     message = _refusal(tmp_path, encoder_configs=tmp_path / "configs.json")
     assert '--encoder-config has "clop"' in message
     assert 'Did you mean "clip"?' in message
@@ -191,7 +191,7 @@ def test_adapter_without_its_base_says_what_to_pass(tmp_path: Path, toy: LlavaTo
     toy.write()
     (toy.folder / "model.safetensors").unlink()
     settings = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
-    (toy.folder / "adapter_config.json").write_text(json.dumps(settings))
+    (toy.folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     message = _refusal(tmp_path)
     assert 'is a LoRA adapter of "lmsys/vicuna-7b-v1.5", which is not here' in message
     assert "--base FOLDER" in message
@@ -199,14 +199,14 @@ def test_adapter_without_its_base_says_what_to_pass(tmp_path: Path, toy: LlavaTo
 
 def test_broken_configuration_is_named(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
-    (toy.folder / "config.json").write_text('{"model_type": ')
+    (toy.folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
     assert "config.json is broken" in _refusal(tmp_path)
 
 
 def test_settings_without_a_vocabulary_are_no_tokenizer(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     (toy.folder / "tokenizer.model").unlink()
-    (toy.folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (toy.folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}', encoding="utf-8")
     assert "has no tokenizer" in _refusal(tmp_path)
 
 
@@ -218,13 +218,16 @@ def test_unknown_template_names_the_nearest(tmp_path: Path, toy: LlavaToy) -> No
 def test_folder_of_something_else_is_not_replaced(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("words")
+    (tmp_path / "out" / "thesis.tex").write_text("words", encoding="utf-8")
     assert "exists and is no checkpoint of ManyEyes" in _refusal(tmp_path)
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "words"
+    assert (tmp_path / "out" / "thesis.tex").read_text(encoding="utf-8") == "words"
 
 
 def test_preprocessing_of_another_size_is_refused(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     file = tmp_path / "clip" / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"crop_size": {"height": 42, "width": 42}}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"crop_size": {"height": 42, "width": 42}}),
+        encoding="utf-8",
+    )
     assert "has crop_size {'height': 42, 'width': 42} in preprocessor_config.json" in _refusal(tmp_path)

@@ -34,7 +34,9 @@ LLAMA_3, CHATML = ["<|start_header_id|>", "<|eot_id|>"], ["<|im_start|>", "<|im_
 def test_the_tokenizer_tells_the_template(
     tmp_path: Path, system: Any, model_type: str | None, tokens: list[str], template: str
 ) -> None:
-    (tmp_path / "added_tokens.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8"
+    )
     checkpoint = OriginalCheckpoint(tmp_path, {}, {})
     given = () if model_type is None else (model_type,)
     assert system._template(checkpoint, *given) == template

@@ -64,8 +64,11 @@ def test_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_llama_settings_decide_about_the_beginning_of_sequence(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     file = tmp_path / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}
-    file.write_text(json.dumps(settings))
+    settings = json.loads(file.read_text(encoding="utf-8")) | {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "add_bos_token": False,
+    }
+    file.write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = load_published_tokenizer(tmp_path, model_type="llama")
     assert tokenizer("what").input_ids == tokenizer("what", add_special_tokens=False).input_ids
 
@@ -83,7 +86,10 @@ def test_marks_that_take_the_white_space_behind_them_along_do_so_here(tmp_path: 
     file = tmp_path / "tokenizer_config.json"
     # As Phi-3 describes its own.
     described = {str(size - 2 + place): {"content": token, "rstrip": True} for place, token in enumerate(marks)}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "added_tokens_decoder": described}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "added_tokens_decoder": described}),
+        encoding="utf-8",
+    )
     tokenizer = load_published_tokenizer(tmp_path, model_type="phi3")
     spaced, tight = (tokenizer(f"red<|end|>{gap}<|user|>{gap}is there").input_ids for gap in ("\n", ""))
     assert spaced == tight
@@ -95,7 +101,10 @@ def test_newer_llama_rule_puts_a_space_before_a_mark_or_a_space_that_starts_a_te
     size = toys.write_sentencepiece(tmp_path, added=marks)
     file = tmp_path / "tokenizer_config.json"
     # The mark that ends answers is the tokenizer's own end, as in Nous-Hermes-2-Yi-34B.
-    file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": False, "eos_token": "<|im_end|>"}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "legacy": False, "eos_token": "<|im_end|>"}),
+        encoding="utf-8",
+    )
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = load_published_tokenizer(tmp_path, model_type="llama")
 

@@ -32,7 +32,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    parts = re.split(r"^```(\w+)\n(.*?)^```$\n?", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^```(\w+)\n(.*?)^```$\n?", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return [
         Block(language, text, prose.strip())
         for prose, language, text in zip(parts[0::3], parts[1::3], parts[2::3], strict=False)
@@ -48,13 +48,13 @@ def follow(block: Block, root: Path) -> None:
     if create:
         file = root / create["file"]
         assert not file.exists(), f"{file} is there already"
-        file.write_text(block.text)
+        file.write_text(block.text, encoding="utf-8")
     elif put:
         file = root / put["file"]
-        lines = file.read_text().splitlines(keepends=True)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         assert lines.count(put["line"] + "\n") == 1, f'{put["file"]} must have the line "{put["line"]}" once'
         lines.insert(lines.index(put["line"] + "\n") + 1, block.text)
-        file.write_text("".join(lines))
+        file.write_text("".join(lines), encoding="utf-8")
 
 
 def run(command: list[str], root: Path) -> str:

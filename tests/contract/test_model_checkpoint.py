@@ -100,7 +100,7 @@ def test_same_seed_gives_the_same_model_and_another_seed_another(parts: Parts, l
 
 def test_files_beside_the_checkpoint_do_not_count(copied: Path) -> None:
     digest = checkpoint_digest(copied)
-    (copied / "stage.json").write_text("{}")
+    (copied / "stage.json").write_text("{}", encoding="utf-8")
     assert checkpoint_digest(copied) == digest
 
 
@@ -120,7 +120,7 @@ def test_missing_file_is_named(copied: Path) -> None:
 
 
 def test_broken_manifest_is_refused(copied: Path) -> None:
-    (copied / "checkpoint.json").write_text("{")
+    (copied / "checkpoint.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="broken"):
         checkpoint_digest(copied)
 
@@ -234,9 +234,11 @@ def test_tensor_missing_from_the_weights_is_refused(copied: Path) -> None:
     tensors = load_file(weights)
     del tensors["projector.layers.linear_1.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    manifest = CheckpointManifest.model_validate_json((copied / "checkpoint.json").read_text())
+    manifest = CheckpointManifest.model_validate_json((copied / "checkpoint.json").read_text(encoding="utf-8"))
     files = {**manifest.files, "model.safetensors": _sha256(weights)}
-    (copied / "checkpoint.json").write_text(CheckpointManifest(files=files, digest=_digest(files)).model_dump_json())
+    (copied / "checkpoint.json").write_text(
+        CheckpointManifest(files=files, digest=_digest(files)).model_dump_json(), encoding="utf-8"
+    )
     with pytest.raises(CheckpointError, match=r"projector\.layers\.linear_1\.weight"):
         load_checkpoint(copied)
 

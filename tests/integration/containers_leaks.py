@@ -67,7 +67,9 @@ def _mirrors() -> set[str]:
             settings += value.strip("'\"").replace("\\n", " ").split()
     for file in [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]:
         if file.is_file():
-            lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+            lines = [
+                line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")
+            ]
             settings += re.findall(r"\b(?:https?|ftp)://\S+", "\n".join(lines))
     addresses = set()
     for setting in settings:
@@ -93,7 +95,7 @@ def _private_certificates() -> list[bytes]:
 
 
 def _certificates(bundle: Path) -> set[bytes]:
-    text = bundle.read_text(errors="replace")
+    text = bundle.read_text(encoding="utf-8", errors="replace")
     found = re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", text, flags=re.DOTALL)
     return {ssl.PEM_cert_to_DER_cert(certificate) for certificate in found}
 

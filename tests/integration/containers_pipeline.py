@@ -16,7 +16,7 @@ from pathlib import Path
 def main() -> None:
     from kfp import components, local
 
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     # Both concern the local runner only.
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python base")
     warnings.filterwarnings("ignore", message="Task .* have no effect in the current local runner")

@@ -57,8 +57,8 @@ def free_port() -> int:
 def wait_for(ready: Callable[[], bool], *, process: subprocess.Popen[bytes], log: Path) -> None:
     started = time.monotonic()
     while not ready():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() - started < START_TIMEOUT_S, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        assert time.monotonic() - started < START_TIMEOUT_S, log.read_text(encoding="utf-8")
         time.sleep(0.2)
 
 
@@ -92,7 +92,7 @@ def postgres(programs: Path) -> Iterator[int]:
         for attempt in range(50):  # it listens a moment before it takes connections
             if subprocess.run(create, cwd=folder, capture_output=True, check=False).returncode == 0:
                 break
-            assert attempt < 49, log.read_text()
+            assert attempt < 49, log.read_text(encoding="utf-8")
             time.sleep(0.2)
         yield port
     finally:
@@ -260,7 +260,7 @@ class MlflowServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
-        documents = list(yaml.safe_load_all((REGISTRY / "mlflow.yaml").read_text()))
+        documents = list(yaml.safe_load_all((REGISTRY / "mlflow.yaml").read_text(encoding="utf-8")))
         (deployment,) = [document for document in documents if document["kind"] == "Deployment"]
         (self._container,) = deployment["spec"]["template"]["spec"]["containers"]
         self._environment = self._settings(database, s3) | (settings or {})
@@ -271,14 +271,18 @@ class MlflowServer:
         uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/mlflow"
         (generated,) = [
             entry["literals"]
-            for entry in yaml.safe_load((REGISTRY / "kustomization.yaml").read_text())["configMapGenerator"]
+            for entry in yaml.safe_load((REGISTRY / "kustomization.yaml").read_text(encoding="utf-8"))[
+                "configMapGenerator"
+            ]
             if entry["name"] == "mlflow-settings"
         ]
         settings = dict(literal.partition("=")[::2] for literal in generated)
         settings |= {entry["name"]: entry["value"] for entry in self._container["env"] if "value" in entry}
         auth = self.folder / "basic_auth.ini"
         in_cluster = settings["MLFLOW_BACKEND_STORE_URI"]
-        auth.write_text((REGISTRY / "basic_auth.ini").read_text().replace(in_cluster, uri))
+        auth.write_text(
+            (REGISTRY / "basic_auth.ini").read_text(encoding="utf-8").replace(in_cluster, uri), encoding="utf-8"
+        )
         secrets = {
             "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs-forms",

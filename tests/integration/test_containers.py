@@ -127,7 +127,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         environment = {**_own_environment(), **given, **credentials}
         log = _run_pipeline(folder, given, environment, sorted(credentials), data_md5=data_md5)
         outputs = {
-            path.parent.name: json.loads(path.read_text()) for path in folder.glob("root/**/executor_output.json")
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in folder.glob("root/**/executor_output.json")
         }
         values = [password.encode(), secret.encode()]
         yield Run(folder, outputs, environment, snapshot, values, log)
@@ -145,7 +146,7 @@ def _run_pipeline(
     root = folder / "root"
     root.mkdir()
     root.chmod(0o777)  # the image's user is none of this machine's
-    recipe = yaml.safe_load((ROOT / "tests" / "pipelines" / "toy_recipe.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "tests" / "pipelines" / "toy_recipe.yaml").read_text(encoding="utf-8"))
     for stage in recipe["stages"].values():
         stage.update(max_steps=STEPS_A_STAGE, epochs=40)
     image_id = docker("image", "inspect", "--format", "{{.Id}}", STEPS).strip()
@@ -160,14 +161,14 @@ def _run_pipeline(
         "environment": {**given, "MANYEYES_RUN_DIR": str(root), "MANYEYES_IMAGE_DIGEST": image_id},
         "secrets": credentials,
     }
-    (folder / "request.json").write_text(json.dumps(request, indent=2))
+    (folder / "request.json").write_text(json.dumps(request, indent=2), encoding="utf-8")
     command = [sys.executable, "-m", "tests.integration.containers_pipeline", str(folder / "request.json")]
     started = time.monotonic()
     with (folder / "pipeline.log").open("w") as output:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=800
         )
-    log = (folder / "pipeline.log").read_text()
+    log = (folder / "pipeline.log").read_text(encoding="utf-8")
     assert done.returncode == 0, log[-12_000:]
     print(f"pipeline in containers: {time.monotonic() - started:.0f} s")
     for event in EventReader(root).read_new():
@@ -177,7 +178,7 @@ def _run_pipeline(
 
 
 def test_compiled_pipeline_names_the_image_that_was_built() -> None:
-    text = COMPILED.read_text()
+    text = COMPILED.read_text(encoding="utf-8")
     assert set(re.findall(r"^ +image: (\S+)$", text, flags=re.MULTILINE)) == {STEPS}
 
 
@@ -226,7 +227,7 @@ def test_runtime_image_has_no_torch() -> None:
 
 def test_every_component_of_the_pipeline_left_its_outputs(finished_run: Run) -> None:
     # A container that dies at once can be reported as a success: only what it left counts.
-    document = next(yaml.safe_load_all(COMPILED.read_text()))
+    document = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
     components = {
         name.removeprefix("comp-"): component
         for name, component in document["components"].items()
@@ -271,7 +272,8 @@ def test_pulled_bundle_answers_in_the_runtime_image_without_network(finished_run
         "folder = Path(sys.argv[1])\n"
         "bundle = load_bundle(folder / 'bundle', threads=1)\n"
         "image = (folder / 'image.png').read_bytes()\n"
-        "print(repr(bundle.answer(sys.argv[2], images=[image], max_new_tokens=4)))\n"
+        "print(repr(bundle.answer(sys.argv[2], images=[image], max_new_tokens=4)))\n",
+        encoding="utf-8",
     )
     tmp_path.chmod(0o755)
     mount = f"--mount=type=bind,source={tmp_path},target=/mnt,readonly"
@@ -313,14 +315,15 @@ def test_search_finds_what_was_planted(tmp_path: Path) -> None:
     context = tmp_path / "context"
     context.mkdir()
     (context / "ca.der").write_bytes(certificate)
-    (context / "settings").write_text(f"index-url = {mirror}\n")
+    (context / "settings").write_text(f"index-url = {mirror}\n", encoding="utf-8")
     (context / "Containerfile").write_text(
         f"FROM {RUNTIME}\n"
         "USER root\n"
         "COPY settings /opt/manyeyes/pip.conf\n"
         "RUN rm /opt/manyeyes/pip.conf\n"  # still in the layer before
         "COPY ca.der /usr/share/ca.der\n"
-        f"ENV PASSWORD={credential}\n"
+        f"ENV PASSWORD={credential}\n",
+        encoding="utf-8",
     )
     tag = f"manyeyes-planted:{secrets.token_hex(4)}"
     docker("build", "--quiet", "--network=none", "--file", str(context / "Containerfile"), "--tag", tag, str(context))
@@ -341,7 +344,9 @@ def test_search_finds_what_was_planted(tmp_path: Path) -> None:
     large.write_bytes(b"\0" * (16 * 1024 * 1024 - 7) + credential.encode() + b"\0" * 100)
     assert [leak.what for leak in scan_file(large, needles, name="model")] == ["a credential"]
     key = tmp_path / "id"
-    key.write_text(f"-----BEGIN EC PRIVATE KEY-----\n{'MHcCAQEEI' * 30}\n-----END EC PRIVATE KEY-----\n")
+    key.write_text(
+        f"-----BEGIN EC PRIVATE KEY-----\n{'MHcCAQEEI' * 30}\n-----END EC PRIVATE KEY-----\n", encoding="utf-8"
+    )
     assert [leak.what for leak in scan_file(key, needles, name="id")] == ["a private key"]
     shutil.copyfile(COMPILED, tmp_path / "train.yaml")
     with (tmp_path / "train.yaml").open("a") as file:

@@ -35,8 +35,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository")
     for name in ("b.txt", "a/c.txt", "a-b/c.txt", "a.txt", "ünïcode/é.txt", "A.txt"):
         (path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / "data" / name).write_text(name * 1000)
-    (path / "data" / "manifest.json").write_text('{"format_version": 1, "datasets": {}, "pretrained": {}}\n')
+        (path / "data" / name).write_text(name * 1000, encoding="utf-8")
+    (path / "data" / "manifest.json").write_text(
+        '{"format_version": 1, "datasets": {}, "pretrained": {}}\n', encoding="utf-8"
+    )
     dvc("init", "--no-scm", "--quiet", cwd=path)
     dvc("add", "--quiet", "data", cwd=path)
     return path

@@ -30,7 +30,7 @@ def test_dvc_pull_brings_every_file_of_the_snapshot(tmp_path: Path) -> None:
     environment = {**os.environ, **unreachable, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
     done = subprocess.run([str(DVC), "pull"], check=False, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((clone / "data" / "manifest.json").read_text())
+    manifest = json.loads((clone / "data" / "manifest.json").read_text(encoding="utf-8"))
     shards = [shard for dataset in manifest["datasets"].values() for shard in dataset["shards"]]
     assert len(manifest["datasets"]) >= 3
     for shard in shards:

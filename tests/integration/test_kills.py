@@ -76,7 +76,11 @@ def kill_during(stage: str, process: subprocess.Popen[str], checkout: Checkout) 
 def digest_of(checkout: Checkout) -> tuple[str, int | None]:
     """Checkpoint digest of the latest run's sft stage, and the step that it went on from."""
     reports = sorted((checkout.path / "runs" / "work").glob("*/done/stage.json"))
-    sft = [report for report in (json.loads(path.read_text()) for path in reports) if report["stage"] == "sft"]
+    sft = [
+        report
+        for report in (json.loads(path.read_text(encoding="utf-8")) for path in reports)
+        if report["stage"] == "sft"
+    ]
     assert len(sft) == 1
     return sft[0]["checkpoint_digest"], sft[0]["resumed_from_step"]
 

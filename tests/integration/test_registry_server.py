@@ -50,11 +50,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     started = time.monotonic()
     while True:
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
         try:
             connect()
         except RegistryUnreachableError:
-            assert time.monotonic() - started < START_TIMEOUT_S, log.read_text()
+            assert time.monotonic() - started < START_TIMEOUT_S, log.read_text(encoding="utf-8")
             time.sleep(1)
         else:
             return
@@ -75,7 +75,7 @@ def test_versions_go_through_a_server(
     assert put("served", make_candidate(tmp_path / "two", snapshot, champion=evidence)).version == 2
     assert rollback("served").version == 1
     bundle = pull("served", "champion", tmp_path / "pulled")
-    assert (bundle / "chat.json").read_text() == "chat.json one"
+    assert (bundle / "chat.json").read_text(encoding="utf-8") == "chat.json one"
     for stored in (folder / "artifacts").rglob("decoder.onnx"):
         stored.write_bytes(b"x" * stored.stat().st_size)
     with pytest.raises(BundleError, match=r"decoder\.onnx has sha256"):

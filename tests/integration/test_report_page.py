@@ -34,7 +34,7 @@ FRAME = """<!doctype html><iframe id="page" src="{page}" style="width:{width}px;
 def look(page: Path, *, width: int, dark: bool) -> tuple[int, str]:
     """How wide the page is in a window of a width, in pixels, and the colour behind it."""
     frame = page.with_name(f"frame-{width}-{dark}.html")
-    frame.write_text(FRAME.format(page=page.name, width=width))
+    frame.write_text(FRAME.format(page=page.name, width=width), encoding="utf-8")
     command = [
         *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
         *(f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={page.parent / 'profile'}"),

@@ -195,7 +195,7 @@ def test_versions_go_through_servers_of_which_s3_fails_one_call_in_ten(
     mark = stack.mlflow.log.stat().st_size
     stack.s3.decide = one_in_ten()
     monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run("train tiny"))
-    (tmp_path / "parity.json").write_text("{}")
+    (tmp_path / "parity.json").write_text("{}", encoding="utf-8")
     first = make_candidate(tmp_path / "one", snapshot, decoder_bytes=12 * MIB)
     with step_run("register") as run:
         registered = put("served", first, run_id=run.run_id, attachments=[tmp_path / "parity.json"])
@@ -282,7 +282,7 @@ def test_a_server_that_is_killed_in_the_middle_loses_nothing(stack: Stack, snaps
     stack.s3.decide = stop_at_first_file
     with ThreadPoolExecutor(1) as pool:
         registering = pool.submit(put, "restarted", candidate)
-        assert reached.wait(200), stack.mlflow.log.read_text()
+        assert reached.wait(200), stack.mlflow.log.read_text(encoding="utf-8")
         stack.mlflow.stop()
         time.sleep(1)
         assert not registering.done()
@@ -340,7 +340,7 @@ def remote(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     make_snapshot(folder, images=IMAGES)
     for number in range(60):
         (folder / f"file-{number}.bin").write_bytes(hashlib.sha256(str(number).encode()).digest() * 3000)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["datasets"]
     md5, objects = lay_out_remote(folder)
     client = boto3.client(

@@ -102,7 +102,7 @@ def test_the_command_reports_every_encoder_zeroed_and_shuffled(checkpoint: Path,
     assert result.exit_code == 0
     written = RelianceReport.model_validate_json((tmp_path / "out" / "reliance.json").read_bytes())
     assert written.benchmarks["easy-vqa"].n == 12
-    assert all(encoder in (tmp_path / "out" / "reliance.html").read_text() for encoder in encoders)
+    assert all(encoder in (tmp_path / "out" / "reliance.html").read_text(encoding="utf-8") for encoder in encoders)
 
 
 def test_benchmarks_that_need_a_judge_are_named_and_not_asked(checkpoint: Path, tmp_path: Path) -> None:

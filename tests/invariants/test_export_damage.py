@@ -22,7 +22,7 @@ def flip_byte(file: Path) -> None:
 
 
 def edit_json(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", REQUIRED_FILES)
@@ -38,8 +38,8 @@ def test_a_flipped_byte_is_refused_by_name(toy_bundle: Toy, tmp_path: Path, name
     [
         (lambda bundle: (bundle / "embed.onnx").unlink(), "embed.onnx is missing"),
         (lambda bundle: (bundle / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda bundle: (bundle / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-        (lambda bundle: (bundle / "manifest.json").write_text("[]"), "manifest.json holds a list"),
+        (lambda bundle: (bundle / "manifest.json").write_text("{", encoding="utf-8"), "manifest.json cannot be read"),
+        (lambda bundle: (bundle / "manifest.json").write_text("[]", encoding="utf-8"), "manifest.json holds a list"),
         (lambda bundle: (bundle / "vision.onnx").write_bytes(b"short"), "vision.onnx has 5 bytes"),
         (lambda bundle: edit_json(bundle / "manifest.json", format_version=2), "format_version 2"),
         (lambda bundle: edit_json(bundle / "manifest.json", digest="f" * 64), "has digest 'ffff"),
@@ -78,7 +78,7 @@ def test_files_that_make_no_sense_are_refused(
 
 def test_file_name_that_leaves_the_folder_is_refused(toy_bundle: Toy, tmp_path: Path) -> None:
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
-    manifest = json.loads((toy_bundle.bundle / "manifest.json").read_text())
+    manifest = json.loads((toy_bundle.bundle / "manifest.json").read_text(encoding="utf-8"))
     files = {**manifest["files"], "../secret": {"sha256": "0" * 64, "bytes": 1}}
     edit_json(tmp_path / "bundle" / "manifest.json", files=files, digest=digest_files(files))
     with pytest.raises(BundleError, match="plain file names"):
@@ -87,8 +87,8 @@ def test_file_name_that_leaves_the_folder_is_refused(toy_bundle: Toy, tmp_path: 
 
 def test_verification_can_be_left_out(toy_bundle: Toy, tmp_path: Path) -> None:
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
-    content = (tmp_path / "bundle" / "chat.json").read_text()
-    (tmp_path / "bundle" / "chat.json").write_text(content.replace('"system": ""', '"system":"!"'))
+    content = (tmp_path / "bundle" / "chat.json").read_text(encoding="utf-8")
+    (tmp_path / "bundle" / "chat.json").write_text(content.replace('"system": ""', '"system":"!"'), encoding="utf-8")
     assert load_bundle(tmp_path / "bundle", verify=False).answer("red?")
     with pytest.raises(BundleError, match=r"chat\.json has sha256"):
         load_bundle(tmp_path / "bundle")

@@ -40,8 +40,8 @@ def test_manifest_says_where_the_bundle_comes_from(toy_bundle: Toy, loaded_bundl
     assert manifest.model.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert manifest.checkpoint_digest == checkpoint_digest(toy_bundle.checkpoint)
     assert loaded_bundle.manifest["digest"] == manifest.digest
-    PreprocessFile.model_validate_json((toy_bundle.bundle / "preprocess.json").read_text())
-    ChatFile.model_validate_json((toy_bundle.bundle / "chat.json").read_text())
+    PreprocessFile.model_validate_json((toy_bundle.bundle / "preprocess.json").read_text(encoding="utf-8"))
+    ChatFile.model_validate_json((toy_bundle.bundle / "chat.json").read_text(encoding="utf-8"))
 
 
 def test_manifest_names_every_input_and_its_dynamic_axes(toy_bundle: Toy) -> None:

@@ -127,7 +127,7 @@ def test_an_image_that_is_all_padding_is_refused(loaded: Bundle) -> None:
 
 
 def test_files_say_how_images_are_cut(anyres: Toy) -> None:
-    written = PreprocessFile.model_validate_json((anyres.bundle / "preprocess.json").read_text())
+    written = PreprocessFile.model_validate_json((anyres.bundle / "preprocess.json").read_text(encoding="utf-8"))
     assert written.layout is not None
     assert TokenLayout.from_dict(written.layout.model_dump()) == ANYRES
     vision = {value.name: value.shape for value in anyres.manifest.graphs["vision.onnx"].inputs}

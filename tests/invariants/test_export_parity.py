@@ -19,7 +19,7 @@ def test_recorded_parity_stands_in_the_manifest_and_leaves_the_digest(toy_bundle
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
     report = measure_parity(toy_bundle.checkpoint, tmp_path / "bundle", make_groups(), items=3, max_new_tokens=2)
     assert report.items == 3
-    (tmp_path / "parity.json").write_text(report.model_dump_json())
+    (tmp_path / "parity.json").write_text(report.model_dump_json(), encoding="utf-8")
     assert load_parity(tmp_path / "parity.json") == report
     record_parity(tmp_path / "bundle", report)
     recorded = load_bundle(tmp_path / "bundle").manifest

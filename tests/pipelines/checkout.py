@@ -54,7 +54,7 @@ class Checkout:
 
     def log(self) -> str:
         """``pipeline.log`` of the latest run."""
-        return (self.path / "runs" / "latest" / "pipeline.log").read_text()
+        return (self.path / "runs" / "latest" / "pipeline.log").read_text(encoding="utf-8")
 
 
 def make_checkout(path: Path, *, library: Path = ROOT / "models", **environment: str) -> Checkout:
@@ -85,7 +85,7 @@ def push(folder: Path, remote: Path) -> str:
     md5 = hash_folder(folder)
     target = remote / "files" / "md5" / md5[:2] / f"{md5[2:]}.dir"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(sorted(listing, key=lambda entry: entry["relpath"]), sort_keys=True))
+    target.write_text(json.dumps(sorted(listing, key=lambda entry: entry["relpath"]), sort_keys=True), encoding="utf-8")
     return md5
 
 
@@ -93,6 +93,6 @@ def is_alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     stat = Path(f"/proc/{pid}/stat")
     try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+        return stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False

@@ -69,11 +69,11 @@ def toy_checkout(toy_snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copyfile(Path(__file__).with_name("toy_recipe.yaml"), checkout.path / "toy.yaml")
     md5 = push(toy_snapshot, checkout.path / "infra" / "dvc-remote")
     (checkout.path / "data.dvc").write_text(
-        f"outs:\n- md5: {md5}.dir\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: data\n"
+        f"outs:\n- md5: {md5}.dir\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: data\n", encoding="utf-8"
     )
     (checkout.path / ".dvc").mkdir()
     (checkout.path / ".dvc" / "config").write_text(
-        "[core]\n    remote = default\n['remote \"default\"']\n    url = ../infra/dvc-remote\n"
+        "[core]\n    remote = default\n['remote \"default\"']\n    url = ../infra/dvc-remote\n", encoding="utf-8"
     )
     return checkout
 
@@ -124,7 +124,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles to the same few lines, for tests of what happens to the file and not of the file."""
 
     def write(_name: str, out: Path, **_options: Any) -> Path:
-        out.write_text("pipelineInfo: {name: train}\nroot: {}\n")
+        out.write_text("pipelineInfo: {name: train}\nroot: {}\n", encoding="utf-8")
         return out
 
     monkeypatch.setattr(uploading, "compile_pipeline", write)

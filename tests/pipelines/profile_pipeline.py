@@ -47,7 +47,7 @@ def compile_plain(folder: Path) -> list[dict[str, Any]]:
     """The pipeline without a profile."""
     path = folder / "profiled.yaml"
     compiler.Compiler().compile(profiled, package_path=str(path))
-    return list(yaml.safe_load_all(path.read_text()))
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 
 def compile_golden(profile: str, folder: Path) -> str:
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name in PROFILES:
-            (GOLDEN / f"{name}.yaml").write_text(compile_golden(name, Path(scratch)))
+            (GOLDEN / f"{name}.yaml").write_text(compile_golden(name, Path(scratch)), encoding="utf-8")

@@ -26,7 +26,7 @@ def test_every_combination_is_trained_and_compared(toy_checkout: Checkout) -> No
     names = [step.name for step in summary.steps]
     assert {"train_trial[as-is]", "train_trial[projector.depth=1]", "compare_trials"} <= set(names)
     assert summary.report is not None
-    page = Path(summary.report).read_text()
+    page = Path(summary.report).read_text(encoding="utf-8")
     for text in ("Ablation of toy", "projector.depth=1", "Difference to as-is"):
         assert text in page, text
     assert "report: " in output

@@ -17,7 +17,7 @@ from tests.pipelines.checkout import ROOT
 def test_committed_pipeline_is_current(name: str, tmp_path: Path) -> None:
     fresh = compile_pipeline(name, tmp_path / f"{name}.yaml", root=ROOT)
     committed = ROOT / "pipelines" / "compiled" / f"{name}.yaml"
-    assert committed.read_text() == fresh.read_text(), "run: manyeyes pipeline compile"
+    assert committed.read_text(encoding="utf-8") == fresh.read_text(encoding="utf-8"), "run: manyeyes pipeline compile"
 
 
 def test_every_pipeline_file_is_in_the_table_and_compiled() -> None:
@@ -30,7 +30,7 @@ def test_every_pipeline_file_is_in_the_table_and_compiled() -> None:
 
 
 def form_of(name: str) -> dict[str, Any]:
-    text = (ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text()
+    text = (ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text(encoding="utf-8")
     spec = next(yaml.load_all(text, Loader=yaml.CSafeLoader))
     found: dict[str, Any] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     return found
@@ -68,14 +68,14 @@ def test_image_without_a_whole_digest_is_refused(image: str, tmp_path: Path) -> 
 def test_image_goes_into_every_step_with_its_digest_as_code_digest(tmp_path: Path) -> None:
     image = "registry.example:5000/team/steps@sha256:" + "7" * 64
     path = compile_pipeline("train", tmp_path / "train.yaml", root=ROOT, image=image)
-    spec = next(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
+    spec = next(yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
     for executor in spec["deploymentSpec"]["executors"].values():
         assert executor["container"]["image"] == image
         assert {"name": "MANYEYES_IMAGE_DIGEST", "value": "sha256:" + "7" * 64} in executor["container"]["env"]
 
 
 def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
-    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text())
+    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text(encoding="utf-8"))
     groups = [spec["root"]["dag"], *(part["dag"] for part in spec["components"].values() if "dag" in part)]
     tasks = {name: task for group in groups for name, task in group["tasks"].items()}
     leaves = {name for name, task in tasks.items() if "dag" not in spec["components"][task["componentRef"]["name"]]}
@@ -84,7 +84,7 @@ def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
 
 
 def test_later_steps_take_what_their_cache_key_needs_and_nothing_that_changes_between_runs() -> None:
-    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text())
+    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text(encoding="utf-8"))
     for name, component in spec["components"].items():
         if "executorLabel" not in component or name in ("comp-preflight", "comp-resolve-data", "comp-summarise-run"):
             continue
@@ -99,6 +99,6 @@ def test_later_steps_take_what_their_cache_key_needs_and_nothing_that_changes_be
 def test_components_name_the_image_of_this_version() -> None:
     from manyeyes import __version__
 
-    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text())
+    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text(encoding="utf-8"))
     images = {executor["container"]["image"] for executor in spec["deploymentSpec"]["executors"].values()}
     assert images == {f"manyeyes-steps:{__version__}"}

@@ -168,7 +168,7 @@ def test_wrong_parameter_says_what_is_right(pair: str, message: str) -> None:
 
 def test_recipe_file_travels_as_text_and_a_shipped_one_by_name(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text("extends: tiny\nname: own\n")
+    file.write_text("extends: tiny\nname: own\n", encoding="utf-8")
     values = run_parameters({**FORM, "recipe_text": {"defaultValue": ""}}, given=[], recipe=str(file))
     assert list(values) == ["recipe_text"]
     assert json.loads(values["recipe_text"])["name"] == "own"

@@ -30,11 +30,11 @@ def test_token_signs_in_and_is_never_shown(
     assert "no credentials" in refused.err
     assert "KFP_TOKEN_FILE" in refused.err
     file = tmp_path / "token"
-    file.write_text("stale")
+    file.write_text("stale", encoding="utf-8")
     monkeypatch.setenv(variable, str(file) if variable == "KFP_TOKEN_FILE" else SECRET)
     if variable == "KFP_TOKEN_FILE":
         assert manyeyes("pipeline", "status").code == 2
-        file.write_text(f"{SECRET}\n")
+        file.write_text(f"{SECRET}\n", encoding="utf-8")
     accepted = manyeyes("pipeline", "status")
     assert accepted.code == 0, accepted.err
     kubeflow.token = "renewed"
@@ -47,7 +47,7 @@ def test_token_file_is_read_again_for_each_call(kubeflow: Kubeflow, tmp_path: Pa
     with Endpoint(EndpointSettings(kubeflow.url, token_file=str(file), pause_s=0.01)) as endpoint:
         for token in ("first", "second"):
             kubeflow.token = token
-            file.write_text(token)
+            file.write_text(token, encoding="utf-8")
             assert endpoint.pipeline("train") is None
         file.unlink()
         with pytest.raises(EndpointError, match="cannot be read"):

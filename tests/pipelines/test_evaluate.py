@@ -26,7 +26,7 @@ BENCHMARKS["easy-vqa-again"] = dataclasses.replace(
 @pytest.fixture
 def two_benchmarks(toy_checkout: Checkout) -> Checkout:
     table = toy_checkout.library / "manyeyes" / "evaluation" / "benchmarks" / "__init__.py"
-    table.write_text(table.read_text() + SECOND)
+    table.write_text(table.read_text(encoding="utf-8") + SECOND, encoding="utf-8")
     return toy_checkout
 
 
@@ -51,11 +51,11 @@ def test_checkpoint_is_scored_on_every_benchmark_and_the_scorecards_merged(
     assert "easy-vqa: " in output
     assert "easy-vqa-again: " in output
     assert summary.report is not None
-    page = Path(summary.report).read_text()
+    page = Path(summary.report).read_text(encoding="utf-8")
     for text in ("2 benchmarks", "easy-VQA test", "easy-VQA val"):
         assert text in page, text
     (card,) = (folder / "runs" / "latest" / "steps").resolve().rglob("merge-scorecards/scorecard/scorecard.json")
-    model = json.loads(card.read_text())["model"]
+    model = json.loads(card.read_text(encoding="utf-8"))["model"]
     facts = model.pop("facts")
     assert model == {"digest": digest, "kind": "torch"}
     assert sum(facts["parts"].values()) == facts["parameters"]

@@ -43,12 +43,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return list(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
+    return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
 
 
 def profile_file(folder: Path, **fields: Any) -> str:
     path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump({"description": "a test", **fields}))
+    path.write_text(yaml.safe_dump({"description": "a test", **fields}), encoding="utf-8")
     return str(path)
 
 
@@ -81,7 +81,9 @@ def test_both_profiles_ship() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_profile_compiles_to_its_golden_file(name: str, tmp_path: Path) -> None:
     fresh = compile_golden(name, tmp_path)
-    assert fresh == (GOLDEN / f"{name}.yaml").read_text(), "run: python -m tests.pipelines.profile_pipeline"
+    assert fresh == (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8"), (
+        "run: python -m tests.pipelines.profile_pipeline"
+    )
 
 
 @pytest.mark.parametrize("name", PROFILES)

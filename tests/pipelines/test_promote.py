@@ -62,7 +62,7 @@ def test_champion_moves_there_and_back(
     assert read_aliases(name) == {"challenger": 1, "champion": 2, "previous": 1}
     report = checkout.summary().report
     assert report is not None
-    assert "previous from none to version 1" in Path(report).read_text()
+    assert "previous from none to version 1" in Path(report).read_text(encoding="utf-8")
 
     code, output = checkout.run("run", "rollback", "--registry-model", name, "--param", "reason=it is over")
     assert code == 0, output + checkout.log()[-6000:]

@@ -106,7 +106,9 @@ def test_first_run_works_and_the_second_comes_from_the_cache(toy: Path) -> None:
     assert first.status == "succeeded"
     assert {step.name for step in first.steps} == {"words", "letters[good]", "letters[bad]", "letters[ugly]"}
     assert not any(step.cached for step in first.steps)
-    assert all(step.report and "<!doctype html>" in Path(step.report).read_text() for step in first.steps)
+    assert all(
+        step.report and "<!doctype html>" in Path(step.report).read_text(encoding="utf-8") for step in first.steps
+    )
     assert "\x1b" not in output
     assert "executor_input" not in output
     assert len([line for line in output.splitlines() if line.startswith("letters[good]")]) == 1
@@ -140,9 +142,9 @@ def test_failing_step_says_found_needed_do_and_where_the_log_is(toy: Path) -> No
     ):
         assert text in output
     errors = list((toy / "runs" / "latest").resolve().rglob("error.json"))
-    assert [json.loads(path.read_text())["found"] for path in errors] == ['word is "bad"']
-    assert "letters[bad] failed" in (errors[0].parent / "notes").read_text()
-    assert "Traceback" in (toy / "runs" / "latest" / "pipeline.log").read_text()
+    assert [json.loads(path.read_text(encoding="utf-8"))["found"] for path in errors] == ['word is "bad"']
+    assert "letters[bad] failed" in (errors[0].parent / "notes").read_text(encoding="utf-8")
+    assert "Traceback" in (toy / "runs" / "latest" / "pipeline.log").read_text(encoding="utf-8")
 
 
 def test_defect_in_a_step_is_no_user_error(toy: Path) -> None:

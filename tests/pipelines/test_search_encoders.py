@@ -60,7 +60,7 @@ def test_killed_search_repeats_no_finished_trial(toy_checkout: Checkout) -> None
     assert len(idle) == MAX_ROUNDS - 1
     summary = toy_checkout.summary()
     assert summary.report is not None
-    page = Path(summary.report).read_text()
+    page = Path(summary.report).read_text(encoding="utf-8")
     for text in ("Best set of encoders: vit", "vit + small", "vit + large", "Round 1: one encoder more"):
         assert text in page, text
     assert "ended: round 1 gained +0.00 points" in output

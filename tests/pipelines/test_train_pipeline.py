@@ -45,7 +45,7 @@ def test_every_step_runs_and_reports(first_run: tuple[str, RunSummary]) -> None:
     for step in summary.steps:
         assert step.seconds > 0
         assert step.report is not None
-        assert Path(step.report).read_text().lower().startswith("<!doctype html>")
+        assert Path(step.report).read_text(encoding="utf-8").lower().startswith("<!doctype html>")
         assert len([line for line in output.splitlines() if line.split()[:2] == [step.name, "done"]]) == 1
     assert "\x1b" not in output
     assert "executor" not in output
@@ -56,7 +56,7 @@ def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_ch
     assert summary.status == "succeeded"
     assert summary.recipe == "toy"
     assert summary.data_md5 is not None
-    assert summary.data_md5 in (toy_checkout.path / "data.dvc").read_text()
+    assert summary.data_md5 in (toy_checkout.path / "data.dvc").read_text(encoding="utf-8")
     assert summary.git_commit is None
     assert summary.scorecard is not None
     assert summary.scorecard["easy-vqa"].n == 16
@@ -67,7 +67,7 @@ def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_ch
     files = [path for path in Path(summary.bundle.path).rglob("*") if path.is_file()]
     assert summary.bundle.bytes == sum(path.stat().st_size for path in files)
     assert 0 < summary.overhead_s < summary.wall_s
-    written = json.loads((toy_checkout.path / "runs" / "latest" / "summary.json").read_text())
+    written = json.loads((toy_checkout.path / "runs" / "latest" / "summary.json").read_text(encoding="utf-8"))
     assert written["gate"]["verdict"] == "failed"
 
 
@@ -89,8 +89,8 @@ def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSumma
     code, output = toy_checkout.run("pull", "manyeyes-toy/1", "pulled")
     assert code == 0, output
     assert summary.bundle is not None
-    pulled = json.loads((toy_checkout.path / "pulled" / "manifest.json").read_text())
-    assert pulled == json.loads((Path(summary.bundle.path) / "manifest.json").read_text())
+    pulled = json.loads((toy_checkout.path / "pulled" / "manifest.json").read_text(encoding="utf-8"))
+    assert pulled == json.loads((Path(summary.bundle.path) / "manifest.json").read_text(encoding="utf-8"))
     code, output = toy_checkout.run("pull", "manyeyes-toy", "champion")
     assert code == 2
     assert "champion" in output
@@ -102,7 +102,7 @@ def test_bundle_scores_the_same_outside_the_pipeline(first_run: tuple[str, RunSu
     assert summary.bundle_scorecard is not None
     code, output = toy_checkout.run("evaluate", summary.bundle.path, "--recipe", "toy.yaml", "--out", "again")
     assert code == 0, output
-    card = json.loads((toy_checkout.path / "again" / "scorecard" / "scorecard.json").read_text())
+    card = json.loads((toy_checkout.path / "again" / "scorecard" / "scorecard.json").read_text(encoding="utf-8"))
     assert card["benchmarks"]["easy-vqa"]["score"] == summary.bundle_scorecard["easy-vqa"].score
     assert card["model"]["kind"] == "bundle"
 
@@ -137,15 +137,16 @@ def test_edited_library_is_not_answered_from_the_cache(
 ) -> None:
     _, first = first_run
     edited = toy_checkout.library / "manyeyes" / "steps" / "validate_data.py"
-    before = edited.read_text()
+    before = edited.read_text(encoding="utf-8")
     # A step that comes from the cache could not raise this.
     edited.write_text(
-        before.replace("    reporter.progress(", '    raise ValidationError("edited", "", "")\n    reporter.progress(')
+        before.replace("    reporter.progress(", '    raise ValidationError("edited", "", "")\n    reporter.progress('),
+        encoding="utf-8",
     )
     try:
         code, output = toy_checkout.run("run", "--recipe", "toy.yaml")
     finally:
-        edited.write_text(before)
+        edited.write_text(before, encoding="utf-8")
     assert code == 2, output
     assert "validate_data failed: ValidationError" in output
     assert "edited" in output
@@ -187,7 +188,9 @@ def test_everything_that_is_wrong_is_said_at_once_before_any_step(toy_checkout: 
     # The exit handler learns of it through MLflow.
     summary = next(event for event in events if event.step == "summarise_run" and event.kind == "finished")
     assert "toy failed in preflight" in summary.figure
-    notes = Path(next(event for event in events if event.kind == "completed").artifacts["notes"].path).read_text()
+    notes = Path(next(event for event in events if event.kind == "completed").artifacts["notes"].path).read_text(
+        encoding="utf-8"
+    )
     assert all(problem.found in notes for problem in error.problems)
 
 
@@ -200,5 +203,5 @@ def test_run_is_summarised_with_its_verdict_and_steps(
     assert "gate failed" in step.figure
     assert "manyeyes-toy version 1" in step.figure
     assert step.report is not None
-    page = Path(step.report).read_text()
+    page = Path(step.report).read_text(encoding="utf-8")
     assert all(name in page for name in STEPS[:-1] if name not in ("resolve_data",))

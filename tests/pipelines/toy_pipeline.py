@@ -42,7 +42,7 @@ def letters(
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def add(totals: dsl.Input[List[dsl.Dataset]]) -> int:  # noqa: UP006
-    return sum(int(open(total.path).read()) for total in totals)  # noqa: PTH123
+    return sum(int(open(total.path, encoding="utf-8").read()) for total in totals)  # noqa: PTH123
 
 
 @dsl.pipeline(name="toy")

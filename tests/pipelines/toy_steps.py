@@ -11,7 +11,7 @@ from manyeyes.steps.base import Reporter, Step, StepResult
 
 
 def words(reporter: Reporter, *, text: str, words_out: Path) -> StepResult:
-    words_out.write_text("\n".join(text.split()))
+    words_out.write_text("\n".join(text.split()), encoding="utf-8")
     count = len(text.split())
     return StepResult(f"{count} words", metrics={"words": count}, values={"words": text.split()})
 
@@ -27,7 +27,7 @@ def letters(reporter: Reporter, *, word: str, mode: str, total_out: Path) -> Ste
         Path(os.environ["TOY_PIDS"], f"{os.getpid()}").touch()
         reporter.progress("hanging", done=0.5, eta_s=60)
         time.sleep(120)
-    total_out.write_text(str(len(word)))
+    total_out.write_text(str(len(word)), encoding="utf-8")
     return StepResult(f"{len(word)} letters", metrics={"letters": len(word)})
 
 

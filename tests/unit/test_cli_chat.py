@@ -19,7 +19,7 @@ RECORD = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "record.json").write_text(json.dumps(RECORD))
+    (tmp_path / "record.json").write_text(json.dumps(RECORD), encoding="utf-8")
     make_tokenizer("<s>").save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
@@ -60,7 +60,7 @@ def test_visual_tokens_may_be_as_many_as_the_model_has(
 def test_conversation_that_ends_with_a_question_gets_a_generation_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    (folder / "turns.json").write_text(json.dumps(RECORD["conversations"][:1]))
+    (folder / "turns.json").write_text(json.dumps(RECORD["conversations"][:1]), encoding="utf-8")
     assert call(monkeypatch, "gemma", "turns.json", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["text"] == "<start_of_turn>user\n<image>\nQ<end_of_turn>\n<start_of_turn>model\n"
@@ -70,7 +70,7 @@ def test_conversation_that_ends_with_a_question_gets_a_generation_prompt(
 def test_list_of_records_gives_a_list(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    (folder / "records.json").write_text(json.dumps([RECORD, RECORD]))
+    (folder / "records.json").write_text(json.dumps([RECORD, RECORD]), encoding="utf-8")
     assert call(monkeypatch, "mpt", "records.json", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)) == 2
 
@@ -92,7 +92,7 @@ def test_the_tokenizers_own_template_is_read_from_its_folder(
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}), encoding="utf-8")
     assert call(monkeypatch, "tokenizer", "record.json", "--json", "--tokenizer", ".") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["text"] == "<s>[user]<image>\nQ</s>[assistant]A</s>[user]QQ</s>[assistant]AA</s>"
@@ -125,7 +125,7 @@ def test_wrong_input_is_explained_and_exits_with_2(
     content: object,
     expected: str,
 ) -> None:
-    (folder / "given.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (folder / "given.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     assert call(monkeypatch, arguments[0], "given.json", "--json", *arguments[1:]) == 2
     assert expected in capsys.readouterr().err
 

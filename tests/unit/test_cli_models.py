@@ -96,7 +96,7 @@ def test_unknown_part_offers_the_nearest(command: object, name: str, nearest: st
 
 # --- docs/models.md -----------------------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def block(language: str, number: int = 0) -> str:
@@ -124,7 +124,7 @@ def test_fusion_of_the_page_can_be_added(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rendering_of_the_page_is_what_the_command_prints(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    record.write_text(block("json"))
+    record.write_text(block("json"), encoding="utf-8")
     command = shlex.split(block("sh"))
     assert command[:3] == ["manyeyes", "chat", "render"]
     arguments = [str(record) if word == "record.json" else word for word in command[3:]]

@@ -78,7 +78,7 @@ def search(snapshot: Snapshot, out: Path, **changes: Any) -> ContaminationReport
 
 
 def read_pairs(out: Path) -> list[Pair]:
-    return [Pair.model_validate_json(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    return [Pair.model_validate_json(line) for line in (out / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_each_kind_is_found_and_named(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -108,10 +108,13 @@ def test_what_is_found_is_left_out_of_training(snapshot: Snapshot, tmp_path: Pat
     report = search(snapshot, out)
     ids = {"train/exact", "train/near", "train/mirrored", "train/text"}
     assert read_quarantine(out) == ids
-    (out / "quarantine.jsonl").write_text('{"id": "train/bad", "dataset": "toy-train", "reason": "bad"}\n')
+    (out / "quarantine.jsonl").write_text(
+        '{"id": "train/bad", "dataset": "toy-train", "reason": "bad"}\n', encoding="utf-8"
+    )
     assert read_quarantine(out) == ids | {"train/bad"}
     reasons = {
-        line["id"]: line["reason"] for line in map(json.loads, (out / "contaminated.jsonl").read_text().splitlines())
+        line["id"]: line["reason"]
+        for line in map(json.loads, (out / "contaminated.jsonl").read_text(encoding="utf-8").splitlines())
     }
     assert reasons["train/exact"] == "image 0 has the very bytes of an image of toy-test (test/coffee)"
     assert "image 1 is a near duplicate (distance " in reasons["train/near"]
@@ -131,11 +134,11 @@ def test_the_second_look_refuses_what_the_hash_alone_would_call_the_same(snapsho
 
 def test_the_page_and_the_note_say_what_was_found(snapshot: Snapshot, tmp_path: Path) -> None:
     report = search(snapshot, tmp_path / "out")
-    page = (tmp_path / "out" / "contamination.html").read_text()
+    page = (tmp_path / "out" / "contamination.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 6  # three pairs of images
     assert "http" not in page
     assert "these samples are left out of training" in page
-    note = (tmp_path / "out" / "contamination.md").read_text()
+    note = (tmp_path / "out" / "contamination.md").read_text(encoding="utf-8")
     assert note == report.as_markdown()
     assert "| toy-test | 6 | 1 | 1 | 1 | 50.0% | 1 | 6 | 1 | 5 |" in note
 
@@ -255,6 +258,6 @@ def test_the_command_writes_the_report(
     output = capsys.readouterr()
     assert "1 exact and 2 near duplicates among training images, 1 samples with shared text" in output.out
     assert "0% comparing toy-train" in output.err
-    assert len((out / "contaminated.jsonl").read_text().splitlines()) == 4
+    assert len((out / "contaminated.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert call(monkeypatch, str(snapshot.path), "--benchmarks", "toy-test", "--radius", "9") == 2
     assert "Correct --radius." in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_the_published_numbers_are_all_there(snapshot: Snapshot) -> None:
 
 
 def test_a_record_is_what_was_published(snapshot: Snapshot) -> None:
-    published = json.loads((PACKAGE / "test" / "questions.json").read_text())
+    published = json.loads((PACKAGE / "test" / "questions.json").read_text(encoding="utf-8"))
     record = RecordReader(snapshot.shards("easy-vqa-test")).read(123)
     check_record(record)
     assert (record.id, record.source) == ("easy-vqa/test/123", "easy-vqa")
@@ -76,7 +76,7 @@ def test_a_second_build_gives_the_same_bytes_and_keeps_the_rest(snapshot: Snapsh
     shutil.copytree(snapshot.path, out)
     part = tmp_path / "parts" / "tiny-lm"
     part.mkdir(parents=True)
-    (part / "config.json").write_text("{}")
+    (part / "config.json").write_text("{}", encoding="utf-8")
     add_pretrained(out, tmp_path / "parts")
     before = hash_folder(out)
     (out / "easy-vqa" / "val-00000.parquet").write_bytes(b"damaged")
@@ -102,7 +102,7 @@ def test_an_unknown_builder_offers_the_nearest(tmp_path: Path) -> None:
 def test_the_committed_snapshot_is_what_the_builder_makes(snapshot: Snapshot, tmp_path: Path) -> None:
     md5 = read_dvc_file(REPOSITORY / "data.dvc").md5
     remote = REPOSITORY / "infra/dvc-remote/files/md5"
-    listing = json.loads((remote / md5[:2] / f"{md5[2:]}.dir").read_text())
+    listing = json.loads((remote / md5[:2] / f"{md5[2:]}.dir").read_text(encoding="utf-8"))
     committed = {entry["relpath"]: entry["md5"] for entry in listing if entry["relpath"].startswith("easy-vqa/")}
     built = {
         f"easy-vqa/{path.name}": hashlib.md5(path.read_bytes()).hexdigest()

@@ -202,9 +202,9 @@ def test_a_folder_without_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_an_unknown_field_of_the_manifest_is_named(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["colour"] = "red"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(SnapshotError, match="colour"):
         open_folder(folder)
 
@@ -212,10 +212,10 @@ def test_an_unknown_field_of_the_manifest_is_named(folder: Path) -> None:
 def test_pretrained_parts_travel_with_the_snapshot(folder: Path, tmp_path: Path) -> None:
     for name in ("tiny-lm", "tiny-vit"):
         (tmp_path / "parts" / name).mkdir(parents=True)
-        (tmp_path / "parts" / name / "config.json").write_text(name)
+        (tmp_path / "parts" / name / "config.json").write_text(name, encoding="utf-8")
     add_pretrained(folder, tmp_path / "parts")
     snapshot = open_folder(folder)
-    assert (snapshot.pretrained("tiny-vit") / "config.json").read_text() == "tiny-vit"
+    assert (snapshot.pretrained("tiny-vit") / "config.json").read_text(encoding="utf-8") == "tiny-vit"
     assert snapshot.manifest.pretrained["tiny-lm"].how == "manyeyes step pretrain_language_model"
     assert snapshot.manifest.datasets["toy-train"].licence == "CC0-1.0"
     with pytest.raises(SnapshotError, match='Did you mean "tiny-lm"'):
@@ -230,7 +230,9 @@ def test_data_without_a_licence_is_refused(folder: Path) -> None:
 
 def test_a_dvc_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "data.dvc"
-    file.write_text(f"outs:\n- md5: {'ab' * 16}.dir\n  size: 12\n  nfiles: 3\n  hash: md5\n  path: data\n")
+    file.write_text(
+        f"outs:\n- md5: {'ab' * 16}.dir\n  size: 12\n  nfiles: 3\n  hash: md5\n  path: data\n", encoding="utf-8"
+    )
     assert read_dvc_file(file) == DvcOutput(path="data", md5="ab" * 16, size=12, nfiles=3)
 
 
@@ -244,14 +246,14 @@ def test_a_dvc_file_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_other_dvc_files_are_refused_with_the_reason(tmp_path: Path, text: str, found: str) -> None:
-    (tmp_path / "data.dvc").write_text(text)
+    (tmp_path / "data.dvc").write_text(text, encoding="utf-8")
     with pytest.raises(SnapshotError, match=found):
         read_dvc_file(tmp_path / "data.dvc")
 
 
 def write_config(repository: Path, text: str, *, name: str = "config") -> None:
     (repository / ".dvc").mkdir(exist_ok=True)
-    (repository / ".dvc" / name).write_text(text)
+    (repository / ".dvc" / name).write_text(text, encoding="utf-8")
 
 
 def test_the_default_remote_is_relative_to_the_working_directory(

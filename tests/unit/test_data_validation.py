@@ -98,10 +98,10 @@ def test_good_data_passes(tmp_path: Path) -> None:
     assert (report.rows, report.quarantined, report.contaminated_images) == (620, 0, 0)
     assert report.datasets == {"toy-train": 600, "toy-test": 20}
     assert all(outcome.success for outcome in report.expectations)
-    written = (tmp_path / "out" / "validation.json").read_text()
+    written = (tmp_path / "out" / "validation.json").read_text(encoding="utf-8")
     assert ValidationReport.model_validate_json(written) == report
     assert read_quarantine(tmp_path / "out" / "quarantine.jsonl") == frozenset()
-    assert "no sample had to be left out" in (tmp_path / "out" / "validation.html").read_text().lower()
+    assert "no sample had to be left out" in (tmp_path / "out" / "validation.html").read_text(encoding="utf-8").lower()
 
 
 def test_few_bad_samples_are_quarantined_with_a_reason_each(tmp_path: Path) -> None:
@@ -111,7 +111,9 @@ def test_few_bad_samples_are_quarantined_with_a_reason_each(tmp_path: Path) -> N
     report = validate(snapshot, tmp_path / "out")
     assert report.verdict == "passed"
     assert report.quarantined == len(bad)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["id"] for line in lines] == [record.id for record in bad.values()]
     for line, reason in zip(lines, bad, strict=True):
         assert reason in line["reason"]
@@ -125,7 +127,7 @@ def test_few_bad_samples_are_quarantined_with_a_reason_each(tmp_path: Path) -> N
     quarantine = read_quarantine(tmp_path / "out" / "quarantine.jsonl")
     mixture = Mixture([MixturePart(dataset="toy-train")], snapshot, seed=0, quarantine=quarantine)
     assert len(mixture) == 600 - len(bad)
-    page = (tmp_path / "out" / "validation.html").read_text()
+    page = (tmp_path / "out" / "validation.html").read_text(encoding="utf-8")
     assert "turns 0 and 1 are both from human" in page
     assert "1 &lt;image&gt; and 0 images" in page
     profile = pd.read_parquet(tmp_path / "out" / "profile.parquet")
@@ -138,7 +140,7 @@ def test_many_bad_samples_fail_and_the_page_says_so(tmp_path: Path) -> None:
     report = validate(snapshot, tmp_path / "out")
     assert report.verdict == "failed"
     assert [outcome.name for outcome in report.failures()] == ["training-samples-usable"]
-    assert "not fit to train on" in (tmp_path / "out" / "validation.html").read_text()
+    assert "not fit to train on" in (tmp_path / "out" / "validation.html").read_text(encoding="utf-8")
     assert "| training-samples-usable | critical | **no** | 5 (10.00%)" in report.as_markdown()
 
 
@@ -281,7 +283,7 @@ def test_the_page_is_one_well_formed_file_for_light_and_dark(tmp_path: Path) -> 
     )
     snapshot = make_snapshot(tmp_path / "data", {"train": [evil, *bad.values()], "test": TEST})
     validate(snapshot, tmp_path / "out")
-    page = (tmp_path / "out" / "validation.html").read_text()
+    page = (tmp_path / "out" / "validation.html").read_text(encoding="utf-8")
     links = _Links()
     links.feed(page)
     assert links.open == []

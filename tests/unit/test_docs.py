@@ -14,10 +14,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "infr
 
 def test_formats_page_is_current() -> None:
     rendered = runpy.run_path(str(ROOT / "docs" / "formats.py"))["render"]()
-    assert (ROOT / "docs" / "formats.md").read_text() == rendered, "run: make docs"
+    assert (ROOT / "docs" / "formats.md").read_text(encoding="utf-8") == rendered, "run: make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

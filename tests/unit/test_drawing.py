@@ -295,7 +295,7 @@ class Asked:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "manifest.json").write_text("{}")
+    (tmp_path / "model" / "manifest.json").write_text("{}", encoding="utf-8")
     (tmp_path / "a.png").write_bytes(b"an image")
     monkeypatch.chdir(tmp_path)
     stand_in = Asked()

@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_made_costs_the_cache_and_not_the_evaluation(
     snapshot: Snapshot, tmp_path: Path
 ) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "answers").write_text("in the way")
+    (tmp_path / "work" / "answers").write_text("in the way", encoding="utf-8")
     with pytest.warns(CacheWarning):
         card = run(RuleAnswerer(rule_with_errors(IMAGES)), snapshot, tmp_path / "work")
     assert card.benchmarks["easy-vqa"].score == 100
@@ -339,4 +339,4 @@ def test_an_evaluation_that_is_stopped_leaves_the_scores_that_it_has(
     assert answerer.questions == 0
     assert card.benchmarks["gqa"].from_cache == QUESTIONS // 2 + 4
     assert not (tmp_path / "out" / UNFINISHED).exists()
-    assert json.loads((tmp_path / "out" / "scorecard.json").read_text())["unfinished"] == []
+    assert json.loads((tmp_path / "out" / "scorecard.json").read_text(encoding="utf-8"))["unfinished"] == []

@@ -215,7 +215,7 @@ def test_the_command_writes_a_page_that_shows_both_answers_and_the_image(
     assert result.exit_code == 0
     assert "The second is better: +33.33 points on 96 questions on 24 images." in result.stdout
     assert "no pictures" not in result.stderr
-    html = (tmp_path / "compare.html").read_text()
+    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert html.count("<img ") == html.count("data:image/png;base64,") == 5
     assert "5 of 32, spread over the benchmark" in html
     assert "a horse ✗" in html
@@ -232,7 +232,7 @@ def test_without_the_snapshot_the_figures_stand_and_the_page_says_what_is_missin
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "no pictures: " in result.stderr
-    assert "No pictures:</b>" in (tmp_path / "out" / "compare.html").read_text()
+    assert "No pictures:</b>" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     as_json = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
     assert json.loads(as_json.stdout)["benchmarks"]["easy-vqa"]["only_second"] == 32
 

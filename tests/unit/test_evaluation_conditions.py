@@ -216,8 +216,8 @@ def test_an_evaluation_scores_every_condition_and_the_report_sorts_by_what_the_i
     assert 100 * right / 72 == pytest.approx(other.score, abs=1e-3)
     assert {outcome.prediction_grey for outcome in outcomes} == {"no"}
     assert read_scorecard(tmp_path / "out" / "scorecard.json") == card
-    assert "Does it look?" in (tmp_path / "out" / "report.html").read_text()
-    assert f"{other.score:.2f}" in (tmp_path / "out" / "report.md").read_text()
+    assert "Does it look?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"{other.score:.2f}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_benchmarks_stand_in_the_order_of_what_the_image_adds(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_a_missing_score_leaves_the_others_in() -> None:
 
 
 def test_tables_come_from_csv_json_and_scorecards(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("model,easy-vqa,gqa\nllava,60,62.5\neagle,,64\n")
-    (tmp_path / "b.json").write_text(json.dumps({"cambrian": {"gqa": 65, "easy-vqa": None}}))
+    (tmp_path / "a.csv").write_text("model,easy-vqa,gqa\nllava,60,62.5\neagle,,64\n", encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({"cambrian": {"gqa": 65, "easy-vqa": None}}), encoding="utf-8")
     evaluate(
         RuleAnswerer(rule_with_errors(4, [0])),
         make_recipe(),
@@ -99,7 +99,7 @@ def test_tables_come_from_csv_json_and_scorecards(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_table_says_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(EvaluationError, match=message):
         read_scores([tmp_path / name])
 
@@ -115,8 +115,8 @@ def test_too_little_is_refused() -> None:
 
 
 def test_a_model_that_is_there_twice_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("model,gqa\nllava,60\n")
-    (tmp_path / "b.csv").write_text("model,gqa\nllava,61\n")
+    (tmp_path / "a.csv").write_text("model,gqa\nllava,60\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("model,gqa\nllava,61\n", encoding="utf-8")
     with pytest.raises(EvaluationError, match='"llava" is there twice'):
         read_scores([tmp_path / "a.csv", tmp_path / "b.csv"])
 
@@ -132,7 +132,7 @@ def test_the_command_draws_every_benchmark_once_and_no_label_on_another(tmp_path
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "group 1: a0, a1, a2\n" in result.stdout
-    html = (tmp_path / "out" / "correlation.html").read_text()
+    html = (tmp_path / "out" / "correlation.html").read_text(encoding="utf-8")
     assert html == render_correlation(correlate(read_scores([tmp_path / "t.csv"])))
     labels = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)">([a-d]\d)</text>', html)
     assert sorted(name for _, _, name in labels) == sorted(names)

@@ -148,7 +148,7 @@ def test_a_damaged_file_is_made_again_with_one_warning(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_costs_the_files_only(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     cache = make_cache(tmp_path / "file")
     with pytest.warns(CacheWarning, match="no more is written"):
         cache.keep(b"\x00", make_tokens(0), seconds=1)

@@ -81,21 +81,21 @@ def test_files_say_what_the_scorecard_says(snapshot: Snapshot, tmp_path: Path) -
 
 def test_the_report_is_one_file_that_shows_the_worst_image(snapshot: Snapshot, tmp_path: Path) -> None:
     run(RuleAnswerer(rule_with_errors(IMAGES, [3])), snapshot, tmp_path)
-    html = (tmp_path / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
     # Nothing is fetched: every reference is data inside the file, and there is no script.
     assert re.findall(r'(?:src|href)="(?!data:)', html) == []
     assert "<script" not in html
     assert "url(" not in html
     assert html.index('alt="easy-vqa/test/3"') < html.index("Best images")
     assert "94.44%" in html
-    markdown = (tmp_path / "report.md").read_text()
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| colour | 18 | 94.44 |" in markdown
 
 
 def test_answers_cannot_inject_html(snapshot: Snapshot, tmp_path: Path) -> None:
     run(RuleAnswerer(lambda *_: "<script>alert(1)</script>|x"), snapshot, tmp_path)
-    assert "<script" not in (tmp_path / "report.html").read_text()
-    assert "\\|x" in (tmp_path / "report.md").read_text()
+    assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\\|x" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_stopped_evaluation_goes_on_with_the_next_half(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_cut_benchmark_says_so_and_has_another_digest(snapshot: Snapshot, tmp_
     score = cut.benchmarks["easy-vqa"]
     assert (score.n, score.n_total, score.images) == (10, 72, 3)
     assert score.benchmark_digest != whole.benchmarks["easy-vqa"].benchmark_digest
-    assert "only the first 10 of 72 questions" in (tmp_path / "cut" / "report.md").read_text()
+    assert "only the first 10 of 72 questions" in (tmp_path / "cut" / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_digest_names_the_questions_and_nothing_else(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_an_unknown_benchmark_offers_the_nearest() -> None:
 
 def test_a_wrong_scorecard_says_which_field(tmp_path: Path, snapshot: Snapshot) -> None:
     run(RuleAnswerer(rule_with_errors(IMAGES)), snapshot, tmp_path)
-    content = json.loads((tmp_path / "scorecard.json").read_text())
+    content = json.loads((tmp_path / "scorecard.json").read_text(encoding="utf-8"))
     content["benchmarks"]["easy-vqa"]["score"] = 140
-    (tmp_path / "scorecard.json").write_text(json.dumps(content))
+    (tmp_path / "scorecard.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(EvaluationError, match=r"benchmarks\.easy-vqa\.score"):
         read_scorecard(tmp_path / "scorecard.json")
 

@@ -92,7 +92,7 @@ def test_without_a_judge_the_benchmark_is_skipped_by_name_and_nothing_is_asked(
     assert card.metrics() == {}
     assert read_scorecard(tmp_path / "out" / "scorecard.json") == card
     for name in ("report.md", "report.html"):
-        report = (tmp_path / "out" / name).read_text()
+        report = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "mm-vet is not scored: it needs a judge" in report
         assert "the right image adds" not in report
 
@@ -109,7 +109,7 @@ def test_judge_scores_every_condition_and_is_part_of_the_digest(snapshot: Snapsh
     assert other.benchmarks["mm-vet"].benchmark_digest != score.benchmark_digest
     assert card.judge is not None
     assert (card.judge.requests, card.judge.prompt_tokens, card.judge.cost) == (8, 800, None)
-    report = (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "mm-vet: judge" in report
     assert "judge (judge-2024-01-01): 8 requests" in report
 
@@ -126,7 +126,7 @@ def test_too_few_verdicts_skip_the_benchmark_and_the_next_run_asks_only_the_judg
         lenient = run(Counting(), snapshot, tmp_path / "lenient", endpoint=server.endpoint, max_unjudged=0.25)
         score = lenient.benchmarks["mm-vet"]
         assert (score.score, score.n, score.n_total, score.unjudged) == (100, 3, 4, 1)
-        assert "the judge gave no verdict on 1" in (tmp_path / "lenient" / "report.md").read_text()
+        assert "the judge gave no verdict on 1" in (tmp_path / "lenient" / "report.md").read_text(encoding="utf-8")
         asked = len(server.bodies)
         answerer = Counting()
         run(answerer, snapshot, tmp_path / "out", endpoint=server.endpoint)

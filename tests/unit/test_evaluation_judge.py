@@ -229,7 +229,7 @@ def test_nonsense_is_not_cached_and_a_damaged_entry_is_asked_again(tmp_path: Pat
         assert list(tmp_path.rglob("*.json")) == []
         assert ask(Judge(spec(server.endpoint), cache=tmp_path)).value == 0.5
         (entry,) = tmp_path.rglob("*.json")
-        entry.write_text("{")
+        entry.write_text("{", encoding="utf-8")
         assert ask(Judge(spec(server.endpoint), cache=tmp_path)).value == 0.5
         assert len(server.bodies) == 3
 

@@ -388,7 +388,7 @@ def files(tmp_path: Path) -> Callable[..., list[str]]:
         arguments = []
         for name, rows in {"references": references, **predictions}.items():
             path = tmp_path / f"{name}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             arguments += [f"--{name}", str(path)]
         return arguments
 
@@ -404,7 +404,7 @@ def test_command_prints_one_object_and_keeps_answers_and_items(files: Callable[.
             report = json.loads(result.stdout)
             assert report["score"] == 50
             assert report["judge"]["requests"] == requests
-    items = [json.loads(line) for line in Path(report["scored"]["per_item"]).read_text().splitlines()]
+    items = [json.loads(line) for line in Path(report["scored"]["per_item"]).read_text(encoding="utf-8").splitlines()]
     assert [item["score"] for item in items] == [0.5] * 3
 
 

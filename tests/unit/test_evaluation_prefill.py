@@ -63,7 +63,7 @@ def test_answers_are_written_unless_the_recipe_says_otherwise(folder: Path) -> N
     assert not any(group.choices for group in answerer.asked)
     score = card.benchmarks["easy-vqa"]
     assert (score.multiple_choice, score.chosen, score.parse_failures) == ("generate", 0, 4)
-    assert "chosen from options" not in (folder / "generate" / "report.md").read_text()
+    assert "chosen from options" not in (folder / "generate" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_choice_is_reported_leaves_nothing_unread_and_is_not_compared_with_written_answers(folder: Path) -> None:
@@ -73,7 +73,9 @@ def test_a_choice_is_reported_leaves_nothing_unread_and_is_not_compared_with_wri
     score = card.benchmarks["easy-vqa"]
     assert (score.n, score.multiple_choice, score.chosen, score.parse_failures) == (36, "prefill", 36, 0)
     for page in ("report.md", "report.html"):
-        assert "36 answers were chosen from options after one prefill" in (folder / "prefill" / page).read_text()
+        assert "36 answers were chosen from options after one prefill" in (folder / "prefill" / page).read_text(
+            encoding="utf-8"
+        )
     if not (folder / "generate").is_dir():
         run(folder, "generate")
     written, chosen = (read_results(folder / mode) for mode in ("generate", "prefill"))

@@ -40,7 +40,7 @@ def expected(groups: list[Group]) -> list[list[str]]:
 def is_alive(pid: int) -> bool:
     # A process that nobody waits for any more stays as a zombie where the machine has no init that waits.
     status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    return status.exists() and "State:\tZ" not in status.read_text(encoding="utf-8")
 
 
 def wait_until(happened: Callable[[], bool]) -> None:

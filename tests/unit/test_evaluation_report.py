@@ -105,13 +105,13 @@ def test_files_are_written_and_the_json_is_read_back(tmp_path: Path) -> None:
     card, outcomes, benchmarks = make_evaluation(["gqa"])
     written = write_report(tmp_path, card, outcomes, benchmarks)
     assert read_report(tmp_path / "report.json") == written
-    html = (tmp_path / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:)', html) == []
     assert "<script" not in html
     assert "<b>I cannot say</b>" not in html
-    assert "<b>I cannot say</b>" not in (tmp_path / "report.md").read_text()
+    assert "<b>I cannot say</b>" not in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert html.count('src="data:image/png') == len(written.details["gqa"].worst) + len(written.details["gqa"].best)
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_text("{}", encoding="utf-8")
     with pytest.raises(EvaluationError, match="is not a report"):
         read_report(tmp_path / "report.json")
 
@@ -204,7 +204,7 @@ def test_score_against_cost_takes_benchmarks_that_all_models_shown_have() -> Non
 
 
 def test_the_recipe_in_a_report_is_the_one_that_was_asked(report: Report, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(report.reproduction.recipe)
+    (tmp_path / "recipe.yaml").write_text(report.reproduction.recipe, encoding="utf-8")
     assert load_recipe(str(tmp_path / "recipe.yaml")).digest == load_recipe("tiny").digest
     prompt = report.details["gqa"].prompt
     assert prompt == "USER: <image>\nQuestion 0 on picture 0?\nAnswer with a word. ASSISTANT:"

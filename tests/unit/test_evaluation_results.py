@@ -75,7 +75,7 @@ def test_the_command_compares_them_and_shows_both_answers(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "The second is better: +45.00 points of the benchmark's own on 60 questions" in result.stdout
     assert "no pictures" not in result.stderr
-    page = (out / "compare.html").read_text()
+    page = (out / "compare.html").read_text(encoding="utf-8")
     assert "Is it?" in page
     assert "no ✗" in page
     written = ModelComparison.model_validate_json((out / "compare.json").read_bytes())
@@ -118,12 +118,12 @@ def test_scored_answers_and_an_evaluation_are_not_compared(tmp_path: Path) -> No
 def test_a_folder_whose_files_do_not_belong_together_is_refused(tmp_path: Path) -> None:
     scored(tmp_path / "a", range(4))
     items = tmp_path / "a" / "items.jsonl"
-    lines = items.read_text().splitlines()
-    items.write_text("\n".join(lines[:-1]) + "\n")
+    lines = items.read_text(encoding="utf-8").splitlines()
+    items.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     with pytest.raises(EvaluationError, match=r"59 items in items.jsonl and 60 in score.json"):
         read_results(tmp_path / "a")
     shortened = {name: value for name, value in json.loads(lines[0]).items() if name != "facets"}
-    items.write_text("\n".join([json.dumps(shortened), *lines[1:]]) + "\n")
+    items.write_text("\n".join([json.dumps(shortened), *lines[1:]]) + "\n", encoding="utf-8")
     with pytest.raises(EvaluationError, match="lacks 'facets' of an item"):
         read_results(tmp_path / "a")
     (tmp_path / "a" / "score.json").unlink()

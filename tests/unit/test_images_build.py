@@ -13,7 +13,7 @@ DIGEST = f"sha256:{'a' * 64}"
 def fake_docker(folder: Path, *, digests: str) -> str:
     """A docker client that knows one image, with these registry digests (JSON)."""
     client = folder / "docker"
-    client.write_text(f"#!/bin/sh\ncase \"$*\" in *RepoDigests*) echo '{digests}';; esac\n")
+    client.write_text(f"#!/bin/sh\ncase \"$*\" in *RepoDigests*) echo '{digests}';; esac\n", encoding="utf-8")
     client.chmod(0o755)
     return str(client)
 
@@ -34,7 +34,7 @@ def test_requirements_of_an_extra_follow_the_packages_own_extras() -> None:
 
 
 def test_runtime_image_asks_for_no_torch_and_the_steps_image_does() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {extra: " ".join(requirements(project, extra)) for extra in ("", "steps")}
     assert "torch" not in named[""]
     for package in ("torch>=", "mlflow[auth]>=", "kfp>=", "great-expectations>=", "psycopg2-binary>="):
@@ -43,7 +43,7 @@ def test_runtime_image_asks_for_no_torch_and_the_steps_image_does() -> None:
 
 def test_base_of_the_containerfile_is_pinned_by_digest() -> None:
     base = pinned_base("/no/docker/is/asked", None, unpinned=False)
-    assert f"ARG BASE={base}\n" in CONTAINERFILE.read_text()
+    assert f"ARG BASE={base}\n" in CONTAINERFILE.read_text(encoding="utf-8")
     assert len(base.partition("@sha256:")[2]) == 64
 
 

@@ -104,7 +104,7 @@ def test_every_container_is_closed(overlay: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_secrets_are_named_and_never_written_down(overlay: str) -> None:
     assert not [document for document in render(overlay) if document["kind"] == "Secret"]
-    readme = (INFRA / "README.md").read_text()
+    readme = (INFRA / "README.md").read_text(encoding="utf-8")
     for pod in pods(overlay).values():
         for variable in [entry for container in containers(pod) for entry in container.get("env", ())]:
             if re.search("PASSWORD|SECRET|ACCESS_KEY", variable["name"]):
@@ -126,7 +126,7 @@ def test_clients_and_probes_call_mlflow_by_a_name_that_it_goes_by(overlay: str) 
         assert header["name"] == "Host"
         assert header["value"] in allowed
         assert server[kind]["httpGet"]["path"] != "/health"
-    profile = yaml.safe_load((INFRA / f"profiles/{overlay}.yaml").read_text())
+    profile = yaml.safe_load((INFRA / f"profiles/{overlay}.yaml").read_text(encoding="utf-8"))
     assert profile["env"]["MLFLOW_TRACKING_URI"].removeprefix("http://") in allowed
 
 
@@ -182,7 +182,7 @@ def test_what_a_run_may_do_is_named_one_by_one(overlay: str) -> None:
 
 @rendered
 def test_the_cluster_has_what_its_profile_names() -> None:
-    profile = yaml.safe_load((INFRA / "profiles/cluster.yaml").read_text())
+    profile = yaml.safe_load((INFRA / "profiles/cluster.yaml").read_text(encoding="utf-8"))
     claims = {
         (document["metadata"]["namespace"], document["metadata"]["name"])
         for document in render("cluster")
@@ -191,7 +191,7 @@ def test_the_cluster_has_what_its_profile_names() -> None:
     named = {("manyeyes-runs", volume["claim"]) for volume in profile["volumes"] if "claim" in volume}
     assert named
     assert named <= claims
-    readme = (INFRA / "README.md").read_text()
+    readme = (INFRA / "README.md").read_text(encoding="utf-8")
     for secret in profile["secrets"]:
         if not secret.get("optional"):
             assert f"kubectl create secret generic {secret['name']} " in readme
@@ -199,7 +199,7 @@ def test_the_cluster_has_what_its_profile_names() -> None:
 
 def read_commands() -> list[list[str]]:
     """Each ``manyeyes`` command of the README's code blocks, as words."""
-    text = (INFRA / "README.md").read_text()
+    text = (INFRA / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
@@ -241,7 +241,7 @@ def test_every_command_of_the_readme_exists() -> None:
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    text = (INFRA / "README.md").read_text()
+    text = (INFRA / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/])(?:infra/)?(k8s/[\w./-]+|profiles/|images/|dvc-remote/)", text))
     named |= {target.partition("#")[0] for target in re.findall(r"\]\(([^)#]+[^)]*)\)", text)}
     assert len(named) > 8

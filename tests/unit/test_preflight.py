@@ -129,7 +129,7 @@ def test_nothing_wrong_leaves_a_run_and_no_probe(
     assert client.search_registered_models("name LIKE 'manyeyes-preflight-%'") == []
     # torch is not loaded for a recipe that was estimated before.
     for kept in (estimates / "estimates").glob("*.json"):
-        kept.write_text(NEED.model_dump_json())
+        kept.write_text(NEED.model_dump_json(), encoding="utf-8")
     assert "8.00 GB for sft" in look(recipe, remote)[1]
     for kept in (estimates / "estimates").glob("*.json"):
         kept.unlink()
@@ -149,9 +149,9 @@ def test_failure_is_one_table_in_the_notes_error_json_and_the_steps_run(
             registry_model="x y",
         )
     assert stop.value.code == 2
-    record = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text())
+    record = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text(encoding="utf-8"))
     assert [problem.subject for problem in record.problems] == ["registry name", "data set easy-vqa-test"]
-    notes = Path(shown["notes"].path).read_text()
+    notes = Path(shown["notes"].path).read_text(encoding="utf-8")
     assert '| registry name | registry_model is "x y" |' in notes
     log = capfd.readouterr().err
     assert log.index("wrong    registry name") < log.index("fine     MLflow")

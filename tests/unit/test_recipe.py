@@ -55,7 +55,8 @@ def test_group_names_with_a_dot_can_be_overridden() -> None:
 def test_child_replaces_what_it_names_and_keeps_the_rest(tmp_path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text(
-        "extends: tiny\nname: child\nstages: {prealign: null, sft: {epochs: 7, train: {projector: 0.25}}}\n"
+        "extends: tiny\nname: child\nstages: {prealign: null, sft: {epochs: 7, train: {projector: 0.25}}}\n",
+        encoding="utf-8",
     )
     recipe, parent = load_recipe(str(child)), load_recipe("tiny")
     assert recipe.stages.prealign is None
@@ -68,8 +69,8 @@ def test_child_replaces_what_it_names_and_keeps_the_rest(tmp_path) -> None:
 
 def test_a_grandparent_is_refused(tmp_path) -> None:
     middle, bottom = tmp_path / "middle.yaml", tmp_path / "bottom.yaml"
-    middle.write_text("extends: tiny\nname: middle\n")
-    bottom.write_text(f"extends: {middle}\nname: bottom\n")
+    middle.write_text("extends: tiny\nname: middle\n", encoding="utf-8")
+    bottom.write_text(f"extends: {middle}\nname: bottom\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="one parent at most"):
         load_recipe(str(bottom))
 
@@ -79,7 +80,7 @@ def test_a_grandparent_is_refused(tmp_path) -> None:
 )
 def test_a_file_that_is_no_recipe_says_what_to_write(tmp_path, text: str, message: str) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(path))
     assert message in str(caught.value)

@@ -96,7 +96,7 @@ def test_a_published_recipe_asks_what_its_paper_reports_in_its_papers_words(syst
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *TWINS])
 def test_a_recipe_says_where_its_values_come_from(name: str) -> None:
-    text = resources.files("manyeyes").joinpath("recipes", f"{name}.yaml").read_text()
+    text = resources.files("manyeyes").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     parent = next((line.removeprefix("extends: ") for line in text.splitlines() if line.startswith("extends: ")), None)
     assert text.startswith("# ")
     assert "arXiv:" in text or (parent is not None and (parent == "tiny" or f"{parent}, whose head names" in text))

@@ -33,7 +33,7 @@ def status(run_id: str) -> str:
 def test_steps_are_children_of_the_parent_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parent = start_parent_run("train tiny", tags={"recipe": "tiny"})
     monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", parent)
-    (tmp_path / "report.md").write_text("good")
+    (tmp_path / "report.md").write_text("good", encoding="utf-8")
     with step_run("sft", tags={"stage": "sft"}) as run:
         run.log_params({"recipe_digest": "abc", "long": "x" * 10_000})
         run.log_metrics({"loss": 2.0}, step=1)
@@ -142,7 +142,7 @@ def test_a_broken_database_is_reported_at_once(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_store_that_cannot_be_made_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(RegistryUnreachableError, match="does not answer"):
         connect()

@@ -57,7 +57,7 @@ def test_versions_are_promoted_rolled_back_and_pulled(snapshot: Snapshot, tmp_pa
     name = "round-trip"
     assert champion_evidence(name, work_dir=tmp_path / "none") is None
     candidate = make_candidate(tmp_path / "one", snapshot)
-    (tmp_path / "parity.json").write_text("{}")
+    (tmp_path / "parity.json").write_text("{}", encoding="utf-8")
     first = put(name, candidate, tags={"git_commit": "abc"}, attachments=[tmp_path / "parity.json"])
     assert first == RegisteredVersion(name, 1, ("challenger", "champion"), "passed", created=True)
     tags = tags_of(first)
@@ -118,7 +118,7 @@ def test_versions_are_promoted_rolled_back_and_pulled(snapshot: Snapshot, tmp_pa
     assert (bundle / "manifest.json").read_bytes() == (candidate.bundle / "manifest.json").read_bytes()
     assert {path.name for path in bundle.iterdir()} == {*REQUIRED_FILES, "manifest.json"}
     assert pull(f"{name}/2", out_dir=tmp_path / "pulled") == tmp_path / "pulled"
-    assert (tmp_path / "pulled" / "chat.json").read_text() == "chat.json two"
+    assert (tmp_path / "pulled" / "chat.json").read_text(encoding="utf-8") == "chat.json two"
     assert [path.name for path in tmp_path.glob(".pulled*")] == []
 
 
@@ -235,10 +235,10 @@ def test_files_that_are_gone_from_the_store_are_named(registered: RegisteredVers
 
 def test_pull_leaves_a_folder_alone_that_is_no_bundle(registered: RegisteredVersion, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(RegistryError, match="is there and is no bundle"):
         pull("served", "champion", tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
 def test_pull_mends_a_bundle_that_was_damaged(registered: RegisteredVersion, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_champion_of_other_questions_is_scored_again(
 
     def make_answerer(bundle: Path) -> RuleAnswerer:
         asked.append(bundle)
-        assert (bundle / "chat.json").read_text() == "chat.json one"
+        assert (bundle / "chat.json").read_text(encoding="utf-8") == "chat.json one"
         return RuleAnswerer(rule_with_errors(IMAGES, [0]), name="bundle")
 
     def compare(scorecard=card, recipe=recipe) -> ChampionEvidence | None:

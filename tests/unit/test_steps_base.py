@@ -18,7 +18,7 @@ from manyeyes.steps.events import ErrorReport, EventReader, emit
 
 def double(reporter: Reporter, *, number: int, out: Path) -> StepResult:
     reporter.progress("halfway", done=0.5, eta_s=1.0)
-    out.write_text(str(2 * number))
+    out.write_text(str(2 * number), encoding="utf-8")
     return StepResult(
         f"{2 * number}", metrics={"number": 2.0 * number}, html="<p>fine</p>", values={"number": 2 * number},
         metadata={"digest": "abc"},
@@ -61,16 +61,16 @@ def test_step_writes_reports_metrics_and_metadata(tmp_path: Path, run_dir: Path)
     step = Step("double", double, imports=("fractions",), tracked=False)
     result = run_step(step, **shown, label="a", outputs={"out": out}, number=21)
     assert result.values == {"number": 42}
-    assert Path(out.path).read_text() == "42"
+    assert Path(out.path).read_text(encoding="utf-8") == "42"
     assert out.metadata == {"digest": "abc", "step": "double[a]", "figure": "42"}
-    written = json.loads(Path(shown["metrics"].path).read_text())
+    written = json.loads(Path(shown["metrics"].path).read_text(encoding="utf-8"))
     assert written["number"] == 42.0
     assert set(written) == {"number", "seconds", "import_seconds"}
     assert shown["metrics"].metadata == written
-    page = Path(shown["report"].path).read_text()
+    page = Path(shown["report"].path).read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "<p>fine</p>" in page
-    assert "42" in Path(shown["notes"].path).read_text()
+    assert "42" in Path(shown["notes"].path).read_text(encoding="utf-8")
     kinds = [(event.kind, event.step) for event in EventReader(run_dir).read_new()]
     assert kinds[0] == ("started", "double[a]")
     assert kinds[-1] == ("finished", "double[a]")
@@ -91,11 +91,11 @@ def test_error_that_a_user_can_mend_exits_with_2_and_says_how(
             outputs={"out": LocalArtifact(str(tmp_path / "out"))},
         )
     assert stop.value.code == 2
-    error = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text())
+    error = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text(encoding="utf-8"))
     assert found in error.found
     assert needed in error.needed
     assert error.user_error
-    assert error.found in Path(shown["notes"].path).read_text()
+    assert error.found in Path(shown["notes"].path).read_text(encoding="utf-8")
     assert [event.error for event in EventReader(run_dir).read_new() if event.kind == "failed"] == [error]
 
 
@@ -106,7 +106,7 @@ def test_defect_goes_on_as_it_is_and_is_no_user_error(tmp_path: Path) -> None:
             **artifacts(tmp_path),
             outputs={"out": LocalArtifact(str(tmp_path / "out"))},
         )
-    error = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text())
+    error = ErrorReport.model_validate_json((tmp_path / "task" / "error.json").read_text(encoding="utf-8"))
     assert (error.error, error.user_error) == ("ZeroDivisionError", False)
 
 

@@ -24,7 +24,7 @@ from tests.trial_toys import IMAGES, SECOND, add_second_benchmark
 
 
 def digest_of(bundle: Path) -> str:
-    return str(json.loads((bundle / "manifest.json").read_text())["digest"])
+    return str(json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["digest"])
 
 
 def test_bundle_in_a_folder_is_found_and_fetched(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_bundle_with_a_missing_file_is_refused_and_nothing_is_left(tmp_path: Pat
 def test_manifest_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     manifest = {"digest": "d", "files": {"../secret": "s"}}
-    (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(manifest))
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
     found = locate_model(str(tmp_path / "model"))
     assert found.kind == "torch"
     with pytest.raises(CheckpointError, match=r"\.\./secret"):
@@ -90,7 +90,7 @@ def test_model_that_is_nowhere_is_refused(
 def test_folder_without_a_manifest_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither manifest\.json nor checkpoint\.json"):
         locate_model(str(tmp_path))
-    (tmp_path / "manifest.json").write_text("[]")
+    (tmp_path / "manifest.json").write_text("[]", encoding="utf-8")
     with pytest.raises(BundleError, match="no manifest"):
         locate_model(str(tmp_path))
 
@@ -153,7 +153,7 @@ def test_merged_scorecard_is_that_of_all_benchmarks_at_once(
 
     assert without_times(tmp_path / "merged") == without_times(whole)
     assert read_outcomes(tmp_path / "merged" / "items.parquet") == read_outcomes(whole / "items.parquet")
-    assert result.html == (tmp_path / "merged" / "report.html").read_text()
+    assert result.html == (tmp_path / "merged" / "report.html").read_text(encoding="utf-8")
     for text in ("easy-VQA test", "easy-VQA again", "Mean", "2 benchmarks"):
         assert text in result.html, text
     (run,) = read_report(tmp_path / "merged" / "report.json").reproduction.runs

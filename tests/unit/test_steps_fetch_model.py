@@ -78,7 +78,9 @@ def test_bundle_on_s3_is_found_and_every_file_fetched(bucket: Any, tmp_path: Pat
     bundle = make_bundle(tmp_path / "bundle", "one", decoder_bytes=3 << 20)
     upload(bucket, bundle)
     found = locate_model(f"{PLACE}/")
-    assert found == ModelLocation("bundle", PLACE, json.loads((bundle / "manifest.json").read_text())["digest"])
+    assert found == ModelLocation(
+        "bundle", PLACE, json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["digest"]
+    )
     result = fetch(found, tmp_path / "fetched")
     assert contents(tmp_path / "fetched") == contents(bundle)
     assert result.metrics["bytes"] == sum(len(data) for data in contents(bundle).values())

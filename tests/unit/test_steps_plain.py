@@ -28,8 +28,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "manyeyes"
     (folder / "steps").mkdir(parents=True)
     (folder / "recipes").mkdir()
-    (folder / "errors.py").write_text("a = 1\n")
-    (folder / "recipes" / "tiny.yaml").write_text("name: tiny\n")
+    (folder / "errors.py").write_text("a = 1\n", encoding="utf-8")
+    (folder / "recipes" / "tiny.yaml").write_text("name: tiny\n", encoding="utf-8")
     monkeypatch.setattr(code_digest_module, "__file__", str(folder / "steps" / "code_digest.py"))
     monkeypatch.delenv("MANYEYES_IMAGE_DIGEST", raising=False)
     return folder
@@ -39,9 +39,9 @@ def test_code_digest_changes_with_every_source_file_and_with_constraints(package
     constraints = tmp_path / "constraints.txt"
     first = code_digest(constraints=constraints)
     assert len(first) == 64
-    constraints.write_text("torch==2\n")
+    constraints.write_text("torch==2\n", encoding="utf-8")
     pinned = code_digest(constraints=constraints)
-    (package / "errors.py").write_text("a = 2\n")
+    (package / "errors.py").write_text("a = 2\n", encoding="utf-8")
     edited = code_digest(constraints=constraints)
     (package / "errors.py").rename(package / "mistakes.py")
     renamed = code_digest(constraints=constraints)
@@ -50,9 +50,9 @@ def test_code_digest_changes_with_every_source_file_and_with_constraints(package
 
 def test_code_digest_ignores_recipes_and_compiled_files(package: Path, tmp_path: Path) -> None:
     before = code_digest(constraints=tmp_path / "none")
-    (package / "recipes" / "tiny.yaml").write_text("name: other\n")
+    (package / "recipes" / "tiny.yaml").write_text("name: other\n", encoding="utf-8")
     (package / "__pycache__").mkdir()
-    (package / "__pycache__" / "errors.py").write_text("")
+    (package / "__pycache__" / "errors.py").write_text("", encoding="utf-8")
     assert code_digest(constraints=tmp_path / "none") == before
 
 
@@ -63,7 +63,7 @@ def test_image_digest_wins_over_the_source(package: Path, monkeypatch: pytest.Mo
 
 def test_recipe_comes_by_name_path_or_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("extends: tiny\nname: mine\n")
+    path.write_text("extends: tiny\nname: mine\n", encoding="utf-8")
     by_path = read_recipe(str(path), "seed=5\n\n stages.sft.epochs=1 \n")
     assert (by_path.name, by_path.seed) == ("mine", 5)
     assert by_path.stages.sft is not None
@@ -99,7 +99,9 @@ def test_every_training_data_set_is_named_once() -> None:
 
 def test_quarantine_is_read_as_ids(tmp_path: Path) -> None:
     assert read_quarantine(tmp_path) == frozenset()
-    (tmp_path / "quarantine.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id": "b", "reason": "y"}\n')
+    (tmp_path / "quarantine.jsonl").write_text(
+        '{"id": "a", "reason": "x"}\n{"id": "b", "reason": "y"}\n', encoding="utf-8"
+    )
     assert read_quarantine(tmp_path) == {"a", "b"}
 
 
@@ -122,7 +124,7 @@ def test_stages_that_a_recipe_lacks_leave_markers_and_load_nothing(tmp_path: Pat
 def test_recipe_without_sft_keeps_the_pretrained_model(tmp_path: Path) -> None:
     recipe = load_recipe("tiny", overrides={"stages.sft": None})
     (tmp_path / "pretrained").mkdir()
-    (tmp_path / "pretrained" / "config.json").write_text("{}")
+    (tmp_path / "pretrained" / "config.json").write_text("{}", encoding="utf-8")
     sft(
         Reporter("s"),
         recipe_json=recipe.canonical_json(),
@@ -133,7 +135,7 @@ def test_recipe_without_sft_keeps_the_pretrained_model(tmp_path: Path) -> None:
         checkpoint=tmp_path / "checkpoint",
         **PINNED,
     )
-    assert (tmp_path / "checkpoint" / "config.json").read_text() == "{}"
+    assert (tmp_path / "checkpoint" / "config.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_encoder_checkpoints_are_matched_in_the_recipes_order(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def event(kind: str, step: str, **fields: object) -> Event:
 
 def test_summary_counts_time_outside_step_functions_as_overhead(tmp_path: Path) -> None:
     report = tmp_path / "page"
-    report.write_text("<!doctype html>")
+    report.write_text("<!doctype html>", encoding="utf-8")
     events = [
         event("finished", "a[x]", seconds=4.0, ended=10.0, figure="good", import_seconds=1.0),
         event("finished", "a[y]", seconds=4.0, ended=12.0),

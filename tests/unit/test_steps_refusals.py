@@ -66,8 +66,8 @@ def test_second_attempt_after_a_users_error_ends_at_once_with_the_same_error(
     assert calls == ["worked"]
     second = find_error_line(capsys.readouterr().err)
     assert first == second
-    assert ErrorReport.model_validate_json((tmp_path / "2" / "error.json").read_text()) == first
-    assert "nine bad rows" in (tmp_path / "2" / "notes").read_text()
+    assert ErrorReport.model_validate_json((tmp_path / "2" / "error.json").read_text(encoding="utf-8")) == first
+    assert "nine bad rows" in (tmp_path / "2" / "notes").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("_cluster")

@@ -216,7 +216,7 @@ def test_comparison_puts_every_variant_beside_the_first(
         trials=trials[::-1],
         comparison=out,
     )
-    written = Comparison.model_validate_json((out / "comparison.json").read_text())
+    written = Comparison.model_validate_json((out / "comparison.json").read_text(encoding="utf-8"))
     assert [row.label for row in written.trials] == [f"fusion.strategy={name}" for name in wrong]
     assert [row.difference for row in written.trials] == [None, pytest.approx(100 * 4 / IMAGES, abs=1e-3), 0.0]
     assert result.figure.startswith("best of 3: fusion.strategy=append")
@@ -235,6 +235,6 @@ def test_comparison_puts_every_variant_beside_the_first(
 
 
 def test_trial_file_that_is_broken_is_named(tmp_path: Path) -> None:
-    (tmp_path / "trial.json").write_text(json.dumps({"variant": {}}))
+    (tmp_path / "trial.json").write_text(json.dumps({"variant": {}}), encoding="utf-8")
     with pytest.raises(PipelineError, match=r"trial\.json"):
         read_trial(tmp_path)

@@ -69,7 +69,7 @@ def test_warm_model_answers_from_text_in_front_of_the_question(warm: Path) -> No
 
 
 def test_files_are_small_and_computed_in_float32(warm: Path) -> None:
-    assert json.loads((warm / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((warm / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     assert {tensor.dtype for tensor in load_file(warm / "model.safetensors").values()} == {torch.bfloat16}
 
 

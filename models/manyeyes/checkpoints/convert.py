@@ -126,7 +126,7 @@ def convert(
         config.save_pretrained(new)
         _generation_config(processor).save_pretrained(new)
         processor.save_pretrained(new)
-        (new / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+        (new / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         write_manifest(new)
     checkpoint.release()
     return report

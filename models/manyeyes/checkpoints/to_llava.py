@@ -265,4 +265,4 @@ def _preprocessor(transform: ImageTransform) -> dict[str, Any]:
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    file.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")

@@ -346,7 +346,7 @@ def _convert_by_transformers(folder: Path, model_type: str) -> PreTrainedTokeniz
             raise CheckpointError(
                 f"{folder} has no tokenizer", "tokenizer.model or tokenizer.json", "Fetch the checkpoint again, whole."
             )
-        (Path(own) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (Path(own) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         tokenizer = load_tokenizer(Path(own))
     tokenizer.name_or_path = ""
     return tokenizer

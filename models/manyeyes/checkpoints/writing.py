@@ -79,7 +79,7 @@ def write_tensors(
         "metadata": {"total_size": sum(tensor.nbytes for tensor in planned.values())},
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(planned: Mapping[str, Planned], max_shard_bytes: int) -> list[list[str]]:

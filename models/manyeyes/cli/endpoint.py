@@ -63,7 +63,7 @@ class Endpoint:
 
     def _read_token(self, configuration: Any) -> None:
         try:
-            token = Path(self.settings.token_file).read_text().strip()
+            token = Path(self.settings.token_file).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise EndpointError(
                 f"KFP_TOKEN_FILE is {self.settings.token_file}, which cannot be read ({error.strerror})",

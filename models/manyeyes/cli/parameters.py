@@ -23,7 +23,7 @@ def read_form(path: Path) -> dict[str, Any]:
         PipelineError: Not a compiled pipeline.
     """
     try:
-        spec = next(yaml.load_all(path.read_text(), Loader=_Loader), None)
+        spec = next(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader), None)
     except yaml.YAMLError:
         spec = None
     if not isinstance(spec, dict) or "root" not in spec:

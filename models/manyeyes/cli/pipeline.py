@@ -97,7 +97,7 @@ def compile_pipeline(
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.stem}.tmp.yaml")
     compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(temporary))
-    text = temporary.read_text()
+    text = temporary.read_text(encoding="utf-8")
     documents = list(yaml.load_all(text, Loader=_LOADER))
     _inject_literals(documents[0], {"recipe": list_recipes()})
     if digest:
@@ -108,7 +108,7 @@ def compile_pipeline(
         documents = apply_profile(documents, profile)
     comments = [line for line in text.splitlines() if line.startswith("#")]
     body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
-    temporary.write_text("\n".join(comments) + "\n" + body)
+    temporary.write_text("\n".join(comments) + "\n" + body, encoding="utf-8")
     temporary.replace(out)
     return out
 
@@ -151,7 +151,7 @@ def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:
 
 def execute(run_dir: Path) -> int:
     """Run the request in ``run_dir`` with kfp.local; exit code 0, or 1 when a step failed."""
-    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text())
+    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
     from kfp import components, local
 
     # The image runs on a cluster only; here a task is a process in this environment.
@@ -230,7 +230,7 @@ def _iterations(resource_name: str) -> list[str]:
 
 def _name_of_failed(task_root: Path) -> str:
     path = task_root / "error.json"
-    return ErrorReport.model_validate_json(path.read_text()).step if path.is_file() else ""
+    return ErrorReport.model_validate_json(path.read_text(encoding="utf-8")).step if path.is_file() else ""
 
 
 class _Stopped(BaseException):
@@ -254,7 +254,7 @@ def main(run_dir: Path) -> int:
     lock = os.environ.get("MANYEYES_RUN_LOCK")
     if lock:
         threading.Thread(target=wait_for_runner_death, args=(Path(lock), _end_group), daemon=True).start()
-    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text())
+    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
     try:
         return _execute_tracked(run_dir, request) if request.tracked else execute(run_dir)
     except _Stopped:

@@ -192,7 +192,7 @@ def load_profile(name_or_path: str, *, root: Path = Path()) -> Profile:
             f"{did_you_mean(name_or_path, names)}Profiles lie in {FOLDER}.",
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise PipelineError(f"{path} is not YAML ({error})", "a YAML file", "Mend the line that it names.") from error
     if not isinstance(tree, dict):

@@ -114,7 +114,7 @@ def run_pipeline(options: RunOptions, *, view: ProgressView) -> RunSummary:
             tracked=options.tracked,
             tags={"manyeyes.run_id": run_dir.name, "manyeyes.git_commit": commit or "none"},
         )
-        (run_dir / REQUEST_FILE).write_text(request.model_dump_json(indent=2) + "\n")
+        (run_dir / REQUEST_FILE).write_text(request.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _point_latest(runs, run_dir)
         view.begin(run_dir)
         status, events, code = _run_child(run_dir, root=options.root, git_commit=commit, view=view)

@@ -140,7 +140,7 @@ def _artifact(ended: dict[str, Event], step: str, name: str) -> Path | None:
 def _read(path: Path | None, name: str) -> dict[str, Any] | None:
     if path is None:
         return None
-    return dict(json.loads((path / name).read_text()))
+    return dict(json.loads((path / name).read_text(encoding="utf-8")))
 
 
 def _scores(folder: Path | None) -> dict[str, ScoreSummary] | None:
@@ -156,7 +156,7 @@ def _scores(folder: Path | None) -> dict[str, ScoreSummary] | None:
 def _example(folder: Path | None, run_dir: Path) -> ExampleSummary | None:
     if folder is None or not (folder / EXAMPLE_FILE).is_file():
         return None
-    example = ExampleSummary.model_validate_json((folder / EXAMPLE_FILE).read_text())
+    example = ExampleSummary.model_validate_json((folder / EXAMPLE_FILE).read_text(encoding="utf-8"))
     image = shutil.copyfile(folder / example.image, run_dir / example.image)
     return example.model_copy(update={"image": str(image)})
 

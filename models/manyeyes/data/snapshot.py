@@ -215,7 +215,7 @@ def read_dvc_file(path: Path) -> DvcOutput:
             f"{path} does not exist", "the .dvc file of a snapshot", "Run it at the root of a checkout."
         )
     try:
-        outs = yaml.safe_load(path.read_text())["outs"]
+        outs = yaml.safe_load(path.read_text(encoding="utf-8"))["outs"]
         (out,) = outs
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(
@@ -339,6 +339,6 @@ def _check_size(path: Path, expected: int) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -141,7 +141,7 @@ def language_model_config(source: str, *, snapshot_path: Path | None) -> PreTrai
     place = source.removeprefix("scratch:")
     committed = committed_config(place)
     if committed is not None:
-        fields = dict(json.loads(committed.read_text()))
+        fields = dict(json.loads(committed.read_text(encoding="utf-8")))
         config: PreTrainedConfig = AutoConfig.for_model(**fields)
         return config
     path = resolve_source(place, snapshot_path=snapshot_path, files=("config.json",)) if place else None

@@ -102,7 +102,7 @@ def _read_tree(name_or_path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f'recipe file is "{name_or_path}"', "no such file", "Check the path.")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     else:
         names = list_recipes()
         if name_or_path not in names:
@@ -111,7 +111,7 @@ def _read_tree(name_or_path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
                 "no such recipe",
                 f"{did_you_mean(name_or_path, names)}List them with: manyeyes recipe list",
             )
-        text = resources.files("manyeyes").joinpath("recipes", f"{name_or_path}.yaml").read_text()
+        text = resources.files("manyeyes").joinpath("recipes", f"{name_or_path}.yaml").read_text(encoding="utf-8")
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

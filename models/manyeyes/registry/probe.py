@@ -34,12 +34,12 @@ def probe(run: StepRun) -> list[str]:
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / _FILE
-        path.write_text(mark)
+        path.write_text(mark, encoding="utf-8")
         run.log_artifact(path)
         with registry_errors():
             place = client.get_run(run.run_id).info.artifact_uri
             repository = get_artifact_repository(place)
-            found = Path(repository.download_artifacts(_FILE, dst_path=folder)).read_text()
+            found = Path(repository.download_artifacts(_FILE, dst_path=folder)).read_text(encoding="utf-8")
     if found != mark:
         raise RegistryError(f"{place} hands back other bytes than it was given", "an artifact store", "Check it.")
     try:

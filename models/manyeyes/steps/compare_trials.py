@@ -108,7 +108,7 @@ def compare_trials(
             for row in rows
         ),
     )
-    (comparison / COMPARISON_FILE).write_text(written.model_dump_json(indent=2) + "\n")
+    (comparison / COMPARISON_FILE).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
     winner = rows[best]
     return StepResult(
         figure=f"best of {len(rows)}: {winner.name}, {winner.trial.mean:.1f}%",

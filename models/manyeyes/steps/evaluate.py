@@ -99,8 +99,8 @@ def evaluate(
     return StepResult(
         figure=figure,
         metrics=card.metrics(),
-        html=(scorecard / "report.html").read_text(),
-        markdown=(scorecard / "report.md").read_text() + _difference(card, other_scorecard),
+        html=(scorecard / "report.html").read_text(encoding="utf-8"),
+        markdown=(scorecard / "report.md").read_text(encoding="utf-8") + _difference(card, other_scorecard),
         metadata={"model_digest": digest, "kind": kind, "recipe_digest": recipe_digest, "data_md5": data_md5},
     )
 
@@ -145,7 +145,7 @@ def _keep_example(inputs: Inputs, folder: Path) -> None:
             image = folder / f"example.{(opened.format or 'png').lower()}"
         image.write_bytes(images[0])
         example = ExampleSummary(image=image.name, question=item.question, reference=item.reference)
-        (folder / EXAMPLE_FILE).write_text(example.model_dump_json(indent=2) + "\n")
+        (folder / EXAMPLE_FILE).write_text(example.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _difference(card: Scorecard, other: Path | None) -> str:

@@ -84,7 +84,7 @@ def mark_absent(folder: Path, reason: str) -> None:
     kfp can neither loop over nothing nor skip a task whose artifact another one takes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).write_text(json.dumps({"reason": reason}) + "\n")
+    (folder / _MARKER).write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
 
 
 def is_absent(folder: Path) -> bool:
@@ -95,7 +95,7 @@ def is_absent(folder: Path) -> bool:
 def read_quarantine(validation: Path) -> frozenset[str]:
     """Ids of the samples that validation put aside: bad ones, and those that an evaluation set has too."""
     files = [validation / name for name in ("quarantine.jsonl", "contaminated.jsonl")]
-    lines = [line for path in files if path.is_file() for line in path.read_text().splitlines()]
+    lines = [line for path in files if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()]
     return frozenset(str(json.loads(line)["id"]) for line in lines if line)
 
 

@@ -75,8 +75,8 @@ def merge_scorecards(
     return StepResult(
         figure=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),
         metrics=card.metrics(),
-        html=(scorecard / "report.html").read_text(),
-        markdown=(scorecard / "report.md").read_text(),
+        html=(scorecard / "report.html").read_text(encoding="utf-8"),
+        markdown=(scorecard / "report.md").read_text(encoding="utf-8"),
         metadata={"model_digest": card.model.digest, "kind": card.model.kind, "recipe_digest": recipe_digest},
     )
 

@@ -240,7 +240,7 @@ def estimate_recipe(recipe: Recipe, data: RemoteData | None) -> Need:
     key = hashlib.sha256(f"{recipe.digest} {code_digest()}".encode()).hexdigest()
     kept = cache_dir() / "estimates" / f"{key}.json"
     if kept.is_file():
-        return Need.model_validate_json(kept.read_text())
+        return Need.model_validate_json(kept.read_text(encoding="utf-8"))
     from manyeyes.estimate import estimate
 
     check_parts(recipe.model)
@@ -255,7 +255,7 @@ def estimate_recipe(recipe: Recipe, data: RemoteData | None) -> Need:
     )
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-    temporary.write_text(need.model_dump_json(indent=2) + "\n")
+    temporary.write_text(need.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(kept)
     return need
 

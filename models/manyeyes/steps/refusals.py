@@ -27,7 +27,7 @@ def remember_refusal(address: str, report: ErrorReport) -> None:
         return
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(report.model_dump_json(indent=2) + "\n")
+    temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(note)
 
 
@@ -39,7 +39,7 @@ def earlier_refusal(address: str) -> ErrorReport | None:
     if time.time() - note.stat().st_mtime > float(os.environ[WINDOW]):
         note.unlink(missing_ok=True)
         return None
-    return ErrorReport.model_validate_json(note.read_text())
+    return ErrorReport.model_validate_json(note.read_text(encoding="utf-8"))
 
 
 def _note(address: str) -> Path | None:

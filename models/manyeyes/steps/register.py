@@ -52,7 +52,7 @@ def register(
     reporter.progress("copying bundle and evidence", done=0.1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
-        recipe.write_text(recipe_json)
+        recipe.write_text(recipe_json, encoding="utf-8")
         registered = register_version(
             registry_model,
             bundle=bundle,

@@ -99,7 +99,7 @@ def read_recipe(recipe: str, overrides: str) -> Recipe:
     # A recipe that is not in the image travels as text; load_recipe reads files.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe)
+        path.write_text(recipe, encoding="utf-8")
         return load_recipe(str(path), overrides=parsed)
 
 

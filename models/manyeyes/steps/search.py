@@ -87,7 +87,7 @@ def has_ended(folder: Path) -> bool:
 def write_search(search: Search, folder: Path) -> None:
     """Write ``search.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SEARCH_FILE).write_text(search.model_dump_json(indent=2) + "\n")
+    (folder / SEARCH_FILE).write_text(search.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def trial_folder(search: Path, key: str) -> Path:

@@ -119,7 +119,7 @@ def write_summary(summary: RunSummary, run_dir: Path) -> Path:
     """Write ``summary.json`` into the run's folder, whole or not at all."""
     path = run_dir / SUMMARY_FILE
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(summary.model_dump_json(indent=2) + "\n")
+    temporary.write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -133,7 +133,7 @@ def read_summary(run_dir: Path) -> RunSummary:
     path = run_dir / SUMMARY_FILE
     if not path.is_file():
         raise PipelineError(f"{run_dir} has no {SUMMARY_FILE}", "the folder of a run that ended", "Look into runs/.")
-    return RunSummary.model_validate_json(path.read_text())
+    return RunSummary.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def union_seconds(intervals: list[tuple[float, float]]) -> float:

@@ -88,7 +88,7 @@ def train_trial(
     # What was kept may have been asked for in other words.
     asked = {"variant": parsed, "recipe": recipe.canonical_json(), "recipe_digest": recipe.digest}
     result = read_trial(kept).model_copy(update=asked)
-    (trial / TRIAL_FILE).write_text(result.model_dump_json(indent=2) + "\n")
+    (trial / TRIAL_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     rows: list[tuple[str, object]] = [
         ("variant", parsed.label),
         ("encoders", ", ".join(result.encoders)),
@@ -170,7 +170,7 @@ class _Job:
         )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
-            (new / TRIAL_FILE).write_text(self._describe(scores).model_dump_json(indent=2) + "\n")
+            (new / TRIAL_FILE).write_text(self._describe(scores).model_dump_json(indent=2) + "\n", encoding="utf-8")
         # The scores are what counts; a checkpoint of every trial would fill any disk.
         shutil.rmtree(self.folder)
         shutil.rmtree(work_dir() / self.last_digest, ignore_errors=True)
@@ -252,7 +252,7 @@ def _given_encoders(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path]:
 
     wanted = recipe.prealigned_encoders()
     found = {
-        str(json.loads((folder / ENCODER_FACTS).read_text())["name"]): folder
+        str(json.loads((folder / ENCODER_FACTS).read_text(encoding="utf-8"))["name"]): folder
         for folder in folders
         if not is_absent(folder)
     }

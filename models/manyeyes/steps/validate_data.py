@@ -79,7 +79,7 @@ def validate_data(
             "samples_with_shared_text": float(sum(row.overlapping for row in found)),
             "expectations_not_met": float(len(failed)),
         },
-        html=(validation / "validation.html").read_text(),
+        html=(validation / "validation.html").read_text(encoding="utf-8"),
         markdown=report.as_markdown() + ("" if contamination is None else "\n" + contamination.as_markdown()),
         metadata={"data_md5": data_md5, "suite": report.suite, "verdict": report.verdict},
     )

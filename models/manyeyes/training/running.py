@@ -130,7 +130,7 @@ def save_running(
     )
     with new_folder(folder / f"step-{step:08d}") as new:
         (new / _STATE).write_bytes(data)
-        (new / _PROGRESS).write_text(state.model_dump_json(indent=2))
+        (new / _PROGRESS).write_text(state.model_dump_json(indent=2), encoding="utf-8")
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -177,7 +177,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _read(checkpoint: Path) -> tuple[RunningState, dict[str, Tensor]] | None:
     try:
-        state = RunningState.model_validate_json((checkpoint / _PROGRESS).read_text())
+        state = RunningState.model_validate_json((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
         data = (checkpoint / _STATE).read_bytes()
     except (FileNotFoundError, ValidationError, json.JSONDecodeError):
         return None

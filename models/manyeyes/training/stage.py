@@ -141,7 +141,7 @@ def read_report(path: Path) -> StageReport:
         CheckpointError: Missing or broken.
     """
     try:
-        return StageReport.model_validate_json((path / STAGE_REPORT).read_text())
+        return StageReport.model_validate_json((path / STAGE_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"{path / STAGE_REPORT} cannot be read ({error})", "the report of a stage", "Run the stage again."
@@ -321,7 +321,7 @@ def _train_and_save(
             trainable_parameters={group: sum(parameter.numel() for _, parameter in groups[group]) for group in rates},
             history=state.history,
         )
-        (new / STAGE_REPORT).write_text(stage_report.model_dump_json(indent=2) + "\n")
+        (new / STAGE_REPORT).write_text(stage_report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
@@ -354,7 +354,7 @@ def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path
             sha256=hashlib.sha256(data).hexdigest(),
         )
         (folder / ENCODER_WEIGHTS).write_bytes(data)
-        (folder / ENCODER_FACTS).write_text(facts.model_dump_json(indent=2) + "\n")
+        (folder / ENCODER_FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return encoder_digest(path)
 
 
@@ -375,7 +375,7 @@ def _load_encoder(model: ManyEyesForConditionalGeneration, name: str, path: Path
 
 def _read_encoder_facts(path: Path) -> EncoderFacts:
     try:
-        facts = EncoderFacts.model_validate_json((path / ENCODER_FACTS).read_text())
+        facts = EncoderFacts.model_validate_json((path / ENCODER_FACTS).read_text(encoding="utf-8"))
         found = hashlib.sha256((path / ENCODER_WEIGHTS).read_bytes()).hexdigest()
     except (OSError, ValidationError) as error:
         raise CheckpointError(

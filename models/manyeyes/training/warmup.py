@@ -200,7 +200,7 @@ def pretrain_encoder(
     with new_folder(out) as folder:
         weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return epoch_error
 
 
@@ -355,10 +355,10 @@ def _save_language_model(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenize
         # Weights in bfloat16 halve the file; the configuration says float32, which is what they are computed in.
         model.to(torch.bfloat16)
         model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = "float32"
         config.pop("transformers_version", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / "generation_config.json").unlink(missing_ok=True)
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE]

@@ -110,7 +110,7 @@ def test_a_model_is_scored_on_it_and_each_image_is_shown_once(snapshot: Snapshot
     )
     assert card.max_new_tokens is None
     assert len(read_outcomes(tmp_path / "out" / "items.parquet").of("vqav2")) == 6
-    report = (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "83.33% right" in report
     assert "question alone" not in report
 
@@ -148,7 +148,7 @@ def test_points_are_drawn_and_averaged_as_shares_of_the_maximum(tmp_path: Path) 
     assert (score.score, score.unit, score.maximum, score.image_adds) == (750, "points", 1000, 750)
     assert score.scores == {"Regular Text Recognition": 500, "Text Recognition": 500, "Doc-oriented VQA": 250}
     assert [outcome.id for outcome in read_outcomes(tmp_path / "out" / "items.parquet").outcomes] == list("0123")
-    html = (tmp_path / "out" / "report.html").read_text()
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "of 1000 points" in html
     assert 'style="left:750' not in html
 

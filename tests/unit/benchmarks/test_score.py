@@ -53,7 +53,7 @@ def test_only_the_first_twenty_ids_are_listed() -> None:
 
 def test_the_per_item_file_has_one_line_an_item(tmp_path: Path) -> None:
     report = score_predictions("gqa", GQA, answers(_0="yes", _1="no"), out=tmp_path)
-    lines = [json.loads(line) for line in Path(report.per_item).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(report.per_item).read_text(encoding="utf-8").splitlines()]
     assert [(line["id"], line["score"], line["missing"]) for line in lines] == [
         ("0", 1, False),
         ("1", 0, False),
@@ -111,7 +111,7 @@ def test_an_unknown_variant_says_what_there_is() -> None:
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -124,7 +124,7 @@ def test_the_command_prints_one_object(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 0, result.output
     report = ScoreReport.model_validate_json(result.output)
     assert (report.score, report.variant, report.missing) == (25, "official", 1)
-    assert len((tmp_path / report.per_item).read_text().splitlines()) == 4
+    assert len((tmp_path / report.per_item).read_text(encoding="utf-8").splitlines()) == 4
     text = CliRunner().invoke(cli, command).output
     assert "50.00%" in text
     assert "missing 1" in text
@@ -147,7 +147,7 @@ def test_every_sub_score_has_an_interval_in_json_and_in_text(tmp_path: Path) -> 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     references = write_lines(tmp_path / "r.jsonl", GQA)
-    (tmp_path / "p.jsonl").write_text('{"id": "0", "prediction": "yes"}\n{"id": \n')
+    (tmp_path / "p.jsonl").write_text('{"id": "0", "prediction": "yes"}\n{"id": \n', encoding="utf-8")
     result = CliRunner().invoke(
         cli, ["score", "gqa", "--references", references, "--predictions", str(tmp_path / "p.jsonl")]
     )
