@@ -69,6 +69,17 @@ def new_folder(out: Path) -> Iterator[Path]:
             raise
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder of that name exists.
+
+    What a person typed may be no path at all, and ``Path.exists`` raises for a name that is too long.
+    """
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def sync(path: Path) -> None:
     """Push a file's bytes, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -238,5 +238,5 @@ def test_without_the_snapshot_the_figures_stand_and_the_page_says_what_is_missin
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=f"no folder {tmp_path / 'gone'}"):
+    with pytest.raises(EvaluationError, match=f'no folder "{tmp_path / "gone"}"'):
         CliRunner().invoke(cli, ["compare", str(tmp_path / "gone"), str(tmp_path)], catch_exceptions=False)

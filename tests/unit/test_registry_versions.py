@@ -332,6 +332,20 @@ def test_the_mlflow_model_answers(
     assert list(model.predict(pd.DataFrame({"question": ["g?"]}))) == ["0 g?"]
 
 
+def test_a_small_image_as_base64_is_no_name_of_a_file() -> None:
+    """Between 255 and 4,096 characters without a slash, the file system refuses to look for such a name."""
+    from manyeyes.registry.pyfunc_model import answer_rows
+
+    class FakeBundle:
+        def answer_groups(self, groups: list[Group], *, max_new_tokens: int) -> list[list[GeneratedAnswer]]:
+            assert max_new_tokens == 8
+            return [[GeneratedAnswer(f"{len(group.images[0])} bytes", ())] for group in groups]
+
+    for size in (3, 150, 300, 3000, 300_000):
+        row = {"image": base64.b64encode(bytes(size)).decode(), "question": "How large?"}
+        assert answer_rows(FakeBundle(), [row], max_new_tokens=8) == [f"{size} bytes"]
+
+
 def test_versions_belong_to_the_run_that_made_them(snapshot: Snapshot, tmp_path: Path) -> None:
     with step_run("register") as run:
         version = put("in-a-run", make_candidate(tmp_path / "one", snapshot), run_id=run.run_id)
@@ -345,7 +359,7 @@ def test_versions_belong_to_the_run_that_made_them(snapshot: Snapshot, tmp_path:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("tiny", ModelReference("tiny", "champion", None)),
+        ("tiny", ModelReference("tiny")),
         ("tiny@previous", ModelReference("tiny", "previous", None)),
         ("many-eyes.2/12", ModelReference("many-eyes.2", None, 12)),
         ("models:/tiny@champion", ModelReference("tiny", "champion", None)),

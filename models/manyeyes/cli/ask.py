@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from manyeyes.errors import PipelineError
+from manyeyes.storage import is_there
 
 ANSWER_TOKENS = 32
 DRAWING_TOKENS = 512  # Mini-Gemini's own; a prompt for a picture has some 30 words
@@ -42,7 +43,7 @@ def ask_command(
     """
     from manyeyes.runtime.bundle import load_bundle
 
-    if str(image) != "-" and not image.is_file():
+    if str(image) != "-" and not (is_there(image) and image.is_file()):
         raise PipelineError(f'image is "{image}"', "an image file, or - for none", "Check the path.")
     images = [] if str(image) == "-" else [image.read_bytes()]
     if source is None:
@@ -74,7 +75,7 @@ def ask_command(
 
 
 def _find_bundle(model: str) -> Path:
-    if (Path(model) / "manifest.json").is_file():
+    if model.strip() and is_there(Path(model) / "manifest.json"):  # Path("") is the working directory
         return Path(model)
     from manyeyes.cli.models import pulled_bundle
 

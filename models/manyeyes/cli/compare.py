@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manyeyes.errors import EvaluationError, ManyEyesError
+from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.compare_page import ReadImage
@@ -58,11 +59,12 @@ def compare_command(
 def _results(given: str) -> Results:
     from manyeyes.evaluation.results import read_results
 
-    if Path(given).exists():
+    if given.strip() and is_there(Path(given)):  # Path("") is the working directory
         return read_results(Path(given))
-    if Path(given).is_absolute() or given.startswith(".") or given.count("/") > 1:
+    reference = given.strip().removeprefix("models:/")
+    if not reference or reference.startswith(("/", ".")) or reference.count("/") > 1:
         raise EvaluationError(
-            f"no folder {given}",
+            f'no folder "{given}"',
             "what `manyeyes evaluate` or `manyeyes score` wrote, or a registered model",
             "Check the path.",
         )
@@ -73,7 +75,7 @@ def _results(given: str) -> Results:
 
     tracking = connect()
     version = find_version(tracking, parse_model_reference(given))
-    named = ModelReference(str(version.name), None, int(version.version))
+    named = ModelReference(str(version.name), version=int(version.version))
     folder = cache_dir() / "evidence" / f"{named.name}-{named.version}"
     folder.mkdir(parents=True, exist_ok=True)
     evidence = download(tracking, version, EVIDENCE_PATH, folder)

@@ -281,7 +281,7 @@ def pull(model: str, out: Path) -> None:
 @click.argument("model")
 @click.option("--force", is_flag=True, help="Promote a version that the gate failed, too.")
 def promote(model: str, force: bool) -> None:
-    """Make MODEL/VERSION the champion."""
+    """Make MODEL/VERSION or MODEL@ALIAS the champion."""
     from manyeyes.cli.models import promote_model
 
     click.echo(promote_model(model, force=force))
@@ -290,7 +290,7 @@ def promote(model: str, force: bool) -> None:
 @cli.command()
 @click.argument("model")
 def rollback(model: str) -> None:
-    """Make MODEL's previous version the champion again."""
+    """Make MODEL's previous champion the champion again; of another MODEL/VERSION, nothing is done."""
     from manyeyes.cli.models import rollback_model
 
     click.echo(rollback_model(model))

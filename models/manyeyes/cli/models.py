@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyeyes.errors import RegistryError
 from manyeyes.registry.versions import RegisteredVersion, describe, parse_model_reference, promote, pull, rollback
 from manyeyes.steps.inputs import cache_dir
 
@@ -23,27 +22,13 @@ def pull_model(reference: str, out: Path) -> Path:
 
 
 def promote_model(reference: str, *, force: bool) -> str:
-    """Make a version the champion; says what the registry holds now.
-
-    Raises:
-        RegistryError: No version number in ``reference``, or the gate failed the version.
-    """
-    parsed = parse_model_reference(reference)
-    number = parsed.version
-    if number is None:
-        if "@" not in reference:
-            raise RegistryError(
-                f'model is "{reference}"',
-                "a version: NAME/VERSION or NAME@ALIAS",
-                f"For instance: {reference}@challenger",
-            )
-        number = describe(parsed).version
-    return _in_words(promote(parsed.name, number, force=force))
+    """Make a version the champion; says what the registry holds now."""
+    return _in_words(promote(reference, force=force))
 
 
-def rollback_model(name: str) -> str:
+def rollback_model(reference: str) -> str:
     """Make the previous champion the champion again; says what the registry holds now."""
-    return _in_words(rollback(parse_model_reference(name).name))
+    return _in_words(rollback(reference))
 
 
 def _in_words(version: RegisteredVersion) -> str:

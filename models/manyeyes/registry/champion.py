@@ -18,19 +18,21 @@ from manyeyes.registry.references import CHAMPION, ModelReference, find_alias, f
 from manyeyes.registry.tracking import connect
 
 
-def champion_evidence(name: str, *, work_dir: Path) -> ChampionEvidence | None:
+def champion_evidence(name: str, version: int | None = None, *, work_dir: Path) -> ChampionEvidence | None:
     """The champion's registered scorecard and items; ``None`` when there is no champion.
 
     Args:
         name: Of the registered model.
+        version: The champion's, where it was found before; today's when left out.
         work_dir: The evidence is fetched to ``<work_dir>/champion-<version>``.
 
     Raises:
-        RegistryError: The champion's files are gone.
+        RegistryError: No such version, or its files are gone.
         RegistryUnreachableError: The registry does not answer.
     """
     tracking = connect()
-    version = find_alias(tracking, name, CHAMPION)
+    if version is None:
+        version = find_alias(tracking, name, CHAMPION)
     if version is None:
         return None
     found = find_version(tracking, ModelReference(name, None, version))

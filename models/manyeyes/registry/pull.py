@@ -34,7 +34,7 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
         BundleError: A file is missing or is not what was registered.
         StorageError: No space, or no permission.
     """
-    reference = _reference(name, alias_or_version)
+    reference = parse_model_reference(name, alias_or_version)
     out_dir = Path(reference.name) if out_dir is None else out_dir
     tracking = connect()
     version = find_version(tracking, reference)
@@ -55,13 +55,6 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return out_dir
-
-
-def _reference(name: str, alias_or_version: str | int | None) -> ModelReference:
-    if alias_or_version is None:
-        return parse_model_reference(name)
-    separator = "/" if str(alias_or_version).isdigit() else "@"
-    return parse_model_reference(f"{name}{separator}{alias_or_version}")
 
 
 def _is_intact(folder: Path, expected: str | None) -> bool:

@@ -17,6 +17,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from manyeyes.errors import RecordError
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
+from manyeyes.storage import is_there
 
 
 class BundleModel(PythonModel):
@@ -72,7 +73,7 @@ def _image_bytes(image: Any, *, row: int) -> bytes | None:
         return None
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
-    if isinstance(image, Path) or (isinstance(image, str) and len(image) < 4096 and Path(image).is_file()):
+    if isinstance(image, Path) or (isinstance(image, str) and is_there(Path(image)) and Path(image).is_file()):
         return Path(image).read_bytes()
     if isinstance(image, str):
         try:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from manyeyes.errors import RegistryError, did_you_mean
-from manyeyes.registry.mlflow_errors import registry_errors
-from manyeyes.registry.tracking import Tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from manyeyes.registry.tracking import Tracking
+
+# MLflow takes seconds to import, and a name is checked before anything starts: only looking one up needs it.
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Nine digits: stores keep versions in 32 bits.
 _REFERENCE = re.compile(
-    r"(?:models:/)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))?"
+    rf"(?:models:/)?(?P<name>{_NAME.pattern})(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[1-9][0-9]{{0,8}}))?"
 )
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -25,36 +30,60 @@ class ModelReference:
 
     Attributes:
         name: Of the registered model.
-        alias: Names the version, or ``None`` when a number does.
-        version: Number of the version, or ``None`` when an alias names it.
+        alias: Names the version, or ``None``.
+        version: Number of the version, or ``None``. With neither, the champion is meant.
     """
 
     name: str
-    alias: str | None
-    version: int | None
+    alias: str | None = None
+    version: int | None = None
+
+    @property
+    def names_version(self) -> bool:
+        """Whether an alias or a number was given, and not the model's name alone."""
+        return self.alias is not None or self.version is not None
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.alias}" if self.alias else f"{self.name}/{self.version}"
+        return f"{self.name}/{self.version}" if self.version is not None else f"{self.name}@{self.alias or CHAMPION}"
 
 
-def parse_model_reference(text: str) -> ModelReference:
-    """Read ``NAME[@ALIAS|/VERSION]``; a name alone means ``@champion``.
+def parse_model_reference(text: str, alias_or_version: str | int | None = None) -> ModelReference:
+    """Read ``NAME[@ALIAS|/VERSION]``: the one reader of what a person types.
+
+    Args:
+        text: The whole reference, or the name alone where ``alias_or_version`` is given.
+        alias_or_version: ``champion``, ``previous``, 3, ...; said beside the name.
 
     Raises:
-        RegistryError: Not of that form.
+        RegistryError: Not of that form; nothing of the text is ever left out.
     """
-    match = _REFERENCE.fullmatch(text.strip())
+    whole = text.strip()
+    if alias_or_version is not None:
+        which = str(alias_or_version).strip()
+        whole += f"{'/' if which.isdecimal() else '@'}{which}"
+    match = _REFERENCE.fullmatch(whole)
     if match is None:
         raise RegistryError(
-            f'model is "{text}"', "NAME, NAME@ALIAS or NAME/VERSION", "For instance: manyeyes-tiny@champion"
+            f'model is "{whole[:300]}"',
+            "NAME, NAME@ALIAS or NAME/VERSION, where a version is a whole number from 1",
+            "For instance: manyeyes-tiny@champion",
         )
     version = match["version"]
-    alias = match["alias"] if version is None else None
-    return ModelReference(
-        name=match["name"],
-        alias=(alias or CHAMPION) if version is None else None,
-        version=None if version is None else int(version),
-    )
+    return ModelReference(match["name"], match["alias"], None if version is None else int(version))
+
+
+def check_registry_name(name: str) -> None:
+    """That MLflow and a command line take the name of a model.
+
+    Raises:
+        RegistryError: They do not.
+    """
+    if not _NAME.fullmatch(name):
+        raise RegistryError(
+            f'registry_model is "{name[:300]}"',
+            "letters, digits, dots, dashes and underscores",
+            "For instance: manyeyes-tiny",
+        )
 
 
 def find_version(tracking: Tracking, reference: ModelReference) -> ModelVersion:
@@ -64,13 +93,18 @@ def find_version(tracking: Tracking, reference: ModelReference) -> ModelVersion:
         RegistryError: No such model, alias or version; says which there are.
         RegistryUnreachableError: The registry does not answer.
     """
+    from mlflow.exceptions import MlflowException
+
+    from manyeyes.registry.mlflow_errors import registry_errors
+
+    check_registry_name(reference.name)
     client = tracking.client
     with registry_errors():
         try:
             if reference.version is not None:
                 return client.get_model_version(reference.name, str(reference.version))
             # get_model_version_by_alias returns a version without its aliases on SQL stores.
-            number = client.get_model_version_by_alias(reference.name, reference.alias).version
+            number = client.get_model_version_by_alias(reference.name, reference.alias or CHAMPION).version
             return client.get_model_version(reference.name, str(number))
         except MlflowException as error:
             if error.error_code not in _ABSENT:
@@ -82,8 +116,14 @@ def find_alias(tracking: Tracking, name: str, alias: str) -> int | None:
     """Number of the version that has an alias, or ``None``.
 
     Raises:
+        RegistryError: No name of a model, such as ``NAME/VERSION``: MLflow would say that it has no such alias.
         RegistryUnreachableError: The registry does not answer.
     """
+    from mlflow.exceptions import MlflowException
+
+    from manyeyes.registry.mlflow_errors import registry_errors
+
+    check_registry_name(name)
     with registry_errors():
         try:
             return int(tracking.client.get_model_version_by_alias(name, alias).version)
@@ -101,12 +141,13 @@ def _absent(tracking: Tracking, reference: ModelReference) -> RegistryError:
             f'model is "{reference.name}"', "no such model", f"{did_you_mean(reference.name, names)}{there}"
         )
     model = tracking.client.get_registered_model(reference.name)
-    if reference.alias is not None:
-        aliases = [f"{alias} (version {number})" for alias, number in sorted(model.aliases.items())]
+    if reference.version is None:
+        alias = reference.alias or CHAMPION
+        aliases = [f"{name} (version {number})" for name, number in sorted(model.aliases.items())]
         return RegistryError(
-            f'alias is "{reference.alias}"',
+            f'alias is "{alias}"',
             f'"{reference.name}" has no such alias',
-            f"{did_you_mean(reference.alias, model.aliases)}It has: {', '.join(aliases) or 'none'}.",
+            f"{did_you_mean(alias, model.aliases)}It has: {', '.join(aliases) or 'none'}.",
         )
     versions = tracking.client.search_model_versions(f"name='{reference.name}'")
     numbers = sorted(int(version.version) for version in versions)

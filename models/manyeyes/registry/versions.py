@@ -29,6 +29,7 @@ from manyeyes.registry.references import (
     CHAMPION,
     PREVIOUS,
     ModelReference,
+    check_registry_name,
     find_alias,
     find_version,
     parse_model_reference,
@@ -119,6 +120,7 @@ def register(
             "evidence about this very bundle",
             "Evaluate the bundle, run the gate, then register.",
         )
+    check_registry_name(name)
     tracking = connect()
     version = _find_bundle(tracking, name, digest)
     created = version is None
@@ -142,21 +144,31 @@ def register(
     return _describe(tracking, name, int(version.version), created=created)
 
 
-def promote(name: str, version: int, *, force: bool = False, reason: str = "") -> RegisteredVersion:
+def promote(
+    name: str, alias_or_version: str | int | None = None, *, force: bool = False, reason: str = ""
+) -> RegisteredVersion:
     """Make a version the champion; the old champion becomes ``previous``.
 
     Args:
-        name: Of the registered model.
-        version: Number.
+        name: Of the registered model, or a whole reference such as ``NAME/VERSION``.
+        alias_or_version: Which, where ``name`` does not say it.
         force: Promote a version that the gate failed, too.
         reason: Why; kept as the version's tag ``promotion_reason``.
 
     Raises:
-        RegistryError: No such model or version, or the gate failed it.
+        RegistryError: No version was named, no such model or version, or the gate failed it.
         RegistryUnreachableError: The registry does not answer.
     """
+    reference = parse_model_reference(name, alias_or_version)
+    if not reference.names_version:
+        raise RegistryError(
+            f'model is "{reference.name}"',
+            "a version: NAME/VERSION or NAME@ALIAS",
+            f"For instance: {reference.name}@{CHALLENGER}",
+        )
     tracking = connect()
-    found = find_version(tracking, ModelReference(name, None, version))
+    found = find_version(tracking, reference)
+    name, version = reference.name, int(found.version)
     if found.tags.get("gate") != "passed" and not force:
         raise RegistryError(
             f"{name}/{version} has gate={found.tags.get('gate')} ({found.tags.get('gate_reasons')})",
@@ -169,25 +181,35 @@ def promote(name: str, version: int, *, force: bool = False, reason: str = "") -
     return _describe(tracking, name, version)
 
 
-def rollback(name: str, *, reason: str = "") -> RegisteredVersion:
+def rollback(name: str, alias_or_version: str | int | None = None, *, reason: str = "") -> RegisteredVersion:
     """Make ``previous`` the champion again; the two swap, so a second rollback undoes the first.
 
     Args:
-        name: Of the registered model.
+        name: Of the registered model, or a whole reference: its version must then be the one that becomes champion.
+        alias_or_version: That version, where ``name`` does not say it.
         reason: Why; kept as the tag ``promotion_reason`` of the version that is champion again.
 
     Raises:
-        RegistryError: No such model, or no earlier champion.
+        RegistryError: No such model or version, no earlier champion, or another one than was named.
         RegistryUnreachableError: The registry does not answer.
     """
+    reference = parse_model_reference(name, alias_or_version)
+    name = reference.name
     tracking = connect()
-    champion = int(find_version(tracking, ModelReference(name, CHAMPION, None)).version)
+    wanted = int(find_version(tracking, reference).version) if reference.names_version else None
+    champion = int(find_version(tracking, ModelReference(name, CHAMPION)).version)
     previous = find_alias(tracking, name, PREVIOUS)
     if previous is None or previous == champion:
         raise RegistryError(
             f'champion of "{name}" is version {champion}, and no version is "{PREVIOUS}"',
             "an earlier champion",
             f"Promote a version by number: manyeyes promote {name}/VERSION",
+        )
+    if wanted is not None and wanted != previous:
+        raise RegistryError(
+            f"{reference} is version {wanted}" if reference.alias else f"version is {wanted}",
+            f"version {previous}, which was champion before: a rollback restores no other",
+            f"Leave the version out, or promote the one you want: manyeyes promote {name}/{wanted}",
         )
     with registry_errors():
         tracking.client.set_registered_model_alias(name, CHAMPION, str(previous))
@@ -211,7 +233,7 @@ def read_aliases(name: str) -> dict[str, int]:
 
 
 def describe(reference: ModelReference) -> RegisteredVersion:
-    """What the registry says of a version.
+    """What the registry says of a version; of the champion where none is named.
 
     Raises:
         RegistryError: No such model, alias or version.

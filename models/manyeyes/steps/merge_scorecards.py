@@ -68,7 +68,7 @@ def merge_scorecards(
         outcomes,
         benchmarks,
         recipe=inputs.recipe,
-        champion=find_champion(champion.partition("/")[0]),
+        champion=find_champion(champion),
         reproduction=reproduction,
     )
     write_scorecard(card, scorecard / "scorecard.json")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from manyeyes.data.remote import Remote, open_remote
 from manyeyes.errors import BundleError, CheckpointError, SnapshotError
-from manyeyes.storage import new_folder
+from manyeyes.storage import is_there, new_folder
 
 BUNDLE_MANIFEST, CHECKPOINT_MANIFEST = "manifest.json", "checkpoint.json"
 Kind = Literal["torch", "bundle"]
@@ -50,7 +50,7 @@ def locate_model(text: str) -> ModelLocation:
     path = Path(text.removeprefix("file://"))
     if not text:
         raise CheckpointError("no model is named", "a folder, s3:// or a registered model", "Name one.")
-    if text.startswith("file://") or path.is_dir():
+    if text.startswith("file://") or (is_there(path) and path.is_dir()):
         return _read_manifest(str(path.resolve()))
     if "://" in text:
         return _read_manifest(text.rstrip("/"))

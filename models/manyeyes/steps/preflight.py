@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from manyeyes.errors import ManyEyesError, PreflightError
 from manyeyes.evaluation import page
 from manyeyes.recipe import Recipe
+from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult, telling_why
 from manyeyes.steps.judge_check import check_judge
 from manyeyes.steps.preflight_checks import (
@@ -30,7 +31,7 @@ from manyeyes.steps.preflight_checks import (
     find_data,
 )
 from manyeyes.steps.report import heading
-from manyeyes.steps.resolve_data import check_registry_name, read_recipe
+from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.steps.traces import pipeline_tags, result_tags
 
 if TYPE_CHECKING:

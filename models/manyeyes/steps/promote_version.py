@@ -31,8 +31,7 @@ def promote_version(
     from manyeyes.registry import versions
 
     check_reason(reason, "promote")
-    separator = "/" if version.strip().isdigit() else "@"
-    chosen = versions.describe(versions.parse_model_reference(f"{model.strip()}{separator}{version.strip()}"))
+    chosen = versions.describe(versions.parse_model_reference(model, version))
     before = versions.read_aliases(chosen.name)
     promoted = versions.promote(chosen.name, chosen.version, force=force, reason=reason.strip())
     return alias_report(

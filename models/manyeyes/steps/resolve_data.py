@@ -6,19 +6,17 @@ nothing to MLflow; ``preflight`` has done so.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 
 from manyeyes.data.download import normalise_md5
-from manyeyes.errors import RecipeError, RegistryError
+from manyeyes.errors import RecipeError
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
+from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.code_digest import code_digest
 from manyeyes.steps.inputs import locate_data
 from manyeyes.steps.report import facts, heading, markdown_facts
-
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def resolve_data(
@@ -107,20 +105,6 @@ def _check_stages(recipe: Recipe) -> None:
     if recipe.stages.pretrain is None and recipe.stages.sft is None:
         raise RecipeError(
             f'recipe "{recipe.name}" has no stage that makes a model', "pretrain, sft or both", "Add stages.sft."
-        )
-
-
-def check_registry_name(model: str) -> None:
-    """That MLflow and a command line take the name.
-
-    Raises:
-        RegistryError: They do not.
-    """
-    if not _MODEL_NAME.fullmatch(model):
-        raise RegistryError(
-            f'registry_model is "{model}"',
-            "letters, digits, dots, dashes and underscores",
-            "For instance: manyeyes-tiny",
         )
 
 

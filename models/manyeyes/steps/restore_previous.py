@@ -16,18 +16,19 @@ def restore_previous(
 
     Args:
         reporter: Not needed.
-        model: Name in the registry.
+        model: Name in the registry. NAME/VERSION is refused where that version was not champion before.
         reason: Why; kept with the version.
 
     Raises:
-        RegistryError: No reason, no such model, or no earlier champion.
+        RegistryError: No reason, no such model or version, no earlier champion, or another one than was named.
     """
     from manyeyes.registry import versions
 
     check_reason(reason, "roll back")
-    name = versions.describe(versions.parse_model_reference(model.strip())).name  # refuses a model without a champion
+    reference = versions.parse_model_reference(model)
+    name = versions.describe(reference).name  # refuses a model without a champion, and a version that is not there
     before = versions.read_aliases(name)
-    restored = versions.rollback(name, reason=reason.strip())
+    restored = versions.rollback(str(reference) if reference.names_version else name, reason=reason.strip())
     return alias_report(
         f"{name} version {restored.version} is champion again",
         before=before,
