@@ -7,8 +7,17 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
+from manyeyes.chat import IGNORE_INDEX, labels_of, split_branches
 from manyeyes.errors import RecipeError
-from manyeyes.runtime.chat import encode_conversation, render, render_with_spans, stop_token_ids
+from manyeyes.runtime.chat import (
+    Encoded,
+    Turns,
+    encode_answers,
+    encode_conversation,
+    render,
+    render_with_spans,
+    stop_token_ids,
+)
 from manyeyes.runtime.templates import CHAT_TEMPLATES, get_chat_template
 
 MARKS = {
@@ -127,7 +136,7 @@ EXPECTED: dict[str, tuple[str | None, str]] = {
         "<|begin_of_text|>",
         "3 4 22 5 21 21 26 6  4 23 5 21 21 I 21 27 6  4 24 5 21 21 *28 *6  4 23 5 21 21 29 6  4 24 5 21 21 *30 *6",
     ),
-    # Two of them.
+    # Two of them: Eagle's text holds one, and its tokenizer adds another.
     "eagle_llama_3": (
         "<|begin_of_text|>",
         "3 3 4 22 5 21 21 26 6  4 23 5 21 21 I 21 27 6  4 24 5 21 21 *28 *6  4 23 5 21 21 29 6  4 24 5 21 21 *30 *6",
@@ -140,7 +149,7 @@ EXPECTED: dict[str, tuple[str | None, str]] = {
     # The answer's header says "system".
     "mini_gemini_llama_3": (
         "<|begin_of_text|>",
-        "3 3 4 22 5 21 21 26 6  4 23 5 21 21 I 21 27 6  4 22 5 21 21 *28 *6  4 23 5 21 21 29 6  4 22 5 21 21 *30 *6",
+        "3 4 22 5 21 21 26 6  4 23 5 21 21 I 21 27 6  4 22 5 21 21 *28 *6  4 23 5 21 21 29 6  4 22 5 21 21 *30 *6",
     ),
     "chatml": (
         None,
@@ -199,6 +208,65 @@ def test_ids_and_mask_are_those_written_by_hand(name: str) -> None:
         for token, counted in zip(encoded.input_ids, encoded.supervised, strict=True)
     ]
     assert found == expected.split()
+
+
+# Beginnings of sequence in front of a text, with a tokenizer that adds one and with one that adds none.
+BEGINNINGS = {
+    **dict.fromkeys(CHAT_TEMPLATES, (1, 0)),
+    # In the text, so that the tokenizer does not matter.
+    **dict.fromkeys(("llama_3", "cambrian_llama_3", "mini_gemini_llama_3"), (1, 1)),
+    # Published so: one in the text, and the tokenizer's own.
+    "eagle_llama_3": (2, 1),
+}
+BEGINS_EXCHANGES = ("llama_2", "llava_llama_2", "mini_gemini_mistral")
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_every_template_begins_a_sequence_as_often_as_its_family(name: str, adds: bool) -> None:
+    template = CHAT_TEMPLATES[name]
+    bos = "<|begin_of_text|>" if name.endswith("llama_3") else "<s>"
+    tokenizer, bos_id = make_tokenizer(bos if adds else None), MARKS[bos]
+    expected = BEGINNINGS[name][0 if adds else 1]
+    system = "S" if template.takes_system else None
+    turns = [("human", "<image>"), ("gpt", "A"), ("human", ""), ("gpt", "AA")] if name == "plain" else TURNS
+
+    def encode(turns: Turns, images: int) -> Encoded:
+        return encode_conversation(
+            tokenizer,
+            template,
+            turns,
+            image_tokens=[1] * images,
+            image_token_id=IMAGE,
+            system=system,
+            generation_prompt=turns[-1][0] == "human",
+        )
+
+    trained = encode(turns, 1)
+    asked, asked_without_image = encode(turns[:1], 1), encode([("human", "Q")], 0)
+    group = split_branches([encode(turns[:2], 1)]) if name != "plain" else None
+    for ids in (
+        trained.input_ids,
+        asked.input_ids,
+        asked_without_image.input_ids,
+        *([group.prefix_ids] if group else []),
+    ):
+        assert list(ids[:expected]) == [bos_id] * expected
+        later = list(ids[expected:]).count(bos_id)
+        assert later == (1 if name in BEGINS_EXCHANGES and ids is trained.input_ids else 0)
+    assert labels_of(trained)[:expected] == [IGNORE_INDEX] * expected
+    assert bos_id not in labels_of(trained)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if name != "plain"])
+def test_options_begin_no_sequence(name: str, adds: bool) -> None:
+    bos = "<|begin_of_text|>" if name.endswith("llama_3") else "<s>"
+    tokenizer, template = make_tokenizer(bos if adds else None), CHAT_TEMPLATES[name]
+    stop_ids = stop_token_ids(tokenizer, template)
+    for question in ("<image>\nQ", "Q"):
+        for ids in encode_answers(tokenizer, template, [("human", question)], ["A", "AA"], stop_ids=stop_ids):
+            assert MARKS[bos] not in ids
 
 
 @pytest.mark.parametrize("name", STOPS)

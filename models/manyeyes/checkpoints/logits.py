@@ -122,8 +122,9 @@ def _encode_prompt(
 ) -> Encoded:
     template = processor.conversation_template
     if is_whole(prompt, template):
-        # Nothing around it but what the tokenizer itself puts in front.
-        bare = ChatTemplate(name="bare", adds_bos=template.adds_bos)
+        # Nothing around it but the beginning of sequence, where the text leaves it to the tokenizer.
+        start = "" if prompt.startswith(template.start) else template.start
+        bare = ChatTemplate(name="bare", start=start, adds_bos=template.adds_bos)
         return encode_conversation(
             processor.rust_tokenizer,
             bare,

@@ -75,7 +75,7 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
         )
     projector, projector_table = plan_projector(str(config.get("mm_projector_type") or "linear"))
     template = _template(checkpoint, model_type)
-    _compare_first_tokens(checkpoint, template, model_type=model_type)
+    _compare_beginnings(checkpoint, template, model_type=model_type)
     layout = None
     if image_grid > 1:
         layout = TokenLayout(tiling="grid", image_grid=image_grid, whole=(_CONVNEXT,), tile_size=canvas).as_dict()
@@ -198,16 +198,16 @@ def _template(checkpoint: OriginalCheckpoint, model_type: str) -> str:
     return "chatml_direct" if "<|im_start|>" in tokens else "vicuna_v1"
 
 
-def _compare_first_tokens(checkpoint: OriginalCheckpoint, template: str, *, model_type: str) -> None:
-    # The published code takes a text's first token for the tokenizer's own BOS, which the text itself begins with here.
+def _compare_beginnings(checkpoint: OriginalCheckpoint, template: str, *, model_type: str) -> None:
+    # The published text holds no beginning of sequence, and leaves it to the tokenizer; ours holds one.
     if template != "mini_gemini_llama_3":
         return
     tokenizer = load_published_tokenizer(checkpoint.tokenizer_path, model_type=model_type)
     if tokenizer("").input_ids:
         return
     checkpoint.notes.append(
-        "its tokenizer puts no token in front of a text, so that the published code drops the first one behind each "
-        "image, a line break; here it stays"
+        "its tokenizer puts no beginning of sequence in front of a text, so that the published code gives the model "
+        "none; here there is one"
     )
 
 

@@ -262,12 +262,12 @@ _ROWS = (
         gpt_prefix="<|start_header_id|>assistant<|end_header_id|>",
         trims=False,
     ),
-    # Mini-Gemini: the answer's header says "system", and two beginnings of sequence as in Eagle.
+    # Mini-Gemini: the answer's header says "system". One beginning of sequence: the published text leaves it to the
+    # tokenizer since commit 769820c; in the text it does not depend on the tokenizer.
     replace(
         _LLAMA_3,
         name="mini_gemini_llama_3",
         gpt_prefix="<|start_header_id|>system<|end_header_id|>\n\n",
-        adds_bos=True,
         trims=False,
     ),
     # LLaVA, Eagle and Cambrian-1 on Mistral: Llama 2 without a beginning of sequence between exchanges.
