@@ -13,7 +13,7 @@ import pytest
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.recipe import FloorRule
-from manyeyes.registry.gate import ChampionEvidence, judge, write_gate_report
+from manyeyes.registry.gate import ChampionEvidence, decide, write_gate_report
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import RegisteredVersion, register
 from manyeyes.runtime.bundle_files import REQUIRED_FILES, digest_files
@@ -97,7 +97,7 @@ def make_candidate(
         )
         for kind in ("torch", "bundle")
     }
-    report = judge(
+    report = decide(
         [FloorRule(rule="floor", benchmark="easy-vqa", at_least=floor)],
         scorecard=cards["torch"],
         bundle_scorecard=cards["bundle"],

@@ -26,7 +26,7 @@ from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError
 from manyeyes.recipe import ContaminationRule
-from manyeyes.registry.gate import _judge_contamination
+from manyeyes.registry.gate import Evidence, decide_rule
 from manyeyes.steps.inputs import read_quarantine
 
 LONG = "Which of the two ships in the harbour carries the flag with a yellow cross on blue ground? The left one."
@@ -236,7 +236,9 @@ def test_the_gate_judges_what_training_saw(
         headline=lambda: "some",
     )
     rule = ContaminationRule(rule="contamination", max_images=max_images, max_texts=max_texts)
-    result = _judge_contamination(rule, SimpleNamespace(contaminated_images=exact), report)  # type: ignore[arg-type]
+    validation = SimpleNamespace(contaminated_images=exact, eval_datasets=("val",))
+    evidence = Evidence(None, None, None, None, validation, None, report)  # type: ignore[arg-type]
+    result = decide_rule(rule, evidence)
     assert (result.passed, result.found) == (passed, found)
 
 

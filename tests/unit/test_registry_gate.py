@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import ast
 import json
+import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
+from pydantic import ValidationError
 
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import EvaluationError
+from manyeyes.errors import EvaluationError, RecipeError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
@@ -22,12 +28,15 @@ from manyeyes.recipe import (
     NonInferiorityRule,
     ParityRule,
     ValidationRule,
+    parse_recipe,
 )
+from manyeyes.recipe.gate import GATE_RULES
+from manyeyes.recipe.strict import Strict
 from manyeyes.registry.gate import (
     ChampionEvidence,
     GateReport,
     compare_outcomes,
-    judge,
+    decide,
     read_gate_report,
     write_gate_report,
 )
@@ -86,14 +95,15 @@ def validation(**changes: Any) -> Any:
         "rows": 4000,
         "quarantined": 0,
         "contaminated_images": 0,
+        "eval_datasets": ("easy-vqa-val",),
         "expectations": (),
     }
     return SimpleNamespace(**(facts | changes))
 
 
-def judge_one(rule: GateRule, scored: Scored, champion: ChampionEvidence | None = None, **evidence: Any) -> GateReport:
+def decide_one(rule: GateRule, scored: Scored, champion: ChampionEvidence | None = None, **evidence: Any) -> GateReport:
     given = {"parity": parity(), "validation": validation()} | evidence
-    return judge(
+    return decide(
         [rule],
         scorecard=scored.torch,
         bundle_scorecard=scored.bundle,
@@ -109,8 +119,8 @@ def as_champion(scored: Scored, version: int = 3) -> ChampionEvidence:
 
 def test_floor(good: Scored) -> None:
     # 34 of 36 images right: 94.44%.
-    passed = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.4), good)
-    failed = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.5), good)
+    passed = decide_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.4), good)
+    failed = decide_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=94.5), good)
     assert (passed.verdict, failed.verdict) == ("passed", "failed")
     assert failed.rules[0].found == "94.44%"
     assert failed.rules[0].needed == "at least 94.5%"
@@ -120,8 +130,8 @@ def test_floor(good: Scored) -> None:
 
 def test_image_adds(good: Scored) -> None:
     # 25% without the image: it adds 69.44 points.
-    passed = judge_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=69), good)
-    failed = judge_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=70), good)
+    passed = decide_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=69), good)
+    failed = decide_one(ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=70), good)
     assert (passed.verdict, failed.verdict) == ("passed", "failed")
     assert failed.rules[0].found == "+69.44 points"
     assert failed.rules[0].needed == "at least +70 points"
@@ -129,8 +139,8 @@ def test_image_adds(good: Scored) -> None:
 
 def test_non_inferiority(good: Scored, worse: Scored) -> None:
     rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
-    passed = judge_one(rule, good, as_champion(worse))
-    failed = judge_one(rule, worse, as_champion(good))
+    passed = decide_one(rule, good, as_champion(worse))
+    failed = decide_one(rule, worse, as_champion(good))
     assert (passed.verdict, failed.verdict) == ("passed", "failed")
     # Five of 36 images more are wrong: 13.89 points.
     assert passed.rules[0].found.startswith("+13.89 points (")
@@ -144,10 +154,10 @@ def test_a_better_mean_with_a_wide_interval_is_not_enough(snapshot: Snapshot, tm
     # Wrong on two other images: equal on average, but nobody knows within half a point.
     other = Scored(snapshot, tmp_path, range(5, 7), digest="other")
     rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
-    report = judge_one(rule, other, as_champion(good))
+    report = decide_one(rule, other, as_champion(good))
     assert report.rules[0].found.startswith("+0.00 points (-")
     assert report.verdict == "failed"
-    assert judge_one(rule.model_copy(update={"margin": -20}), other, as_champion(good)).verdict == "passed"
+    assert decide_one(rule.model_copy(update={"margin": -20}), other, as_champion(good)).verdict == "passed"
 
 
 def mme_items(right: dict[int, tuple[bool, bool]]) -> list[Outcome]:
@@ -193,11 +203,11 @@ def test_non_inferiority_compares_the_benchmarks_own_figure(good: Scored, worse:
     champion = as_mme(good, whole, 100.0, tmp_path / "champion")
     challenger = as_mme(worse, halves, 57.5, tmp_path / "challenger")
     rule = NonInferiorityRule(rule="non-inferiority", benchmark="mme", margin=-10)
-    failed = judge_one(rule, challenger, as_champion(champion))
+    failed = decide_one(rule, challenger, as_champion(champion))
     assert failed.verdict == "failed"
     assert failed.rules[0].found.startswith("-42.50 points (")
     assert "(version 3, 100.00 points), paired" in failed.rules[0].explanation
-    assert judge_one(rule, champion, as_champion(challenger)).rules[0].found.startswith("+42.50 points (")
+    assert decide_one(rule, champion, as_champion(challenger)).rules[0].found.startswith("+42.50 points (")
     # The interval is that of the difference of MME's own figure: the bootstrap of `manyeyes compare`.
     ours, theirs = ([outcome.graded for outcome in outcomes] for outcomes in (halves, whole))
     test = compare_scores(BENCHMARKS["mme"], theirs, ours, "official")
@@ -212,16 +222,16 @@ def test_non_inferiority_compares_the_benchmarks_own_figure(good: Scored, worse:
         bundle=challenger.bundle,
         items=challenger.items,
     )
-    assert "scores 0.05 points apart" in judge_one(ParityRule(rule="parity"), near).rules[0].found
+    assert "scores 0.05 points apart" in decide_one(ParityRule(rule="parity"), near).rules[0].found
 
 
 def test_the_same_model_again_is_not_inferior(good: Scored) -> None:
     rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
-    assert judge_one(rule, good, as_champion(good)).verdict == "passed"
+    assert decide_one(rule, good, as_champion(good)).verdict == "passed"
 
 
 def test_the_first_model_has_no_champion_to_be_worse_than(good: Scored) -> None:
-    report = judge_one(NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=0), good)
+    report = decide_one(NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=0), good)
     assert report.verdict == "passed"
     assert report.champion is None
     assert report.rules[0].found == "no champion yet"
@@ -231,7 +241,7 @@ def test_a_champion_of_other_questions_is_not_compared(snapshot: Snapshot, tmp_p
     cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
     rule = NonInferiorityRule(rule="non-inferiority", benchmark="easy-vqa", margin=-0.5)
     with pytest.raises(EvaluationError, match='champion version 3 was scored on another "easy-vqa"'):
-        judge_one(rule, good, as_champion(cut))
+        decide_one(rule, good, as_champion(cut))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +254,7 @@ def test_a_champion_of_other_questions_is_not_compared(snapshot: Snapshot, tmp_p
     ],
 )
 def test_parity(good: Scored, change: dict[str, float], verdict: str) -> None:
-    report = judge_one(ParityRule(rule="parity"), good, parity=parity(**change))
+    report = decide_one(ParityRule(rule="parity"), good, parity=parity(**change))
     assert report.verdict == verdict
     if "token_match" in change:
         assert report.rules[0].found.startswith("99.5% of 200 answers equal")
@@ -252,7 +262,7 @@ def test_parity(good: Scored, change: dict[str, float], verdict: str) -> None:
 
 def test_parity_needs_equal_scores_too(good: Scored, worse: Scored) -> None:
     good_torch_worse_bundle = SimpleNamespace(torch=good.torch, bundle=worse.bundle, items=worse.items)
-    report = judge_one(ParityRule(rule="parity"), good_torch_worse_bundle)
+    report = decide_one(ParityRule(rule="parity"), good_torch_worse_bundle)
     assert report.verdict == "failed"
     assert "scores 13.89 points apart" in report.rules[0].found
 
@@ -260,8 +270,8 @@ def test_parity_needs_equal_scores_too(good: Scored, worse: Scored) -> None:
 def test_validation(good: Scored) -> None:
     rule = ValidationRule(rule="validation")
     failed = [SimpleNamespace(name="roles alternate", success=False)]
-    assert judge_one(rule, good).verdict == "passed"
-    report = judge_one(rule, good, validation=validation(verdict="failed", expectations=failed))
+    assert decide_one(rule, good).verdict == "passed"
+    report = decide_one(rule, good, validation=validation(verdict="failed", expectations=failed))
     assert report.verdict == "failed"
     assert report.rules[0].found == "failed"
     assert "Not met: roles alternate." in report.rules[0].explanation
@@ -269,15 +279,15 @@ def test_validation(good: Scored) -> None:
 
 def test_contamination(good: Scored) -> None:
     rule = ContaminationRule(rule="contamination", max_images=1)
-    assert judge_one(rule, good, validation=validation(contaminated_images=1)).verdict == "passed"
-    report = judge_one(rule, good, validation=validation(contaminated_images=2))
+    assert decide_one(rule, good, validation=validation(contaminated_images=1)).verdict == "passed"
+    report = decide_one(rule, good, validation=validation(contaminated_images=2))
     assert report.verdict == "failed"
     assert (report.rules[0].found, report.rules[0].needed) == ("2 images", "at most 1 images")
 
 
 def test_one_failed_rule_fails_the_gate_and_all_rules_are_reported(good: Scored) -> None:
     recipe = make_recipe()
-    report = judge(
+    report = decide(
         recipe.gate,
         scorecard=good.torch,
         bundle_scorecard=good.bundle,
@@ -293,7 +303,7 @@ def test_one_failed_rule_fails_the_gate_and_all_rules_are_reported(good: Scored)
 
 def test_items_of_the_checkpoint_are_refused(good: Scored) -> None:
     with pytest.raises(EvaluationError, match="scorecard and items of one bundle"):
-        judge_one(
+        decide_one(
             ValidationRule(rule="validation"),
             SimpleNamespace(torch=good.torch, bundle=good.bundle, items=good.items.parents[1] / "torch/items.parquet"),
         )
@@ -304,24 +314,24 @@ def test_checkpoint_and_bundle_must_have_answered_the_same_questions(
 ) -> None:
     cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
     with pytest.raises(EvaluationError, match="different questions"):
-        judge_one(
+        decide_one(
             ValidationRule(rule="validation"), SimpleNamespace(torch=cut.torch, bundle=good.bundle, items=good.items)
         )
 
 
 def test_a_rule_on_a_benchmark_that_was_not_run_is_refused(good: Scored) -> None:
-    with pytest.raises(EvaluationError, match='a gate rule judges "gqa"'):
-        judge_one(FloorRule(rule="floor", benchmark="gqa", at_least=1), good)
+    with pytest.raises(EvaluationError, match='a gate rule is about "gqa"'):
+        decide_one(FloorRule(rule="floor", benchmark="gqa", at_least=1), good)
 
 
 def test_a_cut_benchmark_is_named_in_the_explanation(snapshot: Snapshot, tmp_path: Path) -> None:
     cut = Scored(snapshot, tmp_path, range(2), evaluation__max_items=20)
-    report = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=1), cut)
+    report = decide_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=1), cut)
     assert "Only the first 20 of 144 questions were asked." in report.rules[0].explanation
 
 
 def test_the_report_is_read_back_and_shown(good: Scored, tmp_path: Path) -> None:
-    report = judge_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=99), good)
+    report = decide_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=99), good)
     write_gate_report(report, tmp_path / "gate.json")
     assert read_gate_report(tmp_path / "gate.json") == report
     html, markdown = render_gate_html(report), render_gate_markdown(report)
@@ -332,3 +342,201 @@ def test_the_report_is_read_back_and_shown(good: Scored, tmp_path: Path) -> None
     assert "| floor: easy-vqa | 94.44% | at least 99% | **no** |" in markdown
     with pytest.raises(EvaluationError, match="not a gate report"):
         read_gate_report(tmp_path / "missing.json")
+
+
+# --- it fails closed ----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+CLASS, FUNCTION, CASE = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+RULES_SOURCE = (ROOT / "models/manyeyes/recipe/gate.py").read_text(encoding="utf-8")
+GATE_SOURCE = (ROOT / "models/manyeyes/registry/gate.py").read_text(encoding="utf-8")
+
+
+class UnknownRule(Strict):
+    rule: Literal["unknown"] = "unknown"
+
+
+def test_a_rule_that_nothing_decides_is_not_met(good: Scored) -> None:
+    report = decide_one(UnknownRule(), good)  # type: ignore[arg-type]
+    assert report.verdict == "failed"
+    assert report.reasons == ("unknown: found no verdict, needed a case in decide_rule",)
+
+
+def test_every_rule_of_the_union_is_decided(good: Scored, worse: Scored) -> None:
+    assert set(GATE_RULES) == {
+        rule.model_fields["rule"].annotation.__args__[0] for rule in get_args(get_args(GateRule)[0])
+    }
+    values = {"benchmark": "easy-vqa", "at_least": 1, "margin": -99}
+    for name, rule in GATE_RULES.items():
+        given = {key: value for key, value in values.items() if key in rule.model_fields}
+        report = decide_one(rule.model_validate({"rule": name, **given}), good, as_champion(worse))
+        assert (report.verdict, report.rules[0].rule) == ("passed", name)
+
+
+def test_no_rules_pass_nothing(good: Scored) -> None:
+    with pytest.raises(EvaluationError, match="no gate rules"):
+        decide(
+            [],
+            scorecard=good.torch,
+            bundle_scorecard=good.bundle,
+            parity=parity(),
+            validation=validation(),
+            items=good.items,
+            champion=None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("rule", "evidence", "why"),
+    [
+        (ParityRule(rule="parity"), {"parity": None}, "compared on no answer"),
+        (ParityRule(rule="parity"), {"parity": parity(items=0)}, "compared on no answer"),
+        (ValidationRule(rule="validation"), {"validation": None}, "No sample was validated"),
+        (ValidationRule(rule="validation"), {"validation": validation(rows=0)}, "No sample was validated"),
+        (ContaminationRule(rule="contamination"), {"validation": None}, "was not validated"),
+        (ContaminationRule(rule="contamination"), {"validation": validation(eval_datasets=())}, "Nothing was compared"),
+        (ContaminationRule(rule="contamination", max_texts=0), {}, "Texts were not searched for"),
+    ],
+)
+def test_a_rule_without_its_evidence_is_not_met(good: Scored, rule: Any, evidence: Any, why: str) -> None:
+    report = decide_one(rule, good, **evidence)
+    assert (report.verdict, report.rules[0].found) == ("failed", "no verdict")
+    assert why in report.rules[0].explanation
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FloorRule(rule="floor", benchmark="mm-vet", at_least=0),
+        ImageAddsRule(rule="image-adds", benchmark="mm-vet", at_least=-100),
+        NonInferiorityRule(rule="non-inferiority", benchmark="mm-vet", margin=-100),
+    ],
+)
+def test_a_rule_on_a_skipped_benchmark_is_not_met(good: Scored, rule: Any) -> None:
+    skipped = {"skipped": {"mm-vet": "no judge"}}
+    cards = SimpleNamespace(
+        torch=good.torch.model_copy(update=skipped), bundle=good.bundle.model_copy(update=skipped), items=good.items
+    )
+    report = decide_one(rule, cards)
+    assert (report.verdict, report.rules[0].found) == ("failed", "no verdict")
+    assert "It was skipped: no judge." in report.rules[0].explanation
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FloorRule(rule="floor", benchmark="easy-vqa", at_least=float("nan")),
+        ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=float("nan")),
+        ParityRule.model_construct(rule="parity", max_abs_logit=float("nan")),
+        ParityRule.model_construct(rule="parity", max_score_difference=float("nan")),
+        NonInferiorityRule.model_construct(rule="non-inferiority", benchmark="easy-vqa", margin=float("nan")),
+    ],
+)
+def test_what_is_no_number_meets_no_rule(good: Scored, worse: Scored, rule: Any) -> None:
+    assert decide_one(rule, good, as_champion(worse)).verdict == "failed"
+
+
+@pytest.mark.parametrize("change", [{"verdict": "passed"}, {"rules": ()}])
+def test_a_verdict_that_its_rules_do_not_say_is_refused(good: Scored, tmp_path: Path, change: dict[str, Any]) -> None:
+    report = decide_one(FloorRule(rule="floor", benchmark="easy-vqa", at_least=99), good)
+    stored = json.loads(report.model_dump_json()) | change
+    (tmp_path / "gate.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="not a gate report"):
+        read_gate_report(tmp_path / "gate.json")
+    with pytest.raises(ValidationError):
+        GateReport.model_validate(stored)
+
+
+def test_an_unknown_rule_in_a_stored_recipe_is_refused() -> None:
+    stored = json.loads(make_recipe().canonical_json())
+    stored["gate"].append({"rule": "vibes", "benchmark": "easy-vqa"})
+    with pytest.raises(RecipeError, match="gate"):
+        parse_recipe(json.dumps(stored))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"items": "many"}'])
+def test_evidence_that_cannot_be_read_stops_the_step(content: bytes | None, tmp_path: Path) -> None:
+    from manyeyes.export.parity import ParityReport
+    from manyeyes.steps.gate import _read
+
+    if content is not None:
+        (tmp_path / "parity.json").write_bytes(content)
+    with pytest.raises(EvaluationError, match="is no ParityReport"):
+        _read(ParityReport, tmp_path / "parity.json")
+
+
+# --- docs/gate.md -------------------------------------------------------------------------------------------------
+
+
+def rules_of_the_page() -> types.ModuleType:
+    """The module of rules as the page changes it."""
+    before, union = RULES_SOURCE.split("GateRule = Annotated[")
+    union = union.replace("| ContaminationRule", "| ContaminationRule | ReadableRule", 1)
+    module = types.ModuleType("rules_of_the_page")
+    sys.modules[module.__name__] = module  # pydantic looks for the names of annotations there
+    exec(compile(f"{before}{CLASS}\n\nGateRule = Annotated[{union}", "gate.py", "exec"), module.__dict__)
+    return module
+
+
+def with_case(source: str) -> str:
+    last = "            return _decide_contamination(rule, evidence)\n"
+    assert source.count(last) == 1
+    return source.replace(last, last + CASE)
+
+
+def test_the_page_has_every_rule_and_its_fields() -> None:
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \|(.*)$", PAGE, flags=re.MULTILINE))
+    assert set(rows) == set(GATE_RULES)
+    for name, rule in GATE_RULES.items():
+        for field in set(rule.model_fields) - {"rule", "benchmark"}:
+            assert f"`{field}`" in rows[name]
+
+
+def test_the_rule_of_the_page_can_be_added_and_fails_closed_without_its_case(good: Scored) -> None:
+    rules = rules_of_the_page()
+    assert list(rules.GATE_RULES) == [*GATE_RULES, "readable"]
+    rule = rules.GATE_RULES["readable"](rule="readable", benchmark="easy-vqa", at_most=5)
+    assert decide_one(rule, good).verdict == "failed"
+    assert decide_one(rule, good).rules[0].found == "no verdict"
+
+    changed = types.ModuleType("gate_of_the_page")
+    sys.modules[changed.__name__] = changed
+    changed.__dict__["ReadableRule"] = rules.ReadableRule
+    exec(compile(f"{with_case(GATE_SOURCE)}\n\n{FUNCTION}", "gate.py", "exec"), changed.__dict__)
+    del sys.modules[changed.__name__]
+    evidence = {"parity": parity(), "validation": validation(), "champion": None}
+    cards = {"scorecard": good.torch, "bundle_scorecard": good.bundle, "items": good.items}
+    score = good.bundle.benchmarks["easy-vqa"]
+    share = 100 * score.parse_failures / score.n
+    assert share > 0
+    for at_most, verdict in ((share, "passed"), (share - 0.01, "failed")):
+        report = changed.decide([rule.model_copy(update={"at_most": at_most})], **cards, **evidence)
+        assert (report.verdict, report.rules[0].found) == (verdict, f"{share:.2f}%")
+
+
+@pytest.mark.parametrize("case", [True, False])
+def test_mypy_refuses_a_rule_without_its_case(case: bool, tmp_path: Path) -> None:
+    tree = ast.parse(with_case(GATE_SOURCE) if case else GATE_SOURCE)
+    (function,) = [part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == "decide_rule"]
+    rules = [rule.__name__ for rule in rules_of_the_page().GATE_RULES.values()]
+    called = sorted(set(re.findall(r"_decide_\w+|_no_verdict", ast.unparse(function))))
+    lines = [
+        "from typing import Any, assert_never",
+        *(f"class {name}: ..." for name in ("RuleResult", "Evidence", *rules)),
+        f"GateRule = {' | '.join(rules)}",
+        *(f"def {name}(*given: Any, **more: Any) -> RuleResult: return RuleResult()" for name in called),
+        ast.unparse(function),
+    ]
+    file = tmp_path / "gate_of_the_page.py"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["--config-file=", "--cache-dir", str(tmp_path / "cache"), str(file)]
+    told = subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments], capture_output=True, encoding="utf-8", check=False, cwd=tmp_path
+    )
+    errors = [line for line in told.stdout.splitlines() if "error:" in line]
+    if case:
+        assert (told.returncode, errors) == (0, [])
+    else:
+        assert len(errors) == 1, told.stdout
+        assert 'Argument 1 to "assert_never" has incompatible type "ReadableRule"' in errors[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -68,3 +68,8 @@ GateRule = Annotated[
     FloorRule | NonInferiorityRule | ImageAddsRule | ParityRule | ValidationRule | ContaminationRule,
     Field(discriminator="rule"),
 ]
+
+# Every rule by the name that a recipe writes; the union above is the one list of them.
+GATE_RULES: dict[str, type[Strict]] = {
+    get_args(rule.model_fields["rule"].annotation)[0]: rule for rule in get_args(get_args(GateRule)[0])
+}

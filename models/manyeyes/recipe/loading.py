@@ -12,14 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.gate import (
-    ContaminationRule,
-    FloorRule,
-    ImageAddsRule,
-    NonInferiorityRule,
-    ParityRule,
-    ValidationRule,
-)
+from manyeyes.recipe.gate import GATE_RULES
 from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.recipe import Recipe
 
@@ -177,18 +170,8 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             continue
         field = getattr(model, "model_fields", {}).get(part)
         # A part that is no field is the tag of a gate rule.
-        model = _GATE_RULES.get(part) if field is None else _model_inside(field.annotation)
+        model = GATE_RULES.get(part) if field is None else _model_inside(field.annotation)
     return sorted(getattr(model, "model_fields", {}))
-
-
-_GATE_RULES: dict[str, type[BaseModel]] = {
-    "floor": FloorRule,
-    "non-inferiority": NonInferiorityRule,
-    "image-adds": ImageAddsRule,
-    "parity": ParityRule,
-    "validation": ValidationRule,
-    "contamination": ContaminationRule,
-}
 
 
 def _model_inside(annotation: Any) -> Any:

@@ -1,7 +1,8 @@
 """The gate: may this version be promoted?
 
-Pure: rules and evidence in, report out. Scores are the bundle's, because the bundle is what is served; torch's own
-scorecard only says whether the export kept them.
+Pure: rules and evidence in, report out. It fails closed: a rule without its evidence, or that nothing here decides, is
+not met. `docs/gate.md` has every rule and how to add one. Scores are the bundle's, because the bundle is what is
+served; torch's own scorecard only says whether the export kept them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import find_benchmark
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 Verdict = Literal["passed", "failed"]
 
 
+class _OfBenchmark(Protocol):
+    @property
+    def rule(self) -> str: ...
+    @property
+    def benchmark(self) -> str: ...
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +53,7 @@ class RuleResult(_Strict):
     """One rule of the recipe."""
 
     rule: str = Field(description="Kind of rule, as in the recipe.")
-    benchmark: str | None = Field(description="The benchmark that it judges, or null.")
+    benchmark: str | None = Field(description="The benchmark that it is about, or null.")
     found: str = Field(description="What was found, with its unit.")
     needed: str = Field(description="What the rule asks for, with its unit.")
     passed: bool = Field(description="Whether the rule is met.")
@@ -58,10 +66,16 @@ class GateReport(_Strict):
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
     verdict: Verdict = Field(description="passed when every rule is met.")
     rules: tuple[RuleResult, ...] = Field(min_length=1, description="In the recipe's order.")
-    challenger: str = Field(description="Digest of the bundle that was judged.")
+    challenger: str = Field(description="Digest of the bundle that was decided about.")
     champion: int | None = Field(description="Version of the champion that it was compared with; null for the first.")
     champion_digest: str | None = Field(description="Digest of the champion's bundle, or null.")
     benchmark_digests: dict[str, str] = Field(description="By benchmark; both models were scored on these questions.")
+
+    @model_validator(mode="after")
+    def _verdict_follows_the_rules(self) -> GateReport:
+        if self.verdict != _verdict(self.rules):
+            raise ValueError(f"verdict is {self.verdict}, and the rules say {_verdict(self.rules)}")
+        return self
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -93,13 +107,36 @@ class ChampionEvidence:
     rescored: bool = False
 
 
-def judge(
+@dataclass(frozen=True)
+class Evidence:
+    """What rules are decided from; ``None`` is evidence that is missing, and a rule that needs it is not met.
+
+    Attributes:
+        scorecard: Of the checkpoint in torch.
+        bundle_scorecard: Of the bundle, on the same questions.
+        outcomes: The bundle's items.
+        parity: Bundle against torch.
+        validation: Of the training data.
+        champion: The champion on the same questions, or ``None`` when there is none yet.
+        contamination: Of the training data; without it only exact duplicates are known.
+    """
+
+    scorecard: Scorecard
+    bundle_scorecard: Scorecard
+    outcomes: OutcomeFile
+    parity: ParityReport | None
+    validation: ValidationReport | None
+    champion: ChampionEvidence | None
+    contamination: ContaminationReport | None
+
+
+def decide(
     rules: Sequence[GateRule],
     *,
     scorecard: Scorecard,
     bundle_scorecard: Scorecard,
-    parity: ParityReport,
-    validation: ValidationReport,
+    parity: ParityReport | None,
+    validation: ValidationReport | None,
     items: Path,
     champion: ChampionEvidence | None,
     contamination: ContaminationReport | None = None,
@@ -117,8 +154,11 @@ def judge(
         contamination: Of the training data; without it only exact duplicates are known.
 
     Raises:
-        EvaluationError: The evidence does not belong together: other models, other questions, a benchmark missing.
+        EvaluationError: No rules, or evidence that does not belong together: other models, other questions, a benchmark
+            missing.
     """
+    if not rules:
+        raise EvaluationError("no gate rules", "one at least: without any, everything would pass", "Add one to `gate`.")
     outcomes = _belonging(items, bundle_scorecard)
     if scorecard.model.kind != "torch":
         raise EvaluationError(
@@ -131,30 +171,37 @@ def judge(
         raise EvaluationError(
             "checkpoint and bundle were asked different questions", "one benchmark digest", "Evaluate both again."
         )
-    results = []
-    for rule in rules:
-        match rule:
-            case FloorRule():
-                results.append(_judge_floor(rule, _score_of(bundle_scorecard, rule.benchmark)))
-            case ImageAddsRule():
-                results.append(_judge_image_adds(rule, _score_of(bundle_scorecard, rule.benchmark)))
-            case NonInferiorityRule():
-                score = _score_of(bundle_scorecard, rule.benchmark)
-                results.append(_judge_non_inferiority(rule, score, outcomes, champion))
-            case ParityRule():
-                results.append(_judge_parity(rule, scorecard, bundle_scorecard, parity))
-            case ValidationRule():
-                results.append(_judge_validation(validation))
-            case ContaminationRule():
-                results.append(_judge_contamination(rule, validation, contamination))
+    evidence = Evidence(scorecard, bundle_scorecard, outcomes, parity, validation, champion, contamination)
+    results = tuple(decide_rule(rule, evidence) for rule in rules)
     return GateReport(
-        verdict="passed" if all(result.passed for result in results) else "failed",
-        rules=tuple(results),
+        verdict=_verdict(results),
+        rules=results,
         challenger=bundle_scorecard.model.digest,
         champion=champion.version if champion else None,
         champion_digest=champion.bundle_digest if champion else None,
         benchmark_digests={name: score.benchmark_digest for name, score in bundle_scorecard.benchmarks.items()},
     )
+
+
+def decide_rule(rule: GateRule, evidence: Evidence) -> RuleResult:
+    """Apply one rule. One that has no case here is not met, and mypy refuses this function."""
+    match rule:
+        case FloorRule():
+            return _decide_floor(rule, evidence)
+        case ImageAddsRule():
+            return _decide_image_adds(rule, evidence)
+        case NonInferiorityRule():
+            return _decide_non_inferiority(rule, evidence)
+        case ParityRule():
+            return _decide_parity(rule, evidence)
+        case ValidationRule():
+            return _decide_validation(rule, evidence)
+        case ContaminationRule():
+            return _decide_contamination(rule, evidence)
+    try:
+        assert_never(rule)
+    except AssertionError:
+        return _no_verdict(rule, "a case in decide_rule", why="Nothing decides this rule.")
 
 
 def compare_outcomes(
@@ -212,6 +259,22 @@ def read_gate_report(path: Path) -> GateReport:
         ) from error
 
 
+def _verdict(rules: Sequence[RuleResult]) -> Verdict:
+    return "passed" if rules and all(result.passed for result in rules) else "failed"
+
+
+def _no_verdict(rule: GateRule | _OfBenchmark, needed: str, *, why: str) -> RuleResult:
+    """What a rule says that cannot be decided: not met."""
+    return RuleResult(
+        rule=rule.rule,
+        benchmark=getattr(rule, "benchmark", None),
+        found="no verdict",
+        needed=needed,
+        passed=False,
+        explanation=f"{why} A rule that cannot be decided is not met.",
+    )
+
+
 def _belonging(items: Path, scorecard: Scorecard) -> OutcomeFile:
     outcomes = read_outcomes(items)
     if scorecard.model.kind != "bundle" or outcomes.model_digest != scorecard.model.digest:
@@ -229,17 +292,31 @@ def _belonging(items: Path, scorecard: Scorecard) -> OutcomeFile:
     return outcomes
 
 
-def _score_of(scorecard: Scorecard, benchmark: str) -> BenchmarkScore:
-    if benchmark not in scorecard.benchmarks:
+def _score_of(scorecard: Scorecard, benchmark: str) -> BenchmarkScore | None:
+    """The score that a rule is about; ``None`` where the benchmark was skipped.
+
+    Raises:
+        EvaluationError: The benchmark was not asked at all.
+    """
+    if benchmark not in scorecard.benchmarks and benchmark not in scorecard.skipped:
         raise EvaluationError(
             f"scorecard has {', '.join(scorecard.benchmarks)}",
-            f'a gate rule judges "{benchmark}"',
+            f'a gate rule is about "{benchmark}"',
             "Add it to evaluation.benchmarks and evaluate again.",
         )
-    return scorecard.benchmarks[benchmark]
+    return scorecard.benchmarks.get(benchmark)
 
 
-def _judge_floor(rule: FloorRule, score: BenchmarkScore) -> RuleResult:
+def _skipped(rule: _OfBenchmark, scorecard: Scorecard) -> RuleResult:
+    return _no_verdict(
+        rule, f"a score on {rule.benchmark}", why=f"It was skipped: {scorecard.skipped[rule.benchmark]}."
+    )
+
+
+def _decide_floor(rule: FloorRule, evidence: Evidence) -> RuleResult:
+    score = _score_of(evidence.bundle_scorecard, rule.benchmark)
+    if score is None:
+        return _skipped(rule, evidence.bundle_scorecard)
     return RuleResult(
         rule=rule.rule,
         benchmark=rule.benchmark,
@@ -250,7 +327,10 @@ def _judge_floor(rule: FloorRule, score: BenchmarkScore) -> RuleResult:
     )
 
 
-def _judge_image_adds(rule: ImageAddsRule, score: BenchmarkScore) -> RuleResult:
+def _decide_image_adds(rule: ImageAddsRule, evidence: Evidence) -> RuleResult:
+    score = _score_of(evidence.bundle_scorecard, rule.benchmark)
+    if score is None:
+        return _skipped(rule, evidence.bundle_scorecard)
     low, high = score.image_adds_ci95
     return RuleResult(
         rule=rule.rule,
@@ -263,9 +343,10 @@ def _judge_image_adds(rule: ImageAddsRule, score: BenchmarkScore) -> RuleResult:
     )
 
 
-def _judge_non_inferiority(
-    rule: NonInferiorityRule, score: BenchmarkScore, outcomes: OutcomeFile, champion: ChampionEvidence | None
-) -> RuleResult:
+def _decide_non_inferiority(rule: NonInferiorityRule, evidence: Evidence) -> RuleResult:
+    score, champion = _score_of(evidence.bundle_scorecard, rule.benchmark), evidence.champion
+    if score is None:
+        return _skipped(rule, evidence.bundle_scorecard)
     needed = f"lower end above {rule.margin:+g} points"
     if champion is None:
         return RuleResult(
@@ -284,7 +365,7 @@ def _judge_non_inferiority(
             "Score its bundle again: comparable_champion does.",
         )
     difference = compare_outcomes(
-        rule.benchmark, outcomes.of(rule.benchmark), theirs.of(rule.benchmark), variant=score.variant
+        rule.benchmark, evidence.outcomes.of(rule.benchmark), theirs.of(rule.benchmark), variant=score.variant
     )
     anew = " scored anew on these questions" if champion.rescored else ""
     return RuleResult(
@@ -300,36 +381,38 @@ def _judge_non_inferiority(
     )
 
 
-def _judge_parity(
-    rule: ParityRule, scorecard: Scorecard, bundle_scorecard: Scorecard, parity: ParityReport
-) -> RuleResult:
-    apart = max(
-        abs(score.score - bundle_scorecard.benchmarks[name].score) * 100 / score.maximum
-        for name, score in scorecard.benchmarks.items()
+def _decide_parity(rule: ParityRule, evidence: Evidence) -> RuleResult:
+    parity, ours, theirs = evidence.parity, evidence.scorecard.benchmarks, evidence.bundle_scorecard.benchmarks
+    needed = (
+        f"{100 * rule.token_match:g}%, logits within {rule.max_abs_logit:g}, scores at most "
+        f"{rule.max_score_difference:g} points apart"
     )
-    passed = (
-        parity.items > 0
-        and parity.token_match >= rule.token_match
-        and parity.max_abs_logit <= rule.max_abs_logit
-        and apart <= rule.max_score_difference
-    )
+    if parity is None or parity.items == 0:
+        return _no_verdict(rule, needed, why="Bundle and torch were compared on no answer.")
+    if not ours:
+        return _no_verdict(rule, needed, why="Every benchmark was skipped, so there are no scores to compare.")
+    apart = [abs(score.score - theirs[name].score) * 100 / score.maximum for name, score in ours.items()]
     return RuleResult(
         rule=rule.rule,
         benchmark=None,
         found=f"{100 * parity.token_match:.1f}% of {parity.items} answers equal, logits within "
-        f"{parity.max_abs_logit:.2g}, scores {apart:.2f} points apart",
-        needed=f"{100 * rule.token_match:g}%, logits within {rule.max_abs_logit:g}, scores at most "
-        f"{rule.max_score_difference:g} points apart",
-        passed=passed,
+        f"{parity.max_abs_logit:.2g}, scores {max(apart):.2f} points apart",
+        needed=needed,
+        passed=parity.token_match >= rule.token_match
+        and parity.max_abs_logit <= rule.max_abs_logit
+        and all(points <= rule.max_score_difference for points in apart),
         explanation="The bundle answers as torch does: whole token sequences, first logits, and scores on every "
         "benchmark.",
     )
 
 
-def _judge_validation(validation: ValidationReport) -> RuleResult:
+def _decide_validation(rule: ValidationRule, evidence: Evidence) -> RuleResult:
+    validation = evidence.validation
+    if validation is None or validation.rows == 0:
+        return _no_verdict(rule, "passed", why="No sample was validated.")
     failed = [outcome.name for outcome in validation.expectations if not outcome.success]
     return RuleResult(
-        rule="validation",
+        rule=rule.rule,
         benchmark=None,
         found=validation.verdict,
         needed="passed",
@@ -339,9 +422,18 @@ def _judge_validation(validation: ValidationReport) -> RuleResult:
     )
 
 
-def _judge_contamination(
-    rule: ContaminationRule, validation: ValidationReport, contamination: ContaminationReport | None
-) -> RuleResult:
+def _decide_contamination(rule: ContaminationRule, evidence: Evidence) -> RuleResult:
+    validation, contamination = evidence.validation, evidence.contamination
+    needed = f"at most {rule.max_images:,} images" + (
+        f", {rule.max_texts:,} texts" if rule.max_texts is not None else ""
+    )
+    if validation is None:
+        return _no_verdict(rule, needed, why="The training data was not validated.")
+    if contamination is None and not validation.eval_datasets:
+        why = "Nothing was compared: data.eval_datasets and data.contamination.benchmarks of the recipe are empty."
+        return _no_verdict(rule, needed, why=why)
+    if contamination is None and rule.max_texts is not None:
+        return _no_verdict(rule, needed, why="Texts were not searched for.")
     exact = validation.contaminated_images
     near = contamination.remaining_images if contamination else 0
     texts = contamination.remaining_texts if contamination else 0
@@ -356,8 +448,7 @@ def _judge_contamination(
         rule=rule.rule,
         benchmark=None,
         found=f"{exact + near:,} images" + (f", {texts:,} texts" if rule.max_texts is not None else ""),
-        needed=f"at most {rule.max_images:,} images"
-        + (f", {rule.max_texts:,} texts" if rule.max_texts is not None else ""),
+        needed=needed,
         passed=exact + near <= rule.max_images and not too_many_texts,
         explanation="Training images that an evaluation set has too: by exact sha256, and near duplicates that "
         f"training does not leave out. {searched}",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
+import pydantic
+
+from manyeyes.errors import EvaluationError
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.inputs import cache_dir, open_inputs
+
+T = TypeVar("T", bound=pydantic.BaseModel)
 
 
 def gate(
@@ -44,7 +50,7 @@ def gate(
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
     from manyeyes.registry.champion import comparable_champion
-    from manyeyes.registry.gate import judge, write_gate_report
+    from manyeyes.registry.gate import decide, write_gate_report
     from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
@@ -58,12 +64,12 @@ def gate(
         code_digest=code_digest,
         work_dir=cache_dir() / "champions" / registry_model,
     )
-    report = judge(
+    report = decide(
         inputs.recipe.gate,
         scorecard=read_scorecard(scorecard / "scorecard.json"),
         bundle_scorecard=bundle_scores,
-        parity=ParityReport.model_validate_json((parity / "parity.json").read_text(encoding="utf-8")),
-        validation=ValidationReport.model_validate_json((validation / "validation.json").read_text(encoding="utf-8")),
+        parity=_read(ParityReport, parity / "parity.json"),
+        validation=_read(ValidationReport, validation / "validation.json"),
         items=bundle_scorecard / "items.parquet",
         champion=champion,
         contamination=read_contamination(validation),
@@ -83,6 +89,15 @@ def gate(
         markdown=render_gate_markdown(report),
         metadata={"verdict": report.verdict, "challenger": report.challenger},
     )
+
+
+def _read(report: type[T], path: Path) -> T:
+    try:
+        return report.model_validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError) as error:
+        raise EvaluationError(
+            f"{path} is no {report.__name__} ({error})", "the folder that an earlier step wrote", "Run that step again."
+        ) from error
 
 
 STEP = Step(

@@ -102,7 +102,7 @@ class Need(BaseModel):
 
 
 def check_stages(recipe: Recipe) -> list[Check]:
-    """That some stage makes a model, and that every benchmark is known."""
+    """That some stage makes a model, every benchmark is known, and the gate has something to decide from."""
     from manyeyes.evaluation.benchmarks import find_benchmark
 
     checks = [Check("recipe", "ok", f"{recipe.name}, digest {recipe.digest[:12]}")]
@@ -112,6 +112,17 @@ def check_stages(recipe: Recipe) -> list[Check]:
         )
     for name in recipe.evaluation.benchmarks:
         checks.append(_tried(f"benchmark {name}", name, partial(find_benchmark, name)))
+    compared = recipe.data.eval_datasets or recipe.data.contamination.benchmarks
+    if not compared and any(rule.rule == "contamination" for rule in recipe.gate):
+        checks.append(
+            Check(
+                "gate",
+                "warning",
+                "rule contamination, and no data set to compare the training data with: it will not be met",
+                "data.eval_datasets or data.contamination.benchmarks",
+                "Name the evaluation's data sets there, or leave the rule out.",
+            )
+        )
     return checks
 
 
