@@ -166,6 +166,11 @@ def test_wrong_parameter_says_what_is_right(pair: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_value_that_no_command_line_takes_is_refused_before_anything_starts() -> None:
+    with pytest.raises(PipelineError, match="65,536 at most"):
+        run_parameters({"text": {"parameterType": "STRING"}}, given=[f"text={'x' * 200_000}"])
+
+
 def test_recipe_file_travels_as_text_and_a_shipped_one_by_name(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("extends: tiny\nname: own\n", encoding="utf-8")

@@ -120,3 +120,9 @@ def test_plan_checks_every_variant_before_anything_is_trained(recipe: Recipe) ->
         plan("evaluation.max_items=[10, 20]")
     with pytest.raises(RecipeError, match="trains no model"):
         plan("stages={}".format("[as-is, {prealign: null}]"))
+
+
+def test_a_grid_of_billions_is_counted_and_not_made() -> None:
+    lines = [f"model.fusion.options.x{number}=[{', '.join(map(str, range(50)))}]" for number in range(20)]
+    with pytest.raises(RecipeError, match="variants; 2 to 64"):
+        read_grid("\n".join(lines))

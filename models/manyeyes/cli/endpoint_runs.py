@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
@@ -24,6 +25,8 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # Nodes of the backend's own that stand beside every task.
 _MACHINERY = re.compile(r"^(root|.*-driver|executor(\(\d+\))?|iteration-.*|.*\(\d+\)|[0-9a-f-]{36})$")
 _MOST_LOGS = 16
+# Linux allows 131,072 bytes for an argument; JSON inside JSON doubles quotes.
+_MAX_VALUE_BYTES = 65_536
 # How long an endpoint may be away while a run is followed.
 _PATIENCE_S = 600.0
 
@@ -119,6 +122,14 @@ def run_parameters(
         raise PipelineError(
             f"{', '.join(missing)} not given", "a value: there is no default", f"Add --param {missing[0]}=..."
         )
+    for name, value in values.items():
+        size = len(json.dumps(value))
+        if size > _MAX_VALUE_BYTES:
+            raise PipelineError(
+                f"{name} takes {size:,} bytes as JSON",
+                f"{_MAX_VALUE_BYTES:,} at most: a step gets it on its command line",
+                "Shorten it, or split the run.",
+            )
     return values
 
 

@@ -20,6 +20,7 @@ from manyeyes.recipe.loading import (
     load_recipe,
     parse_overrides,
     parse_recipe,
+    read_recipe_text,
 )
 from manyeyes.recipe.model import (
     ChatSpec,
@@ -86,4 +87,5 @@ __all__ = [
     "load_recipe",
     "parse_overrides",
     "parse_recipe",
+    "read_recipe_text",
 ]

@@ -6,7 +6,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from manyeyes.recipe.strict import Strict
+from manyeyes.recipe.strict import MAX_COUNT, Strict
+
+# Beyond the maximum of any benchmark.
+_MAX_POINTS = 1e6
 
 
 class FloorRule(Strict):
@@ -14,7 +17,7 @@ class FloorRule(Strict):
 
     rule: Literal["floor"]
     benchmark: str
-    at_least: float
+    at_least: float = Field(ge=0, le=_MAX_POINTS, description="Points of the benchmark's own figure.")
 
 
 class NonInferiorityRule(Strict):
@@ -22,7 +25,9 @@ class NonInferiorityRule(Strict):
 
     rule: Literal["non-inferiority"]
     benchmark: str
-    margin: float = Field(le=0, description="Points of the benchmark's own figure (MME: of 2,000); 0 or below.")
+    margin: float = Field(
+        ge=-_MAX_POINTS, le=0, description="Points of the benchmark's own figure (MME: of 2,000); 0 or below."
+    )
 
 
 class ImageAddsRule(Strict):
@@ -30,7 +35,7 @@ class ImageAddsRule(Strict):
 
     rule: Literal["image-adds"]
     benchmark: str
-    at_least: float
+    at_least: float = Field(ge=0, le=_MAX_POINTS, description="Points of the benchmark's own figure.")
 
 
 class ParityRule(Strict):
@@ -38,9 +43,12 @@ class ParityRule(Strict):
 
     rule: Literal["parity"]
     token_match: float = Field(default=1.0, ge=0, le=1)
-    max_abs_logit: float = Field(default=1e-3, gt=0)
+    max_abs_logit: float = Field(default=1e-3, gt=0, le=1e6)
     max_score_difference: float = Field(
-        default=0.1, ge=0, description="Points between torch's and bundle's score, each as percent of its maximum."
+        default=0.1,
+        ge=0,
+        le=100,
+        description="Points between torch's and bundle's score, each as percent of its maximum.",
     )
 
 
@@ -55,11 +63,12 @@ class ContaminationRule(Strict):
 
     rule: Literal["contamination"]
     max_images: int = Field(
-        default=0, ge=0, description="Exact duplicates, and near ones that training does not leave out."
+        default=0, ge=0, le=MAX_COUNT, description="Exact duplicates, and near ones that training does not leave out."
     )
     max_texts: int | None = Field(
         default=None,
         ge=0,
+        le=MAX_COUNT,
         description="Samples with a text of an evaluation set that training does not leave out; null does not judge.",
     )
 

@@ -25,11 +25,11 @@ class JudgeSpec(Strict):
     readings: int = Field(
         default=3, gt=0, le=10, description="Answers to one question until one can be read; each is asked warmer."
     )
-    timeout_s: float = Field(default=60, gt=0, description="Longest time for one request; seconds.")
+    timeout_s: float = Field(default=60, gt=0, le=86_400, description="Longest time for one request; seconds.")
     concurrency: int = Field(default=4, gt=0, le=64, description="Requests at a time.")
-    requests_per_minute: float | None = Field(default=None, gt=0, description="Rate limit; none when left out.")
-    price_in: float | None = Field(default=None, ge=0, description="Price of a million prompt tokens.")
-    price_out: float | None = Field(default=None, ge=0, description="Price of a million answered tokens.")
+    requests_per_minute: float | None = Field(default=None, gt=0, le=1e9, description="Rate limit; none when left out.")
+    price_in: float | None = Field(default=None, ge=0, le=1e9, description="Price of a million prompt tokens.")
+    price_out: float | None = Field(default=None, ge=0, le=1e9, description="Price of a million answered tokens.")
     max_unjudged: float = Field(
         default=0,
         ge=0,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.gate import GATE_RULES
 from manyeyes.recipe.overrides import apply_override
+from manyeyes.recipe.reading import MAX_BYTES, check_values, read_file, read_json, read_yaml
 from manyeyes.recipe.recipe import Recipe
+
+# Of a wrong value, in a message.
+_SHOWN_CHARACTERS = 200
 
 
 def list_recipes() -> list[str]:
@@ -33,10 +35,7 @@ def load_recipe(name_or_path: str, *, overrides: dict[str, Any] | None = None) -
     Raises:
         RecipeError: No such recipe, not YAML, an unknown field, a wrong value, or an override that names nothing.
     """
-    tree = _read_tree(name_or_path, seen=())
-    for path, value in (overrides or {}).items():
-        apply_override(tree, path, value)
-    return _check(tree, where=name_or_path)
+    return _changed(_read_tree(name_or_path, folder=Path(), seen=()), overrides or {}, where=name_or_path)
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -45,13 +44,20 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         RecipeError: Not a recipe.
     """
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"recipe text is not JSON ({error})", "the text that Recipe.canonical_json wrote", "Pass it on unchanged."
-        ) from error
-    return _check(tree, where="recipe")
+    return _check(read_json(text, where="recipe text"), where="recipe")
+
+
+def read_recipe_text(text: str, *, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe that travels as text; a file that it ``extends`` is looked for in the working directory.
+
+    Args:
+        text: YAML, of which JSON is a part.
+        overrides: As for ``load_recipe``.
+
+    Raises:
+        RecipeError: As for ``load_recipe``.
+    """
+    return _changed(_parse_tree(text, where="recipe", folder=Path(), seen=()), overrides or {}, where="recipe")
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -64,10 +70,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: A path that names nothing, or a value that does not fit.
     """
-    tree = recipe.model_dump(mode="json")
-    for path, value in changes.items():
-        apply_override(tree, path, value)
-    return _check(tree, where=recipe.name)
+    return _changed(recipe.model_dump(mode="json"), changes, where=recipe.name)
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
@@ -81,53 +84,47 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         path, equals, value = assignment.partition("=")
         if not equals or not path:
             raise RecipeError(f'override is "{assignment}"', "path=value", "For instance: --set stages.sft.epochs=1")
-        try:
-            overrides[path] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f'value of override "{path}" is not YAML ({error})', "a YAML value", "Quote it."
-            ) from error
+        overrides[path] = read_yaml(value, where=f'value of override "{path}"')
     return overrides
 
 
-def _read_tree(name_or_path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read_tree(name_or_path: str, *, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(f'recipe file is "{name_or_path}"', "no such file", "Check the path.")
-        text = path.read_text(encoding="utf-8")
-    else:
-        names = list_recipes()
-        if name_or_path not in names:
-            raise RecipeError(
-                f'recipe is "{name_or_path}"',
-                "no such recipe",
-                f"{did_you_mean(name_or_path, names)}List them with: manyeyes recipe list",
-            )
-        text = resources.files("manyeyes").joinpath("recipes", f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        path = folder / path
+        return _parse_tree(read_file(path), where=str(path), folder=path.parent, seen=seen)
+    names = list_recipes()
+    if name_or_path not in names:
         raise RecipeError(
-            f"{name_or_path} is not YAML ({error})", "a YAML mapping", "Mend the line named above."
-        ) from error
+            f'recipe is "{name_or_path}"',
+            "no such recipe",
+            f"{did_you_mean(name_or_path, names)}List them with: manyeyes recipe list",
+        )
+    text = resources.files("manyeyes").joinpath("recipes", f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    return _parse_tree(text, where=name_or_path, folder=Path(), seen=seen)
+
+
+def _parse_tree(text: str, *, where: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe's own tree upon its parent's; ``folder`` holds a parent that is named by a relative path."""
+    tree = read_yaml(text, where=where)
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"{name_or_path} holds {type(tree).__name__}",
+            f"{where} holds {type(tree).__name__}",
             "a mapping with name, model, stages, evaluation, gate and registry",
             "See one with: manyeyes recipe show tiny",
         )
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
+    if not isinstance(parent, str):
+        raise RecipeError(f"{where}: extends is {parent!r}", "a recipe's name or the path of a file", "Write one.")
     if seen:
         raise RecipeError(
-            f'"{seen[-1]}" extends "{name_or_path}", which extends "{parent}"',
+            f'"{seen[-1]}" extends "{where}", which extends "{parent}"',
             "one parent at most",
             f'Let "{seen[-1]}" extend "{parent}" and copy the difference.',
         )
-    base = _read_tree(str(parent), seen=(*seen, name_or_path))
-    return _merge(base, tree)
+    return _merge(_read_tree(parent, folder=folder, seen=(where,)), tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -139,11 +136,26 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _check(tree: dict[str, Any], *, where: str) -> Recipe:
+def _changed(tree: dict[str, Any], changes: Mapping[str, Any], *, where: str) -> Recipe:
+    for path, value in changes.items():
+        apply_override(tree, path, value)
+    return _check(tree, where=where)
+
+
+def _check(tree: Any, *, where: str) -> Recipe:
+    check_values(tree, where=where)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where=where) from error
+    size = len(recipe.canonical_json())
+    if size > MAX_BYTES:
+        raise RecipeError(
+            f"{where} takes {size:,} bytes as JSON",
+            f"{MAX_BYTES:,} at most: every step of a pipeline gets it on its command line",
+            "Shorten its longest texts and lists.",
+        )
+    return recipe
 
 
 def _explain(error: ValidationError, *, where: str) -> RecipeError:
@@ -159,7 +171,8 @@ def _explain(error: ValidationError, *, where: str) -> RecipeError:
     if first["type"] == "missing":
         return RecipeError(f"{where}: {place} is missing", "this field has no default", f"Add it.{more}")
     message = str(first["msg"]).removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+    value = repr(first["input"])
+    shown = "" if isinstance(first["input"], dict) or len(value) > _SHOWN_CHARACTERS else f" is {value}"
     return RecipeError(f"{where}: {place}{shown}", message, f"See a whole recipe with: manyeyes recipe show tiny{more}")
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from manyeyes.errors import did_you_mean
-from manyeyes.recipe.strict import Strict
+from manyeyes.recipe.strict import MAX_PIXELS, Strict
 
+Tiles = Annotated[int, Field(ge=1, le=64)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -18,7 +19,9 @@ class EncoderSpec(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="Its name inside this model; keys of pixel tensors.")
     encoder: str = Field(description="A row of ENCODERS.")
     source: str = Field(default="scratch:", description="hub:, dir:, snapshot:, package: or scratch:.")
-    image_size: int | None = Field(default=None, gt=0, description="Pixels a side; the row's own when left out.")
+    image_size: int | None = Field(
+        default=None, gt=0, le=MAX_PIXELS, description="Pixels a side; the row's own when left out."
+    )
     fill: tuple[Channel, Channel, Channel] | None = Field(
         default=None,
         description="Colour around an image that is padded to a square, RGB, 0 to 255; the row's own when left out: "
@@ -46,7 +49,7 @@ class FusionSpec(Strict):
     """How several encoders' features become one set of visual tokens."""
 
     strategy: str = Field(default="channel-concat", description="A row of FUSIONS.")
-    grid: int = Field(gt=0, description="Side of the visual token grid.")
+    grid: int = Field(gt=0, le=1_024, description="Side of the visual token grid.")
     options: dict[str, Any] = Field(default={}, description="The strategy's own options: manyeyes fusions.")
 
 
@@ -54,7 +57,7 @@ class ProjectorSpec(Strict):
     """From fused features to the language model's width."""
 
     kind: Literal["linear", "mlp", "identity", "pixel-unshuffle", "resampler", "c-abstractor"] = "mlp"
-    depth: int = Field(default=2, ge=1, description="Linear layers of an mlp, GELU between them.")
+    depth: int = Field(default=2, ge=1, le=64, description="Linear layers of an mlp, GELU between them.")
     options: dict[str, Any] = Field(default={}, description="The kind's own options.")
 
 
@@ -64,9 +67,11 @@ class ReinjectionSpec(Strict):
     Needs the fusion spatial-vision-aggregator, whose windows it looks at.
     """
 
-    start: int = Field(default=0, ge=0, description="First decoder layer, from 0, after whose output it looks.")
-    stride: int = Field(ge=1, description="Layers from one look to the next.")
-    count: int | None = Field(default=None, ge=1, description="How often; as many as fit when left out.")
+    start: int = Field(
+        default=0, ge=0, le=10_000, description="First decoder layer, from 0, after whose output it looks."
+    )
+    stride: int = Field(ge=1, le=10_000, description="Layers from one look to the next.")
+    count: int | None = Field(default=None, ge=1, le=10_000, description="How often; as many as fit when left out.")
 
 
 class LayoutSpec(Strict):
@@ -77,12 +82,12 @@ class LayoutSpec(Strict):
         description="none: one tile. anyres: the whole image, then tiles of the grid that suits it best (LLaVA-1.6). "
         "grid: the whole image, then image_grid x image_grid tiles (Mini-Gemini HD).",
     )
-    pinpoints: tuple[tuple[int, int], ...] = Field(
+    pinpoints: tuple[tuple[Tiles, Tiles], ...] = Field(
         default=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
         min_length=1,
         description="Columns and rows of the grids that anyres chooses from.",
     )
-    image_grid: int = Field(default=2, ge=2, description="Tiles a side, for grid.")
+    image_grid: int = Field(default=2, ge=2, le=64, description="Tiles a side, for grid.")
     newline: bool = Field(default=False, description="A learned token ends each row of visual tokens.")
     newline_at: Literal["rows", "end"] = Field(
         default="rows",
@@ -113,7 +118,10 @@ class SharedSpec(Strict):
     """
 
     image_size: int | None = Field(
-        default=None, gt=0, description="Pixels a side; what the encoder that needs most takes when left out."
+        default=None,
+        gt=0,
+        le=MAX_PIXELS,
+        description="Pixels a side; what the encoder that needs most takes when left out.",
     )
     base: str | None = Field(
         default=None,
@@ -140,7 +148,7 @@ class LanguageModelSpec(Strict):
     """Any Hugging Face causal language model."""
 
     source: str
-    max_length: int = Field(default=2048, gt=0, description="Tokens, image tokens included.")
+    max_length: int = Field(default=2048, gt=0, le=2**24, description="Tokens, image tokens included.")
 
 
 class ChatSpec(Strict):

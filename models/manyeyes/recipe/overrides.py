@@ -6,6 +6,9 @@ from typing import Any
 
 from manyeyes.errors import RecipeError
 
+# A longer index is past the end of any list.
+_INDEX_DIGITS = 9
+
 
 def apply_override(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set one value of a tree of mappings and lists.
@@ -27,21 +30,24 @@ def apply_override(tree: dict[str, Any], path: str, value: Any) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not (key.isascii() and key.isdigit()) or int(key[:_INDEX_DIGITS]) >= len(node):
+                needed = f"an index from 0 to {len(node) - 1}" if node else "a list with something in it"
                 raise RecipeError(
-                    f'override "{path}" has "{key}" at a list of {len(node)}', f"an index from 0 to {len(node) - 1}", ""
+                    f'override "{path}" has "{key}" at a list of {len(node)}', needed, "Replace the list as a whole."
                 )
             if last:
                 node[int(key)] = value
-            else:
-                node = node[int(key)]
-            continue
-        if last:
+                return
+            child = node[int(key)]
+        elif last:
             node[key] = value
             return
-        child = node.get(key)
-        if child is None:
-            child = node[key] = {}
+        else:
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
         if not isinstance(child, dict | list):
-            raise RecipeError(f'override "{path}" goes below "{key}", which is {child!r}', "a field with fields", "")
+            raise RecipeError(
+                f'override "{path}" goes below "{key}", which is {child!r}', "a field with fields", "Shorten the path."
+            )
         node = child

@@ -15,7 +15,7 @@ from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.recipe.model import ModelSpec
 from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
-from manyeyes.recipe.strict import Strict
+from manyeyes.recipe.strict import MAX_BATCH, MAX_COUNT, Strict
 
 
 class ContaminationSpec(Strict):
@@ -40,10 +40,10 @@ class EvaluationSpec(Strict):
 
     benchmarks: tuple[str, ...] = Field(min_length=1)
     max_new_tokens: int | None = Field(
-        default=None, gt=0, description="Longest answer; each benchmark's own when left out."
+        default=None, gt=0, le=1_000_000, description="Longest answer; each benchmark's own when left out."
     )
-    batch_size: int = Field(default=32, gt=0, description="Images a batch.")
-    max_items: int | None = Field(default=None, gt=0, description="First so many items only; for trials.")
+    batch_size: int = Field(default=32, gt=0, le=MAX_BATCH, description="Images a batch.")
+    max_items: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="First so many items only; for trials.")
     prompts: Literal["default", "llava", "cambrian", "eagle", "mini-gemini"] = Field(
         default="default", description="Whose paper's prompts."
     )
@@ -70,8 +70,10 @@ class ExportSpec(Strict):
     """The ONNX bundle."""
 
     precision: Literal["fp32"] = "fp32"
-    opset: int = Field(default=20, ge=18)
-    parity_items: int = Field(default=200, gt=0, description="Questions on which bundle and torch are compared.")
+    opset: int = Field(default=20, ge=18, le=30)
+    parity_items: int = Field(
+        default=200, gt=0, le=MAX_COUNT, description="Questions on which bundle and torch are compared."
+    )
 
 
 class RegistrySpec(Strict):
@@ -83,9 +85,9 @@ class RegistrySpec(Strict):
 class Recipe(Strict):
     """A whole recipe, every default filled in."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=200)
     description: str = ""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelSpec
     data: DataSpec = DataSpec()
     stages: StagesSpec

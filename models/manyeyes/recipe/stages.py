@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from manyeyes.recipe.strict import Strict
+from manyeyes.recipe.strict import MAX_BATCH, MAX_COUNT, Strict
 
 StageName = Literal["prealign", "pretrain", "sft"]
+# Adam's own rates are below 1e-2; a rate beyond this is a slip of the keyboard.
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 STAGE_NAMES: tuple[StageName, ...] = ("prealign", "pretrain", "sft")
 
 
@@ -29,7 +32,7 @@ class MixturePart(Strict):
     image_dropout: float = Field(
         default=0.0, ge=0, le=1, description="Share of samples shown without their image, redrawn each epoch."
     )
-    max_samples: int | None = Field(default=None, gt=0)
+    max_samples: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     questions: Literal["record", "brief"] = Field(
         default="record",
         description="record: as the records ask. brief: for captions, one of LLaVA's eleven ways to ask for a brief "
@@ -51,33 +54,37 @@ class LoraSpec(Strict):
     adapters merged into the weights.
     """
 
-    rank: int = Field(gt=0, description="Width of an adapter.")
-    alpha: float = Field(gt=0, description="An adapter's output is scaled by alpha / rank.")
+    rank: int = Field(gt=0, le=65_536, description="Width of an adapter.")
+    alpha: float = Field(gt=0, le=1e6, description="An adapter's output is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of an adapter's input.")
 
 
 class StageSpec(Strict):
     """One training stage. A group that ``train`` does not name is frozen, bit for bit."""
 
-    train: dict[str, float] = Field(
+    train: dict[str, LearningRate] = Field(
         min_length=1,
         description="Learning rate by group: encoders, encoders.<name>, fusion, fusion.<part of it>, projector, "
         "language_model.",
     )
     encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
-    epochs: int = Field(default=1, gt=0)
-    max_steps: int | None = Field(default=None, gt=0, description="Stop after so many optimizer steps.")
-    max_samples: int | None = Field(default=None, gt=0, description="Stop after so many records, epochs counted.")
-    batch_size: int = Field(gt=0, description="Records (images) an optimizer step, over all processes.")
-    micro_batch_size: int | None = Field(default=None, gt=0, description="Records a forward pass; batch_size if unset.")
+    epochs: int = Field(default=1, gt=0, le=100_000)
+    max_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="Stop after so many optimizer steps.")
+    max_samples: int | None = Field(
+        default=None, gt=0, le=MAX_COUNT, description="Stop after so many records, epochs counted."
+    )
+    batch_size: int = Field(gt=0, le=MAX_BATCH, description="Records (images) an optimizer step, over all processes.")
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, le=MAX_BATCH, description="Records a forward pass; batch_size if unset."
+    )
     schedule: Schedule = Schedule()
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = Field(
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
+    betas: tuple[Decay, Decay] = Field(
         default=(0.9, 0.95),
         description="AdamW's. 0.999 as the second is transformers' default, and the published runs'.",
     )
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_encoders: bool = Field(
         default=False,
@@ -103,7 +110,7 @@ class StageSpec(Strict):
     lora: LoraSpec | None = Field(
         default=None, description="Train adapters of the language model in place of the language model."
     )
-    checkpoint_every_s: float = Field(default=30.0, gt=0, description="Seconds between running checkpoints.")
+    checkpoint_every_s: float = Field(default=30.0, gt=0, le=1e9, description="Seconds between running checkpoints.")
 
     @model_validator(mode="after")
     def _adapters_have_a_rate(self) -> StageSpec:

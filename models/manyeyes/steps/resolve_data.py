@@ -6,12 +6,9 @@ nothing to MLflow; ``preflight`` has done so.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError
-from manyeyes.recipe import Recipe, load_recipe, parse_overrides
+from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.code_digest import code_digest
@@ -91,14 +88,10 @@ def read_recipe(recipe: str, overrides: str) -> Recipe:
     Raises:
         RecipeError: No such recipe, or one that is wrong.
     """
-    parsed = parse_overrides([line.strip() for line in overrides.splitlines() if line.strip()])
+    parsed = parse_overrides([line.strip() for line in overrides.split("\n") if line.strip()])
     if "\n" not in recipe and not recipe.lstrip().startswith("{"):
         return load_recipe(recipe, overrides=parsed)
-    # A recipe that is not in the image travels as text; load_recipe reads files.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe, encoding="utf-8")
-        return load_recipe(str(path), overrides=parsed)
+    return read_recipe_text(recipe, overrides=parsed)
 
 
 def _check_stages(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,7 @@ def read_grid(text: str) -> list[Variant]:
     Raises:
         RecipeError: A line that is no list of values, a path twice, or no or too many combinations.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line.strip() for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")]
     axes: dict[str, list[Any]] = {}
     for line in lines:
         ((path, values),) = parse_overrides([line]).items()
@@ -133,16 +134,16 @@ def read_grid(text: str) -> list[Variant]:
         if path in axes:
             raise RecipeError(f'ablate_grid has "{path}" twice', "each path once", "Put all values on one line.")
         axes[path] = values
-    combinations = list(itertools.product(*axes.values()))
-    if not axes or not 2 <= len(combinations) <= MAX_VARIANTS:
+    count = math.prod(len(values) for values in axes.values()) if axes else 0
+    if not 2 <= count <= MAX_VARIANTS:
         raise RecipeError(
-            f"ablate_grid makes {len(combinations) if axes else 0} variants",
+            f"ablate_grid makes {count} variants",
             f"2 to {MAX_VARIANTS}",
             "For instance: model.fusion.strategy=[channel-concat, sequence-append]",
         )
     variants = [
         Variant(changes={path: value for path, value in zip(axes, values, strict=True) if value != AS_IS})
-        for values in combinations
+        for values in itertools.product(*axes.values())
     ]
     if len({variant.text() for variant in variants}) < len(variants):
         raise RecipeError("ablate_grid makes the same variant twice", "different values", "Remove the repeated value.")
