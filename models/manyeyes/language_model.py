@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import SourceError
@@ -86,23 +86,6 @@ def load_language_model_config(path: Path) -> PreTrainedConfig:
         raise SourceError(f"{path}/config.json cannot be used ({error})", "a known model", "Check it.") from error
     config.name_or_path = ""
     return config
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Read a tokenizer and make sure that it can pad.
-
-    Raises:
-        SourceError: Not readable, or not one that the Rust library ``tokenizers`` runs, which a bundle needs.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"tokenizer in {path} cannot be read ({error})", "tokenizer.json", "Check it.") from error
-    if not tokenizer.is_fast:
-        raise SourceError(f"tokenizer in {path} has no tokenizer.json", "a bundle needs one", "Convert it first.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

@@ -22,7 +22,6 @@ from manyeyes.language_model import (
     find_image_token_id,
     load_language_model,
     load_language_model_config,
-    load_tokenizer,
     resolve_language_model,
 )
 from manyeyes.modeling import (
@@ -38,6 +37,7 @@ from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
+from manyeyes.tokenizer_files import load_tokenizer
 
 __all__ = [
     "BranchAnswers",

@@ -200,7 +200,7 @@ def test_adapter_without_its_base_says_what_to_pass(tmp_path: Path, toy: LlavaTo
 def test_broken_configuration_is_named(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     (toy.folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
-    assert "config.json is broken" in _refusal(tmp_path)
+    assert "config.json cannot be read" in _refusal(tmp_path)
 
 
 def test_settings_without_a_vocabulary_are_no_tokenizer(tmp_path: Path, toy: LlavaToy) -> None:

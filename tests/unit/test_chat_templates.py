@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from manyeyes.chat import find_chat_template, read_tokenizer_template
 from manyeyes.errors import RecipeError, RecordError, SourceError
-from manyeyes.language_model import load_tokenizer
 from manyeyes.model import build_model
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.chat import CHAT_TEMPLATES, ChatTemplate, encode_conversation, render
+from manyeyes.tokenizer_files import load_tokenizer
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model, write_tokenizer
 
 CHATML = (

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from manyeyes.cli.main import main
+from manyeyes.tokenizer_files import load_published_tokenizer
+from tests.published_toys import write_sentencepiece
 from tests.unit.test_runtime_templates import EXPECTED, TURNS, make_tokenizer
 
 RECORD = {
@@ -21,6 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "record.json").write_text(json.dumps(RECORD), encoding="utf-8")
     make_tokenizer("<s>").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "empty").mkdir()
     return tmp_path
 
 
@@ -106,8 +109,11 @@ def test_the_tokenizers_own_template_is_read_from_its_folder(
         (["tokenizer"], RECORD, "--tokenizer"),
         (["tokenizer", "--tokenizer", "tokenizer.json"], RECORD, "folder of a tokenizer"),
         (["mpt", "--tokenizer", "no.json"], RECORD, "no such file"),
+        (["mpt", "--tokenizer", "empty"], RECORD, "has no tokenizer"),
         (["mpt", "--tokenizer", "given.json"], RECORD, "has no model"),
-        (["mpt"], "no JSON", "is not JSON"),
+        (["mpt"], "no JSON", "given.json cannot be read"),
+        (["mpt"], "[" * 100_000, "nested too deep"),
+        (["mpt"], "9" * 5000, "cannot be read"),
         (["mpt"], {"conversation": []}, 'Did you mean "conversations"?'),
         (["mpt"], {"conversations": [{"from": "humen", "value": "Q"}]}, 'Did you mean "human"?'),
         (["mpt"], {"conversations": [{"from": "human"}]}, "from and value"),
@@ -135,3 +141,24 @@ def test_missing_file_is_named(
 ) -> None:
     assert call(monkeypatch, "mpt", "no.json") == 2
     assert "no.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["vicuna_v1"], ["tokenizer"]])
+def test_folder_with_sentencepieces_model_alone_is_read_as_convert_reads_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "record.json").write_text(json.dumps(RECORD), encoding="utf-8")
+    write_sentencepiece(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}",
+        encoding="utf-8",
+    )
+    assert call(monkeypatch, *arguments, "record.json", "--json", "--tokenizer", ".") == 0
+    shown = json.loads(capsys.readouterr().out)
+    converted = load_published_tokenizer(tmp_path)
+    behind_image = shown["ids"][sum(shown["image_spans"][0]) :]
+    behind_text = shown["text"].partition("<image>")[2]
+    assert behind_image == converted(behind_text, add_special_tokens=False).input_ids
+    assert (shown["ids"][0] == converted.bos_token_id) == (arguments == ["vicuna_v1"])

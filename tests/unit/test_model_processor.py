@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from manyeyes.errors import RecordError
-from manyeyes.language_model import load_tokenizer
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
+from manyeyes.tokenizer_files import load_tokenizer
 from tests.model_toys import toy_images, write_tokenizer
 
 IMAGE_ID = 3

@@ -24,7 +24,6 @@ from manyeyes.checkpoints.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.checkpoints.source import OriginalCheckpoint
 from manyeyes.checkpoints.system import EncoderPlan, Plan, System
 from manyeyes.checkpoints.tables import KeyTable, Leave, Shape, Take, join_tables
-from manyeyes.checkpoints.tokenizer_files import load_published_tokenizer
 from manyeyes.checkpoints.transformer_encoders import (
     dinov2_table,
     plan_dinov2,
@@ -36,6 +35,7 @@ from manyeyes.errors import CheckpointError
 from manyeyes.recipe import FusionSpec, ReinjectionSpec
 from manyeyes.runtime.chat import encode_conversation, get_chat_template
 from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.tokenizer_files import load_published_tokenizer
 
 _LANGUAGE_MODELS = {
     "cambrian_llama": "llama",

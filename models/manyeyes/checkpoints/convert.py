@@ -17,7 +17,6 @@ from manyeyes.checkpoints.encoder_sources import EncoderSources, read_encoder_co
 from manyeyes.checkpoints.source import OriginalCheckpoint, open_checkpoint
 from manyeyes.checkpoints.system import EncoderPlan, Plan, System
 from manyeyes.checkpoints.tables import Resolution, Shape
-from manyeyes.checkpoints.tokenizer_files import load_published_tokenizer
 from manyeyes.checkpoints.writing import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights
 from manyeyes.errors import CheckpointError, RecipeError, did_you_mean
@@ -29,6 +28,7 @@ from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.templates import CHAT_TEMPLATES
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
+from manyeyes.tokenizer_files import load_published_tokenizer
 
 REPORT = "conversion.json"
 _FETCHED = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")

@@ -25,12 +25,12 @@ from manyeyes.checkpoints.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.checkpoints.source import OriginalCheckpoint
 from manyeyes.checkpoints.system import EncoderPlan, Plan, System
 from manyeyes.checkpoints.tables import KeyTable, Take, join_tables
-from manyeyes.checkpoints.tokenizer_files import load_published_tokenizer
 from manyeyes.checkpoints.transformer_encoders import plan_outside_clip
 from manyeyes.errors import CheckpointError
 from manyeyes.processor import SHARED
 from manyeyes.recipe import FusionSpec
 from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.tokenizer_files import load_published_tokenizer
 
 _CLIP, _CONVNEXT = "clip", "convnext"
 _CLIP_TOWER = "model.vision_tower.vision_tower.vision_model."

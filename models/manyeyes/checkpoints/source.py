@@ -6,7 +6,6 @@ is ever run.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from manyeyes.checkpoints.tensor_files import LoraPair, StoredTensor, list_tensors, open_tensors
 from manyeyes.errors import CheckpointError
+from manyeyes.runtime.json_files import read_json_file
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -163,14 +163,7 @@ def read_json_value(file: Path) -> Any:
     Raises:
         CheckpointError: Missing, or no JSON.
     """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error.strerror})", "a JSON file is needed", "Check the path."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is broken ({error})", "a JSON object", "Fetch it again.") from error
+    return read_json_file(file, error=CheckpointError)
 
 
 def _own_weights(path: Path) -> dict[str, StoredTensor] | None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from manyeyes.runtime.templates import ChatTemplate
 
-TOKENIZER_FILE = "tokenizer.json"
 # What LLaVA and its descendants put where an image goes, before features take its place.
 IMAGE_TOKEN_ID = -200
 SPEAKERS = ("human", "gpt")
@@ -25,7 +24,11 @@ SPEAKERS = ("human", "gpt")
 @click.argument("template")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; a list of them for a list of records.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A model's folder, or a tokenizer.json.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A folder with a tokenizer, whichever files it has, or a tokenizer.json.",
+)
 @click.option("--system", help="Replaces the template's system text.")
 @click.option("--image-tokens", default=1, show_default=True, help="Visual tokens an image.")
 @click.option("--image-token-id", default=IMAGE_TOKEN_ID, show_default=True, help="Id at every visual token.")
@@ -44,9 +47,10 @@ def render_command(
     or a list of records. A conversation that ends with a question gets a generation prompt.
     """
     from manyeyes.runtime.chat import encode_conversation, render_with_spans
+    from manyeyes.runtime.json_files import read_json_file
 
     chosen, rust = _open_template(template, tokenizer)
-    content = _read_json(file)
+    content = read_json_file(file, error=RecordError)
     several = isinstance(content, list) and all(isinstance(entry, dict) and "from" not in entry for entry in content)
     shown: list[dict[str, Any]] = []
     for record in content if several else [content]:
@@ -98,45 +102,23 @@ def _open_template(name: str, path: Path | None) -> tuple[ChatTemplate, Tokenize
             "Name it with --tokenizer.",
         )
     from manyeyes.chat import read_tokenizer_template
-    from manyeyes.language_model import load_tokenizer
+    from manyeyes.tokenizer_files import load_tokenizer
 
     own = load_tokenizer(path)
     return read_tokenizer_template(own), own.backend_tokenizer
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
+    if path.is_dir():
+        from manyeyes.tokenizer_files import load_published_tokenizer
 
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise SourceError(f"tokenizer is {file}", "no such file", "Name a folder with tokenizer.json, or the file.")
-    # The Rust library raises a bare Exception for a file that it cannot read; what is no tokenizer is refused before.
-    text = file.read_text(encoding="utf-8", errors="replace")
-    content = _parse(text, where=file)
-    if not isinstance(content, dict) or "model" not in content:
-        raise SourceError(f"{file} has no model", "a tokenizer.json of the library tokenizers", "Check the path.")
-    tokenizer = Tokenizer.from_str(text)
-    # A published tokenizer.json may cut or pad every text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        backend: Tokenizer = load_published_tokenizer(path).backend_tokenizer
+        return backend
+    if not path.is_file():
+        raise SourceError(f"tokenizer is {path}", "no such file or folder", "Name a folder with a tokenizer.")
+    from manyeyes.runtime.tokenizer import read_tokenizer
 
-
-def _read_json(file: Path) -> Any:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecordError(f"{file} cannot be read ({error.strerror})", "a JSON file", "Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{file} is not text ({error})", "JSON in UTF-8", "Check the path.") from error
-    return _parse(text, where=file)
-
-
-def _parse(text: str, *, where: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{where} is not JSON ({error})", "JSON", "Mend the file.") from error
+    return read_tokenizer(path, error=SourceError)
 
 
 def _read_turns(record: Any) -> tuple[list[tuple[str, str]], int]:

@@ -102,7 +102,7 @@ def build_profile(
         snapshot: Where they are.
         datasets: Their names; an evaluation set may be among them.
         eval_datasets: Data sets whose images must not be in the others.
-        tokenizer_path: Folder with ``tokenizer.json``, to count tokens.
+        tokenizer_path: Folder with a tokenizer, to count tokens.
 
     Returns:
         One row a sample, in order; the columns are the fields of ``SampleFacts``.
@@ -113,7 +113,7 @@ def build_profile(
     eval_hashes = {
         digest for name in eval_datasets for record in _read_records(snapshot, name) for digest in _hash_images(record)
     }
-    tokenizer = None if tokenizer_path is None else Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+    tokenizer = None if tokenizer_path is None else _read_tokenizer(tokenizer_path)
     rows: list[SampleFacts] = []
     # Decoding lets go of the interpreter lock, so threads help.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -129,6 +129,14 @@ def build_profile(
             for batch in _in_batches(_read_records(snapshot, name)):
                 rows += pool.map(look, batch)
     return pd.DataFrame([vars(row) for row in _mark_repeated_ids(rows)], columns=list(PROFILE_COLUMNS))
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    # Transformers takes seconds to import, and most profiles count no tokens.
+    from manyeyes.tokenizer_files import load_tokenizer
+
+    backend: Tokenizer = load_tokenizer(folder).backend_tokenizer
+    return backend
 
 
 def _mark_repeated_ids(rows: list[SampleFacts]) -> Iterator[SampleFacts]:

@@ -111,7 +111,7 @@ def validate_snapshot(
         eval_datasets: Data sets that models are judged on; checked too.
         suite: A suite that ships with the package, or the path of a JSON file.
         out_dir: Folder for the files; made when missing.
-        tokenizer_path: Folder with ``tokenizer.json``, to count tokens in the profile.
+        tokenizer_path: Folder with a tokenizer, to count tokens in the profile.
 
     Raises:
         RecipeError: No such suite, or not a suite.

@@ -11,8 +11,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from manyeyes.checkpoints.tokenizer_files import build_sentencepiece, load_published_tokenizer, parse_sentencepiece
 from manyeyes.errors import CheckpointError
+from manyeyes.tokenizer_files import build_sentencepiece, load_published_tokenizer, load_tokenizer, parse_sentencepiece
 from tests import published_toys as toys
 from tests.model_toys import write_tokenizer
 from tests.published_toys import PROMPT
@@ -128,3 +128,38 @@ def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
         1,
         *toys.piece_ids(tmp_path, "<im_start>red", added=("<im_start>",))[1:],
     ]
+
+
+def test_recipe_source_with_sentencepieces_model_alone_is_read_as_convert_reads_it(tmp_path: Path) -> None:
+    toys.write_sentencepiece(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.pad_token_id is not None
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == load_published_tokenizer(tmp_path, model_type="llama")(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": "a"}}, "added_tokens_decoder"),
+        ("added_tokens.json", {"<x>": "1"}, "whole number"),
+        ("tokenizer.json", {"model": {}}, "is no tokenizer"),
+        ("tokenizer.json", {"model": "[" * 9}, "is no tokenizer"),
+        ("tokenizer.json", {}, "has no model"),
+    ],
+)
+def test_files_of_a_tokenizer_with_wrong_types_are_refused(
+    tmp_path: Path, name: str, content: object, message: str | None
+) -> None:
+    toys.write_sentencepiece(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    if message is None:
+        load_published_tokenizer(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        load_published_tokenizer(tmp_path)

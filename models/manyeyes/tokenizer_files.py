@@ -1,4 +1,4 @@
-"""Published tokenizers as the Rust library ``tokenizers`` runs them, which a bundle needs.
+"""Tokenizers from their files, as the Rust library ``tokenizers`` runs them, which a bundle needs.
 
 Most published checkpoints hold a sentencepiece model (``tokenizer.model``) alone, and their code ran sentencepiece on
 it. It is read here without sentencepiece's or protobuf's Python packages: transformers 5.23 needs both to convert one,
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from manyeyes.checkpoints.source import read_json
-from manyeyes.errors import CheckpointError
-from manyeyes.language_model import load_tokenizer
+from manyeyes.errors import CheckpointError, SourceError
+from manyeyes.runtime.json_files import read_json_file
+from manyeyes.runtime.tokenizer import read_tokenizer
 
+RUST_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
 _SPACE = "▁"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _BPE = 2
@@ -58,12 +59,27 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = True
 
 
-def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a Hugging Face folder, and make sure that it can pad.
+
+    Transformers reads it, but for a ``tokenizer.model`` alone, which it can convert only with packages that are not
+    needed here.
+
+    Raises:
+        SourceError: Not readable, or not one that the Rust library ``tokenizers`` runs, which a bundle needs.
+        CheckpointError: A ``tokenizer.model`` that cannot be read.
+    """
+    if (path / MODEL_FILE).is_file() and not (path / RUST_FILE).is_file():
+        return load_published_tokenizer(path)
+    return _load_by_transformers(path)
+
+
+def load_published_tokenizer(folder: Path, *, model_type: str | None = None) -> PreTrainedTokenizerBase:
     """Read a published tokenizer, whichever files it has.
 
     Args:
         folder: Holds ``tokenizer.json``, ``tokenizer.model``, or what transformers can convert.
-        model_type: The language model's, for those last.
+        model_type: The language model's, for those last; None where the tokenizer's own files say enough.
 
     Returns:
         A tokenizer that can pad, and whose ids are those of the publisher's code.
@@ -72,17 +88,18 @@ def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedToke
         CheckpointError: No tokenizer, or one that cannot be read.
         SourceError: Transformers cannot convert it.
     """
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = _read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    _check_settings(folder, settings)
     spaces_text = False
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _read_rust(folder / "tokenizer.json")
+    if (folder / RUST_FILE).is_file():
+        tokenizer = read_tokenizer(folder / RUST_FILE, error=CheckpointError)
         # Llama's and Gemma's fast classes put in front what their settings say, whatever the file says.
         resets_bos = "add_bos_token" in settings and str(settings.get("tokenizer_class", "")).startswith(
             ("Llama", "Gemma", "CodeLlama")
         )
-    elif (folder / "tokenizer.model").is_file():
+    elif (folder / MODEL_FILE).is_file():
         tokenizer = build_sentencepiece(
-            parse_sentencepiece((folder / "tokenizer.model").read_bytes(), name=str(folder / "tokenizer.model")),
+            parse_sentencepiece((folder / MODEL_FILE).read_bytes(), name=str(folder / MODEL_FILE)),
             legacy=settings.get("legacy") is not False,
             described=_described(settings),
         )
@@ -103,7 +120,7 @@ def load_published_tokenizer(folder: Path, *, model_type: str) -> PreTrainedToke
         tokenizer_object=tokenizer,
         **names,
         **({"model_max_length": int(longest)} if isinstance(longest, int | float) and longest < _LONGEST else {}),
-        **({"chat_template": settings["chat_template"]} if isinstance(settings.get("chat_template"), str) else {}),
+        **_chat_template(folder, settings),
     )
     if fast.pad_token_id is None:
         fast.pad_token = fast.unk_token or fast.eos_token or fast.convert_ids_to_tokens(0)
@@ -240,23 +257,30 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         place += length
 
 
-def _read_rust(file: Path) -> Tokenizer:
-    values = read_json(file)
-    try:
-        # The library raises a bare Exception for what it cannot read, so that its content is checked first.
-        tokenizer = Tokenizer.from_str(json.dumps(values)) if "model" in values else None
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read ({error})", "a tokenizer", "Fetch it again.") from error
-    if tokenizer is None:
-        raise CheckpointError(f"{file} has no model", "a tokenizer of the library tokenizers", "Fetch it again.")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def _read_object(file: Path) -> dict[str, Any]:
+    values = read_json_file(file, error=CheckpointError)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds {type(values).__name__}", "a JSON object", "Fetch it again.")
+    return values
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    listed = settings.get("added_tokens_decoder") or {}
+    fits = isinstance(listed, dict) and all(
+        number.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        for number, entry in listed.items()
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'} has added_tokens_decoder {str(listed)[:60]}",
+            "an object of ids with the content of each token",
+            "Fetch it again.",
+        )
 
 
 def _named_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
     file = folder / "special_tokens_map.json"
-    given = {**(read_json(file) if file.is_file() else {}), **settings}
+    given = {**(_read_object(file) if file.is_file() else {}), **settings}
     names = {}
     for name in _NAMED:
         token = given.get(name)
@@ -268,6 +292,15 @@ def _named_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenize
         if name not in given and tokenizer.token_to_id(token) is not None:
             names[name] = token
     return names
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    # Newer releases keep it in a file of its own, which wins.
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return {"chat_template": file.read_text(encoding="utf-8", errors="replace")}
+    template = settings.get("chat_template")
+    return {"chat_template": template} if isinstance(template, str) else {}
 
 
 def _space_start(tokenizer: Tokenizer, marks: Sequence[str]) -> None:
@@ -285,7 +318,11 @@ def _add_tokens(
 ) -> list[str]:
     """Add tokens that stand beside the vocabulary, and return them."""
     file = folder / "added_tokens.json"
-    wanted = {str(token): int(number) for token, number in (read_json(file) if file.is_file() else {}).items()}
+    wanted = _read_object(file) if file.is_file() else {}
+    if not all(isinstance(number, int) for number in wanted.values()):
+        raise CheckpointError(
+            f"{file} has {str(wanted)[:60]}", "an id, a whole number, for each token", "Fetch it again."
+        )
     described = _described(settings)
     for number, entry in (settings.get("added_tokens_decoder") or {}).items():
         wanted.setdefault(entry["content"], int(number))
@@ -308,7 +345,7 @@ def _add_tokens(
 
 def _more_specials(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     file = folder / "special_tokens_map.json"
-    given = {**(read_json(file) if file.is_file() else {}), **settings}
+    given = {**(_read_object(file) if file.is_file() else {}), **settings}
     listed = given.get("additional_special_tokens") or []
     return [str(entry["content"] if isinstance(entry, dict) else entry) for entry in listed]
 
@@ -335,7 +372,7 @@ def _set_bos(tokenizer: Tokenizer, names: Mapping[str, str], settings: Mapping[s
     )
 
 
-def _convert_by_transformers(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
+def _convert_by_transformers(folder: Path, model_type: str | None) -> PreTrainedTokenizerBase:
     # Beside config.json transformers would look for the kind of the whole model, which it does not know or takes for
     # another; only the language model's kind matters.
     with tempfile.TemporaryDirectory() as own:
@@ -346,7 +383,20 @@ def _convert_by_transformers(folder: Path, model_type: str) -> PreTrainedTokeniz
             raise CheckpointError(
                 f"{folder} has no tokenizer", "tokenizer.model or tokenizer.json", "Fetch the checkpoint again, whole."
             )
-        (Path(own) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        tokenizer = load_tokenizer(Path(own))
+        if model_type is not None:
+            (Path(own) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        tokenizer = _load_by_transformers(Path(own))
     tokenizer.name_or_path = ""
+    return tokenizer
+
+
+def _load_by_transformers(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"tokenizer in {path} cannot be read ({error})", "tokenizer.json", "Check it.") from error
+    if not tokenizer.is_fast:
+        raise SourceError(f"tokenizer in {path} has no tokenizer.json", "a bundle needs one", "Convert it first.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
