@@ -18,6 +18,7 @@ from manyeyes.encoders import ENCODERS, FAMILIES, BlockEncoder, build_encoder
 from manyeyes.encoders.encoder import Encoder
 from manyeyes.errors import ShapeError
 from manyeyes.modeling import ManyEyesConfig, ManyEyesForConditionalGeneration
+from tests.pretended_cuda import pretended_cuda
 
 
 def _variants() -> list[str]:
@@ -59,6 +60,18 @@ def test_feature_map_has_the_stated_shape_and_eval_is_deterministic(name: str) -
         assert torch.equal(features, encoder(pixels))
         # An image does not depend on what else is in the batch.
         torch.testing.assert_close(encoder(pixels[1:]), features[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_encoder_runs_on_a_gpu(name: str) -> None:
+    encoder = small(name).eval()
+    pixels = pixels_for(encoder)
+    with torch.no_grad():
+        expected = encoder(pixels)
+    with pretended_cuda() as cuda:
+        features = encoder.to(cuda)(pixels.to(cuda))
+        features.square().sum().backward()
+        torch.testing.assert_close(features.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

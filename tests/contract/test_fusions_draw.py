@@ -18,6 +18,7 @@ from manyeyes.export.graphs import export_vision
 from manyeyes.fusion import FUSIONS
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
 from manyeyes.projector import PROJECTORS
+from tests.pretended_cuda import pretended_cuda
 
 NUM_CASES = 30
 # An export takes ten times as long as all the rest of a case, most of it for the encoders, which have exports of their
@@ -155,6 +156,23 @@ def test_each_combination_trains_saves_loads_and_generates(case: Case, tmp_path:
         answers = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
         assert torch.equal(loaded.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None), answers)
     assert answers.shape == (2, batch["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_combination_runs_on_a_gpu(case: Case) -> None:
+    model = _model(case).eval()
+    batch = _batch(model)
+    with torch.no_grad():
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        answers = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with pretended_cuda() as cuda:
+        model.to(cuda)
+        moved = {name: values.to(cuda) for name, values in batch.items() if name != "pixel_values"}
+        moved["pixel_values"] = {name: values.to(cuda) for name, values in batch["pixel_values"].items()}
+        found = model(**moved, labels=moved["input_ids"]).loss
+        found.backward()
+        assert found.item() == pytest.approx(loss.item(), rel=1e-4)
+        assert torch.equal(model.generate(**moved, max_new_tokens=3, do_sample=False, eos_token_id=None).cpu(), answers)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from manyeyes.data.mixture import Mixture
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import open_folder
+from manyeyes.evaluation.encoder_cache import EncoderCacheSettings
+from manyeyes.evaluation.reliance import ShuffleEncoder, zero_encoder
 from manyeyes.evaluation.torch_answerer import TorchAnswerer
 from manyeyes.model import build_model, load_checkpoint, save_checkpoint
 from manyeyes.recipe import Recipe
@@ -25,6 +27,7 @@ from manyeyes.training import batches
 from manyeyes.training.batches import BatchBuilder
 from manyeyes.training.loop import Progress, summed_loss
 from tests.model_toys import write_language_model
+from tests.pretended_cuda import pretended_cuda
 from tests.training_toys import run_toy_stage, toy_recipe
 
 SIZES = ((48, 20), (20, 48), (32, 32))
@@ -235,6 +238,23 @@ def test_answers_are_those_of_generate_one_question_at_a_time(parts: Parts) -> N
             ], question
     # Else equality would say little.
     assert len({answer.token_ids for answers in found for answer in answers}) > 2
+
+
+def test_answers_on_a_gpu_are_those_of_the_cpu(parts: Parts, tmp_path: Path) -> None:
+    groups = [
+        Group((picture(0),), ("what colour is it?", "is there a red circle? yes or no", "a?")),
+        Group((picture(1), picture(2)), ("which is red?", "which one?"), ((), ("yes", "yes please", "no"))),
+        Group((), ("is there a red circle?",)),
+    ]
+    expected = TorchAnswerer(parts.checkpoint, threads=1, device="cpu").answer_groups(groups, max_new_tokens=TOKENS)
+    cache = EncoderCacheSettings("model", folder=tmp_path)
+    with pretended_cuda():
+        answerer = TorchAnswerer(parts.checkpoint, threads=1, device="cuda", encoder_cache=cache)
+        # Encoded, then from the cache, then with an encoder disturbed.
+        assert answerer.answer_groups(groups, max_new_tokens=TOKENS) == expected
+        assert answerer.answer_groups(groups, max_new_tokens=TOKENS) == expected
+        for answerer.disturb in (zero_encoder("left"), ShuffleEncoder("left")):
+            answerer.answer_groups(groups, max_new_tokens=TOKENS)
 
 
 def test_layout_follows_the_decoded_image_and_not_the_stored_one(snapshot: Path) -> None:

@@ -72,7 +72,7 @@ def forward_branches(
         output.loss, output.num_supervised = summed_loss(language_model, hidden_QLD, labels)
         return output
     last = attention_mask.sum(1) - 1
-    output.logits = compute_logits(language_model, hidden_QLD[torch.arange(len(rows)), last])
+    output.logits = compute_logits(language_model, hidden_QLD[torch.arange(len(rows), device=last.device), last])
     return output
 
 

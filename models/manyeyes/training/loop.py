@@ -94,13 +94,13 @@ def train(
         positions = range(step * stage.batch_size, min((step + 1) * stage.batch_size, num_samples))
         batches = _micro_batches(builder, positions[processes.rank :: processes.size], stage)
         total = processes.sum(torch.tensor([float(sum(batch.num_supervised for batch in batches))])).item()
-        step_loss = torch.zeros(1)
+        step_loss = torch.zeros(1, device=processes.device)
         for batch in batches:
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
                 loss = summed_loss(model, batch, device=processes.device) / max(1.0, total)
             if loss.requires_grad:  # not where only encoders train and no sample shows its image
                 loss.backward()
-            step_loss += loss.detach().cpu()
+            step_loss += loss.detach()
         processes.sum_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
         loss_value = processes.sum(step_loss).item()

@@ -31,7 +31,12 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes, in place."""
+        """Sum over all processes; on their device, since NCCL knows no tensor on the CPU.
+
+        Args:
+            values: Of any device; may be overwritten.
+        """
+        values = values.to(self.device)
         if self.size > 1:
             distributed.all_reduce(values)
         return values
@@ -77,7 +82,11 @@ def training_processes() -> Iterator[Processes]:
     if size == 1:
         yield Processes(rank=0, size=1, device=device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        # Named, or NCCL would have to guess the device of a barrier.
+        distributed.init_process_group("nccl", device_id=device)
+    else:
+        distributed.init_process_group("gloo")
     try:
         yield Processes(rank=rank, size=size, device=device)
     finally:
