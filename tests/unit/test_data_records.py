@@ -34,6 +34,10 @@ def test_a_whole_record_passes(num_images: int) -> None:
         (with_turns(Turn("human", "<image>\nwhat?"), ANSWER), "1 <image> and 0 images"),
         (with_turns(ASK, Turn("gpt", "see <image>")), "turn 1 (gpt) holds <image>"),
         (dataclasses.replace(make_record(), turns=(ASK, ANSWER)), "0 <image> and 1 images"),
+        (dataclasses.replace(make_record(), id=""), "it has no id"),
+        (dataclasses.replace(make_record(), id=" \u2028"), "it has no id"),
+        (with_turns(ASK, Turn("gpt", "Yes \ud83d")), r"turn 1 has '\ud83d', half of a surrogate pair"),
+        (dataclasses.replace(make_record(), source="\udc80"), r"source has '\udc80', half of a surrogate pair"),
     ],
 )
 def test_a_bad_conversation_is_refused_with_its_reason(record: Record, found: str) -> None:
@@ -41,6 +45,14 @@ def test_a_bad_conversation_is_refused_with_its_reason(record: Record, found: st
         check_record(record)
     assert found in caught.value.found
     assert record.id in caught.value.found
+
+
+def test_half_a_surrogate_pair_in_an_id_or_a_file_name_is_refused_in_text_that_can_be_printed() -> None:
+    odd = dataclasses.replace(make_image(), path="caf\udce9.png")
+    for record in (dataclasses.replace(make_record(), id="a\ud83d"), dataclasses.replace(make_record(), images=(odd,))):
+        with pytest.raises(RecordError, match="half of a surrogate pair") as caught:
+            check_record(record)
+        str(caught.value).encode()
 
 
 def with_image(image: ImageFile) -> Record:

@@ -7,16 +7,13 @@ image of the record, in order; an answer is the text of the model's ("gpt") turn
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from PIL import Image
-
 from manyeyes.drawing import REQUEST, find_prompts
 from manyeyes.errors import RecordError
-from manyeyes.runtime.preprocess import decode_image
+from manyeyes.runtime.preprocess import decode_image, read_image_size
 
 Speaker = Literal["human", "gpt"]
 PLACEHOLDER = "<image>"
@@ -82,12 +79,11 @@ def read_image_file(data: bytes, *, path: str) -> ImageFile:
         RecordError: The bytes are not an image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        width, height = read_image_size(data)
+    except RecordError as error:
         raise RecordError(
-            f"{path} ({len(data)} bytes) is not an image that can be opened: {error}",
-            "an image file that Pillow reads",
+            f"{path} ({len(data)} bytes) is not an image that can be opened: {error.found}",
+            "an image file of a format that ManyEyes reads",
             "Leave it out, or get it again from its source.",
         ) from error
     return ImageFile(data=data, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height)
@@ -97,19 +93,22 @@ def check_record(record: Record) -> None:
     """Check everything that training relies on.
 
     Raises:
-        RecordError: Turns do not alternate from human to gpt, a text is empty, placeholders and images differ in
-            number, a request for a picture is answered without a prompt for it, an image cannot be decoded, or its
-            recorded sha256 or size is not its own.
+        RecordError: It has no id, a text cannot be written as UTF-8 (half of a surrogate pair), turns do not alternate
+            from human to gpt, a text is empty, placeholders and images differ in number, a request for a picture is
+            answered without a prompt for it, an image cannot be decoded, or its recorded sha256 or size is not its own.
     """
     problem = (
-        find_role_problem(record.turns)
+        find_id_problem(record.id)
+        or find_encoding_problem(record)
+        or find_role_problem(record.turns)
         or find_placeholder_problem(record.turns, num_images=len(record.images))
         or find_drawing_problem(record.turns)
         or find_checksum_problem(record.images)
         or find_decoding_problem(record.images)
     )
     if problem is not None:
-        raise RecordError(f'record "{record.id}": {problem.found}', problem.needed, "Mend the sample or leave it out.")
+        name = record.id.encode(errors="backslashreplace").decode()
+        raise RecordError(f'record "{name}": {problem.found}', problem.needed, "Fix the sample or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,27 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.found}; needed: {self.needed}"
+
+
+def find_id_problem(record_id: str) -> Problem | None:
+    """An id that nobody could look up."""
+    return None if record_id.strip() else Problem("it has no id", "an id that is unique in the snapshot")
+
+
+def find_encoding_problem(record: Record) -> Problem | None:
+    """The first text that no file can hold: half of a surrogate pair, from a careless JSON or an odd file name."""
+    texts = [
+        ("id", record.id),
+        ("source", record.source),
+        *((f"the name of image {index}", image.path) for index, image in enumerate(record.images)),
+        *((f"turn {index}", turn.text) for index, turn in enumerate(record.turns)),
+    ]
+    for name, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return Problem(f"{name} has {text[error.start]!r}, half of a surrogate pair", "text that UTF-8 can hold")
+    return None
 
 
 def find_role_problem(turns: Sequence[Turn]) -> Problem | None:
@@ -194,18 +214,29 @@ def find_checksum_problem(images: Sequence[ImageFile]) -> Problem | None:
 
 def find_decoding_problem(images: Sequence[ImageFile]) -> Problem | None:
     """The first image that cannot be decoded whole, or has another size than recorded."""
+    measured = measure_images(images)
+    return measured if isinstance(measured, Problem) else None
+
+
+def measure_images(images: Sequence[ImageFile]) -> tuple[tuple[int, int], ...] | Problem:
+    """Decode every image.
+
+    Returns:
+        Width and height of each as decoded, in pixels (after an EXIF rotation); or the first thing wrong with one.
+    """
+    sizes = []
     for index, image in enumerate(images):
         try:
-            decode_image(image.data)
+            decoded = decode_image(image.data)
+            width, height = read_image_size(image.data)
         except RecordError as error:
             return Problem(f"image {index} cannot be decoded: {error.found}", error.needed.removesuffix(" is needed"))
-        with Image.open(io.BytesIO(image.data)) as header:
-            width, height = header.size
         if (width, height) != (image.width, image.height):
             return Problem(
                 f"image {index} is {width}x{height} pixels", f"{image.width}x{image.height} pixels, as recorded"
             )
-    return None
+        sizes.append((decoded.shape[1], decoded.shape[0]))
+    return tuple(sizes)
 
 
 def as_speaker(name: str) -> Speaker:
