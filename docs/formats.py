@@ -31,6 +31,12 @@ FORMATS = [
     ("parity.json", "manyeyes.export.parity", "ParityReport", "the step `export_onnx`"),
     ("validation.json", "manyeyes.data.validation", "ValidationReport", "the step `validate_data`"),
     (
+        "quarantine.jsonl",
+        "manyeyes.data.quarantine",
+        "QuarantinedSample",
+        "the step `validate_data`; `contaminated.jsonl` has the same lines",
+    ),
+    (
         "contamination.json",
         "manyeyes.data.contamination.report",
         "ContaminationReport",

@@ -168,7 +168,7 @@ def test_finished_stage_is_handed_out_and_not_trained_again(folder: Path, tmp_pa
 def test_other_data_code_or_recipe_is_another_stage(folder: Path, tmp_path: Path) -> None:
     first = run(folder, "sft", tmp_path / "a")
     others = [
-        run(folder, "sft", tmp_path / "b", quarantine=frozenset({"toy/3"})),
+        run(folder, "sft", tmp_path / "b", quarantine=frozenset({"toy-train#3"})),
         run(folder, "sft", tmp_path / "c", recipe=toy_recipe(max_steps=2)),
     ]
     assert len({first.stage_digest, *(other.stage_digest for other in others)}) == 3
@@ -177,7 +177,7 @@ def test_other_data_code_or_recipe_is_another_stage(folder: Path, tmp_path: Path
 
 
 def test_quarantined_sample_is_left_out(folder: Path, tmp_path: Path) -> None:
-    assert run(folder, "sft", tmp_path / "sft", quarantine=frozenset({"toy/3", "toy/4"})).samples == 10
+    assert run(folder, "sft", tmp_path / "sft", quarantine=frozenset({"toy-train#3", "toy-train#4"})).samples == 10
 
 
 def test_result_without_pretrain_is_built_from_the_recipe(folder: Path, tmp_path: Path) -> None:

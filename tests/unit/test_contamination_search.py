@@ -22,12 +22,12 @@ from manyeyes.cli.main import main
 from manyeyes.data.contamination import fingerprints
 from manyeyes.data.contamination.report import ContaminationReport, Pair, Thresholds, read_contamination
 from manyeyes.data.contamination.search import find_contamination
+from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError
 from manyeyes.recipe import ContaminationRule
 from manyeyes.registry.gate import Evidence, decide_rule
-from manyeyes.steps.inputs import read_quarantine
 
 LONG = "Which of the two ships in the harbour carries the flag with a yellow cross on blue ground? The left one."
 
@@ -106,12 +106,12 @@ def test_each_kind_is_found_and_named(snapshot: Snapshot, tmp_path: Path) -> Non
 def test_what_is_found_is_left_out_of_training(snapshot: Snapshot, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = search(snapshot, out)
-    ids = {"train/exact", "train/near", "train/mirrored", "train/text"}
-    assert read_quarantine(out) == ids
+    rows = {f"toy-train#{row}" for row in (0, 1, 2, 5)}  # exact, near, mirrored, and text in the second shard
+    assert read_quarantine(out) == rows
     (out / "quarantine.jsonl").write_text(
-        '{"id": "train/bad", "dataset": "toy-train", "reason": "bad"}\n', encoding="utf-8"
+        '{"id": "train/bad", "dataset": "toy-train", "row": 4, "reason": "bad"}\n', encoding="utf-8"
     )
-    assert read_quarantine(out) == ids | {"train/bad"}
+    assert read_quarantine(out) == rows | {"toy-train#4"}
     reasons = {
         line["id"]: line["reason"]
         for line in map(json.loads, (out / "contaminated.jsonl").read_text(encoding="utf-8").splitlines())

@@ -11,11 +11,12 @@ from PIL import Image
 
 from bench.contamination import CHANGES, encode, photographs
 from manyeyes.data.contamination.report import read_contamination
+from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.errors import ValidationError
 from manyeyes.recipe import load_recipe
 from manyeyes.steps.base import Reporter, StepResult
-from manyeyes.steps.inputs import Inputs, read_quarantine
+from manyeyes.steps.inputs import Inputs
 
 # The package's attribute of this name is the function.
 STEP = importlib.import_module("manyeyes.steps.validate_data")
@@ -63,7 +64,7 @@ def test_near_duplicates_are_left_out_of_training_or_counted(
     result = validate(tmp_path, monkeypatch, [*others(4), near], leave_out=leave_out)
     assert (result.metrics["near_duplicates"], result.metrics["contaminated_images"]) == (1, 0)
     assert "1 near duplicates among training images" in result.markdown
-    assert read_quarantine(tmp_path / "validation") == ({"train/near"} if leave_out else set())
+    assert read_quarantine(tmp_path / "validation") == ({"toy-train#4"} if leave_out else set())
     report = read_contamination(tmp_path / "validation")
     assert report is not None
     assert report.remaining_images == (0 if leave_out else 1)
@@ -72,4 +73,4 @@ def test_near_duplicates_are_left_out_of_training_or_counted(
 def test_a_refused_snapshot_has_its_report_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValidationError, match="also in an evaluation set"):
         validate(tmp_path, monkeypatch, [*others(2), record("train/same", encode(coffee()))])
-    assert read_quarantine(tmp_path / "validation") == {"train/same"}
+    assert read_quarantine(tmp_path / "validation") == {"toy-train#2"}

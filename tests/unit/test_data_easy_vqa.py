@@ -35,10 +35,7 @@ def test_the_published_numbers_are_all_there(snapshot: Snapshot) -> None:
         "easy-vqa-val": (200, 200, "MIT"),
         "easy-vqa-test": (1000, 1000, "MIT"),
     }
-    questions = {
-        name: sum(len(turns) // 2 for turns in RecordReader(snapshot.shards(name)).read_column("conversations"))
-        for name in counts
-    }
+    questions = {name: sum(len(record.turns) // 2 for record in RecordReader(snapshot.shards(name))) for name in counts}
     assert questions["easy-vqa-train"] + questions["easy-vqa-val"] == 38_575
     assert questions["easy-vqa-test"] == 9_673
 
@@ -57,12 +54,8 @@ def test_a_record_is_what_was_published(snapshot: Snapshot) -> None:
 
 
 def test_validation_images_are_those_with_the_lowest_hashes(snapshot: Snapshot) -> None:
-    held_out = {
-        int(name.rpartition("/")[2]) for name in RecordReader(snapshot.shards("easy-vqa-val")).read_column("id")
-    }
-    trained = {
-        int(name.rpartition("/")[2]) for name in RecordReader(snapshot.shards("easy-vqa-train")).read_column("id")
-    }
+    held_out = {int(record.id.rpartition("/")[2]) for record in RecordReader(snapshot.shards("easy-vqa-val"))}
+    trained = {int(record.id.rpartition("/")[2]) for record in RecordReader(snapshot.shards("easy-vqa-train"))}
     assert held_out | trained == set(range(4000))
     assert not held_out & trained
     highest_held_out = max(hashlib.sha256(f"easy-vqa-val/{number}".encode()).hexdigest() for number in held_out)

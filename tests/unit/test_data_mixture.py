@@ -83,7 +83,9 @@ def test_the_order_stays_as_it_was_in_earlier_versions(snapshot: Snapshot) -> No
 
 
 def test_quarantined_samples_are_left_out(snapshot: Snapshot) -> None:
-    mixture = Mixture([CHAINED], snapshot, seed=1, quarantine=frozenset({"toy/3", "toy/200"}))
+    mixture = Mixture(
+        [CHAINED], snapshot, seed=1, quarantine=frozenset({"toy-train#3", "toy-train#200", "toy-other#7"})
+    )
     assert len(mixture) == 348
     assert not {"toy/3", "toy/200"} & set(ids(mixture, 0))
 
@@ -176,14 +178,14 @@ def test_the_digest_follows_everything_that_matters(snapshot: Snapshot) -> None:
         Mixture([CHAINED, CHAINED], snapshot, seed=1).digest,
         Mixture([MixturePart(dataset="toy-train", image_dropout=0.1)], snapshot, seed=1).digest,
         Mixture([MixturePart(dataset="toy-other")], snapshot, seed=1).digest,
-        Mixture([CHAINED], snapshot, seed=1, quarantine=frozenset({"toy/1"})).digest,
+        Mixture([CHAINED], snapshot, seed=1, quarantine=frozenset({"toy-train#1"})).digest,
     ]
     assert len(set(digests)) == len(digests)
     assert Mixture([CHAINED], snapshot, seed=1).digest == digests[0]
 
 
 def test_an_empty_mixture_is_refused(snapshot: Snapshot) -> None:
-    everything = frozenset(f"toy/{number}" for number in range(350))
+    everything = frozenset(f"toy-train#{number}" for number in range(350))
     with pytest.raises(DataError, match="350 are in quarantine"):
         Mixture([CHAINED], snapshot, seed=1, quarantine=everything)
 

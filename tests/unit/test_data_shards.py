@@ -22,7 +22,7 @@ def test_what_is_written_is_read_back_at_any_place(tmp_path: Path) -> None:
     for index in (229, 0, 149, 150, 100, 99, 7):
         assert reader.read(index) == RECORDS[index]
     assert list(reader) == RECORDS
-    assert reader.read_column("id") == [record.id for record in RECORDS]
+    assert [reader.read_id(index) for index in range(len(reader))] == [record.id for record in RECORDS]
     assert reader.group_starts == (0, 100, 150)
 
 

@@ -13,6 +13,7 @@ from data_samples import make_image, make_record, make_snapshot
 
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.profile import PROFILE_COLUMNS, build_profile
+from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.data.validation import (
@@ -20,7 +21,6 @@ from manyeyes.data.validation import (
     check_profile,
     list_suites,
     parse_suite,
-    read_quarantine,
     read_suite,
     validate_snapshot,
 )
@@ -100,7 +100,7 @@ def test_good_data_passes(tmp_path: Path) -> None:
     assert all(outcome.success for outcome in report.expectations)
     written = (tmp_path / "out" / "validation.json").read_text(encoding="utf-8")
     assert ValidationReport.model_validate_json(written) == report
-    assert read_quarantine(tmp_path / "out" / "quarantine.jsonl") == frozenset()
+    assert read_quarantine(tmp_path / "out") == frozenset()
     assert "no sample had to be left out" in (tmp_path / "out" / "validation.html").read_text(encoding="utf-8").lower()
 
 
@@ -124,7 +124,7 @@ def test_few_bad_samples_are_quarantined_with_a_reason_each(tmp_path: Path) -> N
     assert outcomes["one-placeholder-an-image"].examples == ("toy/1", "toy/2")  # toy/1 asks its question twice
     assert outcomes["images-unchanged"].examples == ("toy/3",)
     assert outcomes["training-samples-usable"].unexpected_percent == pytest.approx(100 * len(bad) / 600)
-    quarantine = read_quarantine(tmp_path / "out" / "quarantine.jsonl")
+    quarantine = read_quarantine(tmp_path / "out")
     mixture = Mixture([MixturePart(dataset="toy-train")], snapshot, seed=0, quarantine=quarantine)
     assert len(mixture) == 600 - len(bad)
     page = (tmp_path / "out" / "validation.html").read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def test_repeated_ids_are_quarantined(tmp_path: Path) -> None:
     twin = dataclasses.replace(GOOD[1], id=GOOD[0].id)
     report = validate(make_snapshot(tmp_path / "data", {"train": [GOOD[0], twin, *GOOD[2:]], "test": TEST}), tmp_path)
     assert report.quarantined == 2
-    assert read_quarantine(tmp_path / "quarantine.jsonl") == frozenset({"toy/0"})
+    assert read_quarantine(tmp_path) == frozenset({"toy-train#0", "toy-train#1"})
 
 
 def test_a_changed_shard_is_refused(tmp_path: Path) -> None:

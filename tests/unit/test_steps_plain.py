@@ -14,7 +14,7 @@ from manyeyes.steps import code_digest as code_digest_module
 from manyeyes.steps.base import Reporter
 from manyeyes.steps.code_digest import code_digest
 from manyeyes.steps.events import Artifact, Event
-from manyeyes.steps.inputs import is_absent, locate_data, mark_absent, open_inputs, read_quarantine, training_datasets
+from manyeyes.steps.inputs import is_absent, locate_data, mark_absent, open_inputs, training_datasets
 from manyeyes.steps.prealign_encoder import prealign_encoder
 from manyeyes.steps.pretrain_projector import by_encoder, pretrain_projector
 from manyeyes.steps.report import Series, line_chart, readable
@@ -95,14 +95,6 @@ def test_recipe_and_digest_that_do_not_belong_together_are_refused() -> None:
 
 def test_every_training_data_set_is_named_once() -> None:
     assert training_datasets(load_recipe("tiny")) == ["easy-vqa-train"]
-
-
-def test_quarantine_is_read_as_ids(tmp_path: Path) -> None:
-    assert read_quarantine(tmp_path) == frozenset()
-    (tmp_path / "quarantine.jsonl").write_text(
-        '{"id": "a", "reason": "x"}\n{"id": "b", "reason": "y"}\n', encoding="utf-8"
-    )
-    assert read_quarantine(tmp_path) == {"a", "b"}
 
 
 PINNED = {"data_md5": "a" * 32, "data_remote": "nowhere", "code_digest": "c"}

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from manyeyes.data.quarantine import rows_of
 from manyeyes.data.questions import ask_briefly
 from manyeyes.data.records import PLACEHOLDER, Record, Turn
 from manyeyes.data.shards import RecordReader
@@ -98,7 +99,7 @@ class Mixture:
         parts: Data sets, and how each is shown.
         snapshot: Where they are.
         seed: Another seed gives another order, other dropped images and other draws.
-        quarantine: Ids of samples to leave out.
+        quarantine: Rows to leave out, as ``row_name`` writes them.
 
     Raises:
         SnapshotError: The snapshot lacks a data set, or a shard cannot be read.
@@ -155,20 +156,7 @@ class Mixture:
         part = self._parts[number]
         with _naming(f"row {row:,}", part.dataset):
             record = self._readers[number].read(row)
-        if part.questions == "brief":
-            key = int(_keys(np.asarray([row]), self._seed, number, epoch, "question")[0])
-            with _naming(f'record "{record.id}"', part.dataset):
-                record = ask_briefly(record, draw=key)
-        pairs = tuple(range(len(record.turns) // 2))
-        shuffled = part.turns == "chained" and part.order == "shuffled"
-        if shuffled and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
-            keys = _keys(np.arange(len(pairs)), self._seed, number, epoch, row, "pairs")
-            pairs = tuple(int(pair) for pair in np.argsort(keys, kind="stable"))
-        dropped = False
-        if part.image_dropout > 0 and record.images:
-            key = int(_keys(np.asarray([row]), self._seed, number, epoch, "dropout")[0])
-            dropped = key / 2**64 < part.image_dropout
-        return Sample(part.dataset, record, part.turns, image_dropped=dropped, order=pairs)
+        return draw_sample(record, part, number=number, row=row, seed=self._seed, epoch=epoch)
 
     def _locate(self, epoch: int, index: int) -> tuple[int, int]:
         if self._order is None or self._order[0] != epoch:
@@ -205,6 +193,36 @@ class Mixture:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def draw_sample(record: Record, part: MixturePart, *, number: int, row: int, seed: int, epoch: int) -> Sample:
+    """A record as a mixture shows it in an epoch.
+
+    Args:
+        record: The record.
+        part: What the mixture says of its data set.
+        number: The part's place in the mixture.
+        row: The record's place in the data set.
+        seed: Of the mixture.
+        epoch: From 0.
+
+    Raises:
+        RecordError: The mixture draws questions and the record is no caption.
+    """
+    if part.questions == "brief":
+        key = int(_keys(np.asarray([row]), seed, number, epoch, "question")[0])
+        with _naming(f'record "{record.id}"', part.dataset):
+            record = ask_briefly(record, draw=key)
+    pairs = tuple(range(len(record.turns) // 2))
+    shuffled = part.turns == "chained" and part.order == "shuffled"
+    if shuffled and len(pairs) > 1 and _leading_placeholders(record.turns) is not None:
+        keys = _keys(np.arange(len(pairs)), seed, number, epoch, row, "pairs")
+        pairs = tuple(int(pair) for pair in np.argsort(keys, kind="stable"))
+    dropped = False
+    if part.image_dropout > 0 and record.images:
+        key = int(_keys(np.asarray([row]), seed, number, epoch, "dropout")[0])
+        dropped = key / 2**64 < part.image_dropout
+    return Sample(part.dataset, record, part.turns, image_dropped=dropped, order=pairs)
+
+
 @contextmanager
 def _naming(record: str, dataset: str) -> Iterator[None]:
     try:
@@ -235,8 +253,7 @@ def _choose_rows(
 ) -> NDArray[np.int64]:
     """Rows of a part that are used, ascending: without the quarantine, and at most ``max_samples``."""
     rows = np.arange(len(reader), dtype=np.int64)
-    if quarantine:
-        rows = rows[[record_id not in quarantine for record_id in reader.read_column("id")]]
+    rows = np.setdiff1d(rows, np.array(rows_of(quarantine, part.dataset), np.int64))
     if part.max_samples is not None and part.max_samples < len(rows):
         keys = _keys(rows, seed, number, "choice")
         rows = np.sort(rows[np.argsort(keys, kind="stable")[: part.max_samples]])

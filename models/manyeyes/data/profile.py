@@ -14,18 +14,22 @@ from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 from tokenizers import Tokenizer
 
+from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import (
     PLACEHOLDER,
+    Problem,
     Record,
     find_checksum_problem,
-    find_decoding_problem,
     find_drawing_problem,
+    find_id_problem,
     find_placeholder_problem,
     find_role_problem,
+    measure_images,
 )
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot
@@ -34,13 +38,31 @@ from manyeyes.errors import RecordError
 _BATCH = 100
 
 
+class FitCheck(Protocol):
+    """Says why a recipe cannot train on a record that is whole."""
+
+    def __call__(
+        self, record: Record, *, dataset: str, row: int, image_sizes: Sequence[tuple[int, int]]
+    ) -> Problem | None:
+        """The first thing in the way.
+
+        Args:
+            record: The record.
+            dataset: Its data set.
+            row: Its place there.
+            image_sizes: Width and height of each image as decoded, in pixels.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SampleFacts:
     """One row of the profile; the fields are its columns.
 
     Attributes:
-        id: Of the record.
+        id: Of the record; ``<data set>#<row>`` where it has none.
         dataset: Its data set in the snapshot.
+        row: Its place in the data set, from 0 over all shards in order.
         source: As the record says.
         is_eval: The data set is one that models are judged on.
         n_images: Images of the sample.
@@ -65,6 +87,7 @@ class SampleFacts:
 
     id: str
     dataset: str
+    row: int
     source: str
     is_eval: bool
     n_images: int
@@ -95,6 +118,7 @@ def build_profile(
     *,
     eval_datasets: Sequence[str],
     tokenizer_path: Path | None = None,
+    find_misfit: FitCheck | None = None,
 ) -> pd.DataFrame:
     """Look at every sample of some data sets.
 
@@ -103,6 +127,7 @@ def build_profile(
         datasets: Their names; an evaluation set may be among them.
         eval_datasets: Data sets whose images must not be in the others.
         tokenizer_path: Folder with a tokenizer, to count tokens.
+        find_misfit: Asked of whole records what a recipe's training would refuse.
 
     Returns:
         One row a sample, in order; the columns are the fields of ``SampleFacts``.
@@ -118,16 +143,19 @@ def build_profile(
     # Decoding lets go of the interpreter lock, so threads help.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for name in dict.fromkeys(datasets):
-            is_eval = name in eval_datasets
+            is_eval, first = name in eval_datasets, 0
             look = partial(
                 _look_at,
                 dataset=name,
                 is_eval=is_eval,
                 eval_hashes=frozenset() if is_eval else frozenset(eval_hashes),
                 count_tokens=None if tokenizer is None else partial(_count_tokens, tokenizer),
+                find_misfit=find_misfit,
             )
             for batch in _in_batches(_read_records(snapshot, name)):
-                rows += pool.map(look, batch)
+                numbers = range(first, first + len(batch))
+                rows += pool.map(look, batch, numbers)
+                first += len(batch)
     return pd.DataFrame([vars(row) for row in _mark_repeated_ids(rows)], columns=list(PROFILE_COLUMNS))
 
 
@@ -160,7 +188,7 @@ def _read_records(snapshot: Snapshot, dataset: str) -> Iterator[Record | _Unread
         try:
             yield reader.read(index)
         except RecordError as error:
-            yield _Unreadable(id=f"{dataset}#{index}", problem=error.found)
+            yield _Unreadable(id=reader.read_id(index), problem=f"{error.found}; needed: {error.needed}")
 
 
 def _hash_images(record: Record | _Unreadable) -> list[str]:
@@ -184,26 +212,40 @@ def _count_tokens(tokenizer: Tokenizer, text: str) -> int:
 
 def _look_at(
     record: Record | _Unreadable,
+    row: int,
     *,
     dataset: str,
     is_eval: bool,
     eval_hashes: frozenset[str],
     count_tokens: Callable[[str], int] | None,
+    find_misfit: FitCheck | None,
 ) -> SampleFacts:
+    name = record.id if record.id.strip() else row_name(dataset, row)
     if isinstance(record, _Unreadable):
-        return _without_facts(record, dataset=dataset, is_eval=is_eval)
+        return _without_facts(name, record.problem, dataset=dataset, row=row, is_eval=is_eval)
     images, turns = record.images, record.turns
     hashes = _hash_images(record)
     role_problem = find_role_problem(turns)
     placeholder_problem = find_placeholder_problem(turns, num_images=len(images))
     checksum_problem = find_checksum_problem(images)
-    decoding_problem = find_decoding_problem(images)
-    problem = role_problem or placeholder_problem or find_drawing_problem(turns) or checksum_problem or decoding_problem
+    measured = measure_images(images)
+    decoding_problem = measured if isinstance(measured, Problem) else None
+    problem = (
+        find_id_problem(record.id)
+        or role_problem
+        or placeholder_problem
+        or find_drawing_problem(turns)
+        or checksum_problem
+        or decoding_problem
+    )
+    if problem is None and find_misfit is not None and not isinstance(measured, Problem):
+        problem = find_misfit(record, dataset=dataset, row=row, image_sizes=measured)
     num_contaminated = sum(digest in eval_hashes for digest in hashes)
     width, height = (images[0].width, images[0].height) if images else (0, 0)
     return SampleFacts(
-        id=record.id,
+        id=name,
         dataset=dataset,
+        row=row,
         source=record.source,
         is_eval=is_eval,
         n_images=len(images),
@@ -226,10 +268,11 @@ def _look_at(
     )
 
 
-def _without_facts(record: _Unreadable, *, dataset: str, is_eval: bool) -> SampleFacts:
+def _without_facts(name: str, problem: str, *, dataset: str, row: int, is_eval: bool) -> SampleFacts:
     return SampleFacts(
-        id=record.id,
+        id=name,
         dataset=dataset,
+        row=row,
         source="",
         is_eval=is_eval,
         n_images=0,
@@ -248,5 +291,5 @@ def _without_facts(record: _Unreadable, *, dataset: str, is_eval: bool) -> Sampl
         sha256_ok=False,
         n_eval_images=0,
         in_eval_set=False,
-        problem=record.problem,
+        problem=problem,
     )

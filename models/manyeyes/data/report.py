@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot
@@ -19,7 +20,7 @@ from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image
 
 if TYPE_CHECKING:
-    from manyeyes.data.validation import QuarantinedSample, ValidationReport
+    from manyeyes.data.validation import ValidationReport
 
 _NUM_SHOWN = 8
 _NUM_BAD_SHOWN = 24
@@ -122,7 +123,7 @@ def _head(report: ValidationReport) -> str:
     if failures:
         names = ", ".join(escape(failure.name) for failure in failures)
         sentence = (
-            f"The snapshot is not fit to train on. Critical and not met: <b>{names}</b>. Mend the data, then "
+            f"The snapshot is not fit to train on. Critical and not met: <b>{names}</b>. Fix the data, then "
             "build, add and push the snapshot again."
         )
     elif report.quarantined:
@@ -184,7 +185,7 @@ def _quarantine(
     more = "" if len(shown) == len(quarantine) else f" The first {len(shown)} are shown."
     bad = profile[profile["problem"] != ""].head(len(shown))
     cards = []
-    for sample, record in zip(shown, _read_rows(bad, profile=profile, snapshot=snapshot), strict=True):
+    for sample, record in zip(shown, _read_rows(bad, snapshot=snapshot), strict=True):
         image = "" if record is None else _image_tag(record)
         cards.append(
             f'<div class="card sample">{image}<code>{escape(sample.id)}</code> '
@@ -254,7 +255,7 @@ def _samples(profile: pd.DataFrame, *, snapshot: Snapshot) -> str:
         return ""
     rows = usable.iloc[np.unique(np.linspace(0, len(usable) - 1, _NUM_SHOWN).astype(int))]
     cards = []
-    for record in _read_rows(rows, profile=profile, snapshot=snapshot):
+    for record in _read_rows(rows, snapshot=snapshot):
         if record is None:
             continue
         turns = record.turns[: 2 * _NUM_PAIRS]
@@ -290,13 +291,11 @@ def _data_sets(report: ValidationReport, *, snapshot: Snapshot) -> str:
     )
 
 
-def _read_rows(rows: pd.DataFrame, *, profile: pd.DataFrame, snapshot: Snapshot) -> list[Record | None]:
+def _read_rows(rows: pd.DataFrame, *, snapshot: Snapshot) -> list[Record | None]:
     """Records of some rows of the profile; ``None`` where a record cannot be read."""
-    # A data set's rows stand in the profile in the order of its records.
-    positions = profile.groupby("dataset", sort=False).cumcount()
     readers: dict[str, RecordReader] = {}
     records: list[Record | None] = []
-    for dataset, position in zip(rows["dataset"], positions.loc[rows.index], strict=True):
+    for dataset, position in zip(rows["dataset"], rows["row"], strict=True):
         if dataset not in readers:
             readers[dataset] = RecordReader(snapshot.shards(dataset))
         try:

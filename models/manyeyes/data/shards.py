@@ -223,6 +223,8 @@ class RecordReader:
         for shard, path in enumerate(self.shards):
             metadata = read_shard_metadata(path)
             for group in range(metadata.num_row_groups):
+                if metadata.row_group(group).num_rows == 0:
+                    continue
                 self._groups.append((shard, group))
                 self._starts.append(rows)
                 rows += metadata.row_group(group).num_rows
@@ -245,8 +247,25 @@ class RecordReader:
         Raises:
             IndexError: ``index`` is outside.
             SnapshotError: The shard cannot be read there.
-            RecordError: The row's lists of images and their facts differ in length, or a text is not UTF-8.
+            RecordError: The row's lists of images and their facts differ in length or hold nulls, or a text is not
+                UTF-8.
         """
+        batch, row = self._find(index)
+        return _as_record(batch, row)
+
+    def read_id(self, index: int) -> str:
+        """The id of a record that may be unreadable otherwise; empty where there is none.
+
+        Args:
+            index: As for ``read``.
+        """
+        batch, row = self._find(index)
+        try:
+            return batch.column("id")[row].as_py() or ""
+        except UnicodeDecodeError:
+            return ""
+
+    def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < self._rows:
             raise IndexError(f"record {index} of {self._rows}")
         group = bisect.bisect_right(self._starts, index) - 1
@@ -258,13 +277,7 @@ class RecordReader:
                 self._cache.popitem(last=False)
         else:
             self._cache.move_to_end(group)
-        return _as_record(batch, index - self._starts[group])
-
-    def read_column(self, name: str) -> list[Any]:
-        """One column of all rows, for instance ``id``; the others are not read from disk."""
-        return [
-            value for group in range(len(self._groups)) for value in self._read(group, [name]).column(0).to_pylist()
-        ]
+        return batch, index - self._starts[group]
 
     def __iter__(self) -> Iterator[Record]:
         """All records in order, one row group in memory at a time."""
@@ -274,9 +287,6 @@ class RecordReader:
                 yield _as_record(batch, row)
 
     def _read_group(self, group: int) -> pa.RecordBatch:
-        return self._read(group, SCHEMA.names)
-
-    def _read(self, group: int, columns: list[str]) -> pa.RecordBatch:
         shard, row_group = self._groups[group]
         path = self.shards[shard]
         try:
@@ -284,7 +294,7 @@ class RecordReader:
             self._open[shard] = file
             while len(self._open) > 16:
                 self._open.popitem(last=False)[1].close()
-            table = file.read_row_group(row_group, columns=columns, use_threads=False)
+            table = file.read_row_group(row_group, columns=SCHEMA.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return table.combine_chunks().to_batches()[0]
@@ -368,7 +378,12 @@ def _as_record(batch: pa.RecordBatch, row: int) -> Record:
     try:
         values = {name: batch.column(name)[row].as_py() for name in SCHEMA.names}
     except UnicodeDecodeError as error:
-        raise RecordError(f"record in row {row} has text that is not UTF-8", "UTF-8", "Write it anew.") from error
+        raise RecordError("it has text that is not UTF-8", "UTF-8", "Write it anew.") from error
+    for name in ("images", "sha256", "width", "height", "conversations"):
+        if None in (values[name] or ()):
+            raise RecordError(
+                f'record "{values["id"] or ""}" has a null in {name}', "a value for each", "Fix it or leave it out."
+            )
     facts = [values[name] or [] for name in ("images", "sha256", "width", "height")]
     if len({len(fact) for fact in facts}) != 1:
         counts = ", ".join(str(len(fact)) for fact in facts)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyeyes.data.profile import build_profile
+from manyeyes.data.profile import FitCheck, build_profile
+from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
 from manyeyes.data.report import render_report
 from manyeyes.data.shards import storage_error
 from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
@@ -83,14 +84,6 @@ class ValidationReport(_Strict):
         return "\n".join(lines) + "\n"
 
 
-class QuarantinedSample(_Strict):
-    """One line of ``quarantine.jsonl``."""
-
-    id: str = Field(description="Of the record.")
-    dataset: str = Field(description="Its data set.")
-    reason: str = Field(description="What was found, and what was needed.")
-
-
 def validate_snapshot(
     snapshot: Snapshot,
     *,
@@ -99,6 +92,7 @@ def validate_snapshot(
     suite: str,
     out_dir: Path,
     tokenizer_path: Path | None = None,
+    find_misfit: FitCheck | None = None,
 ) -> ValidationReport:
     """Look at every sample, check the suite, and write the report.
 
@@ -112,6 +106,7 @@ def validate_snapshot(
         suite: A suite that ships with the package, or the path of a JSON file.
         out_dir: Folder for the files; made when missing.
         tokenizer_path: Folder with a tokenizer, to count tokens in the profile.
+        find_misfit: Asked of whole records what a recipe's training would refuse.
 
     Raises:
         RecipeError: No such suite, or not a suite.
@@ -123,7 +118,9 @@ def validate_snapshot(
     names = list(dict.fromkeys([*datasets, *eval_datasets]))
     for name in names:
         _check_shards(snapshot, name)
-    profile = build_profile(snapshot, names, eval_datasets=eval_datasets, tokenizer_path=tokenizer_path)
+    profile = build_profile(
+        snapshot, names, eval_datasets=eval_datasets, tokenizer_path=tokenizer_path, find_misfit=find_misfit
+    )
     outcomes = check_profile(profile, expectations)
     bad = profile[profile["problem"] != ""]
     report = ValidationReport(
@@ -139,7 +136,8 @@ def validate_snapshot(
         expectations=tuple(outcomes),
     )
     quarantine = [
-        QuarantinedSample(id=row.id, dataset=row.dataset, reason=row.problem) for row in bad.itertuples(index=False)
+        QuarantinedSample(dataset=row.dataset, row=row.row, id=row.id, reason=row.problem)
+        for row in bad.itertuples(index=False)
     ]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -148,19 +146,12 @@ def validate_snapshot(
         partial.replace(out_dir / "profile.parquet")
     except OSError as error:
         raise storage_error(error, out_dir) from error
-    lines = "".join(sample.model_dump_json() + "\n" for sample in quarantine)
-    write_json_atomically(out_dir / "quarantine.jsonl", lines)
+    write_quarantine(out_dir / QUARANTINE_FILE, quarantine)
     write_json_atomically(
         out_dir / "validation.html", render_report(report, profile=profile, quarantine=quarantine, snapshot=snapshot)
     )
     write_json_atomically(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
     return report
-
-
-def read_quarantine(path: Path) -> frozenset[str]:
-    """The ids in a ``quarantine.jsonl``, as ``Mixture`` takes them."""
-    with path.open(encoding="utf-8") as file:
-        return frozenset(QuarantinedSample.model_validate_json(line).id for line in file if line.strip())
 
 
 def list_suites() -> list[str]:

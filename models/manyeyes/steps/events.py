@@ -58,7 +58,7 @@ def error_line(report: ErrorReport) -> str:
 
 def find_error_line(log: str) -> ErrorReport | None:
     """The last such line of a log, or None."""
-    for line in reversed(log.splitlines()):
+    for line in reversed(log.split("\n")):  # JSON leaves U+2028 and its like as they are
         _, mark, text = line.partition(_ERROR_LINE)
         if mark:
             try:

@@ -92,13 +92,6 @@ def is_absent(folder: Path) -> bool:
     return (folder / _MARKER).is_file()
 
 
-def read_quarantine(validation: Path) -> frozenset[str]:
-    """Ids of the samples that validation put aside: bad ones, and those that an evaluation set has too."""
-    files = [validation / name for name in ("quarantine.jsonl", "contaminated.jsonl")]
-    lines = [line for path in files if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()]
-    return frozenset(str(json.loads(line)["id"]) for line in lines if line)
-
-
 def training_datasets(recipe: Recipe) -> list[str]:
     """Data sets that any stage trains on, each once, in order."""
     names = [part.dataset for _, stage in recipe.present_stages() for part in stage.mixture]

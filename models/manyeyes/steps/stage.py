@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from manyeyes.data.quarantine import read_quarantine
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.steps.base import Reporter, StepResult, num_threads
-from manyeyes.steps.inputs import open_inputs, read_quarantine, work_dir
+from manyeyes.steps.inputs import open_inputs, work_dir
 from manyeyes.steps.report import Series, facts, heading, line_chart, markdown_facts, section
 
 # kfp.local runs at most two iterations of a loop at a time (kfp/local/orchestrator/enhanced_dag_orchestrator.py).

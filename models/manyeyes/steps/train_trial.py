@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.evaluate import evaluate
-from manyeyes.steps.inputs import is_absent, mark_absent, open_inputs, read_quarantine, work_dir
+from manyeyes.steps.inputs import is_absent, mark_absent, open_inputs, work_dir
 from manyeyes.steps.report import facts, heading, markdown_facts
 from manyeyes.steps.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.steps.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial

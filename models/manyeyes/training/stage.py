@@ -96,7 +96,7 @@ def run_stage(
         encoder: For ``prealign``, the encoder's name in the recipe.
         encoder_checkpoints: Results of ``prealign`` by encoder name; used where the model is built.
         checkpoint: Result of the stage before. The model is built from the recipe when left out.
-        quarantine: Ids of samples to leave out.
+        quarantine: Rows to leave out, as ``manyeyes.data.quarantine.row_name`` writes them.
         on_progress: Called about once a second, and after the last step, by the main process.
 
     Returns:

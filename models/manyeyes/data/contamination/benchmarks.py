@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from manyeyes.data.contamination.fingerprints import DTYPE, fingerprint_shard, make_thumbnail
 from manyeyes.data.contamination.hash_index import HashIndex
 from manyeyes.data.contamination.report import BenchmarkFindings, Kind, Pair, Thresholds
-from manyeyes.data.contamination.samples import read_samples
+from manyeyes.data.contamination.samples import count_rows, read_samples
 from manyeyes.data.contamination.texts import TextIndex
 
 NEAREST = 16  # candidates of one training image that are looked at
@@ -31,6 +32,14 @@ class Source:
 
     name: str
     shards: tuple[tuple[Path, str], ...]
+
+    def first_rows(self) -> list[int]:
+        """Where the rows of each file begin, counted over all files; a row of a data set is known by its place in it.
+
+        Raises:
+            SnapshotError: A file cannot be read.
+        """
+        return [0, *itertools.accumulate(count_rows(path) for path, _ in self.shards)][:-1]
 
 
 @dataclass(frozen=True, order=True)
@@ -61,6 +70,7 @@ class Benchmarks:
         self._sources = sources
         self._thresholds = thresholds
         self._files = [(number, path) for number, source in enumerate(sources) for path, _ in source.shards]
+        self._first_rows = [first for source in sources for first in source.first_rows()]
         parts = [
             fingerprint_shard(path, sha256=sha256, cache_dir=cache_dir)
             for source in sources
@@ -87,13 +97,14 @@ class Benchmarks:
         self._texts = TextIndex(texts, n=thresholds.words, share=thresholds.min_share)
         self._overlapping: set[int] = set()
 
-    def match_images(self, dataset: str, path: Path, prints: NDArray[np.void]) -> list[Pair]:
+    def match_images(self, dataset: str, path: Path, prints: NDArray[np.void], *, first_row: int) -> list[Pair]:
         """Images of a training shard that a benchmark has too.
 
         Args:
             dataset: The shard's data set.
             path: The shard.
             prints: Its fingerprints.
+            first_row: Where the shard's rows begin in the data set.
         """
         exact = self._match_bytes(prints)
         known = {(match.asked, match.member) for match in exact}
@@ -110,9 +121,11 @@ class Benchmarks:
                 Pair(
                     kind=match.kind,
                     dataset=dataset,
+                    row=first_row + int(prints["row"][match.asked]),
                     id=ids[int(prints["row"][match.asked])],
                     image=int(prints["image"][match.asked]),
                     benchmark=self._name(file),
+                    benchmark_row=self._first_rows[file] + int(self._prints["row"][match.member]),
                     benchmark_id=self._ids[file, int(self._prints["row"][match.member])],
                     benchmark_image=int(self._prints["image"][match.member]),
                     distance=match.distance,
@@ -122,26 +135,29 @@ class Benchmarks:
             )
         return pairs
 
-    def match_texts(self, dataset: str, path: Path) -> list[Pair]:
-        """Texts of a training shard that hold a benchmark's."""
-        pairs: dict[tuple[str, int, int], Pair] = {}  # each sample and benchmark row once, with the largest share
+    def match_texts(self, dataset: str, path: Path, *, first_row: int) -> list[Pair]:
+        """Texts of a training shard that hold a benchmark's; arguments as for ``match_images``."""
+        pairs: dict[tuple[int, int, int], Pair] = {}  # each sample and benchmark row once, with the largest share
         if self._texts.too_short.all():
             return []
         for group in read_samples(path, images=False):
-            texts = [(sample.id, text) for sample in group for text in sample.texts]
+            texts = [(sample, text) for sample in group for text in sample.texts]
             found = self._texts.search([text for _, text in texts])
             self._learn_ids({self._text_rows[member] for member in found[1]})
             for asked, member, share in zip(*found, strict=True):
                 self._overlapping.add(int(member))
                 file, row = self._text_rows[member]
-                key = (texts[asked][0], file, row)
+                sample = texts[asked][0]
+                key = (sample.row, file, row)
                 if key not in pairs or (pairs[key].share or 0) < share:
                     pairs[key] = Pair(
                         kind="text",
                         dataset=dataset,
-                        id=key[0],
+                        row=first_row + sample.row,
+                        id=sample.id,
                         image=None,
                         benchmark=self._name(file),
+                        benchmark_row=self._first_rows[file] + row,
                         benchmark_id=self._ids[file, row],
                         benchmark_image=None,
                         distance=None,

@@ -70,9 +70,11 @@ class Pair(_Strict):
 
     kind: Kind = Field(description="How they are alike.")
     dataset: str = Field(description="Of training.")
+    row: int = Field(ge=0, description="Of the training sample: its place in the data set, from 0 over all files.")
     id: str = Field(description="Of the training sample.")
     image: int | None = Field(description="Its image's number, or null for a text.")
     benchmark: str = Field(description="As in the report.")
+    benchmark_row: int = Field(ge=0, description="The benchmark's row: its place, from 0 over all files.")
     benchmark_id: str = Field(description="Of the benchmark's row.")
     benchmark_image: int | None = Field(description="That row's image, by number, or null for a text.")
     distance: int | None = Field(description="Bits in which the dHashes differ; null for exact and text.")

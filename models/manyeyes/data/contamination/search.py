@@ -16,8 +16,8 @@ from manyeyes.data.contamination.fingerprints import fingerprint_shard
 from manyeyes.data.contamination.page import render_contamination
 from manyeyes.data.contamination.report import ContaminationReport, DatasetFindings, Pair, Thresholds
 from manyeyes.data.contamination.samples import read_samples
+from manyeyes.data.quarantine import CONTAMINATED_FILE, QuarantinedSample, write_quarantine
 from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
-from manyeyes.data.validation import QuarantinedSample
 from manyeyes.errors import SnapshotError, did_you_mean
 from manyeyes.storage import storage_errors
 
@@ -92,14 +92,14 @@ def find_contamination(
     for source in trained:
         of_source: list[Pair] = []
         counts = np.zeros(3, int)  # images, undecidable, unreadable
-        for path, sha256 in source.shards:
+        for (path, sha256), first_row in zip(source.shards, source.first_rows(), strict=True):
             if progress is not None:
                 progress(f"comparing {source.name} with {len(judged)} benchmarks", done / num_shards)
             prints = fingerprint_shard(path, sha256=sha256, cache_dir=cache_dir)
             entropy = prints["entropy"]
             counts += [len(prints), ((entropy >= 0) & (entropy < limits.min_entropy)).sum(), (entropy < 0).sum()]
-            of_source += theirs.match_images(source.name, path, prints)
-            of_source += theirs.match_texts(source.name, path)
+            of_source += theirs.match_images(source.name, path, prints, first_row=first_row)
+            of_source += theirs.match_texts(source.name, path, first_row=first_row)
             done += 1
         rows.append(_sum_up(source.name, of_source, *(int(count) for count in counts)))
         pairs += of_source
@@ -113,15 +113,17 @@ def find_contamination(
     )
     with storage_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-    samples = {(pair.dataset, pair.id): pair for pair in reversed(pairs)}  # the first reason of each
-    lines = [
-        QuarantinedSample(id=pair.id, dataset=pair.dataset, reason=pair.reason()).model_dump_json() + "\n"
-        for pair in reversed(samples.values())
-    ]
+    samples = {(pair.dataset, pair.row): pair for pair in reversed(pairs)}  # the first reason of each
     if leave_out:
-        write_json_atomically(out_dir / "contaminated.jsonl", "".join(lines))
+        write_quarantine(
+            out_dir / CONTAMINATED_FILE,
+            (
+                QuarantinedSample(dataset=pair.dataset, row=pair.row, id=pair.id, reason=pair.reason())
+                for pair in reversed(samples.values())
+            ),
+        )
     else:
-        (out_dir / "contaminated.jsonl").unlink(missing_ok=True)
+        (out_dir / CONTAMINATED_FILE).unlink(missing_ok=True)
     write_json_atomically(out_dir / "pairs.jsonl", "".join(pair.model_dump_json() + "\n" for pair in pairs))
     pictures = _read_pictures(report.examples, [*trained, *judged])
     write_json_atomically(out_dir / "contamination.html", render_contamination(report, pictures=pictures))
@@ -131,11 +133,11 @@ def find_contamination(
 
 
 def _sum_up(name: str, pairs: Sequence[Pair], images: int, undecidable: int, unreadable: int) -> DatasetFindings:
-    first: dict[tuple[str, int | None], int] = {}
+    first: dict[tuple[int, int | None], int] = {}
     for pair in pairs:
         if pair.kind != "text":
             place = IMAGE_KINDS.index(pair.kind)
-            first[pair.id, pair.image] = min(place, first.get((pair.id, pair.image), place))
+            first[pair.row, pair.image] = min(place, first.get((pair.row, pair.image), place))
     kinds = list(first.values())
     return DatasetFindings(
         name=name,
@@ -145,8 +147,8 @@ def _sum_up(name: str, pairs: Sequence[Pair], images: int, undecidable: int, unr
         mirrored=kinds.count(2),
         undecidable=undecidable,
         unreadable=unreadable,
-        overlapping=len({pair.id for pair in pairs if pair.kind == "text"}),
-        samples=len({pair.id for pair in pairs}),
+        overlapping=len({pair.row for pair in pairs if pair.kind == "text"}),
+        samples=len({pair.row for pair in pairs}),
     )
 
 
@@ -160,23 +162,22 @@ def _choose_examples(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 
 def _read_pictures(examples: Sequence[Pair], sources: Sequence[Source]) -> dict[Pair, tuple[bytes, bytes]]:
-    wanted = {(pair.dataset, pair.id) for pair in examples} | {(pair.benchmark, pair.benchmark_id) for pair in examples}
+    wanted = {(pair.dataset, pair.row) for pair in examples} | {
+        (pair.benchmark, pair.benchmark_row) for pair in examples
+    }
     names = {name for name, _ in wanted}
-    images: dict[tuple[str, str], tuple[bytes, ...]] = {}
+    images: dict[tuple[str, int], tuple[bytes, ...]] = {}
     for source in sources:
-        for path, _ in source.shards if source.name in names else ():
-            rows = [
-                sample.row
-                for group in read_samples(path, images=False, texts=False)
-                for sample in group
-                if (source.name, sample.id) in wanted
-            ]
+        if source.name not in names:
+            continue
+        for (path, _), first_row in zip(source.shards, source.first_rows(), strict=True):
+            rows = {row - first_row for name, row in wanted if name == source.name}
             for group in read_samples(path, rows=rows, texts=False):
-                images.update({(source.name, sample.id): sample.images for sample in group})
+                images.update({(source.name, first_row + sample.row): sample.images for sample in group})
     return {
         pair: (
-            images[pair.dataset, pair.id][pair.image],
-            images[pair.benchmark, pair.benchmark_id][pair.benchmark_image],
+            images[pair.dataset, pair.row][pair.image],
+            images[pair.benchmark, pair.benchmark_row][pair.benchmark_image],
         )
         for pair in examples
         if pair.image is not None and pair.benchmark_image is not None
