@@ -24,7 +24,8 @@ manyeyes score chartqa --references R.jsonl --predictions P.jsonl [--variant lmm
 References are one JSON object a line: `id` and the benchmark's columns, images left out. Predictions are
 `{"id": ..., "prediction": "..."}`. No model and no images are needed. The rules:
 
-- A missing prediction is wrong, not skipped. Predictions of unknown items are counted and not scored. Of two
+- A missing prediction is wrong, not skipped. Predictions of unknown items are counted, named in a warning and not
+  scored; where no prediction has the id of a reference, that is an error (exit code 2) and no score of 0. Of two
   predictions of one item the first counts. Empty predictions are scored like any other text.
 - `parse_failures` counts predictions that no answer could be read from; free answers fail only when they are empty.
 - The random answer of parsers that fall back on one (MMMU) is off; `--seed` turns it on, drawn in the references'

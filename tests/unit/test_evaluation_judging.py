@@ -379,6 +379,56 @@ def test_judge_may_decide_for_neither_and_nonsense_withholds_the_score() -> None
         score_ensemble(SCIENCE, science("BAAAA"), science("AAAAA"), scheme="judge")
 
 
+# --- before anybody is asked ---------------------------------------------------------------------------------------
+
+READ = {
+    "llava-bench-coco": (COCO, ("question", "image_id", "category", "caption", "answer")),
+    "llava-bench-wild": ([WILD], ("question", "image_id", "category", "caption", "gpt_answer")),
+    "mm-vet": (MM_VET, ("question", "answer", "capability")),
+    "mathvista": ([MATHVISTA], ("question", "answer", "question_type", "answer_type")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, column) for name, (_, columns) in READ.items() for column in columns]
+)
+@pytest.mark.parametrize("value", [None, {"of": "no type"}], ids=["missing", "wrong type"])
+def test_a_wrong_column_is_found_before_the_judge_is_asked(name: str, column: str, value: object) -> None:
+    rows = [dict(row) for row in READ[name][0]]
+    # The last one: the judge would have been asked about all the others.
+    if value is None:
+        del rows[-1][column]
+    else:
+        rows[-1][column] = value
+    with judge_server(in_turn("5 5")) as server:
+        with pytest.raises(EvaluationError, match=column.removeprefix("gpt_")):
+            judge_predictions(name, rows, answers(rows, "it is 4 or so"), make_judge(server.endpoint))
+        assert server.bodies == []
+
+
+@pytest.mark.parametrize("column", ["question", "choices", "answer"])
+def test_a_wrong_column_is_found_before_two_models_are_judged(column: str) -> None:
+    rows = [dict(row) for row in SCIENCE]
+    del rows[-1][column]
+    with judge_server(in_turn("The answer is A.")) as server:
+        judge = make_judge(server.endpoint)
+        with pytest.raises(EvaluationError, match=column):
+            score_ensemble(rows, science("BAAAA"), science("ABBBB"), scheme="judge", judge=judge)
+        assert server.bodies == []
+
+
+@pytest.mark.parametrize("name", JUDGINGS)
+def test_ids_that_match_nothing_are_found_before_the_judge_is_asked(name: str) -> None:
+    rows = READ[name][0]
+    with judge_server(in_turn("5 5")) as server:
+        with pytest.raises(EvaluationError, match=r'none of 1 predictions.*predictions: "other"; references: "'):
+            judge_predictions(name, rows, [{"id": "other", "prediction": "x"}], make_judge(server.endpoint))
+        other, judge = [{"id": "other", "prediction": "A"}], make_judge(server.endpoint)
+        with pytest.raises(EvaluationError, match="none of 1 predictions"):
+            score_ensemble(SCIENCE, science("AAAAA"), other, scheme="judge", judge=judge)
+        assert server.bodies == []
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -420,6 +470,59 @@ def test_command_in_words(files: Callable[..., list[str]]) -> None:
         mm_vet = ["judge", "mm-vet", *files(MM_VET, predictions=answers(MM_VET))]
         result = CliRunner().invoke(cli, [*mm_vet, *given])
         assert "mm-vet: no score, 3 of 3 items have no verdict" in result.output
+
+
+@pytest.mark.parametrize(("first", "failed"), [("A pear", 3), ("0.5", 2)])
+def test_command_without_a_score_is_an_error_and_prints_what_there_is(
+    files: Callable[..., list[str]], first: str, failed: int
+) -> None:
+    arguments = ["judge", "mm-vet", *files(MM_VET, predictions=answers(MM_VET)), "--model", "judge"]
+    with judge_server(by_question({"What is x?": first, "": "A pear"})) as server:
+        result = CliRunner().invoke(cli, [*arguments, "--endpoint", server.endpoint, "--json"])
+    assert isinstance(result.exception, EvaluationError)
+    assert f"{failed} of 3 items have no verdict" in result.exception.found
+    report = json.loads(result.stdout)
+    assert (report["score"], report["unjudged"], report["judged"]) == (None, failed, 3 - failed)
+
+
+def test_command_that_may_leave_items_unjudged_gives_a_score_and_counts_them(files: Callable[..., list[str]]) -> None:
+    arguments = ["judge", "mm-vet", *files(MM_VET, predictions=answers(MM_VET)), "--model", "judge"]
+    arguments += ["--max-unjudged", "0.7"]
+    with judge_server(by_question({"What is x?": "0.5", "": "A pear"})) as server:
+        result = CliRunner().invoke(cli, [*arguments, "--endpoint", server.endpoint])
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 items have no verdict, and are in no figure" in result.output
+
+
+def test_command_warns_of_predictions_that_match_nothing(files: Callable[..., list[str]]) -> None:
+    extra = [*answers(MM_VET), {"id": "v1_99", "prediction": "x"}]
+    with judge_server(in_turn("0.5")) as server:
+        arguments = ["judge", "mm-vet", *files(MM_VET, predictions=extra), "--model", "judge", "--json"]
+        result = CliRunner().invoke(cli, [*arguments, "--endpoint", server.endpoint])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["score"] == 50
+    assert 'warning: 1 predictions have the id of no reference and are not scored: "v1_99"' in result.stderr
+    more = [*science("AAAAA"), {"id": "x", "prediction": "A"}]
+    arguments = ["judge", "scienceqa", *files(SCIENCE, predictions=science("AAAAA"), other=more)]
+    result = CliRunner().invoke(cli, [*arguments, "--scheme", "complement"])
+    assert result.exit_code == 0
+    assert "warning: --other: 1 predictions" in result.stderr
+
+
+def test_scoring_warns_of_ids_that_match_nothing_and_refuses_where_none_matches(
+    files: Callable[..., list[str]],
+) -> None:
+    rows = [{"id": f"{number}", "question": "?", "answer": "A", "imageId": "1"} for number in range(3)]
+    some = [{"id": f"{number}", "prediction": "A"} for number in range(2, 9)]
+    result = CliRunner().invoke(cli, ["score", "gqa", *files(rows, predictions=some), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["unexpected"] == 6
+    warning = 'warning: 6 predictions have the id of no reference and are not scored: "3", "4", "5", ...'
+    assert warning in result.stderr
+    for none, said in (([{"id": "gqa/1", "prediction": "A"}], "none of 1 predictions"), ([], "holds no prediction")):
+        result = CliRunner().invoke(cli, ["score", "gqa", *files(rows, predictions=none)])
+        assert isinstance(result.exception, EvaluationError)
+        assert said in result.exception.found
 
 
 def test_command_without_judge_or_with_a_bad_one_says_what_to_give(files: Callable[..., list[str]]) -> None:

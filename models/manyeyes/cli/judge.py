@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from manyeyes.errors import EvaluationError
     from manyeyes.evaluation.ensembles import EnsembleReport, Scheme
     from manyeyes.evaluation.judging import JudgeReport
     from manyeyes.evaluation.score import ScoreReport
@@ -62,13 +63,14 @@ def judge_command(
     """Have PREDICTIONS judged against REFERENCES of BENCHMARK.
 
     llava-bench-coco, llava-bench-wild, mm-vet; mathvista, whose answers a judge extracts; scienceqa with --other. Run
-    it again to ask only for what has no verdict yet.
+    it again to ask only for what has no verdict yet: the exit code is 2 as long as that withholds the score.
     """
     from manyeyes.errors import EvaluationError
+    from manyeyes.evaluation.benchmarks import find_benchmark
     from manyeyes.evaluation.ensembles import BENCHMARK, score_ensemble
     from manyeyes.evaluation.judge import Judge
-    from manyeyes.evaluation.judging import judge_predictions
-    from manyeyes.evaluation.score import read_predictions, read_references
+    from manyeyes.evaluation.judging import find_judging, judge_predictions
+    from manyeyes.evaluation.score import match_predictions, read_predictions, read_references, unmatched
     from manyeyes.steps.inputs import cache_dir
 
     folder = out or Path("runs") / "judge" / benchmark
@@ -89,16 +91,20 @@ def judge_command(
             out=folder,
         )
         click.echo(ensemble.model_dump_json(indent=2) if as_json else "\n".join(_ensemble_lines(ensemble)))
+        for name, alone in (("--predictions", ensemble.ours), ("--other", ensemble.other)):
+            if warning := unmatched(alone):
+                click.echo(f"warning: {name}: {warning}", err=True)
+        if ensemble.score is None:
+            raise _withheld(ensemble.unjudged, ensemble.differed)
         return
-    report = judge_predictions(
-        benchmark,
-        read_references(references),
-        read_predictions(predictions),
-        make_judge(),
-        variant=variant,
-        out=folder,
-    )
+    known, answers = read_references(references), read_predictions(predictions)
+    find_judging(benchmark)
+    if warning := unmatched(match_predictions(find_benchmark(benchmark), known, answers)):
+        click.echo(f"warning: {warning}", err=True)
+    report = judge_predictions(benchmark, known, answers, make_judge(), variant=variant, out=folder)
     click.echo(report.model_dump_json(indent=2) if as_json else "\n".join(_lines(report)))
+    if report.score is None:
+        raise _withheld(report.unjudged, _total(report))
 
 
 def _judge_spec(endpoint: str | None, model: str | None, settings: dict[str, str | float | None]) -> JudgeSpec:
@@ -121,6 +127,17 @@ def _judge_spec(endpoint: str | None, model: str | None, settings: dict[str, str
         raise EvaluationError(
             f"--{str(first['loc'][0]).replace('_', '-')} does not do", first["msg"], "See: manyeyes judge --help"
         ) from None
+
+
+def _withheld(unjudged: int, total: int) -> EvaluationError:
+    """No score came of it: an error, after what there is was printed."""
+    from manyeyes.errors import EvaluationError
+
+    return EvaluationError(
+        f"{unjudged:,} of {total:,} items have no verdict, so there is no score",
+        "a verdict for every item, or for all but the share of --max-unjudged",
+        "Read the reasons, then run the same command again: it asks only for what has no verdict yet.",
+    )
 
 
 def _lines(report: JudgeReport) -> list[str]:

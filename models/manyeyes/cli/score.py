@@ -40,7 +40,7 @@ def score_command(
 ) -> None:
     """Score PREDICTIONS against REFERENCES of BENCHMARK."""
     from manyeyes.evaluation.benchmarks import find_benchmark
-    from manyeyes.evaluation.score import read_predictions, read_references, score_predictions
+    from manyeyes.evaluation.score import read_predictions, read_references, score_predictions, unmatched
 
     row = find_benchmark(benchmark)
     folder = out or Path("runs") / "score" / f"{row.name}-{row.check_variant(variant)}"
@@ -52,6 +52,8 @@ def score_command(
         seed=seed,
         out=folder,
     )
+    if warning := unmatched(report):
+        click.echo(f"warning: {warning}", err=True)
     if as_json:
         click.echo(report.model_dump_json(indent=2))
         return

@@ -105,6 +105,8 @@ def score_ensemble(
         _Pair(reference, ours.graded, theirs.graded, (ours.prediction or "", theirs.prediction or ""))
         for reference, ours, theirs in zip(matched[0].known.values(), *items, strict=True)
     ]
+    # Before anybody is asked: what is wrong with the rows shows here.
+    alone = [summarise(row, variant, part, graded, out=None) for part, graded in zip(matched, items, strict=True)]
     differing = [pair for pair in pairs if pair.differ]
     verdicts: list[Verdict[Graded]] = []
     if scheme == "judge":
@@ -129,8 +131,8 @@ def score_ensemble(
         scheme=scheme,
         score=None if ensemble is None else ensemble.score,
         ensemble=ensemble,
-        ours=summarise(row, variant, matched[0], items[0], out=None),
-        other=summarise(row, variant, matched[1], items[1], out=None),
+        ours=alone[0],
+        other=alone[1],
         upper_bound=100 * sum(max(pair.ours.score, pair.other.score) for pair in pairs) / len(pairs),
         agreed=named.count(2) - len(differing),
         differed=len(differing),
@@ -154,10 +156,11 @@ def _decide(row: BenchmarkRow, pairs: Sequence[_Pair], judge: Judge, *, variant:
         graded = row.grade(pair.row, text, variant)
         return None if graded.parsed is None else graded
 
-    def ask(pair: _Pair) -> Verdict[Graded]:
-        return judge.ask(_messages(pair), read=partial(read, pair), temperature=0.0, max_tokens=_MAX_TOKENS)
+    def ask(question: tuple[_Pair, list[dict[str, str]]]) -> Verdict[Graded]:
+        pair, messages = question
+        return judge.ask(messages, read=partial(read, pair), temperature=0.0, max_tokens=_MAX_TOKENS)
 
-    return ask_all(ask, pairs, judge)
+    return ask_all(ask, [(pair, _messages(pair)) for pair in pairs], judge)
 
 
 def _messages(pair: _Pair) -> list[dict[str, str]]:

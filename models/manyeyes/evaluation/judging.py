@@ -67,10 +67,12 @@ def judge_items(
         One verdict an answer, in order.
 
     Raises:
-        EvaluationError: A column is missing, or no judge knows the benchmark.
+        EvaluationError: A column is missing or wrong, which is found before the judge is asked, or no judge knows the
+            benchmark.
         JudgeError: The judge cannot be asked at all; what it answered so far is in its cache.
     """
     judging = find_judging(row.name)
+    _check_items(row, judging, answers, variant)
 
     def judge_one(item: tuple[Row, str]) -> Verdict[Graded]:
         reference, prediction = item
@@ -85,6 +87,20 @@ def judge_items(
         )
 
     return ask_all(judge_one, answers, judge)
+
+
+def _check_items(row: BenchmarkRow, judging: Judging, answers: Sequence[tuple[Row, str]], variant: str) -> None:
+    """Do all that is done with a verdict, on an invented one: a wrong column is found before anything is paid for."""
+    graded = []
+    for reference, prediction in answers:
+        if judging.ask(reference, prediction, variant) is None:
+            item: Graded | None = (judging.direct or row.grade)(reference, prediction, variant)
+        else:
+            item = judging.read(reference, prediction, judging.example, variant)
+        if item is not None:
+            graded.append(item)
+    if graded:
+        row.aggregate(graded, variant)
 
 
 def ask_all(ask: Callable[[T], Verdict[Graded]], questions: Sequence[T], judge: Judge) -> list[Verdict[Graded]]:

@@ -136,7 +136,8 @@ def match_predictions(
         predictions: ``id`` and ``prediction``, in any order.
 
     Raises:
-        EvaluationError: No references, two of one id that differ, or a prediction without its columns.
+        EvaluationError: No references, two of one id that differ, a prediction without its columns, or predictions of
+            which none has the id of a reference.
     """
     known, digests, repeated = _by_id(row, references)
     answers: dict[str, str] = {}
@@ -149,6 +150,13 @@ def match_predictions(
             repeated.append(item_id)
         else:
             answers[item_id] = text
+    if unexpected and not answers:
+        raise EvaluationError(
+            f"none of {len(unexpected):,} predictions has the id of a reference (predictions: {_some(unexpected)}; "
+            f"references: {_some(list(known))})",
+            "the same ids in both files",
+            f"The ids of {row.name} are described in docs/benchmarks.md.",
+        )
     return Matched(
         known=known, digests=digests, answers=answers, unexpected=tuple(unexpected), repeated=tuple(repeated)
     )
@@ -251,8 +259,15 @@ def read_references(path: Path) -> list[dict[str, Any]]:
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Read predictions; see ``read_json_lines``."""
-    return read_json_lines(path, needed=_PREDICTIONS)
+    """Read predictions; see ``read_json_lines``.
+
+    Raises:
+        EvaluationError: As there, or the file holds none: a score of 0 would say that all answers are wrong.
+    """
+    rows = read_json_lines(path, needed=_PREDICTIONS)
+    if not rows:
+        raise EvaluationError(f"{path} holds no prediction", _PREDICTIONS, "Check the file.")
+    return rows
 
 
 def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, CheckedRow], dict[str, str], list[str]]:
@@ -277,6 +292,19 @@ def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, Chec
     if not known:
         raise EvaluationError("there are no references", _REFERENCES, "Check the file.")
     return known, digests, repeated
+
+
+def unmatched(report: ScoreReport | Matched) -> str:
+    """A sentence on predictions that match no reference; empty where all do."""
+    ids = report.unexpected_ids if isinstance(report, ScoreReport) else list(report.unexpected)
+    count = report.unexpected if isinstance(report, ScoreReport) else len(ids)
+    return f"{count:,} predictions have the id of no reference and are not scored: {_some(ids, count)}" if count else ""
+
+
+def _some(ids: Sequence[str], count: int | None = None) -> str:
+    """The first of some ids, in words."""
+    shown = ", ".join(json.dumps(item_id[:40], ensure_ascii=False) for item_id in ids[:3])
+    return shown + (", ..." if (len(ids) if count is None else count) > 3 else "")
 
 
 def _digest(row: BenchmarkRow, reference: Row) -> str:

@@ -111,9 +111,9 @@ def test_a_missing_column_and_one_of_the_wrong_type_are_named(name: str, column:
     row = {"id": "1", **HUB[name][0][0]}
     without = {key: value for key, value in row.items() if key != column}
     with pytest.raises(EvaluationError, match=f'no column "{column}"'):
-        score_predictions(name, [without], [{"id": "1", "prediction": "A"}])
+        score_predictions(name, [without], [{"id": row["id"], "prediction": "A"}])
     with pytest.raises(EvaluationError, match=f'column "{column}" holds float'):
-        score_predictions(name, [{**row, column: 0.5}], [{"id": "1", "prediction": "A"}])
+        score_predictions(name, [{**row, column: 0.5}], [{"id": row["id"], "prediction": "A"}])
 
 
 @pytest.mark.parametrize(

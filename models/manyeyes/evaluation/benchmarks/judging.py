@@ -21,6 +21,7 @@ class Judging:
         temperature: What the benchmark's authors used.
         max_tokens: Longest verdict.
         prompts: Name and version of the texts above; part of a report.
+        example: A judge's text that makes sense, with which a row is tried out before anybody is asked.
     """
 
     ask: Callable[[Row, str, str], Sequence[Mapping[str, str]] | None]
@@ -28,6 +29,7 @@ class Judging:
     temperature: float
     max_tokens: int
     prompts: str
+    example: str
     direct: Callable[[Row, str, str], Graded] | None = None
 
 

@@ -181,4 +181,4 @@ LLAVA_BENCH_WILD = _row(
     4096,
     "Apache-2.0 by its authors' card (liuhaotian/llava-bench-in-the-wild); images from the web",
 )
-JUDGING = Judging(ask=ask, read=read, temperature=0.2, max_tokens=1024, prompts="llava-bench 1")
+JUDGING = Judging(ask=ask, read=read, temperature=0.2, max_tokens=1024, prompts="llava-bench 1", example="5 5")

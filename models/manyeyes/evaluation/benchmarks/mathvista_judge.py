@@ -104,5 +104,11 @@ def _is_answer(row: Row, response: str) -> bool:
 
 
 JUDGING = Judging(
-    ask=ask, read=read, direct=grade_directly, temperature=0.0, max_tokens=256, prompts="mathvista extraction 1"
+    ask=ask,
+    read=read,
+    direct=grade_directly,
+    temperature=0.0,
+    max_tokens=256,
+    prompts="mathvista extraction 1",
+    example="1",
 )

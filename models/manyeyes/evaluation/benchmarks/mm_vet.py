@@ -140,4 +140,4 @@ MM_VET = BenchmarkRow(
     group=lambda row: str(row["capability"]),
 )
 
-JUDGING = Judging(ask=ask, read=read, temperature=0.0, max_tokens=128, prompts="mm-vet 1")
+JUDGING = Judging(ask=ask, read=read, temperature=0.0, max_tokens=128, prompts="mm-vet 1", example="0.5")
