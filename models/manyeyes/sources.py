@@ -1,7 +1,8 @@
 """Where pretrained parts come from.
 
-A source is ``hub:<id>@<revision>``, ``dir:<path>``, ``snapshot:<path in the data snapshot>``,
-``package:<distribution>/<file>#sha256=<digest>`` or ``scratch:``. Nothing is fetched that a recipe does not name.
+A source is ``hub:<id>@<revision>``, ``dir:<path>`` (``dir:<path>#sha256=<digest>`` where its content is known),
+``snapshot:<path in the data snapshot>``, ``package:<distribution>/<file>#sha256=<digest>`` or ``scratch:``. Nothing is
+fetched that a recipe does not name.
 No torch here: the first step of a pipeline checks every source before anything heavy starts.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
+from manyeyes.contents import content_digest
 from manyeyes.errors import SourceError, did_you_mean
 
 SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
@@ -56,7 +58,7 @@ def resolve_source(
     if scheme == "package":
         return _resolve_package(source, rest)
     if scheme == "dir":
-        return _existing(Path(rest), source, inside="this machine")
+        return open_pinned(rest, source=source)
     if snapshot_path is None:
         raise SourceError(f'source is "{source}"', "there is no snapshot here", "Name the snapshot, or use dir:.")
     root = snapshot_path.resolve()
@@ -81,6 +83,33 @@ def committed_config(source: str) -> Path | None:
     return path if scheme == "hub" and path.is_file() else None
 
 
+def split_pin(text: str) -> tuple[str, str]:
+    """``<path>#sha256=<digest>`` as path and digest; an empty digest where there is none."""
+    match = re.fullmatch(r"(.*)#sha256=([0-9a-f]{64})", text, flags=re.DOTALL)
+    return (match[1], match[2]) if match else (text, "")
+
+
+def open_pinned(text: str, *, source: str = "") -> Path:
+    """A file or folder of this machine by ``<path>`` or ``<path>#sha256=<digest>``.
+
+    Args:
+        text: Path and digest.
+        source: What messages call it; ``text`` when left out.
+
+    Raises:
+        SourceError: Nothing there, or its content is not what the digest says.
+    """
+    name, digest = split_pin(text)
+    path = _existing(Path(name), source or text, inside="this machine")
+    if digest and (found := content_digest(path)) != digest:
+        raise SourceError(
+            f"{path} holds something else by now (sha256 {found[:12]} and not {digest[:12]})",
+            "what was there when the run began",
+            "Start a new run, which takes what is there now, or put the old content back.",
+        )
+    return path
+
+
 def _existing(path: Path, source: str, *, inside: str) -> Path:
     if path.exists():
         return path
@@ -103,7 +132,7 @@ def _resolve_hub(source: str, rest: str, files: Sequence[str], parts: Sequence[s
         raise SourceError(
             f'source is "{source}"',
             "a revision is needed, so that the same recipe always means the same weights",
-            f"Write hub:{repository}@<commit or tag>.",
+            f"Write hub:{repository}@<commit>.",
         )
     try:
         for position, name in enumerate(() if parts else files, start=1):

@@ -1,4 +1,4 @@
-"""Writing that is all there or not there at all."""
+"""Writing that is all there or not there at all, and the folder of what can be had again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from pathlib import Path
 from manyeyes.errors import StorageError
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+
+
+def cache_dir() -> Path:
+    """What can be had again, and is kept to save time: ``MANYEYES_CACHE``, ``runs/cache`` by default."""
+    return Path(os.environ.get("MANYEYES_CACHE") or "runs/cache")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.steps.base import LocalArtifact, Step, StepResult, run_step
 from manyeyes.steps.code_digest import code_digest
@@ -125,6 +126,7 @@ def run_from_files(
         loaded = recipe
         if not isinstance(loaded, Recipe):
             loaded = load_recipe(loaded, overrides=parse_overrides(list(assignments)))
+        loaded = pin_recipe(loaded)
         given |= {"recipe_json": loaded.canonical_json(), "recipe_digest": loaded.digest, "code_digest": code_digest()}
         given["data_md5"], given["data_remote"] = locate_data(data_md5, data_remote)
         if "registry_model" in wanted:

@@ -23,6 +23,7 @@ from manyeyes.data.report import render_report
 from manyeyes.data.shards import storage_error
 from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
+from manyeyes.sources import open_pinned, split_pin
 
 Severity = Literal["critical", "warning", "info"]
 _EXAMPLES = 5
@@ -166,11 +167,11 @@ def read_suite(name_or_path: str) -> str:
     Raises:
         RecipeError: No such suite.
     """
-    if name_or_path.endswith(".json"):
-        path = Path(name_or_path)
+    path = Path(split_pin(name_or_path)[0])
+    if path.suffix == ".json":
         if not path.is_file():
             raise RecipeError(f'data.suite is "{name_or_path}"', "no such file", "Check the path.")
-        return path.read_text(encoding="utf-8")
+        return open_pinned(name_or_path).read_text(encoding="utf-8")
     names = list_suites()
     if name_or_path not in names:
         raise RecipeError(

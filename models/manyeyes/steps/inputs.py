@@ -10,6 +10,7 @@ from pathlib import Path
 from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
 from manyeyes.errors import PipelineError, SnapshotError
 from manyeyes.recipe import Recipe, parse_recipe
+from manyeyes.storage import cache_dir as cache_dir
 
 _MARKER = "absent.json"
 
@@ -20,11 +21,6 @@ class Inputs:
 
     recipe: Recipe
     snapshot: Snapshot
-
-
-def cache_dir() -> Path:
-    """Where snapshots are materialised: ``MANYEYES_CACHE``, ``runs/cache`` by default."""
-    return Path(os.environ.get("MANYEYES_CACHE") or "runs/cache")
 
 
 def work_dir() -> Path:

@@ -6,6 +6,7 @@ from html import escape
 
 from manyeyes.errors import RecipeError
 from manyeyes.evaluation.page import markdown_table, table
+from manyeyes.pins import pin_sources
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.report import heading
@@ -32,7 +33,10 @@ def plan_ablation(
         RecipeError: A wrong grid, or a variant that is no recipe, has no model, or is judged on other questions.
     """
     recipe = parse_recipe(recipe_json)
-    variants = read_grid(ablate_grid)
+    # A variant's text is the cache key of its training.
+    variants = [
+        variant.model_copy(update={"changes": pin_sources(variant.changes)}) for variant in read_grid(ablate_grid)
+    ]
     for variant in variants:
         changed = variant.apply(recipe)
         if changed.stages.pretrain is None and changed.stages.sft is None:

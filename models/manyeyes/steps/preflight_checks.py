@@ -248,7 +248,10 @@ def estimate_recipe(recipe: Recipe, data: RemoteData | None) -> Need:
     Raises:
         ManyEyesError: The model cannot be built as the recipe says.
     """
-    key = hashlib.sha256(f"{recipe.digest} {code_digest()}".encode()).hexdigest()
+    scheme, _, place = recipe.model.language_model.source.removeprefix("scratch:").partition(":")
+    config = Path(place) / "config.json"
+    sizes = config.read_text(encoding="utf-8") if scheme == "dir" and config.is_file() else ""
+    key = hashlib.sha256(f"{recipe.digest} {code_digest()} {sizes}".encode()).hexdigest()
     kept = cache_dir() / "estimates" / f"{key}.json"
     if kept.is_file():
         return Need.model_validate_json(kept.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError
+from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult
@@ -42,12 +43,13 @@ def resolve_data(
         prealign; one empty name when there is no such stage) and ``registry_model``.
 
     Raises:
+        SourceError: Weights that the recipe names cannot be read, or have no commit.
         RecipeError: Unknown recipe or field, or no stage that makes a model.
         SnapshotError: Neither a parameter nor a checkout names the snapshot.
         RegistryError: Not a model name.
     """
     reporter.progress("reading the recipe", done=0.1)
-    resolved = read_recipe(recipe_text or recipe, recipe_overrides)
+    resolved = pin_recipe(read_recipe(recipe_text or recipe, recipe_overrides))
     model = registry_model or resolved.registry.model
     check_registry_name(model)
     _check_stages(resolved)

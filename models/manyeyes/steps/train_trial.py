@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
+from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.evaluate import evaluate
@@ -62,7 +63,7 @@ def train_trial(
         return StepResult("nothing to train", markdown="Nothing to train: the search has ended.\n")
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
     parsed = parse_variant(variant)
-    recipe = parsed.apply(inputs.recipe)
+    recipe = pin_recipe(parsed.apply(inputs.recipe))
     if recipe.stages.pretrain is None and recipe.stages.sft is None:
         raise RecipeError(
             f'variant "{parsed.label}" has no stage that makes a model', "pretrain, sft or both", "Add one."

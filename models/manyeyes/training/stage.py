@@ -27,6 +27,7 @@ from manyeyes.model import (
     load_checkpoint,
     save_checkpoint,
 )
+from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.storage import new_folder
 from manyeyes.training.batches import BatchBuilder, processor_of_stage
@@ -105,11 +106,13 @@ def run_stage(
     Raises:
         RecipeError: The recipe lacks the stage or the encoder, or the loss is no longer finite.
         CheckpointError: An input checkpoint is missing, incomplete or of another encoder.
+        SourceError: Weights that the recipe names cannot be read, or are not those that the recipe was pinned with.
         LockedError: Another process trains this very stage.
         StorageError: No space; the last running checkpoint is untouched.
         SnapshotError: A shard cannot be read.
     """
     spec = _stage_spec(recipe, stage, encoder)
+    recipe = pin_recipe(recipe)
     job = _Job(
         recipe=recipe,
         stage=stage,

@@ -19,6 +19,7 @@ from manyeyes.data.contamination.samples import read_samples
 from manyeyes.data.quarantine import CONTAMINATED_FILE, QuarantinedSample, write_quarantine
 from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
 from manyeyes.errors import SnapshotError, did_you_mean
+from manyeyes.sources import open_pinned, split_pin
 from manyeyes.storage import storage_errors
 
 _EXAMPLES = 6  # of each kind, in the report
@@ -28,12 +29,14 @@ def open_source(name: str, *, snapshot: Snapshot) -> Source:
     """A data set of the snapshot by name, or Parquet files by path.
 
     Args:
-        name: Of a data set, or the path of a Parquet file or of a folder with some.
+        name: Of a data set, or the path of a Parquet file or of a folder with some, as ``open_pinned`` takes it.
         snapshot: Has the data set.
 
     Raises:
         SnapshotError: Neither.
+        SourceError: The files are not those that the name's sha256 says.
     """
+    name, digest = split_pin(name)
     if name in snapshot.manifest.datasets:
         entry = snapshot.dataset(name)
         return Source(name, tuple((snapshot.path / shard.path, shard.sha256) for shard in entry.shards))
@@ -45,6 +48,8 @@ def open_source(name: str, *, snapshot: Snapshot) -> Source:
             f"one of the snapshot ({', '.join(snapshot.manifest.datasets)}), or a Parquet file or a folder of them",
             did_you_mean(name, snapshot.manifest.datasets) + "Check the name or the path.",
         )
+    if digest:
+        open_pinned(f"{name}#sha256={digest}")
     return Source(path.stem, tuple((file, hash_file(file, "sha256")) for file in files))
 
 
