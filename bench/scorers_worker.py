@@ -1,103 +1,26 @@
-"""lmms-eval's scores of single answers, run by the Python that has it; nothing of ManyEyes is imported.
+"""A peer's scores of single answers, run by the Python that has it: ``scorers_worker.py MODULE``.
 
-One JSON object a line on standard input, ``{"benchmark": ..., "items": [[row, answer], ...]}``; a list of scores a line
-on standard output. Answers are stripped first, as lmms-eval's ``Task.process_results`` strips them.
+``MODULE`` beside this file has ``scores``. One JSON object a line on standard input,
+``{"benchmark": ..., "items": [[row, answer], ...]}``; a list of scores a line on standard output.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any
-from unittest import mock
-
-Row = dict[str, Any]
-
-
-def _named(task: str, function: str, key: str, field: str = "") -> Callable[[Row, str], float]:
-    module = import_module(f"lmms_eval.tasks.{task}.utils")
-
-    def score(row: Row, answer: str) -> float:
-        result = getattr(module, function)(row, [answer])[key]
-        return float(result[field] if field else result)
-
-    return score
-
-
-def _exact_match(row: Row, answer: str) -> float:
-    metrics = import_module("lmms_eval.api.metrics")
-    found = metrics.exact_match_hf_evaluate([answer], [row["target"]], ignore_case=True, ignore_punctuation=True)
-    return float(found["exact_match"])
-
-
-def _ai2d(row: Row, answer: str) -> float:
-    utils = import_module("lmms_eval.tasks.ai2d.utils")
-    read = utils.MultiChoiceRegexFilter.apply(None, [[answer]], [row])[0]
-    return _exact_match({"target": utils.ai2d_doc_to_target(row, "mcq")}, read.strip())
-
-
-def _anls(row: Row, answer: str) -> float:
-    return float(import_module("lmms_eval.api.metrics").anls(row["answers"], [answer])["anls"])
-
-
-def _seed(row: Row, answer: str) -> float:
-    utils = import_module("lmms_eval.tasks.seedbench.utils")
-    return float(utils.seed_aggregation_result([utils.seed_process_result(row, [answer])["seed_all"]]))
-
-
-def _mme(row: Row, answer: str) -> float:
-    utils = import_module("lmms_eval.tasks.mme.utils")
-    return float(next(iter(utils.mme_process_results(row, [answer]).values()))["score"])
-
-
-def _mmmu(row: Row, answer: str) -> float:
-    utils = import_module("lmms_eval.tasks.mmmu.utils")
-    # Its answer to what it cannot read is a random letter; ours is none unless asked for.
-    with mock.patch("random.choice", return_value=""):
-        sample = utils.mmmu_process_results(row, [answer])["mmmu_acc"]
-    return float(utils.evaluate_mmmu([sample])[1]["acc"])
-
-
-def score_of(benchmark: str) -> Callable[[Row, str], float]:
-    """lmms-eval's rule for a benchmark."""
-    own = {
-        "ai2d": _ai2d,
-        "gqa": lambda row, answer: _exact_match({"target": row["answer"]}, answer),
-        "docvqa": _anls,
-        "infovqa": _anls,
-        "seed": _seed,
-        "mme": _mme,
-        "mmmu": _mmmu,
-    }
-    named = {
-        "vqav2": ("vqav2", "vqav2_process_results", "exact_match"),
-        "vizwiz": ("vizwiz_vqa", "vizwiz_vqa_process_results", "exact_match"),
-        "textvqa": ("textvqa", "textvqa_process_results", "exact_match"),
-        "ocrbench": ("ocrbench", "ocrbench_process_results", "ocrbench_accuracy", "score"),
-        "chartqa": ("chartqa", "chartqa_process_results", "relaxed_overall"),
-        "scienceqa": ("scienceqa", "sqa_process_results", "exact_match"),
-        "pope": ("pope", "pope_process_results", "pope_accuracy", "score"),
-        "mmvp": ("mmvp", "mmvp_process_results", "mmvp_accuracy", "is_correct"),
-        "realworldqa": ("realworldqa", "realworldqa_process_results", "exact_match"),
-        "cv-bench": ("cv_bench", "cv_bench_process_results", "cv_bench_acc", "is_correct"),
-    }
-    return own[benchmark] if benchmark in own else _named(*named[benchmark])
 
 
 def main() -> None:
     """Serve until standard input ends."""
-    out = os.fdopen(os.dup(1), "w")
+    # What peers print must not come between the answers.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    peer = import_module(sys.argv[1])
     for line in sys.stdin:
         call = json.loads(line)
-        score = score_of(call["benchmark"])
-        # Some of its rules change the row that they are given.
-        scores = [score(copy.deepcopy(row), answer.strip()) for row, answer in call["items"]]
-        print(json.dumps(scores), file=out, flush=True)
+        print(json.dumps(peer.scores(call["benchmark"], call["items"])), file=out, flush=True)
 
 
 if __name__ == "__main__":

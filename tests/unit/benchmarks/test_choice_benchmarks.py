@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.scorer_cases import cases
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.score import ScoreReport, score_predictions
@@ -15,7 +16,7 @@ from tests.unit.benchmarks import choice_rows as rows
 
 def grade(name: str, row: Mapping[str, Any], prediction: str, variant: str | None = None) -> float:
     benchmark = BENCHMARKS[name]
-    return benchmark.grade({"id": "1", **row}, prediction, benchmark.check_variant(variant)).score
+    return benchmark.grade({"id": "1", "row_number": 0, **row}, prediction, benchmark.check_variant(variant)).score
 
 
 def score(
@@ -431,3 +432,12 @@ def test_cv_bench_is_the_mean_of_2d_and_3d_and_micro_in_lmms() -> None:
 def test_cv_bench_variants(prediction: str, right: str) -> None:
     got = [v for v in BENCHMARKS["cv-bench"].variants if grade("cv-bench", rows.cv_bench(), prediction, v)]
     assert " ".join(got) == right
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in BENCHMARKS.items() if "lmms" in row.variants and not row.judged]
+)
+def test_lmms_strips_every_answer(name: str) -> None:
+    for row, answer in cases(random_answers=0)[name]:
+        for spaced in (f"{answer}\n", f"\t{answer}", f" \n{answer}\u00a0\r\n"):
+            assert grade(name, row, spaced, "lmms") == grade(name, row, answer.strip(), "lmms"), (spaced, row)

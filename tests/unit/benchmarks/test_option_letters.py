@@ -41,6 +41,12 @@ def test_mmmu_parsers(response: str, official: str | None, lmms: str | None) -> 
         ("A or B", None),  # two letters, and no text
         ("B is the one that I would choose here", None),  # too far from the end, and "dog" etc. do not occur
         ("The answer is **B** because it has fur and ears", "B"),
+        ("The answer is B, not A.", "B"),
+        ("The correct ANSWER  is *b because it has fur and ears", "B"),
+        ("A or B? The answer is C. No, the answer is D.", "C"),  # the first
+        ("the answer is a cat", "A"),  # an article is read as a letter
+        ("The answer is (B), not (A).", None),  # only asterisks may stand before the letter
+        ("The answer is E, and neither B nor A.", None),
         ("a cat", "B"),
         ("a cat and a dog", None),
         ("cat " + "!" * 40, None),  # more than twice as long as all options
@@ -53,6 +59,13 @@ def test_mmmu_parsers(response: str, official: str | None, lmms: str | None) -> 
 )
 def test_vlmevalkit_parser(response: str, letter: str | None) -> None:
     assert parsers.vlmevalkit(response, ANIMALS) == letter
+
+
+def test_vlmevalkit_reads_no_letter_beyond_d_after_the_answer_is() -> None:
+    options = parsers.lettered(["ant", "bee", "cow", "dog", "eel"])
+    assert parsers.vlmevalkit("The answer is E, not A, as B would be wrong.", options) is None
+    assert parsers.vlmevalkit("The answer is D, not A, as B would be wrong.", options) == "D"
+    assert parsers.vlmevalkit("The answer is D, not A.", parsers.lettered(["ant", "bee"])) == "A"
 
 
 @pytest.mark.parametrize(

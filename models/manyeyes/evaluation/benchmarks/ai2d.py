@@ -85,6 +85,6 @@ AI2D = BenchmarkRow(
     chance=lambda row: 1 / len(row["options"]),
     grade=grade,
     options=lambda row: tuple(options(row)),
-    scorer="ai2d option letter 2",
+    scorer="ai2d option letter 3",
     reference=answer_letter,
 )

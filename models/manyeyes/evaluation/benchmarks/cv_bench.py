@@ -101,7 +101,7 @@ CV_BENCH = BenchmarkRow(
     grade=grade,
     aggregate=aggregate,
     options=lambda row: tuple(options(row)),
-    scorer="cv-bench 1",
+    scorer="cv-bench 2",
     metric="mean of 2D and 3D, percent",
     group=lambda row: str(row["type"]),
 )

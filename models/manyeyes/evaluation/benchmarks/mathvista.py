@@ -223,6 +223,6 @@ MATHVISTA = BenchmarkRow(
     aggregate=aggregate,
     mean_scale=100.0,
     options=lambda row: tuple(option_letters.lettered(choices(row))) if has_options(row) else (),
-    scorer="mathvista rules 2",
+    scorer="mathvista rules 3",
     group=lambda row: str(row["question_type"]),
 )

@@ -156,7 +156,7 @@ MMBENCH = BenchmarkRow(
     grade=grade,
     aggregate=aggregate,
     options=lambda row: tuple(options(row)),
-    scorer="mmbench circular 1",
+    scorer="mmbench circular 2",
     metric="percent of questions right in every rotation",
     group=lambda row: str(row["category"]),
 )

@@ -85,7 +85,9 @@ def images(row: Row) -> Sequence[bytes]:
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
-    """1 for the right option, or for an open answer that holds the reference."""
+    """1 for the right option, or for an open answer that holds the reference; ``lmms`` strips what was said."""
+    if variant == "lmms":
+        prediction = prediction.strip()
     parsed, right = (
         _grade_choice(row, prediction, variant) if has_options(row) else _grade_open(row, prediction, variant)
     )
@@ -195,7 +197,7 @@ MMMU = BenchmarkRow(
     aggregate=aggregate,
     mean_scale=100.0,
     options=lambda row: tuple(options(row)),
-    scorer="mmmu 1",
+    scorer="mmmu 2",
     group=lambda row: str(row["question_type"]),
     guess=guess,
 )

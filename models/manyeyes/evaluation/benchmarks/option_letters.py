@@ -24,6 +24,7 @@ _REFUSALS = (
 )
 _NO_ANSWER_FROM_API = "Failed to obtain answer via API"
 _REFUSED = "Z"
+_VLMEVALKIT_SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 
 
 def lettered(texts: Iterable[str]) -> dict[str, str]:
@@ -77,11 +78,12 @@ def _last(letters: Sequence[str], position: Callable[[str], int]) -> str:
 def vlmevalkit(response: str, options: Options) -> str | None:
     """VLMEvalKit's ``can_infer`` without a judge; a refusal is ``Z``, which no option has.
 
-    Exactly one option letter among the words, within the last four of them; else "answer is **X**"; else the only
-    option whose text occurs, unless the response is more than twice as long as all options together.
+    Exactly one option letter among the words, within the last four of them; else A to D after the first "answer is",
+    whatever the case, so that "the answer is a dog" is A; else the only option whose text occurs, unless the response
+    is more than twice as long as all options together.
 
     Source:
-        VLMEvalKit, vlmeval/utils/matching_util.py.
+        VLMEvalKit since June 17, 2026, vlmeval/utils/matching_util.py.
     """
     return _vlmevalkit_letter(response, options) or _vlmevalkit_text(response, options)
 
@@ -97,8 +99,9 @@ def _vlmevalkit_letter(response: str, options: Options) -> str | None:
         return present[0]
     if not present and _REFUSED in words:
         return _REFUSED
-    bold = re.search(r"answer is \*\*([A-Z])\*\*", response)
-    return bold.group(1) if bold and bold.group(1) in options else None
+    said = _VLMEVALKIT_SAID.search(response)
+    letter = said.group(1).upper() if said else None
+    return letter if letter in options else None
 
 
 def _vlmevalkit_text(response: str, options: Options) -> str | None:

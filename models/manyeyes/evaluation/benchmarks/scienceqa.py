@@ -147,7 +147,7 @@ SCIENCEQA = BenchmarkRow(
     grade=grade,
     aggregate=aggregate,
     options=lambda row: tuple(options(row)),
-    scorer="scienceqa option letter 1",
+    scorer="scienceqa option letter 2",
     metric="percent right of the questions with an image",
     reference=answer_letter,
 )

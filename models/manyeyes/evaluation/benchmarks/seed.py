@@ -103,7 +103,7 @@ SEED = BenchmarkRow(
     grade=grade,
     aggregate=aggregate,
     options=lambda row: tuple(options(row)),
-    scorer="seed 1",
+    scorer="seed 2",
     metric="percent right of the image part",
     group=lambda row: TASKS.get(str(row["question_type_id"]), str(row["question_type_id"])),
 )
