@@ -11,7 +11,7 @@ import pytest
 
 from manyeyes.cli.main import cli
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import ManyEyesError, RegistryError
+from manyeyes.errors import ManyEyesError, RegistryError, StorageError
 from manyeyes.registry.champion import champion_evidence
 from manyeyes.registry.references import ModelReference, check_registry_name, parse_model_reference
 from manyeyes.registry.versions import promote, pull, read_aliases, rollback
@@ -189,6 +189,44 @@ def test_the_version_that_was_named_is_the_one_that_comes(
     cli(["compare", reference, reference, "--out", str(tmp_path / "compared")], standalone_mode=False)
     compared = json.loads((tmp_path / "compared" / "compare.json").read_text(encoding="utf-8"))
     assert f"{NAME}/{version}" in json.dumps(compared)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        (".", "working directory"),
+        ("..", "working directory"),
+        ("/", "working directory"),
+        ("mine", "is there and is no bundle"),
+        ("mine/thesis.txt", "is a file"),
+        ("mine/thesis.txt/below", "thesis.txt is a file"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_bundle_is_not_pulled_over_what_is_no_bundle(
+    out: str, said: str, digests: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((RegistryError, StorageError), match=said):
+        pull(NAME, out_dir=Path(out))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.txt"]
+
+
+@pytest.mark.parametrize("out", ["new", "new/", "a/b/c", "empty", "to-empty", "to-nothing", "x" * 255])
+def test_a_bundle_is_pulled_to_where_it_was_wanted(
+    out: str, digests: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to("empty")
+    (tmp_path / "to-nothing").symlink_to("not-yet")
+    monkeypatch.chdir(tmp_path)
+    for version in (1, 2, 2):
+        assert pull(NAME, version, Path(out)) == Path(out)
+        assert json.loads((Path(out) / "manifest.json").read_text(encoding="utf-8"))["digest"] == digests[version]
+    assert (tmp_path / "to-empty").is_symlink()
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("text", [f"{NAME}/2", f"{NAME}@champion", f"{NAME}@challenger"])

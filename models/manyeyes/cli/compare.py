@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from manyeyes.cli.group import OutPath
 from manyeyes.errors import EvaluationError, ManyEyesError
 from manyeyes.storage import is_there
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("compare")
 @click.argument("first")
 @click.argument("second")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/compare"), show_default=True)
 @click.option("--data", "data_folder", default="", help="Folder of the snapshot, for the pictures.")
 @click.option("--data-remote", default="", help="Where the snapshot is fetched from; the checkout's remote by default.")
 @click.option("--examples", default=12, show_default=True, help="Most items shown, of each benchmark and side.")

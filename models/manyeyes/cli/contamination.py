@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 
 @click.command("contamination")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -18,7 +20,7 @@ import click
     help="Data sets of the snapshot, or Parquet files or folders, to compare with.",
 )
 @click.option("--dataset", "datasets", multiple=True, help="Training data; all but the benchmarks by default.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/contamination"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/contamination"), show_default=True)
 @click.option("--radius", default=7, show_default=True, help="Most bits in which dHashes differ, 0 to 7.")
 @click.option("--max-difference", default=16.0, show_default=True, help="Most levels of 255 at 64x64.")
 @click.option(

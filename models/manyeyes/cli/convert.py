@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 _FOLDER = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command("convert")
 @click.argument("source")
-@click.argument("out", type=_FOLDER)
+@click.argument("out", type=OutPath())
 @click.option("--encoders", metavar="DIR_OR_HUB", help="Encoders that SOURCE lacks: DIR, hub:ID@REVISION, or hub.")
 @click.option("--encoder-config", type=_FILE, help="JSON, one object an encoder: fields of its own config.json.")
 @click.option("--base", metavar="DIR_OR_HUB", help="Model that a LoRA adapter or a projector was trained on.")
@@ -59,7 +61,7 @@ def convert_command(
 @click.option("--prompt", help="A question; or the whole text with <image>, known by its end, where an answer begins.")
 @click.option("--pixels", type=_FILE, help="Instead of images: safetensors, [images, 3, size, size] an encoder.")
 @click.option("--ids", type=_FILE, help="Instead of a prompt: JSON list of token ids, -200 where an image goes.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write [T, V], float32, as .npy.")
+@click.option("--out", type=OutPath(file=True), required=True, help="Where to write [T, V], float32, as .npy.")
 def logits_command(
     checkpoint: Path, images: tuple[Path, ...], prompt: str | None, pixels: Path | None, ids: Path | None, out: Path
 ) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 
 @click.command("correlate")
 @click.argument("tables", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--groups", type=click.IntRange(min=1), default=4, show_default=True, help="How many groups to form.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/correlation"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/correlation"), show_default=True)
 def correlate_command(tables: tuple[Path, ...], groups: int, out: Path) -> None:
     """Correlations, groups and principal components of benchmarks over many models.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from manyeyes.cli.group import OutPath
 from manyeyes.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option("--data-md5", default="", help="Snapshot; the checkout's data.dvc says it by default.")
 @click.option("--data-remote", default="", help="A folder or s3://; the checkout's default remote by default.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/evaluation"), show_default=True)
 def evaluate_command(
     model: str,
     recipe: str,

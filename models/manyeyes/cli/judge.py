@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 if TYPE_CHECKING:
     from manyeyes.errors import EvaluationError
     from manyeyes.evaluation.ensembles import EnsembleReport, Scheme
@@ -44,7 +46,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     show_default=True,
     help="With --other: fill in for it, or let the judge decide.",
 )
-@click.option("--out", type=_FOLDER, help="Folder for score.json and items.jsonl; runs/judge/BENCHMARK by default.")
+@click.option("--out", type=OutPath(), help="Folder for score.json and items.jsonl; runs/judge/BENCHMARK by default.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def judge_command(
     benchmark: str,

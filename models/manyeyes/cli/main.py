@@ -17,6 +17,7 @@ from manyeyes.cli.convert import convert_command, logits_command
 from manyeyes.cli.correlate import correlate_command
 from manyeyes.cli.evaluate import evaluate_command
 from manyeyes.cli.group import Group as _Group
+from manyeyes.cli.group import OutPath
 from manyeyes.cli.judge import judge_command
 from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
@@ -161,7 +162,7 @@ def data() -> None:
 
 @data.command("build")
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutPath())
 @click.option("--from", "parquet", type=click.Path(path_type=Path), help="Benchmarks: Parquet instead of the hub.")
 @click.option("--images-from", type=click.Path(path_type=Path), help="GQA: Parquet with the images, of --from.")
 def data_build(source: str, out: Path, parquet: Path | None, images_from: Path | None) -> None:
@@ -187,7 +188,7 @@ def data_build(source: str, out: Path, parquet: Path | None, images_from: Path |
 @click.option("--suite", default="conversations", show_default=True)
 @click.option("--dataset", "datasets", multiple=True, help="Data set to check; all but the evaluation sets by default.")
 @click.option("--eval-dataset", "eval_datasets", multiple=True, help="Data set that the others must not contain.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/validation"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/validation"), show_default=True)
 def data_validate(
     folder: Path, suite: str, datasets: tuple[str, ...], eval_datasets: tuple[str, ...], out: Path
 ) -> None:
@@ -269,7 +270,7 @@ cli.add_command(ask_command)
 
 @cli.command()
 @click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutPath())
 def pull(model: str, out: Path) -> None:
     """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
     from manyeyes.cli.models import pull_model

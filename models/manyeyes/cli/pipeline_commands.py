@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from manyeyes.cli.group import Group
+from manyeyes.cli.group import Group, OutPath
 from manyeyes.errors import PipelineError, did_you_mean
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _connect(url: str) -> Endpoint:
 @click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutPath(),
     default=None,
     help=f"Folder; {COMPILED} by default, {COMPILED_FOR_CLUSTER} with an image or a profile.",
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 
 @click.command("reliance")
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -14,7 +16,7 @@ import click
 @click.option("--data", "data_folder", default="", help="Folder of the snapshot; as the checkout says by default.")
 @click.option("--data-md5", default="")
 @click.option("--data-remote", default="")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/reliance"), show_default=True)
+@click.option("--out", type=OutPath(), default=Path("runs/reliance"), show_default=True)
 def reliance_command(
     checkpoint: Path,
     recipe: str,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from manyeyes.cli.group import OutPath
+
 
 @click.command("score")
 @click.argument("benchmark")
@@ -25,7 +27,7 @@ import click
 @click.option("--seed", type=int, help="Turn on the random answer of parsers that fall back on one (MMMU).")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutPath(),
     help="Folder for score.json and items.jsonl; runs/score/BENCHMARK-VARIANT by default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")

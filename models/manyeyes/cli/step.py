@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from manyeyes.cli.group import OutPath
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.steps.base import LocalArtifact, Step, StepResult, run_step
@@ -75,11 +76,7 @@ def step_command(name: str) -> click.Command:
     if "recipe_json" in signature.parameters:
         options.append(click.Option(["--recipe"], default="tiny", help="A recipe's name or the path of a YAML file."))
         options.append(click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Change a field."))
-    options.append(
-        click.Option(
-            ["--out"], type=click.Path(path_type=Path), default=Path("runs/steps") / name, help="Folder to write."
-        )
-    )
+    options.append(click.Option(["--out"], type=OutPath(), default=Path("runs/steps") / name, help="Folder to write."))
 
     def call(out: Path, recipe: str = "tiny", assignments: tuple[str, ...] = (), **given: Any) -> None:
         if "recipe_json" not in signature.parameters and "recipe" in signature.parameters:

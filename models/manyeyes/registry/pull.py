@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from manyeyes.errors import BundleError, RegistryError
@@ -11,7 +10,7 @@ from manyeyes.registry.evidence import BUNDLE_PATH, download
 from manyeyes.registry.references import ModelReference, find_version, parse_model_reference
 from manyeyes.registry.tracking import connect
 from manyeyes.runtime.bundle_files import MANIFEST, check_files, digest_files, read_manifest
-from manyeyes.storage import storage_errors
+from manyeyes.storage import folder_beside, replaceable, storage_errors
 
 
 def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | None = None) -> Path:
@@ -32,20 +31,20 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
         RegistryError: No such model, alias or version, or ``out_dir`` is not a bundle's folder.
         RegistryUnreachableError: The registry does not answer.
         BundleError: A file is missing or is not what was registered.
-        StorageError: No space, or no permission.
+        StorageError: No space, no permission, or no place for a folder: a file, or the working directory.
     """
     reference = parse_model_reference(name, alias_or_version)
-    out_dir = Path(reference.name) if out_dir is None else out_dir
+    given = Path(reference.name) if out_dir is None else out_dir
+    out_dir = replaceable(given)
     tracking = connect()
     version = find_version(tracking, reference)
     expected = version.tags.get("bundle_digest")
     if out_dir.exists():
         if _is_intact(out_dir, expected):
-            return out_dir
+            return given
         _check_replaceable(out_dir)
     with storage_errors(out_dir):
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+        scratch = folder_beside(out_dir)
         try:
             bundle = download(tracking, version, BUNDLE_PATH, scratch)
             _check(bundle, expected, reference)
@@ -54,7 +53,7 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
             bundle.rename(out_dir)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return out_dir
+    return given
 
 
 def _is_intact(folder: Path, expected: str | None) -> bool:

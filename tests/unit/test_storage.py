@@ -1,0 +1,197 @@
+"""Where results go: every place that a person may name, for every command that writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from manyeyes.cli.group import OutPath
+from manyeyes.cli.main import cli
+from manyeyes.errors import StorageError
+from manyeyes.evaluation.output import write_file
+from manyeyes.storage import check_out, is_there, new_folder, replaceable
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of each test, with a file, folders and links in it."""
+    folder = tmp_path / "work"
+    (folder / "full").mkdir(parents=True)
+    (folder / "full" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("a file", encoding="utf-8")
+    (folder / "to-full").symlink_to("full")
+    (folder / "to-nothing").symlink_to("not-yet")
+    (folder / "circle").symlink_to("circle")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# Neither a folder nor the place of one.
+NO_FOLDER = [
+    "file",
+    "file/",
+    "file/below",
+    "file/below/more",
+    "circle",
+    "circle/x",
+    "x" * 300,
+    "x" * 300 + "/y",
+    "x/" * 3000,
+]
+# Replacing these would take the ground from under the caller.
+GROUND = [".", "./", "..", "/", "full/..", "//", "./."]
+
+
+@pytest.mark.parametrize("out", [*NO_FOLDER, *GROUND])
+def test_a_folder_cannot_be_made_where_none_can_be(out: str, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    with pytest.raises(StorageError) as refused, new_folder(Path(out)):
+        pytest.fail("something would have been written")
+    assert refused.value.do
+    assert len(str(refused.value)) < 500
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "where"),
+    [
+        ("new", "new"),
+        ("new/", "new"),
+        ("new/below/more", "new/below/more"),
+        ("empty", "empty"),
+        ("empty/", "empty"),
+        ("full", "full"),
+        ("./new", "new"),
+        ("empty/../new", "new"),
+        ("../work/new", "new"),
+        ("to-full", "full"),
+        ("to-nothing", "not-yet"),
+        ("x" * 255, "x" * 255),
+        ("ö" * 127, "ö" * 127),
+    ],
+)
+def test_a_folder_appears_whole_under_its_name(out: str, where: str, place: Path) -> None:
+    links = {path: path.readlink() for path in place.iterdir() if path.is_symlink()}
+    with new_folder(Path(out)) as folder:
+        (folder / "result").write_text("done", encoding="utf-8")
+    assert [path.name for path in (place / where).iterdir()] == ["result"]
+    assert {path: path.readlink() for path in links} == links
+    assert not list(place.glob(".*"))
+
+
+def test_an_interrupted_folder_leaves_what_was_there(place: Path) -> None:
+    def interrupted() -> None:
+        with new_folder(Path("full")) as folder:
+            (folder / "half").write_text("", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in (place / "full").iterdir()] == ["thesis.txt"]
+    assert not list(place.glob(".*"))
+
+
+@pytest.mark.parametrize("out", ["file/x.json", "x" * 300, "x" * 300 + "/y.json", "circle/x.json", "full"])
+def test_a_file_cannot_be_written_where_none_can_be(out: str) -> None:
+    with pytest.raises(StorageError):
+        write_file(Path(out), b"{}")
+
+
+def test_a_file_may_have_a_name_as_long_as_the_file_system_takes() -> None:
+    for name in ("x" * 255, "ö" * 127):
+        write_file(Path(name), b"{}")
+        assert Path(name).read_bytes() == b"{}"
+
+
+def test_a_place_is_checked_without_making_anything(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    for out in (".", "..", "/tmp", "new", "new/below", "full", "to-full", "to-nothing"):
+        check_out(Path(out))
+    for out in ("new.npy", "full/new.npy", "file", "new/below/x.npy"):
+        check_out(Path(out), file=True)
+    for out in ("full", ".", "file/x.npy", "to-full"):
+        with pytest.raises(StorageError):
+            check_out(Path(out), file=True)
+    assert sorted(place.rglob("*")) == before
+    assert replaceable(Path("to-full")) == place / "full"
+
+
+def test_a_place_without_permission_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place / "full" and mode)
+    check_out(Path("empty/new"))
+    for out in (place / "full", place / "full" / "new"):
+        with pytest.raises(StorageError, match="Permission denied"):
+            check_out(out)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "circle", "nul\0l", "file/x"])
+def test_what_is_no_name_of_a_file_is_not_there(name: str) -> None:
+    assert not is_there(Path(name))
+
+
+# --- every command that writes -----------------------------------------------------------------------------------
+
+COMMANDS = {
+    "pull": ["pull", "some-model", "OUT"],
+    "data build": ["data", "build", "easy-vqa", "OUT"],
+    "data validate": ["data", "validate", "full", "--out", "OUT"],
+    "data contamination": ["data", "contamination", "full", "--benchmarks", "x", "--out", "OUT"],
+    "evaluate": ["evaluate", "full", "--out", "OUT"],
+    "score": ["score", "gqa", "--references", "file", "--predictions", "file", "--out", "OUT"],
+    "judge": ["judge", "mm-vet", "--references", "file", "--predictions", "file", "--out", "OUT"],
+    "compare": ["compare", "full", "full", "--out", "OUT"],
+    "correlate": ["correlate", "file", "--out", "OUT"],
+    "reliance": ["reliance", "full", "--out", "OUT"],
+    "convert": ["convert", "full", "OUT"],
+    "logits": ["logits", "full", "--prompt", "?", "--out", "OUT"],
+    "step": [
+        *("step", "gate", "--out", "OUT"),
+        *(f"--{name}=full" for name in ("validation", "scorecard", "bundle-scorecard", "parity")),
+    ],
+    "pipeline compile": ["pipeline", "compile", "promote", "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("out", ["file/below", "x" * 300, "circle", "file/x/y"], ids=lambda out: out[:20])
+def test_no_command_begins_where_it_cannot_write(command: str, out: str) -> None:
+    with pytest.raises(StorageError):
+        cli([out if word == "OUT" else word for word in COMMANDS[command]], standalone_mode=False)
+
+
+def commands(group: click.Group, context: click.Context, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            found |= commands(command, context, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
+
+
+def test_every_command_with_an_out_checks_it() -> None:
+    unchecked = [
+        name
+        for name, command in commands(cli, click.Context(cli)).items()
+        for parameter in command.params
+        if parameter.name == "out" and not isinstance(parameter.type, OutPath)
+    ]
+    # `ask` writes with --draw alone: its default must not be asked of those who draw nothing.
+    assert unchecked == ["ask"]
+
+
+def test_there_is_a_case_for_every_command_with_an_out() -> None:
+    found: Callable[[str], str] = lambda name: "step" if name.startswith("step ") else name  # noqa: E731
+    checked = {
+        found(name)
+        for name, command in commands(cli, click.Context(cli)).items()
+        if any(isinstance(parameter.type, OutPath) for parameter in command.params)
+    }
+    assert checked == set(COMMANDS)
