@@ -22,9 +22,9 @@ import skimage
 from numpy.typing import NDArray
 from PIL import Image
 
+from manyeyes.data.contamination.findings import Thresholds
 from manyeyes.data.contamination.fingerprints import hash_differences, make_thumbnail, measure_entropy
 from manyeyes.data.contamination.hash_index import HashIndex
-from manyeyes.data.contamination.report import Thresholds
 
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",

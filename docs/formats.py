@@ -29,7 +29,7 @@ FORMATS = [
     ("preprocess.json (bundle)", "manyeyes.export.manifest", "PreprocessFile", "the step `export_onnx`"),
     ("chat.json (bundle)", "manyeyes.export.manifest", "ChatFile", "the step `export_onnx`"),
     ("parity.json", "manyeyes.export.parity", "ParityReport", "the step `export_onnx`"),
-    ("validation.json", "manyeyes.data.validation", "ValidationReport", "the step `validate_data`"),
+    ("validation.json", "manyeyes.data.validation_report", "ValidationReport", "the step `validate_data`"),
     (
         "quarantine.jsonl",
         "manyeyes.data.quarantine",
@@ -38,7 +38,7 @@ FORMATS = [
     ),
     (
         "contamination.json",
-        "manyeyes.data.contamination.report",
+        "manyeyes.data.contamination.findings",
         "ContaminationReport",
         "the step `validate_data` and `manyeyes data contamination`; `pairs.jsonl` has its pairs",
     ),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bench.contamination import CHANGES, FILTERS, encode, photographs, share_by_hash_alone
 from manyeyes.data.contamination import fingerprints
+from manyeyes.data.contamination.findings import Thresholds
 from manyeyes.data.contamination.fingerprints import (
     fingerprint_shard,
     hash_differences,
@@ -18,7 +19,6 @@ from manyeyes.data.contamination.fingerprints import (
     measure_entropy,
 )
 from manyeyes.data.contamination.hash_index import HashIndex
-from manyeyes.data.contamination.report import Thresholds
 from manyeyes.data.contamination.texts import COMMON, TextIndex, hash_ngrams
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards

@@ -20,7 +20,7 @@ from PIL import Image
 from bench.contamination import CHANGES, encode, photographs
 from manyeyes.cli.main import main
 from manyeyes.data.contamination import fingerprints
-from manyeyes.data.contamination.report import ContaminationReport, Pair, Thresholds, read_contamination
+from manyeyes.data.contamination.findings import ContaminationReport, Pair, Thresholds, read_contamination
 from manyeyes.data.contamination.search import find_contamination
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file

@@ -10,7 +10,7 @@ from data_samples import make_snapshot
 from PIL import Image
 
 from bench.contamination import CHANGES, encode, photographs
-from manyeyes.data.contamination.report import read_contamination
+from manyeyes.data.contamination.findings import read_contamination
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.errors import ValidationError

@@ -17,13 +17,13 @@ from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.data.validation import (
-    ValidationReport,
     check_profile,
     list_suites,
     parse_suite,
     read_suite,
     validate_snapshot,
 )
+from manyeyes.data.validation_report import ValidationReport
 from manyeyes.errors import RecipeError, SnapshotError
 from manyeyes.recipe import MixturePart
 

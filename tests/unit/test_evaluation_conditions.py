@@ -22,7 +22,7 @@ from manyeyes.evaluation.conditions import (
     plan_questions,
 )
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.looking import by_image, looking_html, looking_markdown
+from manyeyes.evaluation.looking import by_image, looking_sentence, looking_table
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.runtime.bundle import Group
@@ -235,6 +235,6 @@ def test_benchmarks_stand_in_the_order_of_what_the_image_adds(tmp_path: Path) ->
     points = score.model_copy(update={"image_adds": 400.0, "maximum": 2000.0, "image_adds_ci95": (300.0, 500.0)})
     both = card.model_copy(update={"benchmarks": {"vqav2": little, "mme": points, "easy-vqa": score}})
     assert list(by_image(both)) == ["easy-vqa", "mme", "vqav2"]
-    assert "reaches 0): vqav2." in looking_markdown(both)
-    assert "not asked" in looking_html(both)
-    assert "On every benchmark" in looking_markdown(card)
+    assert "reaches 0): vqav2." in looking_sentence(both)
+    assert "not asked" in looking_table(both, titles=True).markdown()
+    assert "On every benchmark" in looking_sentence(card)

@@ -134,9 +134,10 @@ def test_the_command_draws_every_benchmark_once_and_no_label_on_another(tmp_path
     assert "group 1: a0, a1, a2\n" in result.stdout
     html = (tmp_path / "out" / "correlation.html").read_text(encoding="utf-8")
     assert html == render_correlation(correlate(read_scores([tmp_path / "t.csv"])))
-    labels = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)">([a-d]\d)</text>', html)
+    labels = re.findall(r'<text class="name" x="([\d.-]+)%" y="([\d.-]+)"[^>]*>([a-d]\d)</text>', html)
     assert sorted(name for _, _, name in labels) == sorted(names)
-    places = [(float(x), float(y)) for x, y, _ in labels]
+    # Of a field that is 640 pixels wide, or wider.
+    places = [(6.4 * float(x), float(y)) for x, y, _ in labels]
     for index, (x, y) in enumerate(places):
-        assert all(abs(x - other_x) > 13 or abs(y - other_y) >= 14.9 for other_x, other_y in places[:index])
+        assert all(abs(x - other_x) > 13 or abs(y - other_y) >= 12.9 for other_x, other_y in places[:index])
     assert not re.search(r"<script|https?://|<link", html)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from manyeyes.evaluation.groups import GROUPS
 from manyeyes.evaluation.published import Published, load_published
 from manyeyes.evaluation.report import build_report, read_report, write_report
 from manyeyes.evaluation.report_contents import Report
-from manyeyes.evaluation.report_html import render_html
-from manyeyes.evaluation.report_markdown import render_markdown
-from manyeyes.evaluation.report_words import short_count, verdict
+from manyeyes.evaluation.report_page import render_html, render_markdown
+from manyeyes.evaluation.report_words import verdict
 from manyeyes.evaluation.reproduction import describe_reproduction, merge_runs
 from manyeyes.export.model_facts import count_model
+from manyeyes.pages import short_count
 from manyeyes.recipe import load_recipe
 from manyeyes.registry import champion as registry_champion
 from manyeyes.steps.champion_scores import find_champion
@@ -121,7 +122,7 @@ def test_examples_show_what_was_answered_under_each_condition(report: Report) ->
     answer = report.details["gqa"].worst[0].answers[0]
     assert list(answer.answers) == ["image-on", "image-off", "grey", "other-image"]
     lines = ("without: a guess ✗", "grey image: a grey guess (0.30)", "another's image: (nothing) ✗")
-    assert "".join(f'<div class="quiet">{line}</div>' for line in lines) in html
+    assert "".join(f'<div class="quiet">{line}</div>' for line in lines) in unescape(html)
     assert "| a guess ✗ | a grey guess (0.30) | (nothing) ✗ |" in markdown
     (unread,) = report.details["gqa"].unread
     assert unread.prediction == "<b>I cannot say</b> | what it is"

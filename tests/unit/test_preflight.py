@@ -15,7 +15,7 @@ from manyeyes.registry.tracking import connect
 from manyeyes.steps import preflight_checks
 from manyeyes.steps.base import LocalArtifact, Reporter, run_step
 from manyeyes.steps.events import ErrorReport
-from manyeyes.steps.preflight import STEP, as_markdown, preflight
+from manyeyes.steps.preflight import STEP, as_table, preflight
 from manyeyes.steps.preflight_checks import Check, Need, check_disk, check_memory, check_sources, find_data
 from tests.pipelines.checkout import push
 from tests.registry_store import store_uri
@@ -234,5 +234,5 @@ def test_table_begins_with_what_is_wrong() -> None:
         Check("b", "warning", "so"),
         Check("c", "problem", "bad | worse", "good", "Mend."),
     ]
-    assert [line.split("|")[2].strip() for line in as_markdown(rows).splitlines()[2:]] == ["c", "b", "a"]
-    assert "bad \\| worse" in as_markdown(rows)
+    assert [line.split("|")[2].strip() for line in as_table(rows).markdown().splitlines()[2:]] == ["c", "b", "a"]
+    assert "bad \\| worse" in as_table(rows).markdown()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import RecordError, StorageError
+from manyeyes.pages import step_page
 from manyeyes.steps.base import LocalArtifact, Reporter, Step, StepResult, as_user_error, run_step
 from manyeyes.steps.events import ErrorReport, EventReader, emit
 
@@ -20,7 +21,8 @@ def double(reporter: Reporter, *, number: int, out: Path) -> StepResult:
     reporter.progress("halfway", done=0.5, eta_s=1.0)
     out.write_text(str(2 * number), encoding="utf-8")
     return StepResult(
-        f"{2 * number}", metrics={"number": 2.0 * number}, html="<p>fine</p>", values={"number": 2 * number},
+        f"{2 * number}", metrics={"number": 2.0 * number}, values={"number": 2 * number},
+        html=step_page("Doubled", "fine", {}),
         metadata={"digest": "abc"},
     )  # fmt: skip
 

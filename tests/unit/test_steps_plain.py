@@ -9,6 +9,7 @@ import pytest
 
 from manyeyes.cli.summarise import in_words, summarise
 from manyeyes.errors import PipelineError, RecipeError, SnapshotError
+from manyeyes.pages import Curve, draw_curves, readable, step_page
 from manyeyes.recipe import load_recipe
 from manyeyes.steps import code_digest as code_digest_module
 from manyeyes.steps.base import Reporter
@@ -17,7 +18,6 @@ from manyeyes.steps.events import Artifact, Event
 from manyeyes.steps.inputs import is_absent, locate_data, mark_absent, open_inputs, training_datasets
 from manyeyes.steps.prealign_encoder import prealign_encoder
 from manyeyes.steps.pretrain_projector import by_encoder, pretrain_projector
-from manyeyes.steps.report import Series, line_chart, readable
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.steps.sft import sft
 from manyeyes.steps.summary import RunSummary, StepSummary, read_summary, union_seconds, write_summary
@@ -145,13 +145,15 @@ def test_parallel_steps_count_once_in_the_time_inside_steps() -> None:
     assert union_seconds([]) == 0.0
 
 
-def test_line_chart_scales_points_into_the_picture() -> None:
-    chart = line_chart([Series("loss", [(0, 2.0), (5, 1.0), (10, 0.0)])], x_label="step", y_label="loss <nats>")
+def test_curves_are_scaled_into_the_picture() -> None:
+    def drawn(points: list[tuple[float, float]]) -> str:
+        return step_page("t", "", {"Loss": draw_curves([Curve("loss", points)], x_label="step", y_label="loss <nats>")})
+
+    chart = drawn([(0, 2.0), (5, 1.0), (10, 0.0)])
     points = chart.split('points="')[1].split('"')[0].split()
-    assert [point.split(",")[0] for point in points] == ["68.0", "390.0", "712.0"]
-    assert [point.split(",")[1] for point in points] == ["12.0", "119.0", "226.0"]
+    assert points == ["0.0,0.0", "50.0,50.0", "100.0,100.0"]
     assert "loss &lt;nats&gt;" in chart
-    assert "Too few points" in line_chart([Series("loss", [(0, 2.0)])], x_label="x", y_label="y")
+    assert "Too few points" in drawn([(0, 2.0)])
 
 
 def test_values_are_shown_as_a_person_writes_them() -> None:

@@ -45,7 +45,7 @@ def contamination_command(
     """
     import pydantic
 
-    from manyeyes.data.contamination.report import Thresholds
+    from manyeyes.data.contamination.findings import Thresholds
     from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.snapshot import open_folder
     from manyeyes.errors import DataError

@@ -47,7 +47,7 @@ def _needs(recipe: Recipe) -> list[str]:
     except (SnapshotError, SourceError) as error:
         return [f"# what it needs is not known here: {error}"]
     from manyeyes.estimate import as_rows
-    from manyeyes.steps.report import readable
+    from manyeyes.pages import readable
 
     rows = as_rows(found)
     width = max(len(name) for name, _ in rows)

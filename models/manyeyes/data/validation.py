@@ -9,80 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.data.profile import FitCheck, build_profile
 from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
-from manyeyes.data.report import render_report
 from manyeyes.data.shards import storage_error
 from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
+from manyeyes.data.validation_page import render_validation
+from manyeyes.data.validation_report import ExpectationOutcome, Severity, ValidationReport
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
 
-Severity = Literal["critical", "warning", "info"]
 _EXAMPLES = 5
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ExpectationOutcome(_Strict):
-    """What became of one expectation of the suite."""
-
-    name: str = Field(description="Its name in the suite.")
-    severity: Severity = Field(description="Only critical ones decide the verdict.")
-    success: bool = Field(description="Whether the profile meets it.")
-    unexpected_count: int = Field(ge=0, description="Samples that do not.")
-    unexpected_percent: float = Field(ge=0, le=100, description="The same in percent of the samples it looks at.")
-    examples: tuple[str, ...] = Field(description="Ids of a few of these samples.")
-    explanation: str = Field(description="What is expected, in a sentence; or why it could not be checked.")
-
-
-class ValidationReport(_Strict):
-    """``validation.json``: whether a snapshot is fit to train on."""
-
-    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
-    verdict: Literal["passed", "failed"] = Field(description="failed when a critical expectation is not met.")
-    data_md5: str = Field(description="Of the snapshot, as DVC computes it, without .dir.")
-    suite: str = Field(description="Name of the suite.")
-    suite_sha256: str = Field(description="Of the suite's file, hexadecimal.")
-    datasets: dict[str, int] = Field(description="Samples by data set, evaluation sets included.")
-    eval_datasets: tuple[str, ...] = Field(description="Data sets that the others must not contain.")
-    rows: int = Field(ge=0, description="Samples looked at.")
-    quarantined: int = Field(ge=0, description="Samples that cannot be used; quarantine.jsonl says why.")
-    contaminated_images: int = Field(
-        ge=0, description="Images of the other data sets that an evaluation set has too (exact sha256 of the bytes)."
-    )
-    expectations: tuple[ExpectationOutcome, ...] = Field(description="In the suite's order.")
-
-    def failures(self) -> list[ExpectationOutcome]:
-        """The critical expectations that are not met."""
-        return [outcome for outcome in self.expectations if outcome.severity == "critical" and not outcome.success]
-
-    def as_markdown(self) -> str:
-        """A short account for a page that shows Markdown."""
-        lines = [
-            f"**Validation {self.verdict}**: {self.rows:,} samples, {self.quarantined:,} in quarantine, "
-            f"{self.contaminated_images:,} images also in an evaluation set. Suite `{self.suite}`, "
-            f"data `{self.data_md5}`.",
-            "",
-            "| expectation | severity | met | samples against it | what it says |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {outcome.name} | {outcome.severity} | {'yes' if outcome.success else '**no**'} "
-            f"| {outcome.unexpected_count:,} ({outcome.unexpected_percent:.2f}%) "
-            f"| {escape(outcome.explanation, quote=False)} |"
-            for outcome in self.expectations
-        ]
-        return "\n".join(lines) + "\n"
 
 
 def validate_snapshot(
@@ -148,9 +91,8 @@ def validate_snapshot(
     except OSError as error:
         raise storage_error(error, out_dir) from error
     write_quarantine(out_dir / QUARANTINE_FILE, quarantine)
-    write_json_atomically(
-        out_dir / "validation.html", render_report(report, profile=profile, quarantine=quarantine, snapshot=snapshot)
-    )
+    page = render_validation(report, profile=profile, quarantine=quarantine, snapshot=snapshot)
+    write_json_atomically(out_dir / "validation.html", page)
     write_json_atomically(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
     return report
 
@@ -180,6 +122,10 @@ def read_suite(name_or_path: str) -> str:
             f"{did_you_mean(name_or_path, names)}Correct the recipe.",
         )
     return resources.files("manyeyes").joinpath("data", "suites", f"{name_or_path}.json").read_text(encoding="utf-8")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SuiteExpectation(_Strict):

@@ -8,7 +8,6 @@ score falls says that the model, as it was trained, uses it, and not that a mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +22,10 @@ from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.conditions import plan_questions
 from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.page import markdown_table, page, table
 from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.significance import PairedTest, compare_scores, holm
 from manyeyes.evaluation.torch_answerer import TorchAnswerer
+from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe
 
 How = Literal["zeroed", "shuffled"]
@@ -196,24 +195,22 @@ _NOTE = (
 
 def render_reliance(report: RelianceReport) -> str:
     """The page."""
-    parts = [f"<h1>{escape(report.recipe)}: what each encoder is for</h1>", f"<p>{escape(_NOTE)}</p>"]
-    for benchmark in report.benchmarks.values():
-        parts += [f"<h2>{escape(benchmark.title)}</h2>", f"<p>{escape(_sentence(benchmark))}</p>"]
-        parts.append(table(_HEADER, [[escape(cell) for cell in row] for row in _rows(benchmark)], numbers=[2, 3, 5]))
-    parts += [f"<p>{escape(line)}</p>" for line in _skipped(report)]
-    return page(f"{report.recipe}: reliance on encoders", "\n".join(parts))
+    return _render("reliance.html", report)
 
 
 def render_reliance_text(report: RelianceReport) -> str:
     """The tables as Markdown."""
-    lines = [f"# {report.recipe}: what each encoder is for", ""]
-    for benchmark in report.benchmarks.values():
-        lines += [f"## {benchmark.title}", "", _sentence(benchmark), "", markdown_table(_HEADER, _rows(benchmark)), ""]
-    return "\n".join([*lines, *_skipped(report), _NOTE, ""])
+    return _render("reliance.md", report)
 
 
-def _skipped(report: RelianceReport) -> list[str]:
-    return [f"Not asked, as a language model judges: {', '.join(report.skipped)}."] if report.skipped else []
+def _render(template: str, report: RelianceReport) -> str:
+    return render(
+        template,
+        title=f"{report.recipe}: what each encoder is for",
+        report=report,
+        note=_NOTE,
+        benchmarks=[(each.title, _sentence(each), _table(each)) for each in report.benchmarks.values()],
+    )
 
 
 def _sentence(benchmark: BenchmarkReliance) -> str:
@@ -224,18 +221,19 @@ def _sentence(benchmark: BenchmarkReliance) -> str:
     )
 
 
-def _rows(benchmark: BenchmarkReliance) -> list[list[str]]:
-    return [
+def _table(benchmark: BenchmarkReliance) -> Table:
+    rows = [
         [
             row.encoder,
             row.how,
             f"{row.score:.2f}",
             f"{row.loss:+.2f}",
-            f"{row.loss_ci95[0]:+.2f} to {row.loss_ci95[1]:+.2f}",
+            span(row.loss_ci95, signed=True),
             f"{row.p_holm:.4f}",
         ]
         for row in benchmark.encoders
     ]
+    return Table(_HEADER, rows, numbers=(2, 3, 5))
 
 
 def _disturbance(encoder: str, how: How) -> Callable[[dict[str, Tensor], Sequence[int]], dict[str, Tensor]]:

@@ -14,8 +14,7 @@ from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.report_building import build_report, read_pictures
 from manyeyes.evaluation.report_contents import Report, Reproduction, read_report
-from manyeyes.evaluation.report_html import render_html
-from manyeyes.evaluation.report_markdown import render_markdown
+from manyeyes.evaluation.report_page import render_html, render_markdown
 from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
 

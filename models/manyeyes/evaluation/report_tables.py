@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
 from manyeyes.evaluation.comparison import GROUP_TITLES, SYSTEM_TITLES
-from manyeyes.evaluation.report_contents import Cell, ComparisonRow, Report
-from manyeyes.evaluation.report_words import CONDITION_TITLES, NONE, NOTHING, figure, short_count, span, unit_mark
+from manyeyes.evaluation.report_contents import Cell, ComparisonRow, Example, Report
+from manyeyes.evaluation.report_words import CONDITION_TITLES, NOTHING, unit_mark, verdict
 from manyeyes.evaluation.scorecard import BenchmarkScore, ConditionScore
+from manyeyes.pages import NONE, Table, Text, figure, short_count, span
 
 
-@dataclass(frozen=True)
-class Text:
-    """A cell with something smaller beside it.
-
-    Attributes:
-        main: What matters.
-        detail: Beside or below it.
-        notes: Numbers of notes.
-    """
-
-    main: str
-    detail: str = ""
-    notes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table, as plain text.
-
-    Attributes:
-        header: Of each column.
-        rows: Cells of each row.
-        numbers: Columns that are aligned right.
-        strong: Rows that stand out.
-        stacked: Whether a narrow screen shows cells below each other.
-        code: Columns that hold digests or file text.
-    """
-
-    header: tuple[str, ...]
-    rows: list[list[str | Text]]
-    numbers: tuple[int, ...] = ()
-    strong: frozenset[int] = field(default_factory=frozenset)
-    stacked: bool = False
-    code: tuple[int, ...] = ()
-
-
-def facts_sheet(report: Report) -> Sheet | None:
+def facts_table(report: Report) -> Table | None:
     """Size and cost of the model; ``None`` where they are unknown."""
     facts = report.scorecard.model.facts
     if facts is None:
@@ -64,10 +28,10 @@ def facts_sheet(report: Report) -> Sheet | None:
             Text(short_count(facts.flops_per_sample), f"{facts.flops_per_sample:,}"),
         ],
     ]
-    return Sheet(("what", "value"), rows, numbers=(1,))
+    return Table(("what", "value"), rows, numbers=(1,))
 
 
-def comparison_sheet(report: Report) -> Sheet:
+def comparison_table(report: Report) -> Table:
     """This model, the champion and published ones; benchmarks, groups, size and speed."""
     comparison = report.comparison
     header = [
@@ -93,7 +57,7 @@ def comparison_sheet(report: Report) -> Sheet:
             ]
         )
     strong = frozenset(place for place, row in enumerate(comparison.rows) if row.kind != "published")
-    return Sheet(tuple(header), rows, numbers=tuple(range(1, len(header))), strong=strong)
+    return Table(tuple(header), rows, numbers=tuple(range(1, len(header))), strong=strong)
 
 
 def comparison_sentences(report: Report) -> list[str]:
@@ -118,7 +82,7 @@ def sources_sentence(report: Report) -> str:
     return f"Published in {'; '.join(places)}." if places else ""
 
 
-def trade_off_sheet(report: Report) -> Sheet | None:
+def trade_off_table(report: Report) -> Table | None:
     """Score against cost, numbered as in the plots; ``None`` with fewer than two models."""
     if report.trade_off is None:
         return None
@@ -134,7 +98,7 @@ def trade_off_sheet(report: Report) -> Sheet | None:
     ]
     strong = frozenset(place for place, point in enumerate(report.trade_off.points) if point.kind != "published")
     header = ("", "model", "mean %", "visual tokens", "FLOPs a sample")
-    return Sheet(header, rows, numbers=(0, 2, 3, 4), strong=strong)
+    return Table(header, rows, numbers=(0, 2, 3, 4), strong=strong)
 
 
 def trade_off_sentence(report: Report) -> str:
@@ -148,7 +112,7 @@ def trade_off_sentence(report: Report) -> str:
     )
 
 
-def groups_sheet(report: Report) -> Sheet | None:
+def groups_table(report: Report) -> Table | None:
     """Cambrian-1's groups of this model; ``None`` with too few benchmarks."""
     groups = report.scorecard.groups
     if not groups:
@@ -164,10 +128,10 @@ def groups_sheet(report: Report) -> Sheet | None:
         for name, group in groups.items()
     ]
     header = ("group", "average %", "95%", "benchmarks, % of the maximum", "missing")
-    return Sheet(header, rows, numbers=(1,), stacked=True)
+    return Table(header, rows, numbers=(1,), stacked=True)
 
 
-def overview_sheet(report: Report) -> Sheet:
+def overview_table(report: Report) -> Table:
     """One row a benchmark, and the mean over them."""
     card = report.scorecard
     rows: list[list[str | Text]] = [
@@ -186,10 +150,10 @@ def overview_sheet(report: Report) -> Sheet:
     mean_off = sum(100 * score.image_off / score.maximum for score in scores) / len(scores)
     rows.append(["Mean, % of the maximum", "", figure(mean), figure(mean_off), f"{mean - mean_off:+.2f}", ""])
     header = ("", "questions", "score", "no image", "image adds", "not understood")
-    return Sheet(header, rows, numbers=(1, 2, 3, 4, 5), strong=frozenset({len(rows) - 1}))
+    return Table(header, rows, numbers=(1, 2, 3, 4, 5), strong=frozenset({len(rows) - 1}))
 
 
-def conditions_sheet(score: BenchmarkScore) -> Sheet:
+def conditions_table(score: BenchmarkScore) -> Table:
     """A benchmark's figure under every condition."""
     rows: list[list[str | Text]] = [
         ["with the image", Text(figure(score.score), span(score.ci95)), "", f"{score.parse_failures:,}"]
@@ -212,10 +176,10 @@ def conditions_sheet(score: BenchmarkScore) -> Sheet:
         )
     unit = unit_mark(score) or " points"
     header = ("shown", f"score ({unit.strip()})", "the image adds", "not understood")
-    return Sheet(header, rows, numbers=(1, 2, 3))
+    return Table(header, rows, numbers=(1, 2, 3))
 
 
-def types_sheet(score: BenchmarkScore) -> Sheet:
+def types_table(score: BenchmarkScore) -> Table:
     """A benchmark by type of answer."""
     rows: list[list[str | Text]] = [
         [
@@ -230,10 +194,10 @@ def types_sheet(score: BenchmarkScore) -> Sheet:
         for name, part in score.by_type.items()
     ]
     header = ("answers", "questions", "score (%)", "95%", "image off (%)", "95%", "guessing (%)")
-    return Sheet(header, rows, numbers=(1, 2, 4, 6))
+    return Table(header, rows, numbers=(1, 2, 4, 6))
 
 
-def sub_scores_sheet(score: BenchmarkScore) -> Sheet | None:
+def sub_scores_table(score: BenchmarkScore) -> Table | None:
     """A benchmark's sub-scores; ``None`` without any."""
     if not score.scores:
         return None
@@ -246,24 +210,24 @@ def sub_scores_sheet(score: BenchmarkScore) -> Sheet | None:
         ]
         for name, value in score.scores.items()
     ]
-    return Sheet(("sub-score", "with the image", "95%", "without"), rows, numbers=(1, 3))
+    return Table(("sub-score", "with the image", "95%", "without"), rows, numbers=(1, 3))
 
 
-def mistakes_sheet(report: Report, name: str) -> Sheet:
+def mistakes_table(report: Report, name: str) -> Table:
     """The most frequent wrong answers."""
     rows: list[list[str | Text]] = [
         [mistake.reference, mistake.prediction or NOTHING, f"{mistake.times:,}"]
         for mistake in report.details[name].mistakes
     ]
-    return Sheet(("right answer", "model's answer", "times"), rows, numbers=(2,), stacked=True)
+    return Table(("right answer", "model's answer", "times"), rows, numbers=(2,), stacked=True)
 
 
-def unread_sheet(report: Report, name: str) -> Sheet:
+def unread_table(report: Report, name: str) -> Table:
     """Texts that nothing could be read from."""
     rows: list[list[str | Text]] = [
         [unread.item, unread.question, unread.prediction or NOTHING] for unread in report.details[name].unread
     ]
-    return Sheet(("item", "question", "what the model wrote"), rows, stacked=True)
+    return Table(("item", "question", "what the model wrote"), rows, stacked=True)
 
 
 # Shown in a benchmark's own section; all others are settings, so that a new field is never left out.
@@ -273,7 +237,7 @@ _SHOWN = frozenset(
 )
 
 
-def settings_sheet(report: Report) -> Sheet:
+def settings_table(report: Report) -> Table:
     """Digests, settings and whatever else a scorecard says."""
     card = report.scorecard
     rows: list[list[str | Text]] = [
@@ -290,7 +254,7 @@ def settings_sheet(report: Report) -> Sheet:
         rows.append([f"{name}: data set", report.details[name].dataset])
         rows.append([f"{name}: prompts", report.details[name].prompts])
         rows += [[f"{name}: {key.replace('_', ' ')}", text] for key, text in _leaves(score) if text]
-    return Sheet(("what", "value"), rows, code=(1,))
+    return Table(("what", "value"), rows, code=(1,))
 
 
 def _leaves(score: BenchmarkScore) -> list[tuple[str, str]]:
@@ -314,7 +278,7 @@ def _in_words(key: str, value: object) -> list[tuple[str, str]]:
     return [] if value is None else [(key, str(value))]
 
 
-def machines_sheet(report: Report) -> Sheet:
+def machines_table(report: Report) -> Table:
     """Machines and versions."""
     rows: list[list[str | Text]] = []
     for run in report.reproduction.runs:
@@ -328,13 +292,30 @@ def machines_sheet(report: Report) -> Sheet:
             ["versions", versions],
             ["finished (UTC)", run.finished],
         ]
-    return Sheet(("what", "value"), rows)
+    return Table(("what", "value"), rows)
 
 
 def examples_sentence(report: Report, name: str) -> str:
     """How many images have mistakes."""
     details = report.details[name]
     return f"{details.images_with_mistakes:,} of {details.images:,} images have a wrong answer; these have most."
+
+
+def examples_table(examples: Sequence[Example]) -> Table:
+    """Questions on a few images, and every answer to them."""
+    conditions = [name for name in CONDITION_TITLES if any(name in answer.answers for answer in examples[0].answers)]
+    rows: list[list[str | Text]] = []
+    for example in examples:
+        image = example.item.partition("#")[0]
+        for answer in example.answers:
+            said = [
+                f"{answer.answers[name] or NOTHING} {verdict(answer.scores[name])}" if name in answer.answers else ""
+                for name in conditions
+            ]
+            rows.append([image, answer.question, answer.reference, *said])
+        if example.left_out:
+            rows.append([image, f"and {example.left_out:,} more", *[""] * (1 + len(conditions))])
+    return Table(("image", "question", "right", *(CONDITION_TITLES[name] for name in conditions)), rows)
 
 
 def _cell(cell: Cell | None) -> str | Text:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from manyeyes.evaluation.scorecard import BenchmarkScore, Interval
+from manyeyes.evaluation.scorecard import BenchmarkScore
+from manyeyes.pages import span
 
 CONDITION_TITLES = {
     "image-on": "with the image",
@@ -11,28 +12,6 @@ CONDITION_TITLES = {
     "other-image": "another's image",
 }
 NOTHING = "(nothing)"
-NONE = "-"
-
-
-def figure(value: float | None) -> str:
-    """A score with two decimals; a dash for none."""
-    return NONE if value is None else f"{value:.2f}"
-
-
-def span(interval: Interval, *, signed: bool = False) -> str:
-    """An interval in words."""
-    low, high = (f"{end:+.2f}" if signed else f"{end:.2f}" for end in interval)
-    return f"{low} to {high}"
-
-
-def short_count(count: float | None) -> str:
-    """A large number with a unit, three digits or four; a dash for none."""
-    if count is None:
-        return NONE
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,.0f}"
 
 
 def unit_mark(score: BenchmarkScore) -> str:

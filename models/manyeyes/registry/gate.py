@@ -31,8 +31,8 @@ from manyeyes.recipe import (
 )
 
 if TYPE_CHECKING:
-    from manyeyes.data.contamination.report import ContaminationReport
-    from manyeyes.data.validation import ValidationReport
+    from manyeyes.data.contamination.findings import ContaminationReport
+    from manyeyes.data.validation_report import ValidationReport
     from manyeyes.export.parity import ParityReport
 
 Verdict = Literal["passed", "failed"]

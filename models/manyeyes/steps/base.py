@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from manyeyes.errors import ManyEyesError, PreflightError, StorageError
-from manyeyes.evaluation.page import markdown_table, page
+from manyeyes.pages import markdown_table, step_page
 from manyeyes.steps.events import ErrorReport, Problem, emit, error_line
 from manyeyes.steps.refusals import earlier_refusal, remember_refusal
 from manyeyes.steps.runner_death import die_with_runner
@@ -42,7 +42,7 @@ class StepResult:
     Args:
         figure: The figure that matters, in a few words, for the progress line.
         metrics: Scalars for Kubeflow's and MLflow's tables.
-        html: Body of the report for people; a whole page is taken as it is.
+        html: The report for people, a whole page; one with the figure alone when empty.
         markdown: A few lines for Kubeflow's run page.
         values: Output parameters.
         metadata: Written on each output artifact: digests and locations.
@@ -195,8 +195,7 @@ def run_step(
             seconds, ended = time.perf_counter() - started, time.time()
             figures = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
             _write_text(metrics, json.dumps(figures, indent=2, sort_keys=True) + "\n")
-            whole = result.html.lstrip().lower().startswith("<!doctype")
-            _write_text(report, result.html if whole else page(name, result.html))
+            _write_text(report, result.html or step_page(name, result.figure, {}))
             _write_text(notes, result.markdown or f"**{name}**: {result.figure}\n")
             if log is not None:
                 log.log_metrics(figures)

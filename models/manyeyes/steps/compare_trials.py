@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import PipelineError
-from manyeyes.evaluation.page import page
+from manyeyes.pages import duration, span
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.report import heading, section
 from manyeyes.steps.trial import Difference, Trial, difference, read_trial
-from manyeyes.steps.trial_page import (
-    Row,
-    difference_strips,
-    duration,
-    fine_print,
-    markdown_trials,
-    score_bars,
-    span,
-    tiles,
-    trials_table,
-)
+from manyeyes.steps.trial_page import Row, render_trials, short_table
 from manyeyes.steps.variant import parse_variant
 
 COMPARISON_FILE = "comparison.json"
-_MANY = (
-    "Differences are to the first row, on the same questions (paired, clustered by image, 95%), each trained once with "
-    "one seed: the interval covers which questions were asked and not how another seed would train. Of twenty "
-    "variants that change nothing, one is expected outside its interval."
-)
 
 
 class _Strict(BaseModel):
@@ -114,7 +97,7 @@ def compare_trials(
         figure=f"best of {len(rows)}: {winner.name}, {winner.trial.mean:.1f}%",
         metrics={"trials": float(len(rows)), "mean_score": winner.trial.mean},
         html=comparison_html(recipe.name, rows),
-        markdown=markdown_trials(rows, name="variant", compared_with="the first"),
+        markdown=short_table(rows, "variant", "the first").markdown() + "\n",
         metadata={"recipe_digest": recipe.digest, "best": winner.name},
     )
 
@@ -123,22 +106,18 @@ def comparison_html(recipe: str, rows: Sequence[Row]) -> str:
     """The whole page: the first row is what the others are compared with."""
     winner = next(row for row in rows if row.wins)
     certain = sum(1 for row in rows if row.difference is not None and row.difference.is_certain)
-    figures = [
-        (f"{winner.trial.mean:.2f}%", "mean score of the best", span(winner.trial.mean_ci95)),
-        (f"{winner.trial.mean - rows[0].trial.mean:+.2f}", "points over the first row", rows[0].name),
-        (f"{certain} of {len(rows) - 1}", "differences that are certain", "the 95% interval excludes 0"),
-        (f"{len(rows)}", "variants trained", duration(sum(row.trial.train_seconds for row in rows))),
-    ]
-    parts = [
-        heading(f"Ablation of {recipe}", f"Best: {winner.name}."),
-        tiles(figures),
-        section("Mean score", score_bars(rows)),
-        section(f"Difference to {rows[0].name}", difference_strips(rows)),
-        section("All figures", trials_table(rows, name="variant", compared_with="the first")),
-        f'<p class="quiet">{escape(_MANY)}</p>',
-        fine_print(rows),
-    ]
-    return page(f"Ablation of {recipe}", "\n".join(parts))
+    return render_trials(
+        "ablation.html",
+        title=f"Ablation of {recipe}",
+        rows=rows,
+        winner=winner,
+        tiles=[
+            (f"{winner.trial.mean:.2f}%", "mean score of the best", span(winner.trial.mean_ci95)),
+            (f"{winner.trial.mean - rows[0].trial.mean:+.2f}", "points over the first row", rows[0].name),
+            (f"{certain} of {len(rows) - 1}", "differences that are certain", "the 95% interval excludes 0"),
+            (f"{len(rows)}", "variants trained", duration(sum(row.trial.train_seconds for row in rows))),
+        ],
+    )
 
 
 STEP = Step(

@@ -6,10 +6,10 @@ from itertools import groupby
 from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
+from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle import Group
 from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
 from manyeyes.steps.inputs import open_inputs
-from manyeyes.steps.report import facts, heading, markdown_facts, section
 
 
 def export_onnx(
@@ -82,10 +82,12 @@ def export_onnx(
             "max_abs_logit": report.max_abs_logit,
             "mean_abs_logit": report.mean_abs_logit,
         },
-        html=heading(f"Bundle of {recipe.name}", "What the bundle holds, and how it compares with torch.")
-        + facts(rows)
-        + section("Files (bytes)", facts(files)),
-        markdown=markdown_facts(rows),
+        html=step_page(
+            f"Bundle of {recipe.name}",
+            "What the bundle holds, and how it compares with torch.",
+            {"": facts_table(rows), "Files (bytes)": facts_table(files)},
+        ),
+        markdown=facts_table(rows).markdown() + "\n",
         metadata={"bundle_digest": manifest.digest, "recipe_digest": recipe_digest, "data_md5": data_md5},
     )
 

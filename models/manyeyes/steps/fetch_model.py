@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from manyeyes.pages import facts_table, step_page
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.model_location import ModelLocation
 from manyeyes.steps.model_location import fetch_model as fetch
-from manyeyes.steps.report import facts, heading, markdown_facts
 
 
 def fetch_model(
@@ -40,8 +40,8 @@ def fetch_model(
     return StepResult(
         figure=f"{size / 1e6:,.1f} MB from {model}",
         metrics={"bytes": float(size)},
-        html=heading("Model", "Fetched, and every file checked against its manifest.") + facts(rows),
-        markdown=markdown_facts(rows),
+        html=step_page("Model", "Fetched, and every file checked against its manifest.", {"": facts_table(rows)}),
+        markdown=facts_table(rows).markdown() + "\n",
         metadata={"model": model, "kind": kind, "model_digest": model_digest},
     )
 

@@ -45,8 +45,8 @@ def gate(
         parity: Folder of ``export_onnx`` with ``parity.json``.
         gate: Folder to write ``gate.json`` into.
     """
-    from manyeyes.data.contamination.report import read_contamination
-    from manyeyes.data.validation import ValidationReport
+    from manyeyes.data.contamination.findings import read_contamination
+    from manyeyes.data.validation_report import ValidationReport
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
     from manyeyes.registry.champion import comparable_champion
@@ -103,6 +103,6 @@ def _read(report: type[T], path: Path) -> T:
 STEP = Step(
     "gate",
     gate,
-    imports=("manyeyes.data.validation", "manyeyes.export.parity", "manyeyes.registry.champion"),
+    imports=("manyeyes.data.validation_report", "manyeyes.export.parity", "manyeyes.registry.champion"),
     outputs=("gate",),
 )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from manyeyes.errors import RecipeError
-from manyeyes.evaluation.page import markdown_table, table
+from manyeyes.pages import Table, step_page
 from manyeyes.pins import pin_sources
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.report import heading
 from manyeyes.steps.variant import read_grid
 
 
@@ -50,12 +47,14 @@ def plan_ablation(
                 "the same benchmarks and max_items for all, or nothing can be compared",
                 "Change them in recipe_overrides.",
             )
-    rows = [[str(number), escape(variant.label)] for number, variant in enumerate(variants, start=1)]
+    rows = [[str(number), variant.label] for number, variant in enumerate(variants, start=1)]
+    table = Table(("", "variant"), rows, numbers=(0,))
     return StepResult(
         figure=f"{len(variants)} variants of {recipe.name}",
-        html=heading(f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.")
-        + table(["", "variant"], rows, numbers=[0]),
-        markdown=markdown_table(["", "variant"], [[str(n), v.label] for n, v in enumerate(variants, start=1)]) + "\n",
+        html=step_page(
+            f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.", {"": table}
+        ),
+        markdown=table.markdown() + "\n",
         values={"variants": [variant.text() for variant in variants]},
     )
 

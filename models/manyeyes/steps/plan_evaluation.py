@@ -6,11 +6,11 @@ import re
 
 from manyeyes.data.snapshot import open_snapshot
 from manyeyes.errors import RegistryUnreachableError
+from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, change_recipe, parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.inputs import cache_dir
 from manyeyes.steps.model_location import locate_model
-from manyeyes.steps.report import facts, heading, markdown_facts
 
 
 def plan_evaluation(
@@ -68,8 +68,10 @@ def plan_evaluation(
     return StepResult(
         figure=f"{location.kind} {location.digest[:8]}, {', '.join(benchmarks)}",
         metrics={"benchmarks": float(len(benchmarks)), "records": float(sum(counts.values()))},
-        html=heading(f"To score: {evaluate_model.strip()}", "Which model, and on which benchmarks.") + facts(shown),
-        markdown=markdown_facts(shown),
+        html=step_page(
+            f"To score: {evaluate_model.strip()}", "Which model, and on which benchmarks.", {"": facts_table(shown)}
+        ),
+        markdown=facts_table(shown).markdown() + "\n",
         values={
             "recipe_json": planned.canonical_json(),
             "recipe_digest": planned.digest,

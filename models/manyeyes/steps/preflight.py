@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from manyeyes.errors import ManyEyesError, PreflightError
-from manyeyes.evaluation import page
+from manyeyes.pages import Table, Text, step_page
 from manyeyes.recipe import Recipe
 from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult, telling_why
@@ -30,7 +30,6 @@ from manyeyes.steps.preflight_checks import (
     estimate_recipe,
     find_data,
 )
-from manyeyes.steps.report import heading
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.steps.traces import pipeline_tags, result_tags
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRun
 
 _WORDS = {"ok": "fine", "warning": "warning", "problem": "wrong"}
-_STYLE = {"ok": "good", "warning": "quiet", "problem": "bad"}
+_KINDS = {"ok": "good", "warning": "quiet", "problem": "bad"}
 
 
 @dataclass
@@ -115,8 +114,8 @@ def preflight(
     return StepResult(
         figure=figure,
         metrics={"checks": float(len(found.checks)), "warnings": float(len(warnings))},
-        html=heading("Preflight", "What this run needs, and whether it is there.") + _as_html(found.checks),
-        markdown=as_markdown(found.checks),
+        html=step_page("Preflight", "What this run needs, and whether it is there.", {"": as_table(found.checks)}),
+        markdown=as_table(found.checks).markdown() + "\n",
     )
 
 
@@ -165,23 +164,13 @@ def _mlflow_rows(left: Sequence[str]) -> list[Check]:
     return rows
 
 
-def as_markdown(checks: Sequence[Check]) -> str:
-    """One table, what is wrong first."""
-    rows = [[_WORDS[check.state], check.subject, check.found, check.needed, check.do] for check in _sorted(checks)]
-    return page.markdown_table(["", "what", "found", "needed", "do"], rows) + "\n"
-
-
-def _as_html(checks: Sequence[Check]) -> str:
-    from html import escape
-
-    rows = [
-        [
-            f'<span class="{_STYLE[check.state]}">{_WORDS[check.state]}</span>',
-            *(escape(text) for text in (check.subject, check.found, check.needed, check.do)),
-        ]
+def as_table(checks: Sequence[Check]) -> Table:
+    """What is wrong stands first."""
+    rows: list[list[str | Text]] = [
+        [Text(_WORDS[check.state], kind=_KINDS[check.state]), check.subject, check.found, check.needed, check.do]
         for check in _sorted(checks)
     ]
-    return page.table(["", "what", "found", "needed", "do"], rows, stacked=True)
+    return Table(("", "what", "found", "needed", "do"), rows, stacked=True)
 
 
 def _as_text(checks: Sequence[Check]) -> str:

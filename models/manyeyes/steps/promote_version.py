@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from manyeyes.errors import RegistryError
-from manyeyes.evaluation.page import markdown_table, table
+from manyeyes.pages import Table, facts_table, step_page
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.report import facts, heading, markdown_facts, section
 
 
 def promote_version(
@@ -63,13 +62,13 @@ def alias_report(
         for moved in [before.get(alias) != after.get(alias)]
     ]
     moves = [f"{alias} from {old} to {new}" for alias, old, new, what in rows if what == "moved"]
-    header = ["alias", "before", "now", ""]
+    aliases, facts = Table(["alias", "before", "now", ""], rows), facts_table(about)
     return StepResult(
         figure=f"{title}; " + (", ".join(moves) if moves else "no alias moved"),
-        html=heading(title, "; ".join(moves) or "No alias moved: it was so already.")
-        + section("Aliases", table(header, rows))
-        + section("About", facts(about)),
-        markdown=f"**{title}**\n\n{markdown_table(header, rows)}\n\n{markdown_facts(about)}",
+        html=step_page(
+            title, "; ".join(moves) or "No alias moved: it was so already.", {"Aliases": aliases, "About": facts}
+        ),
+        markdown=f"**{title}**\n\n{aliases.markdown()}\n\n{facts.markdown()}\n",
         values={"moves": moves},
     )
 

@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from manyeyes.pages import facts_table, step_page
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.report import facts, heading, markdown_facts
 
 
 def register(
@@ -84,8 +84,8 @@ def register(
     return StepResult(
         figure=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
         metrics={"version": float(registered.version)},
-        html=heading(f"Registered: {name}", "What the registry holds now.") + facts(rows),
-        markdown=markdown_facts(rows),
+        html=step_page(f"Registered: {name}", "What the registry holds now.", {"": facts_table(rows)}),
+        markdown=facts_table(rows).markdown() + "\n",
         values={
             "name": registered.name,
             "version": str(registered.version),

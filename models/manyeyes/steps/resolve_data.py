@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError
+from manyeyes.pages import facts_table, step_page
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.code_digest import code_digest
 from manyeyes.steps.inputs import locate_data
-from manyeyes.steps.report import facts, heading, markdown_facts
 
 
 def resolve_data(
@@ -69,9 +69,12 @@ def resolve_data(
     ]
     return StepResult(
         figure=f"recipe {resolved.name} {resolved.digest[:8]}, data {md5[:8]}, code {digest[:8]}",
-        html=heading(f"Recipe {resolved.name}", "What this run trains, on which data, with which code.")
-        + facts(facts_shown),
-        markdown=markdown_facts(facts_shown),
+        html=step_page(
+            f"Recipe {resolved.name}",
+            "What this run trains, on which data, with which code.",
+            {"": facts_table(facts_shown)},
+        ),
+        markdown=facts_table(facts_shown).markdown() + "\n",
         values={
             "recipe_json": resolved.canonical_json(),
             "recipe_digest": resolved.digest,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from manyeyes.data.quarantine import read_quarantine
+from manyeyes.pages import Curve, draw_curves, facts_table, step_page
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.steps.base import Reporter, StepResult, num_threads
 from manyeyes.steps.inputs import open_inputs, work_dir
-from manyeyes.steps.report import Series, facts, heading, line_chart, markdown_facts, section
 
 # kfp.local runs at most two iterations of a loop at a time (kfp/local/orchestrator/enhanced_dag_orchestrator.py).
 LOCAL_BRANCHES = 2
@@ -88,8 +88,8 @@ def train_stage(
         *((f"trainable parameters of {group}", count) for group, count in report.trainable_parameters.items()),
         ("checkpoint digest", report.checkpoint_digest),
     ]
-    loss = Series("loss", [(point.step, point.loss) for point in report.history])
-    rate = Series("learning rate", [(point.step, point.learning_rate) for point in report.history], colour="var(--off)")
+    loss = Curve("loss", [(point.step, point.loss) for point in report.history])
+    rate = Curve("learning rate", [(point.step, point.learning_rate) for point in report.history], "off")
     name = f"{stage} of {encoder}" if encoder else stage
     return StepResult(
         figure=f"loss {report.first_loss:.3f} to {report.final_loss:.3f}, {speed:,.0f} samples/s",
@@ -100,11 +100,16 @@ def train_stage(
             "optimizer_steps": float(report.steps),
             "train_seconds": report.seconds,
         },
-        html=heading(f"Stage {name}", f"Recipe {inputs.recipe.name}: how the loss fell, and what was trained.")
-        + section("Loss", line_chart([loss], x_label="optimizer step", y_label="loss per supervised token"))
-        + section("Learning rate", line_chart([rate], x_label="optimizer step", y_label="learning rate"))
-        + section("Figures", facts(rows)),
-        markdown=markdown_facts(rows),
+        html=step_page(
+            f"Stage {name}",
+            f"Recipe {inputs.recipe.name}: how the loss fell, and what was trained.",
+            {
+                "Loss": draw_curves([loss], x_label="optimizer step", y_label="loss per supervised token"),
+                "Learning rate": draw_curves([rate], x_label="optimizer step", y_label="learning rate"),
+                "Figures": facts_table(rows),
+            },
+        ),
+        markdown=facts_table(rows).markdown() + "\n",
         metadata={
             "checkpoint_digest": report.checkpoint_digest,
             "recipe_digest": recipe_digest,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from manyeyes.errors import RecipeError
+from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.report import facts, heading, markdown_facts
 from manyeyes.steps.search import MAX_ROUNDS, Search, write_search
 from manyeyes.steps.variant import Variant
 
@@ -72,8 +72,10 @@ def start_search(
     ]
     return StepResult(
         figure=f"from {' + '.join(begun.start)}, {len(remaining)} to add, {search_rounds} rounds at most",
-        html=heading(f"Search in recipe {recipe.name}", "Which of its encoders belong together.") + facts(rows),
-        markdown=markdown_facts(rows),
+        html=step_page(
+            f"Search in recipe {recipe.name}", "Which of its encoders belong together.", {"": facts_table(rows)}
+        ),
+        markdown=facts_table(rows).markdown() + "\n",
         values={"candidates": [candidate.text() for candidate in begun.next_sets(())]},
     )
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from html import escape
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import ManyEyesError
-from manyeyes.evaluation import page
+from manyeyes.pages import Table, Text, facts_table, render
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.events import ErrorReport
-from manyeyes.steps.report import facts, heading, section
 from manyeyes.steps.traces import ERROR_TAG, FIGURE_TAG
 from manyeyes.steps.webhook import post_json
 
@@ -87,8 +85,8 @@ def summarise_run(
     return StepResult(
         figure=notice.text,
         metrics={"succeeded": float(notice.state == "succeeded"), "steps": float(len(notice.steps))},
-        html=_as_html(notice, rows),
-        markdown=_as_markdown(notice, rows),
+        html=render_notice("run.html", notice, rows),
+        markdown=render_notice("run.md", notice, rows),
     )
 
 
@@ -177,52 +175,30 @@ def _rows(notice: RunNotice, *, remark: str, told: str) -> list[tuple[str, str]]
     return rows + [(name, value) for name, value in optional if value]
 
 
-def _as_markdown(notice: RunNotice, rows: list[tuple[str, str]]) -> str:
-    parts = [f"**{notice.text}**\n", page.markdown_table(["", ""], [list(row) for row in rows])]
-    if notice.error is not None:
-        error = notice.error
-        if error.problems:
-            problems = [[p.subject, p.found, p.needed, p.do] for p in error.problems]
-            parts.append("\n" + page.markdown_table(["what", "found", "needed", "do"], problems))
-        else:
-            parts.append(f"\n- found: {error.found}\n- needed: {error.needed}\n- do: {error.do}")
-    if notice.steps:
-        steps = [
-            [f"[{step.name}]({step.link})" if step.link else step.name, step.state, _seconds(step), step.figure]
-            for step in notice.steps
-        ]
-        parts.append("\nSteps that ran (those from the cache did not):\n")
-        parts.append(page.markdown_table(["step", "", "seconds", ""], steps))
-    links = [f"- [{name}]({notice.links[name]})" for name in ("run", "version") if name in notice.links]
-    return "\n".join([*parts, *links]) + "\n"
-
-
-def _as_html(notice: RunNotice, rows: list[tuple[str, str]]) -> str:
-    body = heading(f"Run of {notice.pipeline}", notice.text) + facts(rows)
-    if notice.error is not None:
-        error = notice.error
-        problems = [(p.subject, p.found, p.needed, p.do) for p in error.problems] or [
-            (error.step, error.found, error.needed, error.do)
-        ]
-        cells = [[escape(text) for text in row] for row in problems]
-        body += section("What is wrong", page.table(["what", "found", "needed", "do"], cells, stacked=True))
+def render_notice(template: str, notice: RunNotice, rows: list[tuple[str, str]]) -> str:
+    """What a run did, as ``run.html`` or ``run.md``; ``rows`` are facts on it."""
     steps = [
         [
-            f'<a href="{escape(step.link)}">{escape(step.name)}</a>' if step.link else escape(step.name),
-            escape(step.state),
-            _seconds(step),
-            escape(step.figure),
+            Text(step.name, link=step.link),
+            step.state,
+            "" if step.seconds is None else f"{step.seconds:,.1f}",
+            step.figure,
         ]
         for step in notice.steps
     ]
-    if steps:
-        body += section("Steps that ran", page.table(["step", "", "seconds", ""], steps, numbers=[2], stacked=True))
-    links = [(name, notice.links[name]) for name in ("run", "version") if name in notice.links]
-    return body + "".join(f'<p><a href="{escape(link)}">{escape(name)}</a></p>\n' for name, link in links)
-
-
-def _seconds(step: NoticeStep) -> str:
-    return "" if step.seconds is None else f"{step.seconds:,.1f}"
+    error = notice.error
+    wrong = [] if error is None else [[p.subject, p.found, p.needed, p.do] for p in error.problems]
+    if error is not None and not wrong:
+        wrong = [[error.step, error.found, error.needed, error.do]]
+    return render(
+        template,
+        title=f"Run of {notice.pipeline}",
+        notice=notice,
+        facts=facts_table(rows),
+        problems=Table(("what", "found", "needed", "do"), wrong, stacked=True),
+        steps=Table(("step", "", "seconds", ""), steps, numbers=(2,), stacked=True),
+        links={name: notice.links[name] for name in ("run", "version") if name in notice.links},
+    )
 
 
 def _first_line(text: str) -> str:

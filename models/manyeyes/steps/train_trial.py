@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
+from manyeyes.pages import facts_table, step_page
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.evaluate import evaluate
 from manyeyes.steps.inputs import is_absent, mark_absent, open_inputs, work_dir
-from manyeyes.steps.report import facts, heading, markdown_facts
 from manyeyes.steps.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.steps.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
 from manyeyes.steps.variant import Variant, parse_variant
@@ -116,8 +116,10 @@ def train_trial(
             "train_seconds": result.train_seconds,
             **result.scorecard.metrics(),
         },
-        html=heading(f"Trial {parsed.label}", "One variant of the recipe, trained and scored.") + facts(rows),
-        markdown=markdown_facts(rows),
+        html=step_page(
+            f"Trial {parsed.label}", "One variant of the recipe, trained and scored.", {"": facts_table(rows)}
+        ),
+        markdown=facts_table(rows).markdown() + "\n",
         metadata={"recipe_digest": result.recipe_digest, "data_md5": data_md5, "variant": variant},
     )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from manyeyes.data.contamination.findings import BenchmarkFindings, Kind, Pair, Thresholds
 from manyeyes.data.contamination.fingerprints import DTYPE, fingerprint_shard, make_thumbnail
 from manyeyes.data.contamination.hash_index import HashIndex
-from manyeyes.data.contamination.report import BenchmarkFindings, Kind, Pair, Thresholds
 from manyeyes.data.contamination.samples import count_rows, read_samples
 from manyeyes.data.contamination.texts import TextIndex
 

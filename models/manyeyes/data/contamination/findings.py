@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from manyeyes.pages import Table, render
+
 Kind = Literal["exact", "near", "mirrored", "text"]
 
 
@@ -124,27 +126,18 @@ class ContaminationReport(_Strict):
 
     def as_markdown(self) -> str:
         """A short account for a page that shows Markdown."""
-        limits = self.thresholds
-        fate = "Training leaves these samples out." if self.left_out else "Training does not leave them out."
-        lines = [
-            f"**Contamination**: {self.headline()}. {fate}",
-            "",
-            "| benchmark | images | exact | near | mirrored | in training | not decidable | texts | overlapping "
-            "| too short |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        lines += [
-            f"| {row.name} | {row.images:,} | {row.exact:,} | {row.near:,} | {row.mirrored:,} | {in_training(row)} "
-            f"| {row.undecidable + row.unreadable:,} | {row.texts:,} | {row.overlapping:,} | {row.too_short:,} |"
+        rows = [
+            [
+                row.name,
+                *(f"{number:,}" for number in (row.images, row.exact, row.near, row.mirrored)),
+                in_training(row),
+                *(f"{n:,}" for n in (row.undecidable + row.unreadable, row.texts, row.overlapping, row.too_short)),
+            ]
             for row in self.benchmarks
         ]
-        lines += [
-            "",
-            f"Near: dHash within {limits.radius} of 64 bits, and a mean difference of at most "
-            f"{limits.max_difference:g} of 255 at 64x64. Not decidable: below {limits.min_entropy:g} bits a pixel. "
-            f"Overlapping: at least {100 * limits.min_share:g}% of its {limits.words}-grams in one training text.",
-        ]
-        return "\n".join(lines) + "\n"
+        header = ["benchmark", "images", "exact", "near", "mirrored", "in training", "not decidable", "texts"]
+        table = Table([*header, "overlapping", "too short"], rows, numbers=range(1, 10))
+        return render("contamination.md", report=self, benchmarks=table)
 
 
 def in_training(row: BenchmarkFindings) -> str:

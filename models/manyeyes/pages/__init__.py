@@ -1,0 +1,40 @@
+"""Pages and notes for people, made from the templates in this folder.
+
+A caller prepares plain data and names a template. There is one stylesheet, one set of charts, and every page is one
+file without scripts or references: Kubeflow shows it in a frame that may load nothing.
+"""
+
+from manyeyes.pages.charts import Bar, Box, Curve, Drawing, Label, Line, Mark, Point, draw_bars, draw_curves, scatter
+from manyeyes.pages.pictures import Picture, make_picture
+from manyeyes.pages.rendering import render, step_page
+from manyeyes.pages.tables import Table, Text, facts_table, markdown_table
+from manyeyes.pages.words import NONE, amount, duration, figure, readable, short_count, span
+
+__all__ = [
+    "NONE",
+    "Bar",
+    "Box",
+    "Curve",
+    "Drawing",
+    "Label",
+    "Line",
+    "Mark",
+    "Picture",
+    "Point",
+    "Table",
+    "Text",
+    "amount",
+    "draw_bars",
+    "draw_curves",
+    "duration",
+    "facts_table",
+    "figure",
+    "make_picture",
+    "markdown_table",
+    "readable",
+    "render",
+    "scatter",
+    "short_count",
+    "span",
+    "step_page",
+]
