@@ -310,7 +310,21 @@ def step_pages(change: Change) -> dict[str, str]:
         "Bars": draw_bars([1, 2], titles=["one", "two"], below=("low", "middle", "high")),
     }
     # A kind is a name of the stylesheet and never a text.
-    kept = {"good", "code", "on", "llava", "●", "axis", "axis dashed", "tick", "name", "end", "middle", "start"}
+    kept = {
+        "good",
+        "code",
+        "on",
+        "llava",
+        "●",
+        "axis",
+        "leader",
+        "axis dashed",
+        "tick",
+        "name",
+        "end",
+        "middle",
+        "start",
+    }
 
     def careful(value: Any) -> Any:
         if isinstance(value, str):

@@ -196,7 +196,7 @@ def scatter(
             line += 1
         taken.append((start, start + long, line))
         if line - y > 6:
-            lines.append(Line(x, y, x + (-900 if flipped else 900) / width, line - 4))
+            lines.append(Line(x, y, x + (-900 if flipped else 900) / width, line - 4, "leader"))
         placed.append(point._replace(x=x, y=y))
         labels.append(Label(x, line, point.label, "name", *(("end", -9) if flipped else ("start", 9))))
     bottom = max(height, math.ceil(max(line for _, _, line in taken)) + _LINE)
