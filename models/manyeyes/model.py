@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
-from manyeyes.errors import CheckpointError, StorageError
+from manyeyes.errors import CheckpointError, SourceError, StorageError
 from manyeyes.language_model import (
     check_vocabulary,
     find_image_token_id,
+    language_model_config,
     load_language_model,
     load_language_model_config,
     resolve_language_model,
@@ -33,6 +34,7 @@ from manyeyes.modeling import (
     build_encoders,
 )
 from manyeyes.modeling.from_recipe import choose_encoders, configure, make_processor
+from manyeyes.modeling.matching import Difference, find_differences
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
 from manyeyes.sources import resolve_source
@@ -51,11 +53,14 @@ __all__ = [
     "build_skeleton",
     "checkpoint_digest",
     "load_checkpoint",
+    "match_checkpoint",
     "save_checkpoint",
     "write_manifest",
 ]
 
 MANIFEST = "checkpoint.json"
+# Of the fields in which a recipe and a checkpoint differ.
+_SHOWN_FIELDS = 12
 
 AutoConfig.register("manyeyes", ManyEyesConfig, exist_ok=True)
 AutoModelForImageTextToText.register(ManyEyesConfig, ManyEyesForConditionalGeneration, exist_ok=True)
@@ -230,6 +235,42 @@ def load_checkpoint(
     if spec is not None:
         processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor
+
+
+def match_checkpoint(path: Path, specs: Sequence[ModelSpec], *, snapshot_path: Path | None) -> ModelSpec:
+    """The first of some models of a recipe that a checkpoint is of.
+
+    Args:
+        path: The checkpoint's folder.
+        specs: What the model may be; its stages may differ in it. A refusal is about the first.
+        snapshot_path: Folder of the data snapshot, for a language model that is there.
+
+    Raises:
+        CheckpointError: It is of none of them; names the fields that differ.
+        RecipeError: The recipe names something that there is not.
+    """
+    checkpoint_digest(path)
+    config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+    processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    first: list[Difference] | None = None
+    for spec in specs:
+        text_config = None
+        # What a language model was made from need not be at hand where it is trained on.
+        with suppress(SourceError):
+            text_config = language_model_config(spec.language_model.source, snapshot_path=snapshot_path)
+        found = find_differences(spec, config=config, processor=processor, text_config=text_config)
+        if not found:
+            return spec
+        first = first or found
+    fields = [str(difference) for difference in first or ()]
+    more = len(fields) - _SHOWN_FIELDS
+    shown = "; ".join(fields[:_SHOWN_FIELDS]) + (f"; and {more} more fields" if more > 0 else "")
+    raise CheckpointError(
+        f"checkpoint {path} is of another model than the recipe's: {shown}",
+        "the same model in both, or the stage would not train what the recipe says",
+        "Take the recipe that the checkpoint was trained with, give the recipe the checkpoint's values (--set), or "
+        "train the earlier stage with this recipe.",
+    )
 
 
 def checkpoint_digest(path: Path) -> str:

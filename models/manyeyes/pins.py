@@ -41,8 +41,13 @@ def pin_recipe(recipe: Recipe) -> Recipe:
             for name in data["contamination"]["benchmarks"]
         ],
     }
-    pinned = change_recipe(recipe, changes)
-    return recipe if pinned == recipe else pinned
+    before = {
+        "model": tree["model"],
+        "stages": tree["stages"],
+        "data.suite": data["suite"],
+        "data.contamination.benchmarks": data["contamination"]["benchmarks"],
+    }
+    return recipe if changes == before else change_recipe(recipe, changes)
 
 
 def pin_sources(tree: Any) -> Any:

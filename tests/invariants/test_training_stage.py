@@ -186,7 +186,8 @@ def test_result_without_pretrain_is_built_from_the_recipe(folder: Path, tmp_path
 
 
 def test_nan_stops_the_stage_with_advice(folder: Path, tmp_path: Path) -> None:
-    recipe = toy_recipe(train={"language_model": 1e12}, epochs=3, max_grad_norm=1e9, schedule={"kind": "constant"})
+    rates = {"train": {"language_model": 10}, "weight_decay": 10}  # each step multiplies the weights by -99
+    recipe = toy_recipe(**rates, epochs=8, max_grad_norm=1e9, schedule={"kind": "constant"})
     with pytest.raises(RecipeError, match="Lower the learning rates"):
         run(folder, "sft", tmp_path / "sft", recipe=recipe)
     assert not (tmp_path / "sft").exists()

@@ -19,21 +19,17 @@ What the runtime itself takes (a CUDA context, the allocator's slack, NCCL's buf
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.errors import SourceError
 from manyeyes.estimate.dry_run import ImageShape, count_sample, image_shape
-from manyeyes.language_model import load_language_model_config
+from manyeyes.language_model import language_model_config as language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.recipe import Recipe, StageName, StageSpec
-from manyeyes.sources import committed_config, resolve_source
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
 
@@ -126,30 +122,6 @@ def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEsti
         flops_per_sample={name: float(stage.flops) for name, stage in stages.items()},
         text_tokens=_text_tokens(recipe.model.language_model.max_length, shape.tokens),
     )
-
-
-def language_model_config(source: str, *, snapshot_path: Path | None) -> PreTrainedConfig:
-    """The configuration of a language model; of a hub's from the file that is committed here, where there is one.
-
-    Args:
-        source: As ``model.language_model.source``.
-        snapshot_path: As ``estimate``.
-
-    Raises:
-        SourceError: It cannot be had.
-    """
-    place = source.removeprefix("scratch:")
-    committed = committed_config(place)
-    if committed is not None:
-        fields = dict(json.loads(committed.read_text(encoding="utf-8")))
-        config: PreTrainedConfig = AutoConfig.for_model(**fields)
-        return config
-    path = resolve_source(place, snapshot_path=snapshot_path, files=("config.json",)) if place else None
-    if path is None:
-        raise SourceError(
-            f'language model source is "{source}"', "a model with a config.json", "Name one, or scratch:<source>."
-        )
-    return load_language_model_config(path.parent if path.is_file() else path)
 
 
 class _Stage(BaseModel):

@@ -54,7 +54,7 @@ def make_processor(
     """The processor of a model that ``configure`` described; arguments as there."""
     return ManyEyesProcessor(
         tokenizer,
-        transforms={name: transform.as_dict() for name, transform in _image_transforms(spec, chosen).items()},
+        transforms={name: transform.as_dict() for name, transform in image_transforms(spec, chosen).items()},
         template=spec.chat.template,
         system=spec.chat.system,
         num_image_tokens=model.num_image_tokens,
@@ -135,7 +135,8 @@ def _shared_entry(spec: ModelSpec) -> dict[str, Any] | None:
     }
 
 
-def _image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
+def image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
+    """How a model with the chosen encoders of a recipe wants its pixels, by encoder; or ``shared`` alone."""
     if spec.preprocess != "shared":
         return {entry.name: _transform(entry, _encoder_size(entry)) for entry in chosen}
     # An encoder that is prealigned alone sees the pixels that it will see in company.

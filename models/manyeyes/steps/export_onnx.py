@@ -36,16 +36,23 @@ def export_onnx(
         code_digest: From ``resolve_data``.
         bundle: Folder to write.
         parity: Folder to write ``parity.json`` into.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model than the recipe's.
     """
     import torch
 
     from manyeyes.export.bundle import export_bundle, record_parity
     from manyeyes.export.manifest import write_json
     from manyeyes.export.parity import measure_parity
+    from manyeyes.model import match_checkpoint
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
     recipe = inputs.recipe
     torch.set_num_threads(num_threads())
+    # The bundle's lineage says that it is of this recipe.
+    models = [recipe.stage_model(name) for name, _ in recipe.present_stages() if name != "prealign"][::-1]
+    match_checkpoint(checkpoint, [*models, recipe.model], snapshot_path=inputs.snapshot.path)
     reporter.progress("writing the graphs", done=0.1)
     manifest = export_bundle(checkpoint, bundle, recipe=recipe, data_md5=data_md5, code_digest=code_digest)
     asked = recipe.evaluation.model_copy(update={"benchmarks": recipe.evaluation.benchmarks[:1]})

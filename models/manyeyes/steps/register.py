@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from manyeyes.errors import RegistryError
 from manyeyes.pages import facts_table, step_page
+from manyeyes.runtime.bundle_files import read_manifest
 from manyeyes.steps.base import Reporter, Step, StepResult
 
 
@@ -45,10 +47,20 @@ def register(
 
     Returns:
         Values: ``name``, ``version``, ``aliases`` and ``verdict``.
+
+    Raises:
+        RegistryError: The bundle was made with another recipe.
     """
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.registry.versions import register as register_version
 
+    made_with = str(read_manifest(bundle)["recipe_digest"])
+    if made_with != recipe_digest:
+        raise RegistryError(
+            f"bundle {bundle} was made with the recipe {made_with[:12]}",
+            f"{recipe_digest[:12]}, the recipe that would be kept with the version",
+            "Name the recipe that the bundle was exported with, or export it again.",
+        )
     reporter.progress("copying bundle and evidence", done=0.1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"

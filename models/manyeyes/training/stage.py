@@ -25,6 +25,7 @@ from manyeyes.model import (
     build_model,
     checkpoint_digest,
     load_checkpoint,
+    match_checkpoint,
     save_checkpoint,
 )
 from manyeyes.pins import pin_recipe
@@ -105,7 +106,7 @@ def run_stage(
 
     Raises:
         RecipeError: The recipe lacks the stage or the encoder, or the loss is no longer finite.
-        CheckpointError: An input checkpoint is missing, incomplete or of another encoder.
+        CheckpointError: An input checkpoint is missing, incomplete, or of another encoder or model than the recipe's.
         SourceError: Weights that the recipe names cannot be read, or are not those that the recipe was pinned with.
         LockedError: Another process trains this very stage.
         StorageError: No space; the last running checkpoint is untouched.
@@ -330,9 +331,12 @@ def _train_and_save(
 def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     spec = job.recipe.stage_model(job.stage)
     if job.checkpoint is not None:
+        stages: list[StageName] = [name for name, _ in job.recipe.present_stages() if name != "prealign"]
+        earlier = stages[: stages.index(job.stage)][::-1]
+        models = [*map(job.recipe.stage_model, earlier), job.recipe.model, spec]
+        found = match_checkpoint(job.checkpoint, models, snapshot_path=job.snapshot.path)
         # As it was saved, unless the stages differ in what the model is.
-        changes = any(stage.model for _, stage in job.recipe.present_stages())
-        return load_checkpoint(job.checkpoint, spec=spec if changes else None)
+        return load_checkpoint(job.checkpoint, spec=None if found == spec else spec)
     model, processor = build_model(
         spec,
         snapshot_path=job.snapshot.path,
