@@ -13,6 +13,7 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.comparison import Champion
 from manyeyes.evaluation.report import write_report
 from manyeyes.recipe import load_recipe
+from tests.page_toys import render_all
 from tests.report_toys import make_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,3 +65,12 @@ def test_a_report_of_all_benchmarks_fits_its_window(page: Path, width: int) -> N
     dark, black = look(page, width=width, dark=True)
     assert (light, dark) == (width, width)
     assert (white, black) == ("rgb(255, 255, 255)", "rgb(20, 22, 26)")
+
+
+@pytest.mark.parametrize("width", [390, 640])
+def test_every_page_fits_its_window(width: int, tmp_path: Path) -> None:
+    pages = render_all(lambda value: value, tmp_path / "data")
+    for name, text in pages.items():
+        if name.endswith(".html"):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+            assert look(tmp_path / name, width=width, dark=False)[0] == width, name

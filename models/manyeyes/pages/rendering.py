@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from manyeyes.pages.charts import Drawing
 from manyeyes.pages.tables import Table
-from manyeyes.pages.words import duration, figure, short_count, span
+from manyeyes.pages.words import amount, duration, figure, short_count, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -53,6 +53,7 @@ def _environment(html: bool) -> Environment:
         finalize=None if html else _plain,
     )
     environment.filters |= {
+        "amount": amount,
         "count": "{:,}".format,
         "duration": duration,
         "figure": figure,

@@ -30,8 +30,8 @@ class Row:
 
 
 def render_trials(template: str, **values: object) -> str:
-    """A page or note whose template calls the functions of this module."""
-    shared = (score_bars, difference_bars, reach, trials_table, short_table, settings_table, digests_table)
+    """A page or note whose template calls functions of this module."""
+    shared = (score_bars, difference_bars, reach, short_table, normalised, flops, image_off, verdict, row_name)
     return render(template, **values, **{function.__name__: function for function in shared})
 
 
@@ -39,7 +39,7 @@ def score_bars(rows: Sequence[Row]) -> list[Bar]:
     """A bar of the mean score for each trial, with its interval; the winner is blue, the others grey."""
     return [
         Bar(
-            _name(row),
+            row_name(row),
             f"{row.trial.mean:.2f}%",
             row.trial.mean,
             "on" if row.wins else "off",
@@ -55,13 +55,13 @@ def difference_bars(rows: Sequence[Row]) -> list[Bar]:
     end = reach(rows)
     return [
         Bar(
-            _name(row),
+            row_name(row),
             f"{row.difference.mean:+.2f}",
             interval=row.difference.ci95,
             dashed=0.0,
             marks=[Mark(row.difference.mean, "on")],
             title=f"{span(row.difference.ci95)} points",
-            value_kind=_verdict(row.difference),
+            value_kind=verdict(row.difference),
             scale=(-end, end),
         )
         for row in rows
@@ -76,33 +76,6 @@ def reach(rows: Sequence[Row]) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(furthest))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= furthest)
-
-
-def trials_table(rows: Sequence[Row], name: str, compared_with: str) -> Table:
-    """Every figure of every trial."""
-    benchmarks = list(normalised(rows[0].trial.scorecard)) if rows else []
-    header = [name, "mean %", "95%", f"to {compared_with}", "95%"]
-    header += ["tokens", "parameters", "FLOPs a sample", "training", "scoring", "no image %"]
-    header += [heading for benchmark in benchmarks for heading in (benchmark, "95%")] if len(benchmarks) > 1 else []
-    body = []
-    for row in rows:
-        trial, gained = row.trial, row.difference
-        cells: list[str | Text] = [_name(row), f"{trial.mean:.2f}", span(trial.mean_ci95)]
-        cells += ["", ""] if gained is None else [Text(f"{gained.mean:+.2f}", kind=_verdict(gained)), span(gained.ci95)]
-        cells += [
-            f"{trial.visual_tokens:,}",
-            amount(trial.parameters),
-            amount(flops(trial)),
-            duration(trial.train_seconds),
-            duration(trial.evaluate_seconds),
-            f"{_image_off(trial):.2f}",
-        ]
-        if len(benchmarks) > 1:
-            for score, interval in normalised(trial.scorecard).values():
-                cells += [f"{score:.2f}", span(interval)]
-        body.append(cells)
-    numbers = [index for index, heading in enumerate(header) if index and heading != "95%"]
-    return Table(header, body, numbers=numbers)
 
 
 def short_table(rows: Sequence[Row], name: str, compared_with: str) -> Table:
@@ -124,45 +97,24 @@ def short_table(rows: Sequence[Row], name: str, compared_with: str) -> Table:
     return Table(header, body)
 
 
-def settings_table(rows: Sequence[Row]) -> Table:
-    """What all trials share."""
-    card = rows[0].trial.scorecard
-    asked = [[f"{name}: questions", f"{score.n:,} of {score.n_total:,}"] for name, score in card.benchmarks.items()]
-    return Table(("", ""), [["data", card.data_md5], ["code", card.code_digest], *asked])
-
-
-def digests_table(rows: Sequence[Row]) -> Table:
-    """Digests and losses of each trial."""
-    body = [
-        [
-            row.name,
-            row.trial.recipe_digest[:16],
-            row.trial.scorecard.model.digest[:16],
-            ", ".join(
-                f"{stage.stage}{f' of {stage.encoder}' if stage.encoder else ''} {stage.final_loss:.3f}"
-                for stage in row.trial.stages
-            ),
-        ]
-        for row in rows
-    ]
-    return Table(("trial", "recipe", "checkpoint", "loss at the end of"), body, code=(1, 2))
-
-
 def flops(trial: Trial) -> float:
     """Floating-point operations a sample in the trial's last stage, forward and backward."""
     return next((trial.flops_per_sample[name] for name in _STAGE_FOR_FLOPS if name in trial.flops_per_sample), 0.0)
 
 
-def _image_off(trial: Trial) -> float:
+def image_off(trial: Trial) -> float:
+    """Mean score without the image."""
     scores = trial.scorecard.benchmarks.values()
     return sum(score.image_off for score in scores) / len(scores)
 
 
-def _name(row: Row) -> str:
+def row_name(row: Row) -> str:
+    """The trial's name; the best has a tick."""
     return f"{row.name} ✓" if row.wins else row.name
 
 
-def _verdict(difference: Difference) -> str:
+def verdict(difference: Difference) -> str:
+    """The colour of a difference."""
     return "quiet" if not difference.is_certain else "good" if difference.mean > 0 else "bad"
 
 
