@@ -409,7 +409,7 @@ def test_a_rule_without_its_evidence_is_not_met(good: Scored, rule: Any, evidenc
     "rule",
     [
         FloorRule(rule="floor", benchmark="mm-vet", at_least=0),
-        ImageAddsRule(rule="image-adds", benchmark="mm-vet", at_least=-100),
+        ImageAddsRule(rule="image-adds", benchmark="mm-vet", at_least=0),
         NonInferiorityRule(rule="non-inferiority", benchmark="mm-vet", margin=-100),
     ],
 )
@@ -426,8 +426,8 @@ def test_a_rule_on_a_skipped_benchmark_is_not_met(good: Scored, rule: Any) -> No
 @pytest.mark.parametrize(
     "rule",
     [
-        FloorRule(rule="floor", benchmark="easy-vqa", at_least=float("nan")),
-        ImageAddsRule(rule="image-adds", benchmark="easy-vqa", at_least=float("nan")),
+        FloorRule.model_construct(rule="floor", benchmark="easy-vqa", at_least=float("nan")),
+        ImageAddsRule.model_construct(rule="image-adds", benchmark="easy-vqa", at_least=float("nan")),
         ParityRule.model_construct(rule="parity", max_abs_logit=float("nan")),
         ParityRule.model_construct(rule="parity", max_score_difference=float("nan")),
         NonInferiorityRule.model_construct(rule="non-inferiority", benchmark="easy-vqa", margin=float("nan")),

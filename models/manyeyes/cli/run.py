@@ -23,13 +23,13 @@ from manyeyes.cli.summarise import summarise
 from manyeyes.errors import LockedError, PipelineError, did_you_mean
 from manyeyes.steps.events import ErrorReport, Event, EventReader
 from manyeyes.steps.summary import RunSummary, write_summary
+from manyeyes.telemetry import OFF
 
 _POLL_S = 0.2
 _GRACE_S = 15.0
 # Telemetry of other people's packages, and thread pools that fork badly.
 _QUIET = {
-    "GX_ANALYTICS_ENABLED": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
+    **OFF,
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",

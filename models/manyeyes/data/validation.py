@@ -7,7 +7,6 @@ and ``info`` are shown. Samples that cannot be used go to the quarantine, each w
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -204,8 +203,6 @@ def _run_great_expectations(
 ) -> dict[str, Mapping[str, Any]]:
     if not expectations:
         return {}
-    # Before the import, which reads it. Nothing about anybody's data leaves this machine.
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
     from great_expectations.exceptions import GreatExpectationsError

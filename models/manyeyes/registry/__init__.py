@@ -5,5 +5,4 @@ from __future__ import annotations
 import os
 
 # Read by mlflow when it is imported; what a user set stays.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
