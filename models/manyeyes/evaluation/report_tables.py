@@ -1,4 +1,4 @@
-"""The tables and sentences of a report, once for HTML and Markdown, so that they cannot differ."""
+"""The tables of a report, once for HTML and Markdown, so that they cannot differ."""
 
 from __future__ import annotations
 
@@ -60,22 +60,6 @@ def comparison_table(report: Report) -> Table:
     return Table(tuple(header), rows, numbers=tuple(range(1, len(header))), strong=strong)
 
 
-def comparison_sentences(report: Report) -> list[str]:
-    """What has to be known of the comparison."""
-    comparison = report.comparison
-    sentences = [comparison.champion]
-    if any(row.kind == "published" for row in comparison.rows):
-        sentences.append(
-            "Published scores come without intervals. Numbers in brackets are notes on what differs; where one stands, "
-            "scores do not quite compare. Parameters and FLOPs of published models are counted here on their "
-            "architecture."
-        )
-    if comparison.unpublished:
-        names = [comparison.columns[name].title for name in comparison.unpublished]
-        sentences.append(f"No published score of the four systems is known here for {', '.join(names)}.")
-    return sentences
-
-
 def sources_sentence(report: Report) -> str:
     """Where published scores come from; empty without any."""
     places = dict.fromkeys(cell.source for row in report.comparison.rows for cell in row.cells.values() if cell.source)
@@ -99,17 +83,6 @@ def trade_off_table(report: Report) -> Table | None:
     strong = frozenset(place for place, point in enumerate(report.trade_off.points) if point.kind != "published")
     header = ("", "model", "mean %", "visual tokens", "FLOPs a sample")
     return Table(header, rows, numbers=(0, 2, 3, 4), strong=strong)
-
-
-def trade_off_sentence(report: Report) -> str:
-    """Over which benchmarks."""
-    if report.trade_off is None:
-        return ""
-    names = [report.comparison.columns[name].title for name in report.trade_off.benchmarks]
-    return (
-        f"Mean over {', '.join(names)}, in percent of the maximum: the benchmarks that let most models stand side by "
-        "side. The notes of the table above hold here too."
-    )
 
 
 def groups_table(report: Report) -> Table | None:
@@ -293,12 +266,6 @@ def machines_table(report: Report) -> Table:
             ["finished (UTC)", run.finished],
         ]
     return Table(("what", "value"), rows)
-
-
-def examples_sentence(report: Report, name: str) -> str:
-    """How many images have mistakes."""
-    details = report.details[name]
-    return f"{details.images_with_mistakes:,} of {details.images:,} images have a wrong answer; these have most."
 
 
 def examples_table(examples: Sequence[Example]) -> Table:
