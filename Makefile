@@ -31,10 +31,12 @@ check: setup ## formatting, lint, types, import layers
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup ## side-by-side performance ratios, with equality checks
+bench: setup ## side-by-side performance ratios, with equality checks; odd inputs by the thousand
 	@$(BIN)/python -m bench
 	@$(BIN)/python -m bench.peers
 	@$(BIN)/python -m bench.scorers
+	@$(BIN)/python -m bench.fuzz images
+	@$(BIN)/python -m bench.fuzz records 1000
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md

@@ -145,7 +145,13 @@ def main() -> None:
     raise SystemExit(f"{len(faults)} faults" if faults else 0)
 
 
-_FUZZERS: dict[str, Callable[[int], tuple[Counter[str], list[str]]]] = {"images": fuzz_images}
+def _fuzz_records(number: int) -> tuple[Counter[str], list[str]]:
+    from bench.fuzz_records import fuzz_records
+
+    return fuzz_records(number)
+
+
+_FUZZERS: dict[str, Callable[[int], tuple[Counter[str], list[str]]]] = {"images": fuzz_images, "records": _fuzz_records}
 
 if __name__ == "__main__":
     main()

@@ -14,15 +14,18 @@ from manyeyes.errors import SourceError
 from manyeyes.sources import committed_config, resolve_source
 
 _SCRATCH = "scratch:"
+# Of a hub repository, what says what the model is and how it reads text.
+_WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_language_model(source: str, *, snapshot_path: Path | None) -> tuple[Path, bool]:
+def resolve_language_model(source: str, *, snapshot_path: Path | None, fetch_weights: bool = True) -> tuple[Path, bool]:
     """Find a language model's folder.
 
     Args:
         source: As for ``resolve_source``. ``scratch:<source>`` takes configuration and tokenizer from there and
             starts from fresh weights.
         snapshot_path: Folder of the data snapshot; needed for ``snapshot:``.
+        fetch_weights: Whether the hub's weights are fetched too; else configuration and tokenizer alone.
 
     Returns:
         The folder, and whether its weights are wanted.
@@ -32,7 +35,8 @@ def resolve_language_model(source: str, *, snapshot_path: Path | None) -> tuple[
     """
     scratch = source.startswith(_SCRATCH)
     where = source.removeprefix(_SCRATCH)
-    path = resolve_source(where, snapshot_path=snapshot_path) if where else None
+    parts = () if fetch_weights else _WITHOUT_WEIGHTS
+    path = resolve_source(where, snapshot_path=snapshot_path, parts=parts) if where else None
     if path is None or not (path / "config.json").is_file():
         raise SourceError(
             f'language model source is "{source}"',

@@ -50,6 +50,7 @@ __all__ = [
     "ManyEyesOutput",
     "ManyEyesProcessor",
     "build_model",
+    "build_processor",
     "build_skeleton",
     "checkpoint_digest",
     "load_checkpoint",
@@ -129,6 +130,33 @@ def build_model(
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
     return model.eval(), processor
+
+
+def build_processor(
+    spec: ModelSpec, *, snapshot_path: Path | None, encoders: Sequence[str] | None = None
+) -> ManyEyesProcessor:
+    """The processor that ``build_model`` makes, without a model: no weights are read or fetched.
+
+    Args:
+        spec: What the model is.
+        snapshot_path: Folder of the data snapshot, for ``snapshot:`` sources.
+        encoders: As for ``build_model``.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, template or name in ``encoders``.
+        SourceError: The language model's configuration or tokenizer cannot be had.
+        ShapeError: Parts do not fit together.
+    """
+    chosen = choose_encoders(spec, encoders)
+    path, _ = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path, fetch_weights=False)
+    tokenizer, text_config = load_tokenizer(path), load_language_model_config(path)
+    check_vocabulary(tokenizer, text_config)
+    config = configure(
+        spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
+    )
+    with torch.device("meta"):
+        model = ManyEyesForConditionalGeneration(config)
+    return make_processor(spec, chosen, model, tokenizer)
 
 
 def build_skeleton(

@@ -12,9 +12,9 @@ from PIL import Image
 from bench.contamination import CHANGES, encode, photographs
 from manyeyes.data.contamination.findings import read_contamination
 from manyeyes.data.quarantine import read_quarantine
-from manyeyes.data.records import Record, Turn, read_image_file
+from manyeyes.data.records import Problem, Record, Turn, read_image_file
 from manyeyes.errors import ValidationError
-from manyeyes.recipe import load_recipe
+from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.steps.base import Reporter, StepResult
 from manyeyes.steps.inputs import Inputs
 
@@ -36,6 +36,7 @@ def validate(
     monkeypatch.setenv("MANYEYES_CACHE", str(folder / "cache"))
     monkeypatch.setattr(STEP, "open_inputs", lambda *_, **__: inputs)
     monkeypatch.setattr(STEP, "training_datasets", lambda _recipe: ["toy-train"])
+    monkeypatch.setattr("manyeyes.training.admission.Admission", _Refusing)
     return STEP.validate_data(  # type: ignore[no-any-return]
         Reporter("validate_data"),
         recipe_json="",
@@ -45,6 +46,24 @@ def validate(
         code_digest="",
         validation=folder / "validation",
     )
+
+
+class _Refusing:
+    """In place of the recipe's stages: refuses records by name."""
+
+    def __init__(self, recipe: Recipe, *, snapshot_path: Path) -> None:
+        assert recipe.name == "tiny"
+        assert (snapshot_path / "manifest.json").is_file()
+
+    def find_problem(self, record: Record, **_: object) -> Problem | None:
+        return Problem("too long", "less") if record.id == "train/long" else None
+
+
+def test_what_a_stage_would_refuse_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = record("train/long", encode(Image.new("RGB", (200, 16))))
+    plain = [record(f"train/{number}", encode(Image.new("RGB", (16 + number, 16)))) for number in range(120)]
+    validate(tmp_path, monkeypatch, [*plain, long])
+    assert read_quarantine(tmp_path / "validation") == {"toy-train#120"}
 
 
 def coffee() -> Image.Image:

@@ -93,7 +93,8 @@ class StageSpec(Strict):
     )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
-        description="A conversation of more tokens than model.language_model.max_length stops the stage, or is cut.",
+        description="A conversation of more tokens than model.language_model.max_length is refused (validate_data "
+        "leaves it out, a stage by itself stops), or is cut.",
     )
     template: str | None = Field(
         default=None, description="A row of CHAT_TEMPLATES for this stage alone; model.chat's when left out."

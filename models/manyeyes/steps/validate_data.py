@@ -21,6 +21,7 @@ def validate_data(
 ) -> StepResult:
     """Write ``profile.parquet``, ``validation.json``, ``validation.html`` and ``quarantine.jsonl``.
 
+    A sample that some stage of the recipe would refuse (too long, say) is put aside too, from all of them.
     Where the recipe has evaluation sets, training data is compared with them too: ``contamination.json``,
     ``contamination.html``, ``contamination.md``, ``pairs.jsonl`` and ``contaminated.jsonl``.
 
@@ -35,9 +36,11 @@ def validate_data(
 
     Raises:
         ValidationError: An expectation of severity ``critical`` does not hold.
+        SourceError: The language model's tokenizer cannot be had.
     """
     from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.validation import validate_snapshot
+    from manyeyes.training.admission import Admission
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
     recipe = inputs.recipe
@@ -48,6 +51,7 @@ def validate_data(
         eval_datasets=list(recipe.data.eval_datasets),
         suite=recipe.data.suite,
         out_dir=validation,
+        find_misfit=Admission(recipe, snapshot_path=inputs.snapshot.path).find_problem,
     )
     contamination = None
     benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
@@ -66,7 +70,7 @@ def validate_data(
         raise ValidationError(
             f"snapshot {data_md5[:8]}: " + "; ".join(row.explanation for row in report.failures()),
             f'every critical expectation of suite "{report.suite}" to hold',
-            f"Read {validation / 'validation.html'}, mend the data, then: dvc add data && dvc push",
+            f"Read {validation / 'validation.html'}, fix the data, then: dvc add data && dvc push",
         )
     found = [] if contamination is None else contamination.datasets
     return StepResult(
@@ -88,6 +92,11 @@ def validate_data(
 STEP = Step(
     "validate_data",
     validate_data,
-    imports=("great_expectations", "manyeyes.data.contamination.search", "manyeyes.registry.tracking"),
+    imports=(
+        "great_expectations",
+        "manyeyes.data.contamination.search",
+        "manyeyes.registry.tracking",
+        "manyeyes.training.admission",
+    ),
     outputs=("validation",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from manyeyes.chat import IGNORE_INDEX, BranchGroup, split_branches
 from manyeyes.data.mixture import Mixture, Sample
 from manyeyes.data.records import ImageFile
 from manyeyes.processor import CutImage, ManyEyesProcessor
-from manyeyes.recipe import StageSpec
+from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.runtime.chat import Encoded
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
@@ -50,6 +51,48 @@ class Batch:
     num_samples: int
 
 
+class SampleEncoder:
+    """From a sample to tokens, as batches hold them; pixels are not looked at.
+
+    Args:
+        processor: The model's.
+        too_long: What becomes of conversations of more tokens than the language model takes.
+        kept: How many conversations stay in memory.
+    """
+
+    def __init__(
+        self, processor: ManyEyesProcessor, *, too_long: Literal["refuse", "cut"], kept: int = CONVERSATIONS_IN_MEMORY
+    ) -> None:
+        self._processor = processor
+        self._too_long = too_long
+        self._encode = lru_cache(maxsize=kept)(self._encode_uncached)
+
+    def encode(
+        self, sample: Sample, image_sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Encoded], BranchGroup | None]:
+        """The sample's conversations, and the branches that independent ones become.
+
+        Args:
+            sample: As a mixture shows it.
+            image_sizes: Width and height of each image that is shown, as decoded, in pixels.
+
+        Raises:
+            RecordError: A conversation cannot be used.
+        """
+        # Where sizes do not matter, images of any size share a tokenised text.
+        sizes = tuple(image_sizes) if self._processor.layout is not None else None
+        conversations = [
+            self._encode(tuple((turn.speaker, turn.text) for turn in turns), len(image_sizes), sizes)
+            for turns in sample.conversations()
+        ]
+        return conversations, split_branches(conversations) if sample.turns == "independent" else None
+
+    def _encode_uncached(
+        self, turns: tuple[tuple[str, str], ...], num_images: int, image_sizes: tuple[tuple[int, int], ...] | None
+    ) -> Encoded:
+        return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes, too_long=self._too_long)
+
+
 class BatchBuilder:
     """Makes batches from positions in the stream of samples; epochs follow each other in it without a gap.
 
@@ -64,10 +107,9 @@ class BatchBuilder:
     ) -> None:
         self._mixture = mixture
         self._processor = processor
-        self._too_long = too_long
+        self._encoder = SampleEncoder(processor, too_long=too_long)
         self._cut: dict[str, CutImage] = {}
         self._cut_bytes = 0
-        self._encode = lru_cache(maxsize=CONVERSATIONS_IN_MEMORY)(self._encode_uncached)
 
     def build(self, positions: Sequence[int]) -> Batch:
         """The batch of these positions.
@@ -83,15 +125,16 @@ class BatchBuilder:
         independent = [sample for sample in samples if sample.turns == "independent"]
         chained = [sample for sample in samples if sample.turns == "chained"]
         images: list[list[CutImage]] = []
-        conversations: list[list[Encoded]] = []
         groups: list[BranchGroup] = []
+        chains: list[Encoded] = []
         for sample in (*independent, *chained):
             with sample.named():
-                images.append([self._cut_image(image) for image in _shown_images(sample)])
-                conversations.append(self._conversations(sample, images[-1]))
-                if sample.turns == "independent":
-                    groups.append(split_branches(conversations[-1]))
-        chains = [encoded for chain in conversations[len(independent) :] for encoded in chain]
+                images.append([self._cut_image(image) for image in shown_images(sample)])
+                conversations, group = self._encoder.encode(sample, [image.size for image in images[-1]])
+                if group is None:
+                    chains += conversations
+                else:
+                    groups.append(group)
         shown = [image for own in images for image in own]
         prefixes, branches = _bucket(self._processor.pad_groups(groups)) if groups else (None, ())
         padded_chains = self._processor.pad(chains, side="right", labels=True) if chains else None
@@ -110,19 +153,6 @@ class BatchBuilder:
             num_samples=len(samples),
         )
 
-    def _conversations(self, sample: Sample, images: Sequence[CutImage]) -> list[Encoded]:
-        # Where sizes do not matter, images of any size share a tokenised text.
-        sizes = tuple(image.size for image in images) if self._processor.layout is not None else None
-        return [
-            self._encode(tuple((turn.speaker, turn.text) for turn in turns), len(images), sizes)
-            for turns in sample.conversations()
-        ]
-
-    def _encode_uncached(
-        self, turns: tuple[tuple[str, str], ...], num_images: int, image_sizes: tuple[tuple[int, int], ...] | None
-    ) -> Encoded:
-        return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes, too_long=self._too_long)
-
     def _cut_image(self, image: ImageFile) -> CutImage:
         """An image's tiles as ``uint8``, from memory while there is room."""
         known = self._cut.get(image.sha256)
@@ -133,6 +163,12 @@ class BatchBuilder:
             self._cut[image.sha256] = cut
             self._cut_bytes += cut.nbytes
         return cut
+
+
+def stage_seed(recipe: Recipe, stage: StageName, encoder: str | None) -> int:
+    """What a stage draws its numbers from; each stage, and each encoder that is prealigned, draws others."""
+    text = f"{recipe.seed}/{stage}/{encoder or ''}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def processor_of_stage(processor: ManyEyesProcessor, spec: StageSpec) -> ManyEyesProcessor:
@@ -189,5 +225,6 @@ def _bucket(padded: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[dict[st
     return prefixes, tuple(buckets)
 
 
-def _shown_images(sample: Sample) -> tuple[ImageFile, ...]:
+def shown_images(sample: Sample) -> tuple[ImageFile, ...]:
+    """The sample's images; none where the mixture drops them."""
     return () if sample.image_dropped else sample.record.images

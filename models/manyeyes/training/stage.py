@@ -31,7 +31,7 @@ from manyeyes.model import (
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.storage import new_folder
-from manyeyes.training.batches import BatchBuilder, processor_of_stage
+from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
@@ -181,9 +181,7 @@ class _Job:
 
     @property
     def seed(self) -> int:
-        """Each stage and encoder draws other numbers."""
-        text = f"{self.recipe.seed}/{self.stage}/{self.encoder or ''}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        return stage_seed(self.recipe, self.stage, self.encoder)
 
     def model_facts(self) -> dict[str, Any]:
         """What of the model determines the result; an encoder that is prealigned alone knows nothing of its company."""
