@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import SourceError
-from manyeyes.sources import committed_config, resolve_source
+from manyeyes.sources import committed_config, language_model_config_file, resolve_source
 
 _SCRATCH = "scratch:"
 # Of a hub repository, what says what the model is and how it reads text.
@@ -94,27 +94,12 @@ def load_language_model_config(path: Path) -> PreTrainedConfig:
 
 
 def language_model_config(source: str, *, snapshot_path: Path | None) -> PreTrainedConfig:
-    """The configuration of a language model; of a hub's from the file that is committed here, where there is one.
-
-    Args:
-        source: As for ``resolve_language_model``.
-        snapshot_path: Folder of the data snapshot, for ``snapshot:``; one with that model's ``config.json`` is enough.
-
-    Raises:
-        SourceError: It cannot be had.
-    """
-    place = source.removeprefix("scratch:")
-    committed = committed_config(place)
-    if committed is not None:
-        fields = dict(json.loads(committed.read_text(encoding="utf-8")))
-        config: PreTrainedConfig = AutoConfig.for_model(**fields)
-        return config
-    path = resolve_source(place, snapshot_path=snapshot_path, files=("config.json",)) if place else None
-    if path is None:
-        raise SourceError(
-            f'language model source is "{source}"', "a model with a config.json", "Name one, or scratch:<source>."
-        )
-    return load_language_model_config(path.parent if path.is_file() else path)
+    """The configuration of a language model; arguments and errors as ``language_model_config_file``."""
+    path = language_model_config_file(source, snapshot_path=snapshot_path)
+    if path != committed_config(source.removeprefix("scratch:")):
+        return load_language_model_config(path.parent)
+    config: PreTrainedConfig = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    return config
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

@@ -16,6 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
+from manyeyes.encoders.skeleton import meta_device
 from manyeyes.errors import CheckpointError, SourceError, StorageError
 from manyeyes.language_model import (
     check_vocabulary,
@@ -109,7 +110,7 @@ def build_model(
             spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
         )
         # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
-        with torch.device("meta"):
+        with meta_device():
             model = ManyEyesForConditionalGeneration(config)
         model.language_model = language_model
         model.config.text_config = text_config
@@ -174,7 +175,7 @@ def build_skeleton(
         ShapeError: Parts do not fit together.
     """
     config = configure(spec, choose_encoders(spec, encoders), text_config=text_config, image_token_id=0)
-    with torch.device("meta"):
+    with meta_device():
         return ManyEyesForConditionalGeneration(config)
 
 

@@ -110,6 +110,32 @@ def open_pinned(text: str, *, source: str = "") -> Path:
     return path
 
 
+def language_model_config_file(source: str, *, snapshot_path: Path | None) -> Path:
+    """The ``config.json`` of a language model; of a hub's the one that is committed here, where there is one.
+
+    Args:
+        source: As ``model.language_model.source``.
+        snapshot_path: Folder of the data snapshot, where the source is ``snapshot:``; a folder with that model's
+            ``config.json`` alone is enough.
+
+    Returns:
+        The file; in a folder that lacks it, the path where it should be.
+
+    Raises:
+        SourceError: It cannot be had.
+    """
+    place = source.removeprefix("scratch:")
+    committed = committed_config(place)
+    if committed is not None:
+        return committed
+    path = resolve_source(place, snapshot_path=snapshot_path, files=("config.json",)) if place else None
+    if path is None:
+        raise SourceError(
+            f'language model source is "{source}"', "a model with a config.json", "Name one, or scratch:<source>."
+        )
+    return path if path.is_file() else path / "config.json"
+
+
 def _existing(path: Path, source: str, *, inside: str) -> Path:
     if path.exists():
         return path

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyeyes.cli.show_recipe import recipe_as_json, recipe_as_text
 from manyeyes.errors import RecipeError, SourceError
-from manyeyes.estimate import RecipeEstimate, as_rows, estimate, language_model_config, stage_memory
+from manyeyes.estimate import RecipeEstimate, as_rows, dry_run, stage_memory
 from manyeyes.estimate.dry_run import count_sample, image_shape
-from manyeyes.language_model import load_language_model_config
+from manyeyes.estimate.skeleton import estimate
+from manyeyes.language_model import language_model_config, load_language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_model, build_skeleton
 from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.training.optimizer import freeze_others, learning_rates
@@ -74,6 +75,34 @@ def test_flops_are_those_that_torch_counts_on_real_tensors(
         skeleton, image_shape(skeleton), text_tokens=TEXT, longest_text=TEXT, supervised=SUPERVISED
     ).flops
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+class PlainCounter(FlopCounterMode):
+    """torch's own counter, which works every call out anew."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+
+    @property
+    def flops(self) -> int:
+        return int(self.get_total_flops())
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_remembered_calls_cost_what_they_cost_when_worked_out(
+    trained: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = build_skeleton(toy_spec(folder), text_config=load_language_model_config(folder))
+    groups = skeleton.parameter_groups()
+    freeze_others(groups, learning_rates(TRAINED[trained], groups))
+    shape = image_shape(skeleton)
+    lengths = {"text_tokens": TEXT, "longest_text": 2 * TEXT, "supervised": SUPERVISED}
+    monkeypatch.setattr(dry_run, "_CALLS", {})
+    first = count_sample(skeleton, shape, **lengths)
+    assert dry_run._CALLS
+    assert count_sample(skeleton, shape, **lengths) == first
+    monkeypatch.setattr(dry_run, "_OperationCounter", PlainCounter)
+    assert count_sample(skeleton, shape, **lengths) == first
 
 
 def test_bytes_kept_for_the_backward_pass_are_those_of_the_real_model(

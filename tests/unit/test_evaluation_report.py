@@ -278,7 +278,7 @@ def test_a_published_score_above_the_maximum_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5-7B", "Mini-Gemini-7B-HD"])
 def test_published_sizes_are_those_of_the_recipe(name: str) -> None:
-    from manyeyes.estimate import language_model_config
+    from manyeyes.language_model import language_model_config
     from manyeyes.model import build_skeleton
 
     (model,) = [model for model in load_published().models if model.name == name]

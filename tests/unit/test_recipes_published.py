@@ -15,9 +15,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from manyeyes.cli.main import cli
-from manyeyes.estimate import ParameterCounts, count_parameters, estimate, language_model_config
+from manyeyes.estimate import ParameterCounts
 from manyeyes.estimate.dry_run import image_shape
+from manyeyes.estimate.skeleton import count_parameters, estimate
 from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.language_model import language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.recipe import Recipe, StageSpec, list_recipes, load_recipe
 from manyeyes.runtime.templates import get_chat_template

@@ -19,6 +19,7 @@ from manyeyes.checkpoints.system import EncoderPlan, Plan, System
 from manyeyes.checkpoints.tables import Resolution, Shape
 from manyeyes.checkpoints.writing import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights
+from manyeyes.encoders.skeleton import meta_device
 from manyeyes.errors import CheckpointError, RecipeError, did_you_mean
 from manyeyes.language_model import check_vocabulary, find_image_token_id
 from manyeyes.model import write_manifest
@@ -101,7 +102,7 @@ def convert(
     tokenizer, notes = _load_tokenizer(checkpoint, plan)
     text_config = AutoConfig.for_model(**plan.text_config)
     config = configure(plan, image_token_id=find_image_token_id(tokenizer, text_config))
-    with torch.device("meta"):
+    with meta_device():
         model = ManyEyesForConditionalGeneration(config)
     brought = {entry.name: entry for entry in plan.encoders if entry.weights is not None}
     wanted = _shapes(model)

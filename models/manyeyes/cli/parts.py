@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,25 +17,28 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="JSON: the row NAME, or all rows by name.")
 def encoders_command(name: str | None, as_json: bool) -> None:
     """The vision encoders that a recipe may name; everything about one with NAME."""
-    from manyeyes.encoders import ENCODERS, encoder_row
+    rows = _kept("encoders", _all_encoders)
+    if name is not None and name not in rows:
+        from manyeyes.encoders import encoder_row
 
+        encoder_row(name)  # says which name is nearest
     if as_json:
-        every = {key: _encoder_facts(row) for key, row in ENCODERS.items()}
-        click.echo(json.dumps(_encoder_facts(encoder_row(name)) if name else every, indent=2))
+        click.echo(json.dumps(rows[name] if name else rows, indent=2))
         return
     if name is not None:
-        row = encoder_row(name)
-        for field, value in _encoder_facts(row).items():
+        row = rows[name]
+        for field, value in row.items():
             click.echo(f"{field:<14} {_in_words(value)}")
-        if not row.is_pinned:
-            click.echo(f"Not pinned: write source: {row.source.partition('@')[0]}@<commit> in the recipe.")
+        if not row["pinned"]:
+            click.echo(f"Not pinned: write source: {row['source'].partition('@')[0]}@<commit> in the recipe.")
         return
-    for key, row in ENCODERS.items():
+    for key, row in rows.items():
         click.echo(
-            f"{key:<24} {row.family:<16} {row.image_size:>4} px, stride {row.stride}, {row.channels} channels; "
-            f"{row.pretraining}; {row.licence}{'' if row.is_pinned else '; source not pinned'}"
+            f"{key:<24} {row['family']:<16} {row['image_size']:>4} px, stride {row['stride']}, "
+            f"{row['channels']} channels; {row['pretraining']}; {row['licence']}"
+            f"{'' if row['pinned'] else '; source not pinned'}"
         )
-    loose = sum(not row.is_pinned for row in ENCODERS.values())
+    loose = sum(not row["pinned"] for row in rows.values())
     if loose:
         click.echo(
             f"{loose} sources are not pinned to a commit: what they hold may change. "
@@ -47,30 +51,69 @@ def encoders_command(name: str | None, as_json: bool) -> None:
 @click.argument("name", required=False)
 def fusions_command(name: str | None) -> None:
     """The ways to join encoders that a recipe may name; the options of one with NAME."""
-    from manyeyes.fusion import FUSIONS, fusion_row
-
+    rows = _kept("fusions", _all_fusions)
     if name is None:
-        for key, row in FUSIONS.items():
-            click.echo(f"{key:<26} {row.description}")
+        for key, row in rows.items():
+            click.echo(f"{key:<26} {row['description']}")
         return
-    row = fusion_row(name)
-    click.echo(f"{name}: {row.description}")
-    click.echo(f"source    {row.source}")
-    click.echo(f"encoders  at least {row.min_encoders}")
-    _show_options(row.options, where="model.fusion.options")
+    if name not in rows:
+        from manyeyes.fusion import fusion_row
+
+        fusion_row(name)  # says which name is nearest
+    row = rows[name]
+    click.echo(f"{name}: {row['description']}")
+    click.echo(f"source    {row['source']}")
+    click.echo(f"encoders  at least {row['min_encoders']}")
+    _show_options(row["options"], where="model.fusion.options")
 
 
 @click.command("projectors")
 @click.argument("name", required=False)
 def projectors_command(name: str | None) -> None:
     """The projectors that a recipe may name; the options of one with NAME."""
-    from manyeyes.projector import PROJECTORS, projector_options
-
+    rows = _kept("projectors", _all_projectors)
     if name is None:
-        for key, options in PROJECTORS.items():
-            click.echo(f"{key:<26} {', '.join(options.model_fields) or 'no options'}")
+        for key, options in rows.items():
+            click.echo(f"{key:<26} {', '.join(options) or 'no options'}")
         return
-    _show_options(projector_options(name), where="model.projector.options")
+    if name not in rows:
+        from manyeyes.projector import projector_options
+
+        projector_options(name)  # says which name is nearest
+    _show_options(rows[name], where="model.projector.options")
+
+
+def _kept(kind: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    from manyeyes.steps.kept import kept
+
+    rows: dict[str, Any] = json.loads(kept(kind, make=lambda: json.dumps(make())))
+    return rows
+
+
+def _all_encoders() -> dict[str, Any]:
+    from manyeyes.encoders import ENCODERS
+
+    return {key: _encoder_facts(row) for key, row in ENCODERS.items()}
+
+
+def _all_fusions() -> dict[str, Any]:
+    from manyeyes.fusion import FUSIONS
+
+    return {
+        key: {
+            "description": row.description,
+            "source": row.source,
+            "min_encoders": row.min_encoders,
+            "options": _options(row.options),
+        }
+        for key, row in FUSIONS.items()
+    }
+
+
+def _all_projectors() -> dict[str, Any]:
+    from manyeyes.projector import PROJECTORS
+
+    return {key: _options(options) for key, options in PROJECTORS.items()}
 
 
 def _encoder_facts(row: EncoderRow) -> dict[str, Any]:
@@ -103,16 +146,22 @@ def _in_words(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _show_options(options: type[Any], *, where: str) -> None:
-    if not options.model_fields:
+def _options(options: type[Any]) -> dict[str, list[str]]:
+    kinds = options.model_json_schema().get("properties", {})
+    return {
+        key: [f"{_kind(kinds[key])}, default {json.dumps(field.default)}", str(field.description)]
+        for key, field in options.model_fields.items()
+    }
+
+
+def _show_options(options: dict[str, list[str]], *, where: str) -> None:
+    if not options:
         click.echo("options   none")
         return
     click.echo(f"{where}:")
-    kinds = options.model_json_schema()["properties"]
-    for key, field in options.model_fields.items():
-        default = json.dumps(field.default)
-        click.echo(f"  {key:<14} {_kind(kinds[key])}, default {default}")
-        click.echo(f"  {'':<14} {field.description}")
+    for key, lines in options.items():
+        for label, line in zip((key, ""), lines, strict=True):
+            click.echo(f"  {label:<14} {line}")
 
 
 def _kind(schema: dict[str, Any]) -> str:

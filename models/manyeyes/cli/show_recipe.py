@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import yaml
 
 from manyeyes.errors import SnapshotError, SourceError
+from manyeyes.estimate import RecipeEstimate, as_rows
+from manyeyes.pages import readable
 from manyeyes.recipe import Recipe
-from manyeyes.steps.preflight_checks import RemoteData, find_data, language_model_folder
-
-if TYPE_CHECKING:
-    from manyeyes.estimate import RecipeEstimate
+from manyeyes.steps.preflight_checks import RemoteData, find_data, kept_estimate
 
 
 def recipe_as_json(recipe: Recipe) -> str:
@@ -46,9 +44,6 @@ def _needs(recipe: Recipe) -> list[str]:
         found = estimated(recipe)
     except (SnapshotError, SourceError) as error:
         return [f"# what it needs is not known here: {error}"]
-    from manyeyes.estimate import as_rows
-    from manyeyes.pages import readable
-
     rows = as_rows(found)
     width = max(len(name) for name, _ in rows)
     return [f"# {name:<{width}}  {readable(value)}" for name, value in rows]
@@ -63,8 +58,6 @@ def estimated(recipe: Recipe) -> RecipeEstimate:
         RecipeError: The model cannot be built as the recipe says.
         ShapeError: Its parts do not fit together.
     """
-    from manyeyes.estimate import estimate
-
     data: RemoteData | None = None
     if recipe.model.language_model.source.removeprefix("scratch:").startswith("snapshot:"):
         try:
@@ -75,5 +68,4 @@ def estimated(recipe: Recipe) -> RecipeEstimate:
                 "the snapshot that holds its config.json",
                 "Run it in a checkout whose data remote can be reached.",
             ) from error
-    with language_model_folder(recipe, data) as folder:
-        return estimate(recipe, snapshot_path=folder)
+    return kept_estimate(recipe, data)

@@ -1,23 +1,25 @@
 """One training sample on the meta device: what it computes and what it keeps for its backward pass.
 
 The real model runs, forward and backward, at its true sizes and with the real frozen and trained groups, on tensors
-that have a shape and no memory. Floating-point operations are counted by ``torch.utils.flop_counter``; kept tensors by
-``torch.autograd.graph.saved_tensors_hooks``.
+that have a shape and no memory. Floating-point operations are counted by the formulas of ``torch.utils.flop_counter``;
+kept tensors by ``torch.autograd.graph.saved_tensors_hooks``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.flop_counter import flop_registry
 
 from manyeyes.connection import VisualTokens
 from manyeyes.language_model import compute_logits, decoder_of
@@ -95,7 +97,7 @@ def count_sample(
 
     keeping = torch.autograd.graph.saved_tensors_hooks
     with _FusedKernels():
-        with FlopCounterMode(display=False) as counter:
+        with _OperationCounter() as counter:
             # The images cost the same whatever stands beside them: they run once.
             with keeping(keep, lambda tensor: tensor):
                 seen = model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
@@ -106,23 +108,21 @@ def count_sample(
             _loss(model, seen, shape, text_tokens=longest_text, supervised=min(longest_text, supervised))
     model.zero_grad(set_to_none=True)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Counts(flops=int(counter.get_total_flops()), saved_bytes=saved)
+    return Counts(flops=int(counter.flops), saved_bytes=saved)
 
 
 def count_forward(model: ManyEyesForConditionalGeneration, shape: ImageShape, *, text_tokens: int) -> int:
     """Operations of one forward pass over one image and its text: what answering starts with.
 
     Args:
-        model: On the meta device; its parameters are frozen.
+        model: On the meta device.
         shape: What the image becomes.
         text_tokens: Tokens beside the visual ones; only the last one reaches the head.
     """
-    # The counter asks each parameter that is passed on for its gradient function, which without gradients has none.
-    model.requires_grad_(False)
-    with torch.no_grad(), _FusedKernels(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _FusedKernels(), _OperationCounter() as counter:
         seen = model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
         _loss(model, seen, shape, text_tokens=text_tokens, supervised=1)
-    return int(counter.get_total_flops())
+    return int(counter.flops)
 
 
 def _loss(
@@ -177,6 +177,95 @@ def _image_sizes(model: ManyEyesForConditionalGeneration, shape: ImageShape) -> 
     if not model.fusion.uses_image_sizes:
         return None
     return torch.ones(shape.tiles, 2, dtype=torch.long, device=_META)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call gives: shape, strides and dtype of each tensor (None stays None), how they are nested, its cost."""
+
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
+    nesting: TreeSpec
+    flops: int
+
+
+_KINDS: dict[Any, Literal["composite", "fresh", "other"]] = {}
+_CALLS: dict[Any, _Call] = {}
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations as ``FlopCounterMode`` does, and works out each kind of call once.
+
+    Meta kernels are largely Python: a layer norm decomposes into dozens of calls, and its backward pass into more. A
+    model repeats its layers, so nearly all calls have been seen before with the same shapes. A call is remembered only
+    where its tensors are on the meta device and own their memory, so that the bytes kept for the backward pass are the
+    same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        kind = _KINDS.get(func) or _KINDS.setdefault(func, _kind(func))
+        if kind == "composite":
+            with self:
+                return func.decompose(*args, **given)
+        key = (func, _signature(args), _signature(given)) if kind == "fresh" else None
+        known = _CALLS.get(key)
+        if known is not None:
+            self.flops += known.flops
+            return tree_unflatten([made and _empty(*made) for made in known.tensors], known.nesting)
+        out = func(*args, **given)
+        formula = flop_registry.get(func._overloadpacket)
+        flops = 0 if formula is None else int(formula(*args, **given, out_val=out))
+        self.flops += flops
+        if key is not None:
+            leaves, nesting = tree_flatten(out)
+            if _own_memory(leaves, tree_flatten((args, given))[0]):
+                made = tuple(None if leaf is None else (leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves)
+                _CALLS[key] = _Call(made, nesting, flops)
+        return out
+
+
+def _kind(func: Any) -> Literal["composite", "fresh", "other"]:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return "composite"
+    schema = func._schema
+    aliases = schema.is_mutable or any(value.alias_info is not None for value in schema.returns)
+    return "other" if aliases else "fresh"
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.device, value.dtype, value.shape, value.stride()
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((name, _signature(entry)) for name, entry in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, and give other dtypes
+
+
+def _empty(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=_META)
+
+
+def _own_memory(results: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether the results are whole tensors on the meta device, made of others there, and share no memory."""
+    fresh = [leaf for leaf in results if leaf is not None]
+    tensors = [*fresh, *(leaf for leaf in given if isinstance(leaf, Tensor))]
+    if not all(isinstance(leaf, Tensor) and leaf.device == _META for leaf in tensors):
+        return False
+    taken = {leaf.untyped_storage()._cdata for leaf in tensors[len(fresh) :]}
+    for leaf in fresh:
+        storage = leaf.untyped_storage()
+        whole = _empty(leaf.shape, leaf.stride(), leaf.dtype).untyped_storage().nbytes()
+        if storage._cdata in taken or leaf.storage_offset() or storage.nbytes() != whole:
+            return False
+        taken.add(storage._cdata)
+    return True
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -43,13 +43,12 @@ def count_model(config: PreTrainedConfig) -> ModelFacts:
     """
     import copy
 
-    import torch
-
-    from manyeyes.estimate import TEXT_TOKENS, count_parameters
+    from manyeyes.encoders.skeleton import meta_device
     from manyeyes.estimate.dry_run import count_forward, image_shape
+    from manyeyes.estimate.skeleton import TEXT_TOKENS, count_parameters
     from manyeyes.model import ManyEyesForConditionalGeneration
 
-    with torch.device("meta"):
+    with meta_device():
         model = ManyEyesForConditionalGeneration(copy.deepcopy(config)).eval()
     counts = count_parameters(model)
     shape = image_shape(model)

@@ -17,9 +17,8 @@ def check_parts(model: ModelSpec) -> None:
         ShapeError: An image size that an encoder cannot take, or grids that the fusion cannot align.
         SourceError: A package that an encoder is built with is not installed.
     """
-    import torch
-
     from manyeyes.encoders import build_encoder, encoder_row
+    from manyeyes.encoders.skeleton import meta_device
     from manyeyes.fusion import build_fusion, fusion_row
     from manyeyes.projector import check_projector_options
 
@@ -30,7 +29,7 @@ def check_parts(model: ModelSpec) -> None:
     check_projector_options(model.projector.kind, dict(model.projector.options))
     for entry in model.encoders:
         encoder_row(entry.encoder)
-    with torch.device("meta"):
+    with meta_device():
         encoders = [
             build_encoder(entry.encoder, image_size=entry.image_size, small=entry.small) for entry in model.encoders
         ]

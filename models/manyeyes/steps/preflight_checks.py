@@ -21,11 +21,12 @@ from manyeyes.data.download import RemoteFile, list_files, normalise_md5
 from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
 from manyeyes.errors import ManyEyesError, SnapshotError, SourceError, did_you_mean
+from manyeyes.estimate import RecipeEstimate
 from manyeyes.recipe import Recipe
-from manyeyes.sources import resolve_source
+from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.check_parts import check_parts
-from manyeyes.steps.code_digest import code_digest
 from manyeyes.steps.inputs import cache_dir, locate_data, training_datasets, work_dir
+from manyeyes.steps.kept import kept
 
 _HUB_TIMEOUT_S = 10
 _GPU_TIMEOUT_S = 10
@@ -91,7 +92,7 @@ class RemoteData:
 
 
 class Need(BaseModel):
-    """What a recipe needs of a machine, in GB (1e9 bytes); kept between runs under the recipe's and code's digests."""
+    """What a recipe needs of a machine, in GB (1e9 bytes)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -243,35 +244,40 @@ def _check_hub(place: str) -> None:
 
 
 def estimate_recipe(recipe: Recipe, data: RemoteData | None) -> Need:
-    """What the recipe needs, from its own estimate; kept in the cache folder, because torch takes seconds to load.
+    """What the recipe needs, from its own estimate.
 
     Raises:
         ManyEyesError: The model cannot be built as the recipe says.
     """
-    scheme, _, place = recipe.model.language_model.source.removeprefix("scratch:").partition(":")
-    config = Path(place) / "config.json"
-    sizes = config.read_text(encoding="utf-8") if scheme == "dir" and config.is_file() else ""
-    key = hashlib.sha256(f"{recipe.digest} {code_digest()} {sizes}".encode()).hexdigest()
-    kept = cache_dir() / "estimates" / f"{key}.json"
-    if kept.is_file():
-        return Need.model_validate_json(kept.read_text(encoding="utf-8"))
-    from manyeyes.estimate import estimate
-
-    check_parts(recipe.model)
-    with language_model_folder(recipe, data) as folder:
-        found = estimate(recipe, snapshot_path=folder)
+    found = kept_estimate(recipe, data)
     parts = found.memory_parts_gb.items()
-    need = Need(
+    return Need(
         memory_gb=found.memory_gb,
         fixed_gb={name: part.weights + part.gradients + part.optimizer for name, part in parts},
         disk_gb=found.disk_gb.total,
         least_disk_gb=found.disk_gb.running + found.disk_gb.bundle,
     )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-    temporary.write_text(need.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(kept)
-    return need
+
+
+def kept_estimate(recipe: Recipe, data: RemoteData | None) -> RecipeEstimate:
+    """The estimate of a recipe, kept between runs: making it takes torch, which takes seconds to load.
+
+    Raises:
+        ManyEyesError: The model cannot be built as the recipe says.
+    """
+    source = recipe.model.language_model.source
+    with language_model_folder(recipe, data) as folder:
+        config = language_model_config_file(source, snapshot_path=folder)
+
+        def make() -> str:
+            from manyeyes.estimate.skeleton import estimate
+
+            check_parts(recipe.model)
+            return estimate(recipe, snapshot_path=folder).model_dump_json()
+
+        # A file that is not there is refused where it is read.
+        digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else "none"
+        return RecipeEstimate.model_validate_json(kept("estimates", recipe.digest, digest, make=make))
 
 
 @contextmanager

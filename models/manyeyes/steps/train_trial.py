@@ -217,7 +217,7 @@ class _Job:
         return out
 
     def _describe(self, scores: Path) -> Trial:
-        from manyeyes.estimate import estimate
+        from manyeyes.estimate.skeleton import estimate
         from manyeyes.evaluation.scorecard import read_scorecard
 
         card = read_scorecard(scores / "scorecard.json")
@@ -282,7 +282,12 @@ STEPS: dict[str, Step] = {
     "trial": Step(
         "train_trial",
         train_trial,
-        imports=(*HEAVY, "manyeyes.evaluation.torch_answerer", "manyeyes.evaluation.evaluate", "manyeyes.estimate"),
+        imports=(
+            *HEAVY,
+            "manyeyes.evaluation.torch_answerer",
+            "manyeyes.evaluation.evaluate",
+            "manyeyes.estimate.skeleton",
+        ),
         outputs=("trial",),
     ),
     "nothing": Step("train_trial", train_trial, outputs=("trial",), tracked=False),
