@@ -100,7 +100,9 @@ def count_rows(path: Path) -> int:
 
 def _unreadable(path: Path, error: Exception) -> SnapshotError:
     return SnapshotError(
-        f"{path} cannot be read: {str(error).splitlines()[0]}", "a whole Parquet file", "Get it again."
+        f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
+        "a whole Parquet file",
+        "Get it again.",
     )
 
 
