@@ -33,6 +33,8 @@ References are one JSON object a line: `id` and the benchmark's columns, images 
 - A column that the scoring needs and the references lack, or that has another type, is an error that names it. Without
   the column that tells which items share an image, each item is its own cluster: the score stays, the interval may be
   too narrow.
+- What is wrong with a line is an error that names file, line and column. Half of a character beyond U+FFFF (`"\\ud83d"`
+  alone) is read as U+FFFD. Numbers as ids stay what they are written as; `null`, lists and decimals are no ids.
 - Every item's outcome is written to `items.jsonl` (`id`, `score`, `parsed`, `prediction`, `missing`, `cluster`,
   `facets`, `question`, `reference`), the figures to `score.json`, by default in `runs/score/BENCHMARK-VARIANT/`. Two
   such folders with the same references are what `manyeyes compare` takes too ([certainty.md](certainty.md)).
@@ -48,6 +50,15 @@ manyeyes data build chartqa OUT                 # from the hub, with its token a
 manyeyes data build chartqa OUT --from FOLDER   # from Parquet in the hub's schema
 manyeyes data build gqa OUT --from QUESTIONS --images-from IMAGES
 ```
+
+Of a folder the Parquet files of the scored split are taken, and the command says which. The split is read in a file's
+name (`validation-00000-of-00001.parquet`, `mmmu_val.parquet`) or else in its folder's (`default/validation/0000.parquet`);
+of several files each has to say it. Where a split has several folders, that of the benchmark's configuration is taken;
+MMMU's subjects are put together. Refused are a folder without the split, a missing shard, several configurations, an id
+that comes twice, files with other columns, and a row of the scored split whose answer is hidden (`?`, nothing, `-1` for
+an option); `score` and `evaluate` refuse such rows, too. `--split NAME` builds another split as the data set
+`<name>-NAME`, hidden answers included: for the search for contamination, which reads questions. Models are asked and
+scored on the split that the row below names.
 
 `OUT/<name>/<split>-00000.parquet` keeps the hub's columns, and `OUT/manifest.json` gets a data set `<name>-<split>`
 with `layout: hub`. Every column of the row is checked. Nothing is fetched without the first form.
@@ -107,6 +118,8 @@ def render() -> str:
 def describe(row: BenchmarkRow) -> list[str]:
     """One benchmark's section."""
     source = f"`{row.hub_id}`, config `{row.config}`, split `{row.split}`" if row.hub_id else "`manyeyes data build`"
+    if row.hidden_splits:
+        source += f" (the answers of {' and '.join(f'`{split}`' for split in row.hidden_splits)} are hidden)"
     columns = ", ".join(f"`{name}` ({kind})" for name, kind in row.columns.items())
     return [
         f"### {row.name}",

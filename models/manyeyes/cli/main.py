@@ -165,7 +165,8 @@ def data() -> None:
 @click.argument("out", type=OutPath())
 @click.option("--from", "parquet", type=click.Path(path_type=Path), help="Benchmarks: Parquet instead of the hub.")
 @click.option("--images-from", type=click.Path(path_type=Path), help="GQA: Parquet with the images, of --from.")
-def data_build(source: str, out: Path, parquet: Path | None, images_from: Path | None) -> None:
+@click.option("--split", help="Benchmarks: another split than the one that is scored.")
+def data_build(source: str, out: Path, parquet: Path | None, images_from: Path | None, split: str | None) -> None:
     """Build the data sets of SOURCE, for instance easy-vqa or a benchmark, into the folder OUT."""
     from manyeyes.data.builders import BUILDERS
     from manyeyes.evaluation.benchmarks import BENCHMARKS
@@ -179,7 +180,8 @@ def data_build(source: str, out: Path, parquet: Path | None, images_from: Path |
     if source in BUILDERS:
         BUILDERS[source](out)
     else:
-        build_benchmark(BENCHMARKS[source], out, parquet=parquet, images=images_from)
+        taken = build_benchmark(BENCHMARKS[source], out, parquet=parquet, images=images_from, split=split)
+        click.echo(f"{source}: {taken}", err=True)
     click.echo(str(out))
 
 

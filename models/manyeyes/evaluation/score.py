@@ -14,12 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark
-from manyeyes.evaluation.benchmarks.benchmark import IMAGE, IMAGES, CheckedRow, MissingColumnError, Unit
+from manyeyes.evaluation.benchmarks.benchmark import (
+    ID,
+    IMAGE,
+    IMAGES,
+    CheckedRow,
+    MissingColumnError,
+    Unit,
+    is_of_type,
+    refuse_hidden,
+)
 from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.sub_scores import sub_score_intervals
 
 LISTED_IDS = 20
+DEEPEST = 64
+"""Levels of a line's lists and objects. No benchmark has more than four, and Python gives up at about a thousand."""
+
 SCORE_FILE, ITEMS_FILE = "score.json", "items.jsonl"
 _REFERENCES = 'one object a line: {"id": ..., the benchmark\'s columns}'
 _PREDICTIONS = 'one object a line: {"id": ..., "prediction": "..."}'
@@ -59,6 +71,19 @@ class ScoreReport(BaseModel):
     per_item: str = Field(description="Path of the JSON Lines with each item's outcome; empty when not written.")
 
 
+class Line(dict[str, Any]):
+    """One line of a file.
+
+    Args:
+        values: The object that it holds.
+        where: File and line, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
 @dataclass(frozen=True)
 class ScoredItem:
     """One line of the per-item file.
@@ -84,7 +109,7 @@ class Matched:
         repeated: Ids of further predictions or references.
     """
 
-    known: Mapping[str, Row]
+    known: Mapping[str, CheckedRow]
     digests: Mapping[str, str]
     answers: Mapping[str, str]
     unexpected: tuple[str, ...]
@@ -112,7 +137,8 @@ def score_predictions(
 
     Raises:
         EvaluationError: Unknown benchmark or variant, one that a language model judges, no references, a missing or
-            wrong column, or two references of one id that differ.
+            wrong column, a hidden answer, or two references of one id that differ; names file, line and field of what
+            ``read_references`` and ``read_predictions`` gave.
         StorageError: No space, or no permission.
     """
     row = find_benchmark(name)
@@ -226,14 +252,14 @@ def as_missing(graded: Graded) -> Graded:
 
 
 def read_json_lines(path: Path, *, needed: str) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; blank lines are left out.
+    """Read a file of one JSON object a line; blank lines are left out, and a byte order mark is.
 
     Args:
         path: The file.
         needed: What it should hold, for the error.
 
     Raises:
-        EvaluationError: No such file, or a line that is not a JSON object.
+        EvaluationError: No such file, no UTF-8, or a line that is not a JSON object, or is nested too deep.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -243,13 +269,18 @@ def read_json_lines(path: Path, *, needed: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvaluationError(f"{path}, line {number} is not JSON ({error})", needed, "Mend the line.") from error
+        except RecursionError as error:
+            raise EvaluationError(f"{where} is nested too deep", needed, "Fix the line.") from error
+        except ValueError as error:  # Besides bad JSON, whole numbers of more digits than Python reads.
+            raise EvaluationError(f"{where} is not JSON ({error})", needed, "Fix the line.") from error
         if not isinstance(row, dict):
-            raise EvaluationError(f"{path}, line {number} is no object", needed, "Mend the line.")
-        rows.append(row)
+            raise EvaluationError(f"{where} is no object", needed, "Fix the line.")
+        if line.count("{") + line.count("[") > DEEPEST and _is_deeper(row, DEEPEST):
+            raise EvaluationError(f"{where} is nested more than {DEEPEST} levels deep", needed, "Fix the line.")
+        rows.append(Line(row, where))
     return rows
 
 
@@ -275,17 +306,24 @@ def _by_id(row: BenchmarkRow, references: Sequence[Row]) -> tuple[dict[str, Chec
     digests: dict[str, str] = {}
     repeated: list[str] = []
     for number, reference in enumerate(references, start=1):
-        checked = CheckedRow(reference, row.columns, f"{row.name} references, row {number}")
-        item_id = str(reference["id"]) if "id" in reference else row.item_id(checked)
-        checked = CheckedRow({**reference, "id": item_id}, row.columns, f"{row.name} references, row {number}")
+        where = _where(reference, f"{row.name} references, row {number}")
+        whole = {column: _without_halves(value) for column, value in reference.items()}
+        checked = CheckedRow(whole, row.columns, where)
+        item_id = _read_id(checked["id"], where) if "id" in whole else row.item_id(checked)
+        checked = CheckedRow({**whole, "id": item_id}, row.columns, where)
+        refuse_hidden(row, {**whole, "id": item_id}, where)
+        try:
+            _shown(row.reference, checked)
+        except EvaluationError as error:
+            raise checked.placed(error) from error
         if item_id not in known:
             known[item_id] = checked
-            digests[item_id] = _digest(row, reference)
+            digests[item_id] = _digest(row, whole)
         elif dict(known[item_id]) == dict(checked):
             repeated.append(item_id)
         else:
             raise EvaluationError(
-                f'{row.name} references, row {number}: a second "{item_id}", which differs from the first',
+                f'{where}: a second "{item_id}", which differs from the first',
                 "one reference an id",
                 "Make the ids unique; the benchmark's own are described in docs/benchmarks.md.",
             )
@@ -314,28 +352,64 @@ def _digest(row: BenchmarkRow, reference: Row) -> str:
 
 
 def _read_prediction(prediction: Mapping[str, Any], number: int) -> tuple[str, str]:
-    where = f"predictions, row {number}"
+    where = _where(prediction, f"predictions, row {number}")
     for column in ("id", "prediction"):
         if column not in prediction:
             raise EvaluationError(
-                f'{where} has no "{column}" (it has {", ".join(prediction)})', _PREDICTIONS, "Mend the row."
+                f'{where} has no "{column}" (it has {", ".join(prediction)})', _PREDICTIONS, "Fix the row."
             )
     text = prediction["prediction"]
     if text is None:
         text = ""
     if not isinstance(text, str):
         raise EvaluationError(f'{where}: "prediction" is {type(text).__name__}', "text", "Write it as text.")
-    return str(prediction["id"]), text
+    return _read_id(_without_halves(prediction["id"]), where), str(_without_halves(text))
+
+
+def _where(row: Mapping[str, Any], otherwise: str) -> str:
+    return row.where if isinstance(row, Line) else otherwise
+
+
+def _read_id(value: object, where: str) -> str:
+    if not is_of_type(value, ID):
+        raise EvaluationError(f'{where}: "id" is {type(value).__name__} {str(value)[:60]!r}', ID, "Write it as text.")
+    return str(value)
+
+
+def _without_halves(value: Any) -> Any:
+    """The value with U+FFFD for each half of a character beyond U+FFFF: JSON may have one alone, no file of text can.
+
+    Halves that belong together become their character.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return value
+    if isinstance(value, list | tuple):
+        return [_without_halves(part) for part in value]
+    if isinstance(value, Mapping):
+        return {_without_halves(name): _without_halves(part) for name, part in value.items()}
+    return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(part, levels - 1) for part in parts)
 
 
 def _grade(
-    row: BenchmarkRow, known: Mapping[str, Row], answers: Mapping[str, str], variant: str, seed: int | None
+    row: BenchmarkRow, known: Mapping[str, CheckedRow], answers: Mapping[str, str], variant: str, seed: int | None
 ) -> list[ScoredItem]:
     draw = random.Random(seed)
     items = []
     for item_id, reference in known.items():
         prediction = answers.get(item_id)
-        graded = row.grade(reference, prediction or "", variant)
+        try:
+            graded = row.grade(reference, prediction or "", variant)
+        except EvaluationError as error:
+            raise reference.placed(error) from error
         if prediction is None:
             graded = as_missing(graded)
         elif graded.parsed is None and seed is not None and row.guess is not None:

@@ -6,7 +6,9 @@ model, so that anyone's answers can be scored; ``items`` reads a snapshot.
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,15 +30,19 @@ TEXT_OR_NOTHING = "text or nothing"
 TEXTS = "list of texts"
 TEXT_OR_TEXTS = "text or list of texts"
 WHOLE = "whole number"
+INDEX = "whole number, also as text"
 ID = "text or whole number"
 NUMBER = "number"
 NUMBER_OR_NOTHING = "number or nothing"
 YES_NO = "true or false"
 RECORD = "record"
 RECORDS = "list of records"
+ANSWERS = 'list of records with the text "answer"'
 IMAGE = "image"
 IMAGES = "list of images"
 _IMAGE_TYPES = (IMAGE, IMAGES)
+
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 Unit = Literal["percent", "points", "relative"]
 """``relative`` is percent of what a reference answer gets, and may be above 100."""
@@ -170,7 +176,8 @@ class BenchmarkRow:
         title: For reports.
         hub_id: Data set on the hub, ``owner/name``.
         config: Its configuration; ``default`` where it has one only.
-        split: For instance ``validation``.
+        split: The one that is scored, for instance ``validation``.
+        hidden_splits: Splits whose answers the hub's copy does not have.
         columns: Column to its type in words (``TEXT``, ``TEXTS``, ``IMAGE``, ...). Reading a snapshot needs all of
             them; scoring answers needs those that ``grade`` asks for.
         licence: Of the data and who says so; ``unknown`` and why where nobody was found to say it.
@@ -213,6 +220,7 @@ class BenchmarkRow:
     hub_id: str
     config: str = "default"
     split: str
+    hidden_splits: tuple[str, ...] = ()
     columns: Mapping[str, str]
     licence: str
     cambrian_group: str | None = None
@@ -304,6 +312,12 @@ class CheckedRow(Mapping[str, Any]):
             )
         return value
 
+    def placed(self, error: EvaluationError) -> EvaluationError:
+        """The error of a grader, which does not know where the row is, with its place."""
+        if error.found.startswith(self._where):
+            return error
+        return type(error)(f"{self._where}: {error.found}", error.needed, error.do)
+
     def __iter__(self) -> Iterator[str]:
         """The columns that are there."""
         return iter(self._given)
@@ -319,6 +333,61 @@ class CheckedRow(Mapping[str, Any]):
     def get(self, column: str, default: Any = None) -> Any:
         """The value of a column, or the default where it is missing."""
         return self[column] if column in self._given else default
+
+
+def hides_answer(row: BenchmarkRow, values: Row, where: str) -> bool:
+    """Whether what stands for the answer only says that it is not public: ``?``, nothing, ``-1`` for an option.
+
+    Args:
+        row: The benchmark.
+        values: The columns of one row; images may be left out.
+        where: Names the row in an error.
+
+    Raises:
+        EvaluationError: A column that has the options is of another type.
+    """
+    found = [values[column] for column in _ANSWER_COLUMNS if column in row.columns and column in values]
+    if any(_is_mark(value, _HIDDEN) for value in found):
+        return True
+    # An index or a letter is never these, but a number that is asked for may be -1.
+    is_choice = row.options is not None and any(_is_mark(value, _NO_OPTION) for value in found)
+    return is_choice and row.options is not None and bool(row.options(CheckedRow(values, row.columns, where)))
+
+
+def refuse_hidden(row: BenchmarkRow, values: Row, where: str) -> None:
+    """Refuse a row whose answer is hidden, which nothing can be right about.
+
+    Args:
+        row: The benchmark.
+        values: As for ``hides_answer``.
+        where: Names the row in the error.
+
+    Raises:
+        EvaluationError: It is, or as ``hides_answer``.
+    """
+    if hides_answer(row, values, where):
+        shown = next(f'"{column}" is {values[column]!r}'[:80] for column in _ANSWER_COLUMNS if column in values)
+        hidden = f", those of {' and '.join(row.hidden_splits)} are hidden" if row.hidden_splits else ""
+        raise EvaluationError(
+            f"{where}: {shown}, which hides the answer",
+            "rows whose answers are public",
+            f"{row.name} is scored on its split {row.split}, whose answers are{hidden}.",
+        )
+
+
+_ANSWER_COLUMNS = ("answer", "answers", "gpt_answer", "Correct Answer")
+_HIDDEN = ("", "?")
+_NO_OPTION = ("-1", "nan")
+
+
+def _is_mark(value: object, marks: Sequence[str]) -> bool:
+    if isinstance(value, Mapping):
+        return "answer" in value and _is_mark(value["answer"], marks)
+    if isinstance(value, list | tuple):
+        return all(_is_mark(part, marks) for part in value) and ("" in marks or bool(value))
+    if value is None:
+        return "" in marks
+    return str(value).strip().lower() in marks if isinstance(value, str | int) else False
 
 
 class MissingColumnError(EvaluationError):
@@ -339,10 +408,12 @@ def is_of_type(value: object, kind: str) -> bool:
             return isinstance(value, str)
         case "whole number":
             return isinstance(value, int) and not isinstance(value, bool)
+        case "whole number, also as text":
+            return is_of_type(value, WHOLE) or (isinstance(value, str) and _WHOLE.fullmatch(value) is not None)
         case "text or whole number":
             return isinstance(value, str | int) and not isinstance(value, bool)
         case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
+            return is_of_type(value, WHOLE) or (isinstance(value, float) and math.isfinite(value))
         case "true or false":
             return isinstance(value, bool)
         case "text or list of texts":
@@ -353,6 +424,10 @@ def is_of_type(value: object, kind: str) -> bool:
             return isinstance(value, Mapping)
         case "list of records":
             return isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value)
+        case 'list of records with the text "answer"':
+            return isinstance(value, list | tuple) and all(
+                isinstance(part, Mapping) and isinstance(part.get("answer"), str) for part in value
+            )
         case "image":
             # References may keep the name of an image that was left out.
             return value is None or isinstance(value, bytes | Mapping | str)

@@ -7,7 +7,8 @@ questions. Nothing is fetched unless a benchmark is built without ``parquet``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,70 @@ import pyarrow.parquet as pq
 from manyeyes.data.builders.manifest import Provenance, replace_folder, write_manifest
 from manyeyes.data.shards import BYTES_PER_SHARD, ROWS_PER_GROUP
 from manyeyes.errors import EvaluationError, SourceError
-from manyeyes.evaluation.benchmarks.benchmark import BenchmarkRow
+from manyeyes.evaluation.benchmarks.benchmark import (
+    IMAGE,
+    IMAGES,
+    ROW_NUMBER,
+    BenchmarkRow,
+    position,
+    refuse_hidden,
+)
 from manyeyes.evaluation.benchmarks.items import check_columns
+from manyeyes.evaluation.benchmarks.source_files import find_files
 
+_SPLIT = re.compile(r"[a-z0-9-]+")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def build_benchmark(row: BenchmarkRow, out: Path, *, parquet: Path | None = None, images: Path | None = None) -> None:
+def build_benchmark(
+    row: BenchmarkRow,
+    out: Path,
+    *,
+    parquet: Path | None = None,
+    images: Path | None = None,
+    split: str | None = None,
+) -> str:
     """Write ``<name>/<split>-00000.parquet``, ... into a snapshot folder, and its manifest anew.
 
     Args:
         row: The benchmark.
         out: The snapshot's folder; made when missing. ``out/<name>`` is replaced, the rest stays.
-        parquet: A Parquet file or a folder of them in the hub's schema; the hub itself for ``None``.
+        parquet: A Parquet file or a folder of them in the hub's schema, of which those of the split are taken; the hub
+            itself for ``None``.
         images: The same for images that the hub keeps apart (``id``, ``image``); needed beside ``parquet`` where the
             rows have none.
+        split: Another one than the row's, for what reads questions and not answers, as the search for contamination
+            does; models are scored on the row's own, which may hide no answer.
+
+    Returns:
+        What was taken, in a sentence.
 
     Raises:
-        EvaluationError: A column is missing, a row names an image that is not there, or there are no rows.
-        SourceError: The hub, a file or a folder cannot be read.
+        EvaluationError: A column is missing, a row names an image that is not there, hides its answer or has the id of
+            another, or there are no rows.
+        SourceError: The hub, a file or a folder cannot be read, or it cannot be told which files are of the split.
         StorageError: No space or no permission.
     """
-    source = f"hub {row.hub_id}, {row.config}, {row.split}" if parquet is None else f"Parquet of {row.hub_id}"
-    tables = _read_hub(row.hub_id, row.config, row.split) if parquet is None else _read_parquet(parquet)
+    split = split or row.split
+    if not _SPLIT.fullmatch(split):
+        raise EvaluationError(f'the split is "{split}"', "small letters, digits and -", f"For instance {row.split}.")
+    if parquet is None:
+        source = f"hub {row.hub_id}, {row.config}, {split}"
+        taken, tables = source, _read_hub(row.hub_id, row.config, split)
+    else:
+        found = find_files(row, parquet, split=split, config=row.config)
+        source = f"Parquet of {row.hub_id}, {split}"
+        taken, tables = found.describe(parquet), _read_parquet(found.files)
+    apart = None if images is None else find_files(row, images, split=split, config=row.images_config).files
 
     def fill(folder: Path) -> None:
-        _write(folder, row, _with_images(row, tables, images, from_hub=parquet is None))
+        joined = _with_images(row, tables, apart, split=split, from_hub=parquet is None)
+        _write(folder, row, _checked(row, joined, is_scored=split == row.split), split=split)
 
     replace_folder(out / row.name, fill)
-    write_manifest(out, provenance={row.dataset: Provenance(row.licence, source, layout="hub")})
+    dataset = row.dataset if split == row.split else f"{row.name}-{split}"
+    write_manifest(out, provenance={dataset: Provenance(row.licence, source, layout="hub")})
+    return taken
 
 
 def _read_hub(hub_id: str, config: str, split: str) -> Iterator[pa.Table]:
@@ -62,21 +98,32 @@ def _read_hub(hub_id: str, config: str, split: str) -> Iterator[pa.Table]:
     yield from loaded.with_format("arrow").iter(batch_size=ROWS_PER_GROUP)
 
 
-def _read_parquet(path: Path) -> Iterator[pa.Table]:
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if not files:
-        raise SourceError(f"{path} has no Parquet files", "a Parquet file, or a folder of them", "Check the path.")
+def _read_parquet(files: Sequence[Path]) -> Iterator[pa.Table]:
+    schema: pa.Schema | None = None
     for file in files:
         try:
             with pq.ParquetFile(file) as opened:
+                schema = schema or opened.schema_arrow
                 for batch in opened.iter_batches(batch_size=ROWS_PER_GROUP):
-                    yield pa.Table.from_batches([batch], schema=opened.schema_arrow)
+                    yield _in_schema(pa.Table.from_batches([batch], schema=opened.schema_arrow), schema, file, files[0])
         except (pa.ArrowInvalid, OSError) as error:
             raise SourceError(f"{file} cannot be read ({error})", "Parquet", "Get the file again.") from error
 
 
+def _in_schema(table: pa.Table, schema: pa.Schema, file: Path, first: Path) -> pa.Table:
+    """The table with the columns of the first file, which all are written with."""
+    if table.schema.equals(schema):
+        return table
+    try:
+        return table.select(schema.names).cast(schema)
+    except (KeyError, ValueError, pa.ArrowNotImplementedError) as error:
+        raise SourceError(
+            f"{file} has other columns than {first} ({error})", "files of one set", "Give the folder of one."
+        ) from error
+
+
 def _with_images(
-    row: BenchmarkRow, tables: Iterator[pa.Table], images: Path | None, *, from_hub: bool
+    row: BenchmarkRow, tables: Iterator[pa.Table], images: Sequence[Path] | None, *, split: str, from_hub: bool
 ) -> Iterator[pa.Table]:
     """The tables, with the column ``image`` joined where a benchmark's rows have none."""
     by_id: dict[str, Any] | None = None
@@ -88,7 +135,7 @@ def _with_images(
             if images is not None:
                 apart = _read_parquet(images)
             elif from_hub:
-                apart = _read_hub(row.hub_id, row.images_config, row.split)
+                apart = _read_hub(row.hub_id, row.images_config, split)
             else:
                 raise EvaluationError(
                     f"the rows of {row.name} have no images",
@@ -117,14 +164,36 @@ def _with_image_feature(metadata: dict[bytes, bytes] | None) -> dict[bytes, byte
     return {**metadata, b"huggingface": json.dumps(described).encode()}
 
 
-def _write(folder: Path, row: BenchmarkRow, tables: Iterator[pa.Table]) -> None:
+def _checked(row: BenchmarkRow, tables: Iterator[pa.Table], *, is_scored: bool) -> Iterator[pa.Table]:
+    """The tables, once their rows have ids that are unique and, where they are scored, answers that are public."""
+    columns = [name for name, kind in row.columns.items() if kind not in (IMAGE, IMAGES) and name != ROW_NUMBER]
+    seen: dict[str, int] = {}
+    number = 0
+    for table in tables:
+        check_columns(table.column_names, row.columns, name=row.name, where="the source")
+        for values in table.select(columns).to_pylist():
+            where = f"{row.name} row {number}"
+            if is_scored:
+                refuse_hidden(row, values, where)
+            item_id = str(number) if row.item_id is position else str(row.item_id(values))
+            if item_id in seen:
+                raise EvaluationError(
+                    f'{where} has the id of row {seen[item_id]}, "{item_id}"',
+                    "ids that are unique",
+                    "Give one configuration or subject once.",
+                )
+            seen[item_id] = number
+            number += 1
+        yield table
+
+
+def _write(folder: Path, row: BenchmarkRow, tables: Iterator[pa.Table], *, split: str) -> None:
     writer: pq.ParquetWriter | None = None
     shards = rows = size = 0
     try:
         for table in tables:
-            check_columns(table.column_names, row.columns, name=row.name, where="the source")
             if writer is None:
-                writer = pq.ParquetWriter(folder / f"{row.split}-{shards:05d}.parquet", table.schema)
+                writer = pq.ParquetWriter(folder / f"{split}-{shards:05d}.parquet", table.schema)
                 shards, size = shards + 1, 0
             writer.write_table(table)
             rows, size = rows + table.num_rows, size + table.nbytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, TEXTS, WHOLE, BenchmarkRow, Graded, Row, by_item
 from manyeyes.evaluation.benchmarks.multiple_choice import (
@@ -35,9 +36,25 @@ def prompt(row: Row, style: str) -> str:
     return f"{note}\n{row['prompt']}"
 
 
+def answer_letter(row: Row) -> str:
+    """The letter of the right option, without its brackets.
+
+    Raises:
+        EvaluationError: The column is no option's letter.
+    """
+    letter: str = row["answer"].strip("()")
+    if letter not in options(row):
+        raise EvaluationError(
+            f'cv-bench: "answer" is "{row["answer"]}"',
+            f"one of {', '.join(options(row))}",
+            "Give it as the hub has it.",
+        )
+    return letter
+
+
 def grade(row: Row, prediction: str, variant: str) -> Graded:
     """1 for the right option."""
-    gold = row["answer"].strip("()")
+    gold = answer_letter(row)
     parsed = _parse(row, prediction, variant, gold)
     facets = {"type": row["type"], "source": row["source"], "task": row.get("task") or ""}
     return outcome(row, parsed=parsed, right=parsed == gold, cluster=by_item(row), facets=facets)
@@ -103,5 +120,6 @@ CV_BENCH = BenchmarkRow(
     options=lambda row: tuple(options(row)),
     scorer="cv-bench 2",
     metric="mean of 2D and 3D, percent",
+    reference=answer_letter,
     group=lambda row: str(row["type"]),
 )

@@ -46,6 +46,7 @@ DOCVQA = BenchmarkRow(
     hub_id="lmms-lab/DocVQA",
     config="DocVQA",
     split="validation",
+    hidden_splits=("test",),
     columns={"questionId": ID, "docId": ID, "question": TEXT, "answers": TEXTS, "image": IMAGE},
     licence="Apache-2.0 by the hub's card; the Robust Reading Competition's own terms were not found",
     cambrian_group="ocr-chart",

@@ -54,6 +54,7 @@ GQA = BenchmarkRow(
     hub_id="lmms-lab/GQA",
     config="testdev_balanced_instructions",
     split="testdev",
+    hidden_splits=("test", "challenge", "submission"),
     columns={"id": ID, "imageId": ID, "question": TEXT, "answer": TEXT, "image": IMAGE},
     licence="unknown: MIT by the hub's card, CC BY 4.0 by Graphcore's of the same data; no word of the authors found",
     cambrian_group="general",

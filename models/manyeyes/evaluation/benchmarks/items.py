@@ -16,7 +16,16 @@ import pyarrow.parquet as pq
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError, did_you_mean
-from manyeyes.evaluation.benchmarks.benchmark import IMAGE, IMAGES, ROW_NUMBER, BenchmarkRow, CheckedRow, Row, itself
+from manyeyes.evaluation.benchmarks.benchmark import (
+    IMAGE,
+    IMAGES,
+    ROW_NUMBER,
+    BenchmarkRow,
+    CheckedRow,
+    Row,
+    itself,
+    refuse_hidden,
+)
 
 MultipleChoice = Literal["generate", "prefill"]
 """Whether an answer is written, or chosen from options after one prefill (``runtime.choosing``)."""
@@ -133,7 +142,7 @@ def load_benchmark(
         multiple_choice: ``prefill`` to have answers chosen where the row has options.
 
     Raises:
-        EvaluationError: The data set has no questions, lacks a column, or has two items of one id.
+        EvaluationError: The data set has no questions, lacks a column, hides an answer, or has two items of one id.
         SnapshotError: The snapshot lacks the data set.
     """
     chosen = row.check_variant(variant)
@@ -151,11 +160,15 @@ def load_benchmark(
             if max_items is not None and len(items) >= max_items:
                 continue
             checked = CheckedRow(asked, row.columns, f"{row.name} row {number}")
+            refuse_hidden(row, asked, f"{row.name} row {number}")
             if sha256s is None:
                 sha256s = tuple(hashlib.sha256(data).hexdigest() for data in row.images(checked))
             chosen_from = row.options if multiple_choice == "prefill" else None
             options = () if chosen_from is None else tuple(chosen_from(checked))
-            item = _item(row, checked, number=number, sha256s=sha256s, style=style, options=options)
+            try:
+                item = _item(row, checked, number=number, sha256s=sha256s, style=style, options=options)
+            except EvaluationError as error:
+                raise checked.placed(error) from error
             if item.id in items:
                 raise EvaluationError(
                     f'{row.name} has two items "{item.id}" (rows {items[item.id].record} and {number})',

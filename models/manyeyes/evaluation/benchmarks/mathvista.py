@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import (
     IMAGE,
@@ -39,8 +40,15 @@ def has_options(row: Row) -> bool:
 
 
 def choices(row: Row) -> list[str]:
-    """The options' texts; empty for a free question."""
-    return list(row["choices"] or ())
+    """The options' texts; empty for a free question.
+
+    Raises:
+        EvaluationError: A question with options has none.
+    """
+    found = list(row["choices"] or ())
+    if not found and has_options(row):
+        raise EvaluationError('mathvista: "choices" is empty', "an option at least", "Give it as the hub has it.")
+    return found
 
 
 def prompt(row: Row, style: str) -> str:
@@ -171,11 +179,12 @@ def _grade_cambrian(row: Row, prediction: str) -> tuple[str | None, bool]:
 
 def _facets(row: Row) -> dict[str, str]:
     metadata = row.get("metadata") or {}
+    skills = metadata.get("skills")
     return {
         "kind": row["question_type"],
         "answer type": row["answer_type"],
         "task": str(metadata.get("task") or ""),
-        "skills": "|".join(metadata.get("skills") or ()),
+        "skills": "|".join(map(str, skills)) if isinstance(skills, list | tuple) else str(skills or ""),
     }
 
 
@@ -194,6 +203,7 @@ MATHVISTA = BenchmarkRow(
     title="MathVista testmini, rules only",
     hub_id="AI4Math/MathVista",
     split="testmini",
+    hidden_splits=("test",),
     columns={
         "pid": TEXT,
         "question": TEXT,

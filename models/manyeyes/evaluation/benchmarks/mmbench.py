@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import (
-    ID,
     IMAGE,
+    INDEX,
     TEXT,
     TEXT_OR_NOTHING,
     BenchmarkRow,
@@ -132,8 +132,9 @@ MMBENCH = BenchmarkRow(
     hub_id="lmms-lab/MMBench",
     config="en",
     split="dev",
+    hidden_splits=("test",),
     columns={
-        "index": ID,
+        "index": INDEX,
         "question": TEXT,
         "hint": TEXT_OR_NOTHING,
         "answer": TEXT,

@@ -31,7 +31,7 @@ def prompt(row: Row, style: str) -> str:
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
     """1 for the right one of yes and no."""
-    gold = row["answer"].lower().strip().replace(".", "")
+    gold = yes_no.gold(row)
     parsed = _parse(prediction, variant)
     return outcome(
         row,

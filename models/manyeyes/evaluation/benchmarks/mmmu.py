@@ -60,7 +60,14 @@ def has_options(row: Row) -> bool:
 
 def options(row: Row) -> dict[str, str]:
     """The options under their letters; empty for an open question."""
-    return option_letters.lettered(_read_list(row, "options")) if has_options(row) else {}
+    if not has_options(row):
+        return {}
+    found = option_letters.lettered(_read_list(row, "options"))
+    if not found:
+        raise EvaluationError(
+            f'mmmu: "options" is {row["options"]!r}', "an option at least", "Give it as the hub has it."
+        )
+    return found
 
 
 def prompt(row: Row, style: str) -> str:
@@ -144,10 +151,12 @@ def _golds(row: Row) -> Sequence[str]:
 def _read_list(row: Row, column: str) -> list[str]:
     try:
         values = ast.literal_eval(row[column])
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all of which it says of bad text
+        values = None
+    if not isinstance(values, list | tuple):
         raise EvaluationError(
-            f'mmmu: "{column}" is {row[column]!r}', "a list written as text", "Give it as the hub has it."
-        ) from error
+            f'mmmu: "{column}" is {row[column][:60]!r}', "a list written as text", "Give it as the hub has it."
+        )
     return [str(value) for value in values]
 
 
@@ -173,6 +182,7 @@ MMMU = BenchmarkRow(
     title="MMMU val",
     hub_id="lmms-lab/MMMU",
     split="validation",
+    hidden_splits=("test",),
     columns={
         "id": TEXT,
         "question": TEXT,

@@ -53,7 +53,7 @@ def _parse(row: Row, prediction: str, variant: str, gold: str) -> str | None:
     if variant == "cambrian":
         answer = option_letters.cambrian_choice(prediction)
         texts = [part.partition(")")[2].partition(")")[0].strip().lower() for part in row["Options"].split("(")[1:]]
-        if answer == gold.lower() or answer == texts["AB".index(gold)]:
+        if answer == gold.lower() or answer == option_letters.lettered(texts).get(gold):
             return gold
         return answer.upper() if answer in ("a", "b") else None
     return option_letters.mmvp_lmms(prediction)

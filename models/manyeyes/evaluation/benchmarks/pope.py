@@ -18,7 +18,7 @@ _cluster = cluster_by("image_source")
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
     """1 for the right one of yes and no; what was said stays in ``parsed``, as F1 needs it."""
-    gold = row["answer"].lower().strip()
+    gold = yes_no.gold(row)
     parsed = _parse(prediction, variant)
     return outcome(
         row,

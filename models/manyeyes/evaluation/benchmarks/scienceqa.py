@@ -109,7 +109,9 @@ def _plain(text: str) -> str:
 
 def _grades(grade_name: str) -> str:
     number = grade_name.removeprefix("grade")
-    return ("grades 1-6" if int(number) <= 6 else "grades 7-12") if number.isdecimal() else ""
+    if number in ("1", "2", "3", "4", "5", "6"):
+        return "grades 1-6"
+    return "grades 7-12" if number.isdecimal() else ""
 
 
 def aggregate(graded: Sequence[Graded], variant: str) -> dict[str, float]:  # noqa: ARG001

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import (
     ID,
@@ -43,12 +44,15 @@ def options(row: Row) -> dict[str, str]:
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
     """1 for the right letter."""
+    gold = row["answer"].strip().upper()
+    if gold not in tuple("ABCD"):
+        raise EvaluationError(f'seed: "answer" is {row["answer"][:60]!r}', "A to D", "Give it as the hub has it.")
     letter = _letter(row, prediction, variant)
     parsed = letter if letter in tuple("ABCD") else None
     return outcome(
         row,
         parsed=parsed,
-        right=parsed is not None and parsed == row["answer"].strip().upper(),
+        right=parsed == gold,
         cluster=_cluster(row),
         facets={"part": row["data_type"], "task": TASKS.get(str(row.get("question_type_id") or ""), "")},
     )

@@ -55,6 +55,7 @@ TEXTVQA = BenchmarkRow(
     title="TextVQA validation",
     hub_id="lmms-lab/textvqa",
     split="validation",
+    hidden_splits=("test",),
     columns={
         "question_id": ID,
         "image_id": ID,

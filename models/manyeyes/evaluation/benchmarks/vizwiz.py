@@ -57,6 +57,7 @@ VIZWIZ = BenchmarkRow(
     title="VizWiz-VQA validation",
     hub_id="lmms-lab/VizWiz-VQA",
     split="val",
+    hidden_splits=("test",),
     columns={"question_id": ID, "question": TEXT, "answers": TEXTS, "category": TEXT, "image": IMAGE},
     licence="unknown: the hub's card names none, and no word of the authors was found",
     reported_by=("llava", "eagle"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 
 from manyeyes.evaluation.benchmarks.benchmark import (
+    ANSWERS,
     ID,
     IMAGE,
-    RECORDS,
     TEXT,
     BenchmarkRow,
     Graded,
@@ -62,6 +62,7 @@ VQAV2 = BenchmarkRow(
     title="VQAv2 validation",
     hub_id="lmms-lab/VQAv2",
     split="validation",
+    hidden_splits=("test", "testdev"),
     columns={
         "question_id": ID,
         "image_id": ID,
@@ -69,7 +70,7 @@ VQAV2 = BenchmarkRow(
         "question_type": TEXT,
         "answer_type": TEXT,
         "multiple_choice_answer": TEXT,
-        "answers": RECORDS,
+        "answers": ANSWERS,
         "image": IMAGE,
     },
     licence="CC BY 4.0 by the hub's card; images of COCO, Flickr terms",

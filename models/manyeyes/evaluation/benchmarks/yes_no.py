@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import re
 
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks.benchmark import Row
+
 OPTIONS = ("Yes", "No", "yes", "no")
 """What may be answered; prompts leave the case to the model."""
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIODS_REMOVED = 32
 """VQA's normaliser passes ``re.UNICODE`` where ``re.sub`` takes a count, so only so many full stops go."""
+
+
+def gold(row: Row) -> str:
+    """``yes`` or ``no`` out of the column ``answer``, whatever its case.
+
+    Raises:
+        EvaluationError: It is neither.
+    """
+    answer = str(row["answer"]).lower().strip().rstrip(".")
+    if answer not in ("yes", "no"):
+        raise EvaluationError(f'"answer" is {row["answer"][:60]!r}', "yes or no", "Give it as the hub has it.")
+    return answer
 
 
 def pope_official(response: str) -> str:
