@@ -27,6 +27,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
 from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.sub_scores import sub_score_intervals
+from manyeyes.storage import check_out
 
 LISTED_IDS = 20
 DEEPEST = 64
@@ -139,7 +140,7 @@ def score_predictions(
         EvaluationError: Unknown benchmark or variant, one that a language model judges, no references, a missing or
             wrong column, a hidden answer, or two references of one id that differ; names file, line and field of what
             ``read_references`` and ``read_predictions`` gave.
-        StorageError: No space, or no permission.
+        StorageError: No space, no permission, or no place for a folder; the latter two before anything is scored.
     """
     row = find_benchmark(name)
     if row.judged:
@@ -147,6 +148,8 @@ def score_predictions(
             f"{name} is judged by a language model", "a judge", "Score it with: manyeyes judge, or manyeyes evaluate."
         )
     variant = row.check_variant(variant)
+    if out is not None:
+        check_out(out)
     matched = match_predictions(row, references, predictions)
     return summarise(row, variant, matched, _grade(row, matched.known, matched.answers, variant, seed), out=out)
 
@@ -265,7 +268,7 @@ def read_json_lines(path: Path, *, needed: str) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path} cannot be read ({error})", needed, "Give a file of UTF-8 text.") from error
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
