@@ -14,9 +14,10 @@ from manyeyes.data.contamination.findings import read_contamination
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Problem, Record, Turn, read_image_file
 from manyeyes.errors import ValidationError
+from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.steps.base import Reporter, StepResult
-from manyeyes.steps.inputs import Inputs
+from manyeyes.steps.inputs import Inputs, compared_datasets
 
 # The package's attribute of this name is the function.
 STEP = importlib.import_module("manyeyes.steps.validate_data")
@@ -93,3 +94,13 @@ def test_a_refused_snapshot_has_its_report_too(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValidationError, match="also in an evaluation set"):
         validate(tmp_path, monkeypatch, [*others(2), record("train/same", encode(coffee()))])
     assert read_quarantine(tmp_path / "validation") == {"toy-train#2"}
+
+
+def test_training_data_is_compared_with_what_the_model_is_judged_on_where_nothing_else_is_named() -> None:
+    recipe = load_recipe("llava-1.5-7b")
+    assert not recipe.data.eval_datasets
+    compared = compared_datasets(recipe)
+    assert compared == [BENCHMARKS[name].dataset for name in recipe.evaluation.benchmarks]
+    assert len(compared) > 5
+    assert compared_datasets(load_recipe("tiny")) == ["easy-vqa-val", "easy-vqa-test"]
+    assert compared_datasets(recipe.model_copy(update={"gate": ()})) == []

@@ -31,7 +31,10 @@ class DataSpec(Strict):
     """How the snapshot is checked."""
 
     suite: str = Field(default="conversations", description="Great Expectations suite in manyeyes/data/suites.")
-    eval_datasets: tuple[str, ...] = Field(default=(), description="Data sets that training data must not contain.")
+    eval_datasets: tuple[str, ...] = Field(
+        default=(),
+        description="Data sets that training data must not contain; those it is judged on, where the gate asks for it.",
+    )
     contamination: ContaminationSpec = ContaminationSpec()
 
 

@@ -430,7 +430,7 @@ def _decide_contamination(rule: ContaminationRule, evidence: Evidence) -> RuleRe
     if validation is None:
         return _no_verdict(rule, needed, why="The training data was not validated.")
     if contamination is None and not validation.eval_datasets:
-        why = "Nothing was compared: data.eval_datasets and data.contamination.benchmarks of the recipe are empty."
+        why = "Nothing was compared: the recipe names no data set to compare with and none to be judged on."
         return _no_verdict(rule, needed, why=why)
     if contamination is None and rule.max_texts is not None:
         return _no_verdict(rule, needed, why="Texts were not searched for.")

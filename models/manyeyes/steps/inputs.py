@@ -92,3 +92,16 @@ def training_datasets(recipe: Recipe) -> list[str]:
     """Data sets that any stage trains on, each once, in order."""
     names = [part.dataset for _, stage in recipe.present_stages() for part in stage.mixture]
     return list(dict.fromkeys(names))
+
+
+def compared_datasets(recipe: Recipe) -> list[str]:
+    """Data sets that training data is compared with: those that the recipe names.
+
+    Where it names none and its gate has a rule on contamination: the data sets that it is judged on.
+    """
+    named = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
+    if named or not any(rule.rule == "contamination" for rule in recipe.gate):
+        return named
+    from manyeyes.evaluation.benchmarks import BENCHMARKS
+
+    return [BENCHMARKS[name].dataset for name in recipe.evaluation.benchmarks if name in BENCHMARKS]

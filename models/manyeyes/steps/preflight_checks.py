@@ -25,7 +25,7 @@ from manyeyes.estimate import RecipeEstimate
 from manyeyes.recipe import Recipe
 from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.check_parts import check_parts
-from manyeyes.steps.inputs import cache_dir, locate_data, training_datasets, work_dir
+from manyeyes.steps.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.steps.kept import kept
 
 _HUB_TIMEOUT_S = 10
@@ -113,8 +113,7 @@ def check_stages(recipe: Recipe) -> list[Check]:
         )
     for name in recipe.evaluation.benchmarks:
         checks.append(_tried(f"benchmark {name}", name, partial(find_benchmark, name)))
-    compared = recipe.data.eval_datasets or recipe.data.contamination.benchmarks
-    if not compared and any(rule.rule == "contamination" for rule in recipe.gate):
+    if not compared_datasets(recipe) and any(rule.rule == "contamination" for rule in recipe.gate):
         checks.append(
             Check(
                 "gate",

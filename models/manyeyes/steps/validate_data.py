@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manyeyes.errors import ValidationError
 from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import cache_dir, open_inputs, training_datasets
+from manyeyes.steps.inputs import cache_dir, compared_datasets, open_inputs, training_datasets
 
 
 def validate_data(
@@ -54,7 +54,7 @@ def validate_data(
         find_misfit=Admission(recipe, snapshot_path=inputs.snapshot.path).find_problem,
     )
     contamination = None
-    benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
+    benchmarks = compared_datasets(recipe)
     if benchmarks:
         contamination = find_contamination(
             inputs.snapshot,
