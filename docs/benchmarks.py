@@ -52,16 +52,13 @@ manyeyes data build gqa OUT --from QUESTIONS --images-from IMAGES
 ```
 
 Of a folder the Parquet files of the scored split are taken, and the command says which. The split is read in a file's
-name (`validation-00000-of-00001.parquet`, `mmmu_val.parquet`) or else in its folder's (`default/validation/0000.parquet`);
-of several files each has to say it. Where a split has several folders, that of the benchmark's configuration is taken;
-MMMU's subjects are put together. Refused are a folder without the split, a missing shard, several configurations, an id
-that comes twice, files with other columns, and a row of the scored split whose answer is hidden (`?`, nothing, `-1` for
-an option); `score` and `evaluate` refuse such rows, too. `--split NAME` builds another split as the data set
-`<name>-NAME`, hidden answers included: for the search for contamination, which reads questions. Models are asked and
-scored on the split that the row below names.
-
-`OUT/<name>/<split>-00000.parquet` keeps the hub's columns, and `OUT/manifest.json` gets a data set `<name>-<split>`
-with `layout: hub`. Every column of the row is checked. Nothing is fetched without the first form.
+name (`validation-00000-of-00001.parquet`, `mmmu_val.parquet`) or else in its folder's
+(`default/validation/0000.parquet`); of several files each has to say it. Where a split has several folders, that of the
+benchmark's configuration is taken; MMMU's subjects are put together. Refused are a folder without the split, a missing
+shard, several configurations, an id that comes twice, files with other columns, and a row of the scored split whose
+answer is hidden (`?`, nothing, `-1` for an option); `score` and `evaluate` refuse such rows, too. `--split NAME` builds
+another split as the data set `<name>-NAME`, hidden answers included: for the search for contamination, which reads
+questions. Models are asked and scored on the split that the row below names.
 
 ## Ask a model
 
