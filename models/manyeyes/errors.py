@@ -20,6 +20,7 @@
     ├── LockedError            another process owns this run or this running checkpoint
     └── PipelineError          a pipeline or a step that failed, or that cannot be started
         ├── PreflightError     something that a run needs is missing or wrong; says all of it at once
+        ├── ProcessLostError   a process of several ended before its time (worth a retry)
         └── EndpointError      a Kubeflow endpoint that refuses, or does not answer
 """
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class ManyEyesError(Exception):
@@ -51,6 +53,10 @@ class ManyEyesError(Exception):
     def __str__(self) -> str:
         return f"{self.found}; {self.needed}. {self.do}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it stands: a class may be made with other arguments than the three that it keeps.
+        return _restore, (type(self), self.args), self.__dict__
+
     def as_dict(self) -> dict[str, str | bool]:
         """The fields of ``error.json``."""
         return {
@@ -60,6 +66,10 @@ class ManyEyesError(Exception):
             "do": self.do,
             "retry": self.retry,
         }
+
+
+def _restore(kind: type[ManyEyesError], args: tuple[str, ...]) -> ManyEyesError:
+    return kind.__new__(kind, *args)
 
 
 class RecipeError(ManyEyesError):
@@ -126,6 +136,12 @@ class LockedError(ManyEyesError):
 
 class PipelineError(ManyEyesError):
     """A pipeline or a step that failed, or that cannot be started."""
+
+
+class ProcessLostError(PipelineError):
+    """A process of several that share a step ended before its time, without an error of its own."""
+
+    retry_by_default = True
 
 
 class EndpointError(PipelineError):

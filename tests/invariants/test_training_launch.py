@@ -38,12 +38,15 @@ def launch(folder: Path, name: str, *, processes: int, **changes: object) -> Pat
     return folder / name
 
 
-def test_started_processes_learn_what_one_learns(tmp_path: Path) -> None:
+def test_started_processes_learn_what_one_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     toy_snapshot(tmp_path / "data")
     before = dict(os.environ)
     one = launch(tmp_path, "one", processes=1, epochs=2)
     two = launch(tmp_path, "two", processes=2, epochs=2)
     assert dict(os.environ) == before
+    log = "".join(capfd.readouterr())
+    assert "Fatal" not in log, "each ends in order"
+    assert "Traceback" not in log
     losses = [[point.loss for point in read_report(path).history] for path in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     alone, together = (load_file(path / "encoder.safetensors") for path in (one, two))
@@ -75,13 +78,13 @@ def test_started_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
         f"launch(Path({str(tmp_path)!r}), 'long', processes=2, epochs=2000)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not list((tmp_path / "work-long").glob("*/step-*")):
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.05)
     workers = _children(parent.pid)
-    assert len(workers) == 1
+    assert workers
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 60

@@ -1,7 +1,6 @@
 """Several processes that answer side by side, each with the model on a device of its own.
 
-This process plans, keeps and grades; the others only answer. They are started as commands of their own, so nothing
-that this process has open goes along, and each ends as soon as this one is gone: its socket then ends.
+This process plans, keeps and grades; the others only answer (``manyeyes.children``).
 """
 
 from __future__ import annotations
@@ -9,24 +8,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol
 
+from manyeyes.children import FAILED, child_connection, describe_end, start_child, telling_why, unpickle_error
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answerers import AnsweredBatch, Answerer
 from manyeyes.evaluation.encoder_cache import ImageCounts
@@ -146,9 +141,9 @@ class AnswererPool:
                 if message[0] == "ready":
                     worker.ready = True
                     continue
-                if message[0] == "failed":
+                if message[0] == FAILED:
                     self.close()
-                    raise _remote_error(*message[1:])
+                    raise unpickle_error(*message[1:], where="an answering process")
                 _, answers, worker.counts = message
                 owner, piece = worker.in_flight.popleft()
                 if owner != run:
@@ -207,7 +202,7 @@ class AnswererPool:
         """Hand out again what a process had that is gone, and say so."""
         worker.connection.close()
         worker.process.kill()  # it may have lost no more than its socket
-        ended = _in_words(worker.process.wait())
+        ended = describe_end(worker.process.wait())
         self._workers.remove(worker)
         self._counts_of_ended += worker.counts
         self.lost += 1
@@ -234,22 +229,16 @@ class AnswererPool:
         todo.give_back(pieces)
 
     def _start(self, number: int) -> _Worker:
-        ours, theirs = Pipe()
-        environment = dict(os.environ)
+        environment: dict[str, str] = {}
         if self._spec.threads is not None:
             # Before numpy or torch are loaded: their thread pools read this once.
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MANYEYES_THREADS"), str(self._spec.threads))
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[number % len(self._devices)]
-        descriptor = theirs.fileno()
-        # Safe path: a file of the current folder cannot take the place of a module.
-        command = [sys.executable, "-P", "-m", "manyeyes.evaluation.processes", str(descriptor)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, pass_fds=(descriptor,))
-        theirs.close()
+        process, connection = start_child("manyeyes.evaluation.processes", environment=environment)
         with contextlib.suppress(OSError):  # it is gone already; its end is read later
-            ours.send(sys.path)
-            ours.send(self._spec)
-        return _Worker(number, process, ours)
+            connection.send(self._spec)
+        return _Worker(number, process, connection)
 
 
 class _Todo:
@@ -286,23 +275,6 @@ def _describe(piece: Piece) -> str:
     return f"batch {piece.batch + 1}{part} ({len(questions)} questions on {images} images{first})"
 
 
-def _in_words(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    memory = " (which the kernel sends when memory runs out)" if name == "SIGKILL" else ""
-    return f"was ended by {name}{memory}"
-
-
-def _remote_error(pickled: bytes | None, text: str) -> BaseException:
-    """The error that a process raised, with its traceback as a note."""
-    if pickled is None:
-        return RuntimeError(f"an answering process failed:\n{text}")
-    error: BaseException = pickle.loads(pickled)
-    error.add_note(f"In an answering process:\n{text}")
-    return error
-
-
 # --- what a started process does -----------------------------------------------------------------------------------
 
 
@@ -312,11 +284,8 @@ def work(descriptor: int) -> None:
     Args:
         descriptor: Of the socket to the process that started this one.
     """
-    # Ctrl-C goes to all processes of a terminal; this one is ended by the one that started it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(descriptor)
-    sys.path[:] = connection.recv()
-    with _telling_why(connection):
+    connection = child_connection(descriptor)
+    with telling_why(connection):
         spec = connection.recv()
         asked: queue.SimpleQueue[tuple[tuple[Group, ...], int]] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(connection, asked), daemon=True).start()
@@ -335,31 +304,6 @@ def _read(connection: Connection, asked: queue.SimpleQueue[tuple[tuple[Group, ..
             asked.put(connection.recv())
     except (EOFError, OSError):
         os._exit(0)
-
-
-@contextmanager
-def _telling_why(connection: Connection) -> Iterator[None]:
-    """Send whatever leaves the block, then end."""
-    try:
-        yield
-    finally:
-        error = sys.exc_info()[1]
-        if error is not None:
-            text = "".join(traceback.format_exception(error))
-            with contextlib.suppress(OSError):  # nobody is there to hear it
-                connection.send(("failed", _pickled(error), text))
-            os._exit(1)
-
-
-def _pickled(error: BaseException) -> bytes | None:
-    """The error as bytes that make it again; None for one that cannot be."""
-    try:
-        pickled = pickle.dumps(error)
-        pickle.loads(pickled)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        # An error's arguments need not be those that its class is made with.
-        return None
-    return pickled
 
 
 if __name__ == "__main__":

@@ -1,30 +1,34 @@
 """Starts a stage in several processes of this machine: one a GPU, or two on a CPU.
 
 Two processes of one thread train a small model nearly twice as fast as one process of two threads: its operations are
-too short to be cut in two. Under ``torchrun``, which has started its processes already, nothing is started here.
+too short to be cut in two. This process only watches them, so it sees any of them end, whatever the others wait for.
+Under ``torchrun``, which has started its processes already, nothing is started here.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from manyeyes.errors import PipelineError
+from manyeyes.children import FAILED, child_connection, describe_end, start_child, telling_why, unpickle_error
+from manyeyes.errors import ProcessLostError
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import Progress
 from manyeyes.training.stage import StageReport, run_stage
 
-_READY = b"ready\n"
-_END_S = 60.0
+_PROGRESS, _DONE = "progress", "done"
+# What a process may take to end, once another one failed or all are done.
+_END_S = 20.0
 
 
 def launch_stage(
@@ -36,7 +40,7 @@ def launch_stage(
     on_progress: Callable[[Progress], None] | None = None,
     **arguments: Any,
 ) -> StageReport:
-    """Run a stage in ``processes`` processes, this one among them.
+    """Run a stage in ``processes`` processes.
 
     Args:
         recipe: As for ``run_stage``.
@@ -47,84 +51,117 @@ def launch_stage(
         arguments: The other arguments of ``run_stage``.
 
     Raises:
-        PipelineError: A process did not start.
+        ProcessLostError: A process ended without an error. Any other error of a process is raised as it is.
     """
-    torch.set_num_threads(threads)
     if processes <= 1 or "WORLD_SIZE" in os.environ:
+        torch.set_num_threads(threads)
         return run_stage(recipe, stage, on_progress=on_progress, **arguments)
-    job = pickle.dumps({"recipe": recipe, "stage": stage, "threads": threads, "arguments": arguments})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # In this process, so that it outlives them all, and has its port before anybody else can take it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # Before numpy or torch are loaded: their thread pools read this once.
+        "OMP_NUM_THREADS": str(threads),
+    }
     if sys.platform == "linux":
-        place["GLOO_SOCKET_IFNAME"] = "lo"
-    with _workers(job, place, count=processes - 1), _environment({**place, "RANK": "0", "LOCAL_RANK": "0"}):
-        return run_stage(recipe, stage, on_progress=on_progress, **arguments)
-
-
-@contextmanager
-def _workers(job: bytes, place: dict[str, str], *, count: int) -> Iterator[None]:
-    started: list[subprocess.Popen[bytes]] = []
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    workers: list[_Worker] = []
     try:
-        for rank in range(1, count + 1):
-            environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, "-m", "manyeyes.training.launch"]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            started.append(worker)
-            assert worker.stdin is not None
-            with suppress(BrokenPipeError):  # it is gone, and says why in the log
-                worker.stdin.write(job)
-                worker.stdin.flush()
-        for worker in started:
-            assert worker.stdout is not None
-            if worker.stdout.readline() != _READY:
-                raise PipelineError(
-                    f"a training process ended before it began (exit code {worker.wait()})",
-                    f"{count + 1} processes",
-                    "Its reason stands above in the log; MANYEYES_PROCESSES=1 starts none.",
-                )
-        yield
-        for worker in started:
-            worker.wait(timeout=_END_S)
+        for rank in range(processes):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(_Worker(rank, *start_child(__name__, environment={**environment, **place})))
+            with suppress(OSError):  # it is gone already; its end is read later
+                workers[rank].connection.send((recipe, stage, threads, arguments))
+        return _watch(workers, on_progress)
     finally:
-        for worker in started:
-            worker.kill()
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                if pipe is not None:
-                    pipe.close()
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+            worker.connection.close()
 
 
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+@dataclass(frozen=True)
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
 
 
-def _end_with_parent() -> None:
-    # The parent writes nothing more: what comes is the end of the file, when the parent is gone.
-    sys.stdin.buffer.read(1)
+def _watch(workers: Sequence[_Worker], on_progress: Callable[[Progress], None] | None) -> StageReport:
+    reports: dict[int, StageReport] = {}
+    running = {worker.connection: worker for worker in workers}
+    lost: ProcessLostError | None = None
+    while running:
+        ready = wait(list(running), timeout=None if lost is None else _END_S)
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            worker = running[connection]
+            name = f"training process {worker.rank + 1} of {len(workers)}"
+            try:
+                kind, *content = connection.recv()
+            except (EOFError, OSError):
+                running.pop(connection)
+                worker.process.kill()  # it may have lost no more than its socket
+                raise ProcessLostError(
+                    f"{name} {describe_end(worker.process.wait())}",
+                    "processes that train to the end",
+                    "The log has what it said. Where memory ran out, lower micro_batch_size or MANYEYES_PROCESSES; "
+                    "the same command goes on from here.",
+                ) from None
+            if kind == _PROGRESS:
+                if on_progress is not None:
+                    on_progress(*content)
+                continue
+            running.pop(connection)
+            if kind == _DONE:
+                (reports[worker.rank],) = content
+                continue
+            assert kind == FAILED
+            error = unpickle_error(*content, where=name)
+            if not isinstance(error, ProcessLostError):
+                raise error
+            # The one that is lost says more: it is to end, or to be seen not to.
+            lost = error
+    if lost is not None:
+        raise lost
+    for worker in workers:
+        with suppress(subprocess.TimeoutExpired):
+            worker.process.wait(timeout=_END_S)
+    return reports[0]
+
+
+# --- what a started process does -----------------------------------------------------------------------------------
+
+
+def work(descriptor: int) -> None:
+    """Train a share of the stage that comes.
+
+    Args:
+        descriptor: Of the socket to the process that started this one.
+    """
+    connection = child_connection(descriptor)
+    with telling_why(connection):
+        recipe, stage, threads, arguments = connection.recv()
+        threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+        torch.set_num_threads(threads)
+
+        def tell(progress: Progress) -> None:
+            connection.send((_PROGRESS, progress))
+
+        connection.send((_DONE, run_stage(recipe, stage, on_progress=tell, **arguments)))
+
+
+def _end_with_parent(connection: Connection) -> None:
+    # The parent writes nothing more: what comes is the end of the socket, when the parent is gone.
+    with suppress(EOFError, OSError):
+        connection.recv()
     os._exit(1)
 
 
-def work() -> None:
-    """What a started process does: its share of the stage that it reads from standard input."""
-    job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(job["threads"])
-    sys.stdout.buffer.write(_READY)
-    sys.stdout.buffer.flush()
-    run_stage(job["recipe"], job["stage"], **job["arguments"])
-
-
 if __name__ == "__main__":
-    work()
+    work(int(sys.argv[1]))

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,8 +93,11 @@ def train(
         torch.manual_seed(_step_seed(seed, step, processes.rank))
         rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
         positions = range(step * stage.batch_size, min((step + 1) * stage.batch_size, num_samples))
-        batches = _micro_batches(builder, positions[processes.rank :: processes.size], stage)
-        total = processes.sum(torch.tensor([float(sum(batch.num_supervised for batch in batches))])).item()
+        own = positions[processes.rank :: processes.size]
+        batches, total = processes.share(
+            partial(_micro_batches, builder, own, stage),
+            count=lambda batches: sum(batch.num_supervised for batch in batches),
+        )
         step_loss = torch.zeros(1, device=processes.device)
         for batch in batches:
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):

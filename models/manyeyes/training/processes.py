@@ -1,14 +1,41 @@
-"""Several training processes that ``torchrun`` started, or just this one."""
+"""Several training processes, or just this one.
+
+An error of one ends all of them with that error: under ``torchrun`` no other process knows more of it than that its
+connection is closed, or nothing at all, since NCCL waits. So errors of data are told with the next sum, and all others
+through the store that the processes met in.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from manyeyes.children import pickle_error, unpickle_error
+from manyeyes.errors import ProcessLostError
+
+T = TypeVar("T")
+
+# The others wait while rank 0 writes the result of a large model; NCCL's own ten minutes may be too few.
+_LONGEST_WAIT = timedelta(hours=2)
+# How long a process that fails waits for the others to hear of it: torchrun ends all as soon as one is gone.
+_FAREWELL_S = 10.0
+_POLL_S = 0.05
+_ERROR = "error"
+
+
+class PeerError(RuntimeError):
+    """Another process failed or is gone."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +57,30 @@ class Processes:
         """Whether this process writes and reports."""
         return self.rank == 0
 
+    def share(self, build: Callable[[], T], *, count: Callable[[T], int]) -> tuple[T, float]:
+        """Make this process's share of something; where one fails, all end here, also in a group that would wait.
+
+        Args:
+            build: Makes the share.
+            count: What is summed over all shares.
+
+        Returns:
+            This process's share, and the sum.
+
+        Raises:
+            PeerError: Another process failed.
+        """
+        try:
+            made = build()
+        except Exception:
+            with suppress(PeerError):
+                self.sum(torch.tensor([0.0, 1.0]))
+            raise
+        total, failed = self.sum(torch.tensor([float(count(made)), 0.0])).tolist()
+        if failed:
+            raise PeerError("another process could not make its share")
+        return made, total
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes; on their device, since NCCL knows no tensor on the CPU.
 
@@ -38,7 +89,8 @@ class Processes:
         """
         values = values.to(self.device)
         if self.size > 1:
-            distributed.all_reduce(values)
+            with _together():
+                distributed.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -54,7 +106,7 @@ class Processes:
             return
         # One message for all of them: small models are bound by latency.
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-        distributed.all_reduce(flat)
+        flat = self.sum(flat)
         offset = 0
         for parameter in parameters:
             count = parameter.numel()
@@ -64,15 +116,21 @@ class Processes:
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
-            distributed.barrier()
+            with _together():
+                distributed.barrier()
 
 
 @contextmanager
 def training_processes() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started, by its environment variables; alone without them.
+    """Join the other processes by the environment variables that ``torchrun`` sets; alone without them.
+
+    Whatever leaves the block in one process leaves it in all: the error of the one that failed.
 
     Yields:
         This process's place; on a GPU where there is one.
+
+    Raises:
+        ProcessLostError: Another process ended without an error.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
@@ -82,12 +140,85 @@ def training_processes() -> Iterator[Processes]:
     if size == 1:
         yield Processes(rank=0, size=1, device=device)
         return
-    if device.type == "cuda":
+    store, _, _ = next(rendezvous("env://"))
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=_LONGEST_WAIT,
         # Named, or NCCL would have to guess the device of a barrier.
-        distributed.init_process_group("nccl", device_id=device)
-    else:
-        distributed.init_process_group("gloo")
+        device_id=device if device.type == "cuda" else None,
+    )
+    last_words = _LastWords(PrefixStore("last words", store), rank=rank, size=size)
     try:
         yield Processes(rank=rank, size=size, device=device)
-    finally:
+    except Exception as error:
+        own = not isinstance(error, PeerError)
+        if own:
+            last_words.tell(error)
+        # Whoever waits for this process wakes up.
         distributed.destroy_process_group()
+        reason = last_words.exchange(error)
+        if own:
+            raise
+        raise reason from error
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(str(error)) from error
+
+
+class _LastWords:
+    """Why processes end, in the store that they met in."""
+
+    def __init__(self, store: Store, *, rank: int, size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._size = size
+
+    def tell(self, error: Exception) -> None:
+        """Say what this process fails with."""
+        with suppress(RuntimeError):  # the store may be gone with its process
+            self._store.compare_set(_ERROR, "", pickle.dumps((self._rank, *pickle_error(error))).hex())
+
+    def exchange(self, error: Exception) -> BaseException:
+        """What the first process to fail failed with; where that was none of them, what ``error`` comes from.
+
+        All leave together, as far as they still come: torchrun ends the others as soon as one is gone.
+        """
+        deadline = time.monotonic() + _FAREWELL_S
+        # The store is the first process's own where no other process starts them.
+        silent, told = [0], None
+        with suppress(RuntimeError):
+            silent = self._meet("here", deadline)
+            if self._store.check([_ERROR]):
+                told = pickle.loads(bytes.fromhex(self._store.get(_ERROR).decode()))
+            self._meet("told", deadline)
+        if told is not None:
+            rank, pickled, text = told
+            return unpickle_error(pickled, text, where=f"training process {rank + 1} of {self._size}")
+        if not silent:
+            return error.__cause__ or error
+        which = " and ".join(str(rank + 1) for rank in silent)
+        return ProcessLostError(
+            f"training process {which} of {self._size} ended or does not answer ({error})",
+            "processes that train to the end",
+            "The log says how it ended; it may have been out of memory. The same command goes on from here.",
+        )
+
+    def _meet(self, where: str, deadline: float) -> list[int]:
+        """Wait for all, but not for long, since one that is gone never comes; the ranks of those that did not."""
+        self._store.set(f"{where}/{self._rank}", "")
+        while True:
+            missing = [rank for rank in range(self._size) if not self._store.check([f"{where}/{rank}"])]
+            if not missing or time.monotonic() >= deadline:
+                return missing
+            time.sleep(_POLL_S)
