@@ -53,10 +53,11 @@ def start(folder: Path, text: str, mode: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", RUN, text, mode],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TOY_PIDS": str(folder / "pids")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'models'}{os.pathsep}{ROOT}", "TOY_PIDS": str(folder / "pids")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
 
@@ -221,3 +222,30 @@ def test_progress_of_a_running_step_reaches_the_events(toy: Path) -> None:
     process.communicate(timeout=60)
     wait_until_gone(pids, seconds=1)
     assert {(event.figure, event.done) for event in events if event.eta_s} == {("hanging", 0.5)}
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"},
+    ],
+)
+def test_a_locale_that_lacks_a_character_stops_no_run(
+    toy: Path, locale: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in locale.items():
+        monkeypatch.setenv(name, value)
+    # Arguments are decoded by the locale, too; what a recipe holds is not.
+    monkeypatch.setattr(f"{__name__}.RUN", RUN.replace("sys.argv[1]", ascii(f"größe → {len(locale)}中")))
+    process = start(toy, "", "well")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    summary = read_summary(toy / "runs" / "latest")
+    assert {step.name for step in summary.steps} >= {
+        "words",
+        "letters[größe]",
+        "letters[→]",
+        f"letters[{len(locale)}中]",
+    }
+    assert f"letters of {len(locale)}中" in (toy / "runs" / "latest" / "pipeline.log").read_text(encoding="utf-8")

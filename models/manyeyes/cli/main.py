@@ -24,6 +24,7 @@ from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
 from manyeyes.cli.reliance import reliance_command
 from manyeyes.cli.score import score_command
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
+from manyeyes.terminal import replace_unknown_characters
 
 USER_ERROR = 2
 OTHER_ERROR = 1
@@ -305,6 +306,7 @@ cli.add_command(logits_command)
 
 def main() -> None:
     """Entry point: runs a command and turns errors into exit codes."""
+    replace_unknown_characters()
     try:
         cli(standalone_mode=False)
     except ManyEyesError as error:

@@ -30,6 +30,7 @@ from manyeyes.recipe import list_recipes
 from manyeyes.steps.base import OTHER_ERROR, USER_ERROR, describe_failure
 from manyeyes.steps.events import Artifact, ErrorReport, emit
 from manyeyes.steps.runner_death import wait_for_runner_death
+from manyeyes.terminal import replace_unknown_characters
 
 REQUEST_FILE = "request.json"
 IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"
@@ -250,6 +251,7 @@ def _end_group() -> None:
 
 def main(run_dir: Path) -> int:
     """Entry of the child process; returns its exit code."""
+    replace_unknown_characters()
     signal.signal(signal.SIGTERM, _stop)
     lock = os.environ.get("MANYEYES_RUN_LOCK")
     if lock:

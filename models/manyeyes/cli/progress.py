@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from manyeyes.steps.events import Event
+from manyeyes.terminal import replace_unknown_characters
 
 # Without a terminal, a running step says how far it is so often.
 _LOG_INTERVAL_S = 30.0
@@ -42,6 +43,7 @@ class ProgressView:
 
     def begin(self, run_dir: Path | None = None) -> None:
         """Start showing the run in ``run_dir``, or steps that no pipeline runs."""
+        replace_unknown_characters()
         if run_dir is not None:
             self.console.print(f"run {run_dir.name}, log: {_short(run_dir / 'pipeline.log')}", highlight=False)
         if self.console.is_terminal:

@@ -24,6 +24,7 @@ from manyeyes.errors import LockedError, PipelineError, did_you_mean
 from manyeyes.steps.events import ErrorReport, Event, EventReader
 from manyeyes.steps.summary import RunSummary, write_summary
 from manyeyes.telemetry import OFF
+from manyeyes.terminal import UTF8_CHILD
 
 _POLL_S = 0.2
 _GRACE_S = 15.0
@@ -144,6 +145,8 @@ def _run_child(
     environment = {
         **os.environ,
         **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
+        # kfp reads the steps' output, and other packages their files, in the encoding of the locale.
+        **UTF8_CHILD,
         "MANYEYES_RUN_DIR": str(run_dir),
         "MANYEYES_RUN_LOCK": str(lock),
         "MANYEYES_GIT_COMMIT": git_commit or "",
@@ -155,7 +158,7 @@ def _run_child(
         view.update(new)
 
     # Held as long as this process lives: the steps end when the kernel frees it.
-    with lock.open("w") as held, (run_dir / "pipeline.log").open("ab") as log, _signals_noted() as signals:
+    with lock.open("wb") as held, (run_dir / "pipeline.log").open("ab") as log, _signals_noted() as signals:
         fcntl.flock(held, fcntl.LOCK_EX)
         # A process group of its own: Ctrl-C reaches this process alone, which then ends the steps in order.
         child = subprocess.Popen(
@@ -233,7 +236,7 @@ def _find_error(events: list[Event], run_dir: Path, code: int) -> ErrorReport:
 @contextmanager
 def _checkout_lock(runs: Path) -> Iterator[None]:
     path = runs / ".lock"
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -275,8 +278,12 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
     if git is None:
         return None, None
     command = [git, "-C", str(root)]
-    head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        [*command, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if head.returncode != 0:
         return None, None
-    changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        [*command, "status", "--porcelain"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     return head.stdout.strip(), bool(changes.stdout.strip())

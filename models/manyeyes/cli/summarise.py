@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,9 @@ def _copy_reports(ended: dict[str, Event], run_dir: Path) -> dict[str, str]:
         source = event.artifacts.get("report")
         if source is None or not Path(source.path).is_file():
             continue
-        target = run_dir / "reports" / f"{step.replace('[', '-').replace(']', '')}.html"
+        # A locale may have no bytes for other characters in a file's name.
+        plain = step.encode("ascii", "backslashreplace").decode()
+        target = run_dir / "reports" / f"{re.sub(r'[^A-Za-z0-9._=+-]+', '-', plain).removesuffix('-')}.html"
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source.path, target)
         copies[step] = str(target)

@@ -117,9 +117,11 @@ def code_state(root: Path) -> tuple[str, bool]:
     if git is None:
         return "nogit", False
     command = [git, "-C", str(root)]
-    head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        [*command, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if head.returncode != 0:
         return "nogit", False
     status = [*command, "status", "--porcelain", "--", *_SOURCES]
-    changes = subprocess.run(status, capture_output=True, text=True, check=False)
+    changes = subprocess.run(status, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return head.stdout.strip(), bool(changes.stdout.strip())

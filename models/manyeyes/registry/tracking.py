@@ -292,7 +292,7 @@ def _initialising(database: Path) -> Iterator[None]:
     """One process at a time: two that create the tables at once fail each other."""
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        lock = (database.parent / f".{database.name}.lock").open("w")
+        lock = (database.parent / f".{database.name}.lock").open("wb")
     except OSError as error:
         raise unreachable(f"sqlite:///{database}", str(error)) from error
     with lock:

@@ -27,6 +27,7 @@ from manyeyes.steps.events import ErrorReport, Problem, emit, error_line
 from manyeyes.steps.refusals import earlier_refusal, remember_refusal
 from manyeyes.steps.runner_death import die_with_runner
 from manyeyes.steps.traces import ERROR_TAG, error_as_tag, pipeline_tags, result_tags
+from manyeyes.terminal import replace_unknown_characters
 
 USER_ERROR = 2
 OTHER_ERROR = 1
@@ -181,6 +182,7 @@ def run_step(
     """
     name = f"{step.name}[{label}]" if label else step.name
     outputs = dict(outputs or {})
+    replace_unknown_characters()
     die_with_runner(exit_code=OTHER_ERROR)
     _set_threads()
     emit("started", name)

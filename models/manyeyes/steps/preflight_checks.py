@@ -358,7 +358,9 @@ def device_memory() -> tuple[float, str] | None:
         return None
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_TIMEOUT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_GPU_TIMEOUT_S, check=False
+        )
         sizes = [float(line) for line in answer.stdout.split() if line.replace(".", "").isdigit()]
         if sizes:
             return min(sizes) * 2**20 / _GB, "the smallest GPU of this machine"

@@ -10,6 +10,7 @@ import click
 from manyeyes.data.builders import BUILDERS, add_pretrained
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import ManyEyesError, SnapshotError, did_you_mean
+from manyeyes.terminal import replace_unknown_characters
 
 
 @click.command()
@@ -40,4 +41,5 @@ def main(name: str, out: Path, pretrained: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    replace_unknown_characters()
     main()
