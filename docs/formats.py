@@ -25,9 +25,9 @@ FORMATS = [
     ("reliance.json", "manyeyes.evaluation.reliance", "RelianceReport", "`manyeyes reliance CHECKPOINT`"),
     ("correlation.json", "manyeyes.evaluation.correlation", "BenchmarkCorrelation", "`manyeyes correlate TABLES`"),
     ("gate.json", "manyeyes.registry.gate", "GateReport", "the step `gate`"),
-    ("manifest.json (bundle)", "manyeyes.export.manifest", "BundleManifest", "the step `export_onnx`"),
-    ("preprocess.json (bundle)", "manyeyes.export.manifest", "PreprocessFile", "the step `export_onnx`"),
-    ("chat.json (bundle)", "manyeyes.export.manifest", "ChatFile", "the step `export_onnx`"),
+    ("manifest.json (bundle)", "manyeyes.runtime.bundle_contents", "BundleManifest", "the step `export_onnx`"),
+    ("preprocess.json (bundle)", "manyeyes.runtime.bundle_contents", "PreprocessFile", "the step `export_onnx`"),
+    ("chat.json (bundle)", "manyeyes.runtime.bundle_contents", "ChatFile", "the step `export_onnx`"),
     ("parity.json", "manyeyes.export.parity", "ParityReport", "the step `export_onnx`"),
     ("validation.json", "manyeyes.data.validation_report", "ValidationReport", "the step `validate_data`"),
     (

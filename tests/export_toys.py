@@ -19,7 +19,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from manyeyes.encoders import encoder_transform
 from manyeyes.export.bundle import export_bundle
-from manyeyes.export.manifest import BundleManifest
 from manyeyes.model import (
     ManyEyesConfig,
     ManyEyesForConditionalGeneration,
@@ -29,6 +28,7 @@ from manyeyes.model import (
 from manyeyes.processor import SHARED
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Group
+from manyeyes.runtime.bundle_contents import BundleManifest
 from manyeyes.runtime.bundle_files import digest_files
 from manyeyes.runtime.tiling import TokenLayout
 

@@ -51,6 +51,9 @@ def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
         "data_md5": "d" * 32,
         "code_digest": "c" * 64,
         "checkpoint_digest": "k" * 64,
+        "opset": 20,
+        "precision": "fp32",
+        "graphs": {},
         "files": files,
         "digest": digest_files(files),
     }

@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from manyeyes.errors import BundleError, CheckpointError
 from manyeyes.export.bundle import _save_tokenizer, export_bundle
 from manyeyes.export.graphs import check_exportable, export_decoder
-from manyeyes.export.manifest import ChatFile, PreprocessFile, load_manifest
+from manyeyes.export.manifest import load_manifest
 from manyeyes.export.model_facts import count_checkpoint
 from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle
+from manyeyes.runtime.bundle_contents import ChatFile, PreprocessFile
 from manyeyes.runtime.bundle_files import REQUIRED_FILES
 from manyeyes.runtime.sessions import CPU, Graph
 from tests.export_toys import MD5, VOCABULARY, Toy, count_written, make_tokenizer

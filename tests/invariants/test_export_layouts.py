@@ -11,10 +11,10 @@ import torch
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.export.graphs import export_vision
-from manyeyes.export.manifest import EncoderPixels, ImageLayout, PreprocessFile
 from manyeyes.export.parity import measure_parity
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
+from manyeyes.runtime.bundle_contents import EncoderPixels, ImageLayout, PreprocessFile
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import CPU, Graph
 from manyeyes.runtime.tiling import TokenLayout

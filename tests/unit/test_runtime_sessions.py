@@ -87,7 +87,12 @@ def test_graph_says_what_runs_it(adder: Path) -> None:
     graph = Graph(adder, providers=[CPU], threads=1)
     assert graph.providers == (CPU,)
     assert (graph.input_names, graph.output_names) == (("a", "b"), ("sum", "again"))
-    assert graph.input_shape("a") == ["rows"]
+    assert graph.shape("a", rank=1) == ["rows"]
+    for name, rank in (("a", 2), ("c", 1)):
+        with pytest.raises(BundleError, match=f"{name} with {rank} axes"):
+            graph.shape(name, rank=rank)
+    with pytest.raises(BundleError, match="fixed size"):
+        graph.sizes("a", rank=1, fixed=(0,))
 
 
 def test_outputs_on_the_device_go_back_in(adder: Path) -> None:

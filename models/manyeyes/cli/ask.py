@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from manyeyes.errors import PipelineError
 from manyeyes.storage import is_there
 
 ANSWER_TOKENS = 32
@@ -42,10 +41,9 @@ def ask_command(
     With --draw the question ends with <GEN>, and what the answer holds between <h> and </h> is drawn into --out.
     """
     from manyeyes.runtime.bundle import load_bundle
+    from manyeyes.runtime.images import read_image
 
-    if str(image) != "-" and not (is_there(image) and image.is_file()):
-        raise PipelineError(f'image is "{image}"', "an image file, or - for none", "Check the path.")
-    images = [] if str(image) == "-" else [image.read_bytes()]
+    images = [] if str(image) == "-" else [read_image(image, name="image")]
     if source is None:
         click.echo(
             load_bundle(_find_bundle(model)).answer(

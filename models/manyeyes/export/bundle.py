@@ -8,7 +8,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
-from manyeyes.export.manifest import (
+from manyeyes.export.manifest import load_manifest, write_json
+from manyeyes.export.model_facts import count_model
+from manyeyes.export.parity import ParityReport
+from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
+from manyeyes.recipe import Recipe
+from manyeyes.runtime.bundle_contents import (
     BundleFile,
     BundleManifest,
     ChatFile,
@@ -17,13 +22,9 @@ from manyeyes.export.manifest import (
     ParitySummary,
     PreprocessFile,
     SharedInput,
-    load_manifest,
-    write_json,
+    TemplateText,
+    read_part,
 )
-from manyeyes.export.model_facts import count_model
-from manyeyes.export.parity import ParityReport
-from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
-from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
 from manyeyes.storage import new_folder
 
@@ -57,11 +58,14 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
     preprocess = PreprocessFile(
         mode="independent" if model.shared_pixels is None else "shared",
         shared=_describe_shared(model),
-        encoders={name: EncoderPixels(**transform.as_dict()) for name, transform in transforms.items()},
-        layout=None if processor.layout is None else ImageLayout(**processor.layout),
+        encoders={
+            name: read_part(EncoderPixels, transform.as_dict(), what=f"pixels of {name}")
+            for name, transform in transforms.items()
+        },
+        layout=None if processor.layout is None else read_part(ImageLayout, processor.layout, what="layout"),
     )
     chat = ChatFile(
-        template=processor.conversation_template.as_dict(),
+        template=read_part(TemplateText, processor.conversation_template.as_dict(), what="chat template"),
         system=processor.system,
         image_token_id=processor.image_token_id,
         image_tokens=processor.num_image_tokens,

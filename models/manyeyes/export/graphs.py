@@ -15,11 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from manyeyes.connection import VisualTokens
 from manyeyes.errors import BundleError
-from manyeyes.export.manifest import GraphSignature
 from manyeyes.export.tracing import export_graph
 from manyeyes.language_model import compute_logits, decoder_of
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
+from manyeyes.runtime.bundle_contents import GraphSignature
 from manyeyes.runtime.tiling import NEWLINE, TokenLayout
 from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
 from manyeyes.vision_sampler import VisionSampler, VisualWindows

@@ -1,7 +1,6 @@
 """What a model is in figures: parameters by part, visual tokens and the operations of one sample.
 
-The class needs no torch, so that a bundle's manifest and a scorecard hold it; counting needs the architecture alone and
-no weights.
+Counting needs the architecture alone and no weights.
 """
 
 from __future__ import annotations
@@ -9,30 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from manyeyes.runtime.bundle_contents import ModelFacts
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
-
-class ModelFacts(BaseModel):
-    """Size and cost of a model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    parameters: int = Field(gt=0, description="Of the whole model, each once.")
-    parts: dict[str, int] = Field(
-        description="The same by part: `encoders.NAME`, fusion, projector, language_model, reinjection."
-    )
-    encoders: list[str] = Field(min_length=1, description="Names of the vision encoders, in the model's order.")
-    visual_tokens: int = Field(
-        gt=0, description="Of one image in the sequence, newlines included; with tiles, of the largest image."
-    )
-    flops_per_sample: int = Field(
-        gt=0,
-        description="One forward pass over one image and text_tokens; a multiplication and an addition count as two.",
-    )
-    text_tokens: int = Field(gt=0, description="Tokens of text in that sample.")
+__all__ = ["ModelFacts", "count_checkpoint", "count_model"]
 
 
 def count_model(config: PreTrainedConfig) -> ModelFacts:

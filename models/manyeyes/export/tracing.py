@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from manyeyes.errors import BundleError
-from manyeyes.export.manifest import GraphSignature, GraphTensor
+from manyeyes.runtime.bundle_contents import GraphSignature, GraphTensor
 
 
 def export_graph(

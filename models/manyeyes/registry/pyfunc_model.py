@@ -6,7 +6,7 @@ It needs ``manyeyes.runtime`` alone: no torch where the model is served.
 from __future__ import annotations
 
 import base64
-import binascii
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from manyeyes.errors import RecordError
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
-from manyeyes.storage import is_there
+from manyeyes.runtime.images import read_image
 
 
 class BundleModel(PythonModel):
     """Answers questions about images.
 
     Input: a pandas DataFrame, or a list of dicts, with the columns ``question`` and ``image``. An image is bytes, the
-    path of a file, base64 text (with or without ``data:...;base64,``), or nothing for a question about no image.
+    path of a file, base64 text (with or without ``data:...;base64,``), an image of Pillow, an array ``[H, W, 3]`` of
+    uint8, or nothing for a question about no image.
     Output: a list of answers. ``params={"max_new_tokens": 64}`` allows longer ones.
     """
 
@@ -69,22 +70,22 @@ def answer_rows(bundle: Bundle, rows: Sequence[Mapping[Any, Any]], *, max_new_to
 
 
 def _image_bytes(image: Any, *, row: int) -> bytes | None:
-    if image is None or image != image or image == "":  # pandas writes NaN, which differs from itself, for nothing
+    # pandas writes NaN for nothing.
+    if image is None or (isinstance(image, float) and math.isnan(image)) or (isinstance(image, str) and not image):
         return None
-    if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
-    if isinstance(image, Path) or (isinstance(image, str) and is_there(Path(image)) and Path(image).is_file()):
-        return Path(image).read_bytes()
-    if isinstance(image, str):
-        try:
-            return base64.b64decode(image.partition(";base64,")[2] or image, validate=True)
-        except binascii.Error:
-            pass
-    raise RecordError(
-        f"row {row} has the image {str(image)[:60]!r}",
-        "bytes, the path of a file that exists, or base64 text",
-        "Correct the column `image`.",
-    )
+    try:
+        return read_image(image, name=f"the image of row {row}")
+    except RecordError:
+        if not isinstance(image, str):
+            raise
+    try:
+        return base64.b64decode(image.partition(";base64,")[2] or image, validate=True)
+    except ValueError as error:
+        raise RecordError(
+            f"row {row} has the image {image[:60]!r}",
+            "bytes, the path of a file that exists, or base64 text",
+            "Correct the column `image`.",
+        ) from error
 
 
 mlflow.models.set_model(BundleModel())

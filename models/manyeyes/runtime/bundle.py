@@ -11,16 +11,16 @@ including it: all questions of a ``Group`` go on from one key-value cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from manyeyes.errors import BundleError, RecordError
+from manyeyes.errors import BundleError, RecipeError, RecordError
+from manyeyes.runtime.bundle_contents import ChatFile, PreprocessFile, read_file
 from manyeyes.runtime.bundle_files import (
     CHAT,
     DECODER,
@@ -28,17 +28,17 @@ from manyeyes.runtime.bundle_files import (
     PREPROCESS,
     TOKENIZER,
     VISION,
-    check_field,
     check_files,
-    read_json,
     read_manifest,
 )
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
 from manyeyes.runtime.choosing import OptionEncoder, OptionIds, check_choices
 from manyeyes.runtime.decoding import Decoder
+from manyeyes.runtime.images import ImageLike, read_images
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
 from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.runtime.tokenizer import library_errors, read_tokenizer
 from manyeyes.runtime.vision import ImageCache, ImageTokens, Vision
 
 
@@ -47,13 +47,15 @@ class Group:
     """Questions about the same images.
 
     Attributes:
-        images: Image files, in the order in which the model sees them; none for a question about text.
+        images: Image files, in the order in which the model sees them; none for a question about text. Whatever
+            else ``answer`` takes for an image becomes the bytes of an image file.
         questions: Without ``<image>``: one placeholder and a newline per image are put in front.
         choices: What each question's answer is chosen from, after one prefill (``choosing``); an empty entry, or no
             entries at all, for an answer that is written freely.
 
     Raises:
-        RecordError: Another number of entries than questions, or options that are empty or equal.
+        RecordError: Another number of entries than questions, or options that are empty or equal; something that is no
+            image, or a question that is no text.
     """
 
     images: tuple[bytes, ...]
@@ -61,7 +63,10 @@ class Group:
     choices: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the choices."""
+        """Check images, questions and choices."""
+        object.__setattr__(self, "images", read_images(self.images))
+        if not isinstance(self.questions, list | tuple) or not all(isinstance(text, str) for text in self.questions):
+            raise RecordError(f"questions is {self.questions!r:.60}", "a list of texts", "Write questions=(...).")
         check_choices(self.questions, self.choices)
 
     def options(self, question: int) -> tuple[str, ...]:
@@ -116,39 +121,59 @@ class Bundle:
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self._tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
-        preprocess, chat = read_json(path / PREPROCESS), read_json(path / CHAT)
-        self._template = ChatTemplate.from_dict(check_field(chat, CHAT, "template", dict))
-        self._system: str | None = chat.get("system")
-        self._image_token_id = check_field(chat, CHAT, "image_token_id", int)
-        self._max_length = check_field(chat, CHAT, "max_length", int)
+        chat, preprocess = read_file(ChatFile, path / CHAT), read_file(PreprocessFile, path / PREPROCESS)
+        self._tokenizer = read_tokenizer(path / TOKENIZER, error=BundleError)
+        self._template = ChatTemplate.from_dict(chat.template.model_dump())
+        self._system: str | None = chat.system
+        self._image_token_id = chat.image_token_id
+        self._max_length = chat.max_length
+        stop_ids = self._find_stops()
         self._vision = Vision(
             Graph(path / VISION, providers=providers, threads=threads),
-            _read_transforms(preprocess),
-            layout=_read_layout(preprocess),
-            tile_tokens=check_field(chat, CHAT, "image_tokens", int),
+            {name: ImageTransform.from_dict(pixels.model_dump()) for name, pixels in preprocess.encoders.items()},
+            layout=None if preprocess.layout is None else TokenLayout.from_dict(preprocess.layout.model_dump()),
+            tile_tokens=chat.image_tokens,
             cache=image_cache,
         )
         self._decoder = Decoder(
             Graph(path / EMBED, providers=providers, threads=threads),
             Graph(path / DECODER, providers=providers, threads=threads),
-            stop_ids=stop_token_ids(self._tokenizer, self._template),
+            stop_ids=stop_ids,
         )
         self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self._max_length)
         self.providers: tuple[str, ...] = self._vision.providers
 
-    def answer(self, question: str, *, images: Sequence[bytes] = (), max_new_tokens: int = 32) -> str:
+    def _find_stops(self) -> list[int]:
+        """Tokens that end an answer; a question is tokenised too, so that files that do not go together show here."""
+        try:
+            encode_conversation(
+                self._tokenizer,
+                self._template,
+                [("human", f"{IMAGE_PLACEHOLDER}\na")],
+                image_tokens=[1],
+                image_token_id=self._image_token_id,
+                system=self._system,
+                generation_prompt=True,
+            )
+            return stop_token_ids(self._tokenizer, self._template)
+        except (RecipeError, RecordError) as error:
+            raise BundleError(
+                f"{CHAT} and {TOKENIZER} do not go together: {error.found}", error.needed, "Export the bundle again."
+            ) from error
+
+    def answer(self, question: str, *, images: ImageLike | Sequence[ImageLike] = (), max_new_tokens: int = 32) -> str:
         """Answer one question.
 
         Args:
             question: Without ``<image>``.
-            images: Image files that the question is about.
+            images: What the question is about, each the bytes of an image file, the path of one, an image of Pillow or
+                an array of pixels, ``[H, W, 3]``, uint8, RGB.
             max_new_tokens: Most tokens to write.
 
         Raises:
-            RecordError: As ``answer_groups``.
+            RecordError: As ``answer_groups``, or something that is no image or no text.
         """
-        group = Group(images=tuple(images), questions=(question,))
+        group = Group(images=read_images(images), questions=(question,))
         return self.answer_groups([group], max_new_tokens=max_new_tokens)[0][0].text
 
     def answer_groups(
@@ -174,17 +199,16 @@ class Bundle:
             RecordError: An image cannot be decoded, a question holds ``<image>`` or is longer than the model allows,
                 or ``max_new_tokens`` or ``batch_size`` is below 1.
         """
-        if max_new_tokens < 1 or batch_size < 1:
-            raise RecordError(
-                f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}", "at least 1 each", "Raise it."
-            )
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+                raise RecordError(f"{name} is {value!r:.60}", "a whole number of at least 1", f"Correct {name}.")
         answers: list[list[GeneratedAnswer]] = []
         for start in range(0, len(groups), batch_size):
             window = groups[start : start + batch_size]
             answers.extend(self._answer_window(window, max_new_tokens, batch_size, first_logits))
         return answers
 
-    def encode_images(self, images: Sequence[bytes], *, batch_size: int = 32) -> list[ImageTokens]:
+    def encode_images(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[ImageTokens]:
         """Run images through encoders, fusion and projector.
 
         Args:
@@ -198,8 +222,9 @@ class Bundle:
             RecordError: An image cannot be decoded, or unpadding leaves nothing of it.
         """
         encoded: list[ImageTokens] = []
-        for start in range(0, len(images), batch_size):
-            encoded.extend(self._vision.encode(images[start : start + batch_size]))
+        files = read_images(images)
+        for start in range(0, len(files), batch_size):
+            encoded.extend(self._vision.encode(files[start : start + batch_size]))
         return encoded
 
     def _answer_window(
@@ -234,7 +259,8 @@ class Bundle:
                 max_new_tokens=[min(max_new_tokens, self._max_length - len(p.encoded.input_ids)) for p in batch],
             )
             for prompt, written in zip(batch, continuations, strict=True):
-                text = str(self._tokenizer.decode(list(written.token_ids), skip_special_tokens=True)).strip()
+                with library_errors(BundleError, found=f"{TOKENIZER} cannot write what the model answers"):
+                    text = str(self._tokenizer.decode(list(written.token_ids), skip_special_tokens=True)).strip()
                 kept = written.first_logits if first_logits else None
                 found[prompt.group, prompt.question] = GeneratedAnswer(text, written.token_ids, kept)
         for start in range(0, len(choosing), batch_size):
@@ -311,29 +337,11 @@ def load_bundle(
         image_cache: Keeps the visual tokens of images; None without.
 
     Raises:
-        BundleError: A file is missing or has changed, the manifest is of another format, a provider is unknown or
-            does not start, or a graph does not load.
+        BundleError: A file is missing, has changed or makes no sense, the manifest is of another format, a provider is
+            unknown or does not start, or a graph does not load or takes more memory than ``memory_limit``.
     """
     path = Path(path)
     chosen, num_threads = choose_providers(providers), choose_threads(threads)
     manifest = read_manifest(path)
     check_files(path, manifest["files"], sha256=verify)
     return Bundle(path, manifest, providers=chosen, threads=num_threads, image_cache=image_cache)
-
-
-def _read_transforms(preprocess: Mapping[str, Any]) -> dict[str, ImageTransform]:
-    mode, encoders = preprocess.get("mode"), check_field(preprocess, PREPROCESS, "encoders", dict)
-    # With "shared" there is one input, and the graph makes each encoder's from it.
-    if mode not in ("independent", "shared") or (mode == "shared" and set(encoders) != {"shared"}):
-        raise BundleError(
-            f"{PREPROCESS} has mode {mode!r} and inputs for {', '.join(encoders)}",
-            'this runtime knows "independent", and "shared" with one input of that name',
-            "Update manyeyes.",
-        )
-    return {name: ImageTransform.from_dict(values) for name, values in encoders.items()}
-
-
-def _read_layout(preprocess: Mapping[str, Any]) -> TokenLayout | None:
-    if preprocess.get("layout") is None:
-        return None
-    return TokenLayout.from_dict(check_field(preprocess, PREPROCESS, "layout", dict))

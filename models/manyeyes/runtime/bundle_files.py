@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from manyeyes.errors import BundleError
+from manyeyes.runtime.bundle_contents import FORMAT_VERSION, BundleManifest, read_object, read_part
 
-FORMAT_VERSION = 1
 VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
 TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
 REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
@@ -20,19 +19,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a bundle's ``manifest.json``.
 
     Raises:
-        BundleError: It is missing, is of another format version, lacks a required file, or was changed.
+        BundleError: It is missing, is of another format version, holds something else than a manifest does, lacks a
+            required file, or was changed.
     """
     if not (path / MANIFEST).is_file():
         raise BundleError(
             f"{path} has no {MANIFEST}", "a bundle's folder is needed", "Check the path, or pull it again."
         )
-    manifest = read_json(path / MANIFEST)
+    manifest = read_object(path / MANIFEST)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{MANIFEST} has format_version {version!r}", f"this runtime reads {FORMAT_VERSION}", "Update manyeyes."
         )
-    files = check_field(manifest, MANIFEST, "files", dict)
+    read_part(BundleManifest, manifest, what=MANIFEST)
+    files = manifest["files"]
     absent = [name for name in REQUIRED_FILES if name not in files]
     if absent:
         raise BundleError(f"{MANIFEST} lists no {', '.join(absent)}", "a whole bundle is needed", "Export it again.")
@@ -85,38 +86,3 @@ def digest_files(files: Mapping[str, Mapping[str, Any]]) -> str:
     """
     lines = "".join(f"{files[name].get('sha256')}  {name}\n" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a bundle.
-
-    Raises:
-        BundleError: It cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{file.name} cannot be read ({error})", "JSON is needed", "Pull or export it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{file.name} holds a {type(content).__name__}", "an object is needed", "Export it again.")
-    return content
-
-
-def check_field(content: Mapping[str, Any], file: str, name: str, kind: type[Any]) -> Any:
-    """One field of such an object.
-
-    Args:
-        content: The object.
-        file: Its file's name, for the message.
-        name: The field.
-        kind: What it must be.
-
-    Raises:
-        BundleError: It is missing or something else.
-    """
-    value = content.get(name)
-    if not isinstance(value, kind):
-        raise BundleError(f"{file} has {name} {value!r}", f"a {kind.__name__} is needed", "Export the bundle again.")
-    return value

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from manyeyes.errors import RecipeError, RecordError
 from manyeyes.runtime.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, ChatTemplate, get_chat_template
+from manyeyes.runtime.tokenizer import encode_text
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -201,11 +202,11 @@ def encode_answers(
     # Tokens of a chunk depend on that chunk alone, and the last one begins behind the last image.
     prompt = render(template, turns, system=system, generation_prompt=True).rpartition(IMAGE_PLACEHOLDER)[2]
     asked = _asked_template(template)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    prompt_ids = encode_text(tokenizer, prompt).ids
     encoded = []
     for answer in answers:
         said = prompt + asked.gpt_lead + (answer.strip() if asked.trims else answer)
-        joint = tokenizer.encode(said + asked.gpt_end, add_special_tokens=False)
+        joint = encode_text(tokenizer, said + asked.gpt_end)
         first = len(prompt_ids)
         if joint.ids[:first] != prompt_ids:
             # GPT-2's pre-tokenizer leaves two newlines together only at the end of a text. What counts is that the
@@ -239,7 +240,7 @@ def stop_token_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
         RecipeError: The tokenizer has no token of its own for the end of a turn, so generation could not stop.
     """
     probe = "a" + template.gpt_end
-    encoding = tokenizer.encode(probe, add_special_tokens=False)
+    encoding = encode_text(tokenizer, probe)
     # White space may stand before the token; where all is white space, the last character counts.
     stop = template.stop or template.gpt_end.lstrip() or template.gpt_end[-1:]
     start = probe.rfind(stop) if stop else -1
@@ -335,7 +336,7 @@ def _append_chunk(encoded: Encoded, tokenizer: Tokenizer, chunk: Sequence[_Text]
         if piece.supervised:
             spans.append((position, position + len(piece.text)))
         position += len(piece.text)
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = encode_text(tokenizer, text)
     encoded.input_ids.extend(encoding.ids)
     encoded.supervised.extend(_overlaps(encoding.offsets, spans))
 
@@ -348,7 +349,7 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
 
 def _leading_ids(tokenizer: Tokenizer) -> list[int]:
     # What the tokenizer's post-processor puts in front of a text, such as Llama's <s>.
-    with_special = tokenizer.encode("a", add_special_tokens=True)
+    with_special = encode_text(tokenizer, "a", add_special_tokens=True)
     count = 0
     for is_special in with_special.special_tokens_mask:
         if not is_special:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from manyeyes.errors import BundleError
 from manyeyes.runtime.choosing import OptionIds, leading_options
 from manyeyes.runtime.sessions import Graph
 from manyeyes.runtime.vision import PLACES, WINDOWS, ImageTokens
@@ -68,6 +69,9 @@ class Decoder:
         embed: Token ids to embeddings.
         decoder: Embeddings, mask, positions, cache and what visual tokens look at to logits and cache.
         stop_ids: Tokens that end an answer.
+
+    Raises:
+        BundleError: The graphs take or give something else.
     """
 
     def __init__(self, embed: Graph, decoder: Graph, *, stop_ids: Sequence[int]) -> None:
@@ -75,8 +79,32 @@ class Decoder:
         self._decoder = decoder
         self._stop_ids = frozenset(stop_ids)
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
+        self._check()
         # What a step without images looks at.
         self._no_looks = _no_looks(decoder) if PLACES in decoder.input_names else {}
+
+    def _check(self) -> None:
+        width = self._embed.sizes("inputs_embeds", rank=3, fixed=(2,))
+        taken = self._decoder.sizes("inputs_embeds", rank=3, fixed=(2,))
+        if width != taken:
+            raise BundleError(
+                f"{self._embed.name} makes embeddings of {width[0]}", f"{taken[0]} are needed", "Export it again."
+            )
+        self._embed.shape("input_ids", rank=2)
+        self._decoder.shape("logits", rank=3)
+        for name in self._cache_names:
+            present = name.replace("past_key_values.", "present.")
+            taken, given = (self._decoder.sizes(each, rank=4, fixed=(1, 3)) for each in (name, present))
+            if taken != given:
+                raise BundleError(f"{name} has sizes {taken}", f"{present} has {given}", "Export the bundle again.")
+        known = {"inputs_embeds", "attention_mask", "position_ids", "logits_positions", *self._cache_names}
+        known |= {PLACES, *WINDOWS} if PLACES in self._decoder.input_names else set()
+        if set(self._decoder.input_names) != known or self._embed.input_names != ("input_ids",):
+            raise BundleError(
+                f"{self._decoder.name} takes {sorted(self._decoder.input_names)}",
+                f"{sorted(known)} are needed, and input_ids for {self._embed.name}",
+                "Export the bundle again.",
+            )
 
     def run_prefixes(
         self,
@@ -244,8 +272,8 @@ class Decoder:
     def _empty_cache(self, rows: int) -> dict[str, ort.OrtValue]:
         cache = {}
         for name in self._cache_names:
-            _, heads, _, width = self._decoder.input_shape(name)
-            cache[name] = self._decoder.to_device(np.zeros((rows, int(heads), 0, int(width)), np.float32))
+            heads, width = self._decoder.sizes(name, rank=4, fixed=(1, 3))
+            cache[name] = self._decoder.to_device(np.zeros((rows, heads, 0, width), np.float32))
         return cache
 
     def _take(self, cache: Mapping[str, ort.OrtValue], rows: Sequence[int]) -> dict[str, ort.OrtValue]:
@@ -256,8 +284,9 @@ class Decoder:
 def _no_looks(decoder: Graph) -> dict[str, NDArray[Any]]:
     empty: dict[str, NDArray[Any]] = {PLACES: np.zeros(0, np.int64)}
     for name in WINDOWS:
-        _, *sizes = decoder.input_shape(name)
-        empty[name] = np.zeros((0, *map(int, sizes)), bool if name == "window_mask" else np.float32)
+        rank = 3 if name == "window_keys" else 2
+        sizes = decoder.sizes(name, rank=rank, fixed=range(1, rank))
+        empty[name] = np.zeros((0, *sizes), bool if name == "window_mask" else np.float32)
     return empty
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from manyeyes.errors import BundleError, RecordError
+from manyeyes.runtime.bundle_contents import EncoderPixels, read_part
 
 MAX_PIXELS = 178_956_970
 """Pixels above which an image is refused: where Pillow itself refuses (0.5 GiB of RGB)."""
@@ -92,18 +93,9 @@ class ImageTransform:
         """Read what ``as_dict`` wrote.
 
         Raises:
-            BundleError: A field is unknown, missing or out of range.
+            BundleError: A field is unknown, missing, of another type or out of range.
         """
-        names = {field.name for field in fields(cls)}
-        if not {"size", "mean", "std"} <= set(values) <= names:
-            raise BundleError(
-                f"image transform has the fields {sorted(values)}",
-                f"size, mean and std are needed, and no more than {sorted(names)}",
-                "Export the bundle again.",
-            )
-        fill = values.get("fill")
-        tuples = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "fill": fill and tuple(fill)}
-        return cls(**{**values, **tuples})
+        return cls(**dict(read_part(EncoderPixels, values, what="image transform")))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from manyeyes.errors import BundleError, did_you_mean
+from manyeyes.runtime.memory import memory_limit
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -81,12 +83,16 @@ def open_session(graph: Path, *, providers: Sequence[str], threads: int) -> ort.
         threads: From ``choose_threads``.
 
     Raises:
-        BundleError: The graph does not load, or the first provider does not start.
+        BundleError: The graph does not load or takes more memory than ``memory_limit``, or the first provider does not
+            start.
     """
+    _limit_memory()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
+    # One arena for all graphs of a process, which ends at the limit.
+    options.add_session_config_entry("session.use_env_allocators", "1")
     # The graphs of a bundle take turns; a thread pool that spins while it waits takes the cores from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # TF32 keeps 10 bits of a product's mantissa; a bundle's answers are to be those of fp32 torch.
@@ -104,6 +110,14 @@ def open_session(graph: Path, *, providers: Sequence[str], threads: int) -> ort.
             f"Install its libraries (for CUDA: pip install manyeyes[gpu]) or ask for {CPU}.",
         )
     return session
+
+
+@cache
+def _limit_memory() -> None:
+    """Let all graphs of this process together take ``memory_limit`` of host memory: a small file may ask for all."""
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    defaults = (-1, -1, -1)  # how it grows, its first chunk, when a chunk is split
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg(memory_limit(), *defaults))
 
 
 class Graph:
@@ -125,11 +139,49 @@ class Graph:
         self.device = "cuda" if self.providers[0] == CUDA else "cpu"
         self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
-        self._input_shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        self._shapes = {
+            value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
 
-    def input_shape(self, name: str) -> list[int | str]:
-        """Shape of an input; a dynamic axis is a text."""
-        return list(self._input_shapes[name])
+    def shape(self, name: str, *, rank: int) -> list[int | str | None]:
+        """Shape of an input or output; a dynamic axis is a text or None.
+
+        Args:
+            name: Of the input or output.
+            rank: Axes that it is to have.
+
+        Raises:
+            BundleError: There is none of that name, or it has another number of axes.
+        """
+        shape = self._shapes.get(name)
+        if shape is None or len(shape) != rank:
+            raise BundleError(
+                f"{self.name} has {f'{name} of shape {shape}' if shape is not None else f'no {name}'}",
+                f"{name} with {rank} axes is needed",
+                "Export the bundle again.",
+            )
+        return list(shape)
+
+    def sizes(self, name: str, *, rank: int, fixed: Sequence[int]) -> list[int]:
+        """Sizes of axes that do not change.
+
+        Args:
+            name: Of the input or output.
+            rank: Axes that it is to have.
+            fixed: Places of the axes.
+
+        Raises:
+            BundleError: As ``shape``, or one of the axes is dynamic.
+        """
+        shape = self.shape(name, rank=rank)
+        sizes = [size for size in (shape[place] for place in fixed) if isinstance(size, int)]
+        if len(sizes) != len(fixed):
+            raise BundleError(
+                f"{self.name} has {name} of shape {shape}",
+                f"axes {', '.join(map(str, fixed))} of a fixed size are needed",
+                "Export the bundle again.",
+            )
+        return sizes
 
     def to_device(self, array: NDArray[Any]) -> ort.OrtValue:
         """Put an array where the graph computes; on the CPU nothing is copied."""

@@ -10,10 +10,11 @@ github.com/dvlab-research/MGM, each its ``conversation.py`` (Apache-2.0); model 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from manyeyes.errors import BundleError, RecipeError, did_you_mean
+from manyeyes.runtime.bundle_contents import TemplateText, read_part
 
 TOKENIZER_TEMPLATE = "tokenizer"
 """Names the tokenizer's own chat template instead of a row."""
@@ -87,16 +88,16 @@ class ChatTemplate:
         """Read what ``as_dict`` wrote.
 
         Raises:
-            BundleError: A field is unknown, or the name is missing.
+            BundleError: A field is unknown or of another type, or the name is missing.
         """
-        names = {field.name for field in fields(cls)}
-        if not {"name"} <= set(values) <= names:
+        template = cls(**dict(read_part(TemplateText, values, what="chat template")))
+        if template.asked_as and template.asked_as not in CHAT_TEMPLATES:
             raise BundleError(
-                f"chat template has the fields {sorted(values)}",
-                f"name is needed, and no more than {sorted(names)}",
-                "Export the bundle again.",
+                f'chat template has asked_as "{template.asked_as}"',
+                f"one of {', '.join(CHAT_TEMPLATES)}",
+                "Update manyeyes.",
             )
-        return cls(**values)
+        return template
 
 
 _VICUNA_SYSTEM = (

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from manyeyes.errors import BundleError, RecordError
+from manyeyes.errors import RecordError
+from manyeyes.runtime.bundle_contents import ImageLayout, read_part
 from manyeyes.runtime.preprocess import ImageTransform, resize_image
 
 NEWLINE = -1
@@ -63,15 +64,10 @@ class TokenLayout:
         """Read what ``as_dict`` wrote.
 
         Raises:
-            BundleError: A field is unknown.
+            BundleError: A field is unknown, of another type or out of range.
         """
-        names = {field.name for field in fields(cls)}
-        if not set(values) <= names:
-            raise BundleError(
-                f"token layout has the fields {sorted(values)}", f"no more than {sorted(names)}", "Export it again."
-            )
-        pinpoints = tuple((int(columns), int(rows)) for columns, rows in values.get("pinpoints", PINPOINTS))
-        return cls(**{**values, "pinpoints": pinpoints, "whole": tuple(values.get("whole", ()))})
+        layout = dict(read_part(ImageLayout, {**cls().as_dict(), **values}, what="token layout"))
+        return cls(**{**layout, "pinpoints": tuple(layout["pinpoints"]), "whole": tuple(layout["whole"])})
 
     def tiles(self, width: int, height: int) -> tuple[int, int]:
         """Columns and rows of tiles that an image is cut into, beside the tile of the whole; 0 and 0 for none.

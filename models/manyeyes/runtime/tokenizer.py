@@ -1,14 +1,49 @@
-"""``tokenizer.json``, read or refused."""
+"""``tokenizer.json``, read or refused, and the errors of the library ``tokenizers``.
+
+The library raises a bare ``Exception`` for what it does not understand and a panic (which is no ``Exception``) for what
+its authors did not foresee, and for some files it ends the process. So a file is tried in a process of its own first.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from manyeyes.errors import ManyEyesError
+from manyeyes.errors import ManyEyesError, RecordError
 from manyeyes.runtime.json_files import read_json_file
+from manyeyes.runtime.memory import memory_limit
+
+_TRIAL_S = 120
+# Arguments: the file, and the most memory to take, in bytes.
+_TRIAL = """
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
+except (ImportError, OSError, ValueError):
+    pass
+try:
+    from tokenizers import Tokenizer
+except ImportError:
+    sys.exit(2)
+try:
+    tokenizer = Tokenizer.from_file(sys.argv[1])
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for text in ("a", "USER: what colour is it?\\n\\nASSISTANT: red</s>", "\\u00e9\\U0001f642\\u4f60"):
+        tokenizer.encode(text)
+        tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+except BaseException as problem:
+    sys.stdout.buffer.write(str(problem).encode("utf-8", "replace")[:500])
+    sys.exit(1)
+"""
 
 
 def read_tokenizer(file: Path, *, error: type[ManyEyesError]) -> Tokenizer:
@@ -19,15 +54,62 @@ def read_tokenizer(file: Path, *, error: type[ManyEyesError]) -> Tokenizer:
         error: What is raised where it cannot be read.
 
     Raises:
-        ManyEyesError: ``error``: missing, no JSON, or no tokenizer.
+        ManyEyesError: ``error``: missing, no JSON, no tokenizer, or one that the library does not survive.
     """
     values = read_json_file(file, error=error)
-    if not isinstance(values, dict) or "model" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise error(f"{file} has no model", "a tokenizer.json of the library tokenizers", "Fetch it again.")
+    with file.open("rb") as stream:
+        problem = _try_in_a_process(file, hashlib.file_digest(stream, "sha256").hexdigest())
+    if problem:
+        raise error(f"{file} {problem}", "a tokenizer that can be read is needed", "Do not use it; fetch it again.")
+    with library_errors(error, found=f"{file} is no tokenizer"):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Encoding:
+    """Tokens of a text.
+
+    Raises:
+        RecordError: The tokenizer has no token for something in it.
+    """
+    with library_errors(RecordError, found=f"the tokenizer cannot read {text[-60:]!r}"):
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+@contextmanager
+def library_errors(error: type[ManyEyesError], *, found: str) -> Iterator[None]:
+    """Say what the library reports as one of our errors.
+
+    Args:
+        error: Which.
+        found: What was found.
+    """
     try:
-        return Tokenizer.from_str(json.dumps({**values, "truncation": None, "padding": None}))
+        yield
     except BaseException as problem:
-        # The library raises a bare Exception for what it does not understand, and a panic, which is none, for the rest.
-        if isinstance(problem, (KeyboardInterrupt, SystemExit)):
+        # A panic's class cannot be imported.
+        if type(problem) is not Exception and type(problem).__name__ != "PanicException":
             raise
-        raise error(f"{file} is no tokenizer ({problem})", "a tokenizer.json", "Fetch it again.") from problem
+        raise error(f"{found} ({problem})", "the tokenizer of the model is needed", "Fetch it again.") from problem
+
+
+@lru_cache(maxsize=64)
+def _try_in_a_process(file: Path, sha256: str) -> str:
+    """What goes wrong when a process reads the file; empty where nothing does, or where no process can be started."""
+    del sha256  # so that a file is tried again once it has changed
+    if not sys.executable:
+        return ""
+    command = [sys.executable, "-c", _TRIAL, str(file), str(memory_limit())]
+    try:
+        done = subprocess.run(command, timeout=_TRIAL_S, capture_output=True, check=False)
+    except subprocess.TimeoutExpired:
+        return f"is not read within {_TRIAL_S} seconds"
+    except OSError:
+        return ""
+    if done.returncode < 0:
+        return f"ends the process that reads it (signal {-done.returncode})"
+    return f"is no tokenizer ({done.stdout.decode('utf-8', 'replace')})" if done.returncode == 1 else ""

@@ -68,7 +68,7 @@ class Vision:
         cache: Is asked for an image before the graph is; None without.
 
     Raises:
-        BundleError: The graph takes other inputs.
+        BundleError: The graph takes other inputs, or makes another number of tokens.
     """
 
     def __init__(
@@ -86,6 +86,24 @@ class Vision:
                 f"preprocess.json describes {sorted(described)}",
                 f"{graph.name} takes {sorted(graph.input_names)}",
                 "Export the bundle again.",
+            )
+        for name, transform in transforms.items():
+            sides = graph.sizes(name, rank=4, fixed=(2, 3))
+            if sides != [transform.size] * 2:
+                raise BundleError(
+                    f"preprocess.json gives {name} {transform.size} pixels a side",
+                    f"{graph.name} takes {sides[0]} x {sides[1]}",
+                    "Export the bundle again.",
+                )
+        made = graph.shape(TOKENS, rank=3)[1]
+        grid = math.isqrt(tile_tokens)
+        if layout is None and isinstance(made, int) and made != tile_tokens:
+            raise BundleError(
+                f"chat.json has image_tokens {tile_tokens}", f"{graph.name} makes {made}", "Export the bundle again."
+            )
+        if layout is not None and grid * grid != tile_tokens:
+            raise BundleError(
+                f"chat.json has image_tokens {tile_tokens}", "a square number goes with a layout", "Export it again."
             )
         self._graph = graph
         self._transforms = dict(transforms)

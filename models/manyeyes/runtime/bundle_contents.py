@@ -1,0 +1,270 @@
+"""The JSON files of a bundle: what they may hold, for those who write them and those who read them.
+
+Types are strict (a number in quotes is no number), no other fields are allowed, and every value has its range: somebody
+else may have written the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from manyeyes.errors import BundleError
+from manyeyes.runtime.json_files import parse_json
+
+FORMAT_VERSION: Literal[1] = 1
+MAX_SIDE = 16_384
+"""Most pixels a side of an encoder's input; published ones have up to 1,536."""
+
+_MOST_TOKENS = 2**31 - 1
+_LONGEST_NAME = 255  # of a file, in bytes, on every common file system
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _plain_name(name: str) -> str:
+    if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+        raise ValueError(f"a plain file name of at most {_LONGEST_NAME} bytes is needed")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+_Token = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
+_Byte = Annotated[int, Field(ge=0, le=255)]
+_Mean = Annotated[float, Field(ge=-255, le=255)]
+_Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+_Deviation = Annotated[float, Field(gt=0, le=255)]
+_Tiles = Annotated[int, Field(ge=1, le=16)]
+
+
+class BundleFile(_Strict):
+    """One file of a bundle."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the file, hexadecimal.")
+    bytes: int = Field(ge=0, description="Size in bytes.")
+
+
+class GraphTensor(_Strict):
+    """One input or output of a graph."""
+
+    name: str = Field(description="Its name in the graph.")
+    dtype: str = Field(description="Element type as numpy names it: float32, int64.")
+    shape: list[Annotated[int, Field(ge=0)] | str] = Field(description="Sizes; a dynamic axis has a name instead.")
+
+
+class GraphSignature(_Strict):
+    """What a graph takes and gives."""
+
+    inputs: list[GraphTensor] = Field(description="Inputs, in the graph's order.")
+    outputs: list[GraphTensor] = Field(description="Outputs, in the graph's order.")
+
+
+class ParitySummary(_Strict):
+    """How closely the bundle follows torch; parity.json has the rest."""
+
+    items: int = Field(ge=0, description="Questions compared.")
+    token_match: float = Field(ge=0, le=1, description="Share of questions whose whole token sequence is equal.")
+    max_abs_logit: float = Field(ge=0, description="Largest absolute difference of a first-token logit.")
+    mean_abs_logit: float = Field(ge=0, description="Mean absolute difference of first-token logits.")
+
+
+class ModelFacts(_Strict):
+    """Size and cost of a model."""
+
+    parameters: int = Field(gt=0, description="Of the whole model, each once.")
+    parts: dict[str, int] = Field(
+        description="The same by part: `encoders.NAME`, fusion, projector, language_model, reinjection."
+    )
+    encoders: list[str] = Field(min_length=1, description="Names of the vision encoders, in the model's order.")
+    visual_tokens: int = Field(
+        gt=0, description="Of one image in the sequence, newlines included; with tiles, of the largest image."
+    )
+    flops_per_sample: int = Field(
+        gt=0,
+        description="One forward pass over one image and text_tokens; a multiplication and an addition count as two.",
+    )
+    text_tokens: int = Field(gt=0, description="Tokens of text in that sample.")
+
+
+class BundleManifest(_Strict):
+    """``manifest.json``: what a bundle is, where it comes from, and the checksum of every file."""
+
+    format_version: Literal[1] = Field(default=FORMAT_VERSION, description="Version of this layout.")
+    recipe: str = Field(description="Name of the recipe.")
+    recipe_digest: str = Field(description="sha256 of the recipe, hexadecimal.")
+    data_md5: str = Field(description="md5 of the data snapshot, 32 hexadecimal digits.")
+    code_digest: str = Field(description="Digest of the library that trained and exported.")
+    checkpoint_digest: str = Field(description="sha256 over the checkpoint's files, hexadecimal.")
+    opset: int = Field(ge=18, description="ONNX operator set.")
+    precision: Literal["fp32"] = Field(description="Precision of the weights.")
+    files: dict[FileName, BundleFile] = Field(description="Every file but this one, by name.")
+    graphs: dict[FileName, GraphSignature] = Field(description="Inputs and outputs of each graph, by file name.")
+    digest: str = Field(description="Digest of the bundle: sha256 over the names and sha256s of its files.")
+    model: ModelFacts | None = Field(default=None, description="Size and cost of the model; null in older bundles.")
+    parity: ParitySummary | None = Field(default=None, description="Comparison with torch; null until it is measured.")
+
+
+class EncoderPixels(_Strict):
+    """How one encoder wants its pixels."""
+
+    size: _Side = Field(description="Side of the square input, in pixels.")
+    mean: tuple[_Mean, _Mean, _Mean] = Field(description="Mean of each RGB channel, on a scale of 0 to 1.")
+    std: tuple[_Deviation, _Deviation, _Deviation] = Field(
+        description="Standard deviation of each RGB channel, scale of 0 to 1."
+    )
+    resample: Literal["bicubic", "bilinear"] = Field(default="bicubic", description="Resizing filter, antialiased.")
+    fit: Literal["stretch", "crop", "pad"] = Field(
+        default="pad", description="What happens to an image that is not square."
+    )
+    fill: tuple[_Byte, _Byte, _Byte] | None = Field(
+        default=None, description="Colour around a padded image, RGB, 0 to 255; null for the mean colour."
+    )
+
+
+class ImageLayout(_Strict):
+    """How an image becomes tiles, and its visual tokens a sequence."""
+
+    tiling: Literal["none", "anyres", "grid"] = Field(
+        description="none: one tile. anyres: the image as a whole, then the tiles of the grid among pinpoints that "
+        "suits it best. grid: the image as a whole, then image_grid x image_grid tiles."
+    )
+    pinpoints: list[tuple[_Tiles, _Tiles]] = Field(
+        min_length=1, max_length=256, description="For anyres: columns and rows of the grids to choose from."
+    )
+    image_grid: _Tiles = Field(description="For grid: tiles a side.")
+    newline: bool = Field(description="Whether a learned token ends each row of visual tokens.")
+    newline_at: Literal["rows", "end"] = Field(
+        description="rows: as newline says. end: one such token after the image's last token instead."
+    )
+    unpad: bool = Field(description="Whether rows and columns that show nothing but padding are left out.")
+    whole: list[str] = Field(description="Encoders that see the whole image once, whatever the tiling.")
+    tile_size: _Side = Field(description="Side of a tile of the first tiled encoder, in pixels.")
+
+
+class SharedInput(_Strict):
+    """How the vision graph makes each encoder's input from its one input: bilinear interpolation, in fp32."""
+
+    align_corners: bool = Field(description="Whether corner pixels keep the place of their centres.")
+    antialias: bool = Field(description="Whether the filter is widened when shrinking.")
+    encoder_sizes: dict[str, _Side] = Field(description="Side of each encoder's input in pixels, by its name.")
+
+
+class PreprocessFile(_Strict):
+    """``preprocess.json``: from image files to the vision graph's inputs."""
+
+    mode: Literal["independent", "shared"] = Field(
+        description="independent: each encoder's input is resized from the uint8 image. shared: the graph takes one "
+        "input, named shared, and makes each encoder's from it."
+    )
+    encoders: dict[str, EncoderPixels] = Field(min_length=1, description="By the name of the graph's input.")
+    shared: SharedInput | None = Field(default=None, description="Inside the graph, with mode shared; else null.")
+    layout: ImageLayout | None = Field(
+        default=None, description="Tiles and the order of their tokens; null for one tile, its tokens as they are."
+    )
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        if (self.mode == "shared") != (set(self.encoders) == {"shared"}):
+            raise ValueError(f"mode {self.mode!r} does not go with inputs for {', '.join(self.encoders)}")
+        unknown = sorted(set(self.layout.whole) - set(self.encoders)) if self.layout is not None else []
+        if unknown and self.mode == "independent":
+            raise ValueError(f"layout.whole names {', '.join(unknown)}, which encoders does not")
+        return self
+
+
+class TemplateText(_Strict):
+    """The text around turns; ``manyeyes.runtime.templates.ChatTemplate`` says how it is put together."""
+
+    name: str = Field(min_length=1, description="A row of CHAT_TEMPLATES, or tokenizer.")
+    system: str = Field(default="", description="System text.")
+    system_prefix: str = Field(default="", description="Before the system text.")
+    system_suffix: str = Field(default="", description="After the system text.")
+    human_prefix: str = Field(default="", description="Before a question.")
+    human_suffix: str = Field(default="", description="After a question.")
+    gpt_prefix: str = Field(default="", description="Where the generation prompt ends.")
+    gpt_lead: str = Field(default="", description="Before an answer; the model writes it.")
+    gpt_end: str = Field(default="", description="Ends an answer.")
+    gpt_after: str = Field(default="", description="After the end.")
+    images_only: bool = Field(default=False, description="Of a question only its images are kept.")
+    start: str = Field(default="", description="Before everything else.")
+    between: str = Field(default="", description="After an exchange that another one follows.")
+    system_inside: bool = Field(default=False, description="The system text stands inside the first question.")
+    takes_system: bool = Field(default=True, description="Whether there may be a system text.")
+    adds_bos: bool = Field(default=True, description="What the tokenizer puts in front of a text comes first.")
+    trims: bool = Field(default=False, description="White space around each text is left out.")
+    stop: str = Field(default="", description="Ends generation, where that is not gpt_end.")
+    stop_splits: bool = Field(default=False, description="The end is ordinary characters; its first token counts.")
+    asked_as: str = Field(default="", description="Row of CHAT_TEMPLATES that asks for an answer; empty for this one.")
+    image_prefix: str = Field(default="", description="Before each image.")
+    image_suffix: str = Field(default="", description="After each image.")
+
+
+class ChatFile(_Strict):
+    """``chat.json``: from a question to tokens."""
+
+    template: TemplateText = Field(description="The text around turns.")
+    system: str | None = Field(default=None, description="Replaces the template's system text; null keeps it.")
+    image_token_id: _Token = Field(description="Stands at visual tokens; never looked up in the embedding table.")
+    image_tokens: int = Field(gt=0, le=_MOST_TOKENS, description="Visual tokens an image; with a layout, a tile.")
+    max_length: int = Field(gt=0, le=_MOST_TOKENS, description="Most tokens, question, image and answer together.")
+    stop_token_ids: list[_Token] = Field(min_length=1, description="Token ids that end an answer.")
+
+
+def read_part(model: type[_Model], values: Any, *, what: str) -> _Model:
+    """Check JSON values against their model.
+
+    Args:
+        model: What they must be.
+        values: From a JSON file.
+        what: Their name, for messages.
+
+    Raises:
+        BundleError: They are something else; names the first field that is wrong.
+    """
+    try:
+        # In its JSON mode pydantic takes a list for a tuple, and a whole number for a float, and nothing else.
+        return model.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        given = problem["input"]
+        shown = "" if problem["type"] == "missing" else f" {given!r:.60}"
+        raise BundleError(
+            f"{what} has {place + shown if place else f'{type(given).__name__}{shown}'} ({problem['msg']})",
+            "fields as docs/formats.md lists them are needed",
+            "Export the bundle again, or update manyeyes.",
+        ) from error
+    except (RecursionError, TypeError, ValueError) as error:
+        raise BundleError(f"{what} cannot be read ({error})", "JSON is needed", "Export it again.") from error
+
+
+def read_file(model: type[_Model], file: Path) -> _Model:
+    """Read and check one of a bundle's JSON files.
+
+    Raises:
+        BundleError: It cannot be read, or holds something else; names the first field that is wrong.
+    """
+    return read_part(model, read_object(file), what=file.name)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a bundle, its fields not checked.
+
+    Raises:
+        BundleError: It cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{file.name} cannot be read ({error})", "JSON is needed", "Pull or export it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{file.name} holds a {type(content).__name__}", "an object is needed", "Export it again.")
+    return content
