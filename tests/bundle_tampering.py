@@ -131,7 +131,7 @@ def _change_tokenizer(rng: random.Random, bundle: Path) -> str:
         padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
         content["padding"] = {**padding, "pad_type_id": 0, "pad_token": "x"}
     elif part == "deep":
-        for _ in range(rng.choice((100, 200, 900))):
+        for _ in range(rng.choice((100, 200, 400))):
             content["normalizer"] = {"type": "Sequence", "normalizers": [content["normalizer"]]}
     else:
         content[part] = rng.choice(PARTS)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
@@ -87,7 +88,7 @@ def load_language_model_config(path: Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise SourceError(f"{path}/config.json cannot be used ({error})", "a known model", "Check it.") from error
     config.name_or_path = ""
     return config

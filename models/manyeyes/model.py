@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
 from manyeyes.encoders.skeleton import meta_device
-from manyeyes.errors import CheckpointError, SourceError, StorageError
+from manyeyes.errors import BundleError, CheckpointError, SourceError, StorageError
 from manyeyes.language_model import (
     check_vocabulary,
     find_image_token_id,
@@ -38,6 +39,7 @@ from manyeyes.modeling.from_recipe import choose_encoders, configure, make_proce
 from manyeyes.modeling.matching import Difference, find_differences
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
+from manyeyes.runtime.tokenizer import library_errors
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
 from manyeyes.tokenizer_files import load_tokenizer
@@ -247,11 +249,12 @@ def load_checkpoint(
         ShapeError: Parts of ``spec`` do not fit together.
     """
     checkpoint_digest(path)
-    config = None
+    with _sensible(path):
+        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
     if spec is not None:
-        saved = ManyEyesConfig.from_pretrained(path, local_files_only=True)
-        config = configure(spec, spec.encoders, text_config=saved.text_config, image_token_id=saved.image_token_id)
-    with _without_progress_bars():
+        config = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
+    with _without_progress_bars(), _sensible(path):
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
         )
@@ -260,7 +263,6 @@ def load_checkpoint(
         raise CheckpointError(
             f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
         )
-    processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
     if spec is not None:
         processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor
@@ -338,6 +340,32 @@ def checkpoint_digest(path: Path) -> str:
             "Copy the checkpoint again, or train it again.",
         )
     return manifest.digest
+
+
+@contextmanager
+def _sensible(path: Path) -> Iterator[None]:
+    """Files with right checksums whose contents make no sense are the user's error."""
+    try:
+        with library_errors(CheckpointError, found=f"{path}: its tokenizer cannot be read"):
+            yield
+    except BundleError as error:
+        raise CheckpointError(f"{path}: {error.found}", error.needed, "Write the checkpoint again.") from error
+    # What transformers and torch raise for values of a wrong type, or out of range, in config.json.
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"checkpoint {path} makes no sense ({type(error).__name__}: {error})",
+            "config.json, processor_config.json and a tokenizer as they were written",
+            "Write the checkpoint again.",
+        ) from error
 
 
 @contextmanager

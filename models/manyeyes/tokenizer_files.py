@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from manyeyes.errors import CheckpointError, SourceError
 from manyeyes.runtime.json_files import read_json_file
-from manyeyes.runtime.tokenizer import read_tokenizer
+from manyeyes.runtime.tokenizer import library_errors, read_tokenizer
 
 RUST_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
 _SPACE = "▁"
@@ -392,8 +392,9 @@ def _convert_by_transformers(folder: Path, model_type: str | None) -> PreTrained
 
 def _load_by_transformers(path: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        with library_errors(SourceError, found=f"tokenizer in {path} cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise SourceError(f"tokenizer in {path} cannot be read ({error})", "tokenizer.json", "Check it.") from error
     if not tokenizer.is_fast:
         raise SourceError(f"tokenizer in {path} has no tokenizer.json", "a bundle needs one", "Convert it first.")

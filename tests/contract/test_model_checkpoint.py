@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from manyeyes import encoders
 from manyeyes.encoders import Encoder, EncoderFamily, EncoderRow
-from manyeyes.errors import CheckpointError, RecipeError, SourceError, StorageError
+from manyeyes.errors import CheckpointError, RecipeError, ShapeError, SourceError, StorageError
 from manyeyes.model import (
     ManyEyesConfig,
     ManyEyesForConditionalGeneration,
@@ -28,6 +29,7 @@ from manyeyes.model import (
     checkpoint_digest,
     load_checkpoint,
     save_checkpoint,
+    write_manifest,
 )
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
@@ -123,6 +125,34 @@ def test_broken_manifest_is_refused(copied: Path) -> None:
     (copied / "checkpoint.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="broken"):
         checkpoint_digest(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("config.json", {"text_config": []}),
+        ("config.json", {"text_config": {"model_type": "llama", "hidden_size": "wide"}}),
+        ("config.json", {"encoders": [{"name": 1}]}),
+        ("config.json", {"encoders": "clip"}),
+        ("config.json", {"fusion": None}),
+        ("config.json", {"layout": {"tiling": "grid", "image_grid": -1}}),
+        ("processor_config.json", {"transforms": {"a": {"size": "64"}}}),
+        ("processor_config.json", {"transforms": []}),
+        ("processor_config.json", {"layout": {"tiling": 1}}),
+        ("processor_config.json", {"template": 7}),
+        ("processor_config.json", {"image_marks": 3}),
+        ("tokenizer.json", {"model": None}),
+    ],
+)
+def test_files_that_make_no_sense_are_refused_though_their_checksums_are_right(
+    copied: Path, name: str, fields: dict[str, Any]
+) -> None:
+    content = json.loads((copied / name).read_text(encoding="utf-8"))
+    (copied / name).write_text(json.dumps({**content, **fields}), encoding="utf-8")
+    (copied / "checkpoint.json").unlink()
+    write_manifest(copied)
+    with pytest.raises((CheckpointError, RecipeError, ShapeError, SourceError)):
+        load_checkpoint(copied)
 
 
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

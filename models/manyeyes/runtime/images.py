@@ -77,7 +77,10 @@ def _from_pillow(image: Image.Image, name: str) -> bytes:
         if image.mode == "F":
             raise RecordError(f"{name} has floating-point samples", "8 or 16 bits a sample", "Say what white is.")
         (image if image.mode in _KEPT_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
-    except (OSError, ValueError, SyntaxError) as error:
+    except RecordError:
+        raise
+    # Pillow reads a file when its pixels are asked for, and its plugins raise whatever their parsers do.
+    except Exception as error:
         raise RecordError(f"{name} cannot be read ({error})", "a whole image", "Open it again.") from error
     return buffer.getvalue()
 
