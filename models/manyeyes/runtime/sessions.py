@@ -20,6 +20,9 @@ from manyeyes.runtime.memory import memory_limit
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
+# Bytes of one constant that any graph may compute while it loads, however small its file.
+_MOST_FOLDED = 2**24
+
 # ONNX Runtime raises one class a status code, and they share no base but Exception.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_errors.EPFail,
@@ -93,6 +96,10 @@ def open_session(graph: Path, *, providers: Sequence[str], threads: int) -> ort.
     options.log_severity_level = 3  # errors only
     # One arena for all graphs of a process, which ends at the limit.
     options.add_session_config_entry("session.use_env_allocators", "1")
+    # What is computed while a graph loads lies outside the arena. It is made of the graph's weights, so that none of it
+    # need be larger than the file.
+    folded = max(_MOST_FOLDED, graph.stat().st_size if graph.is_file() else 0)
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     # The graphs of a bundle take turns; a thread pool that spins while it waits takes the cores from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # TF32 keeps 10 bits of a product's mantissa; a bundle's answers are to be those of fp32 torch.
