@@ -281,8 +281,9 @@ def match_checkpoint(path: Path, specs: Sequence[ModelSpec], *, snapshot_path: P
         RecipeError: The recipe names something that there is not.
     """
     checkpoint_digest(path)
-    config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
-    processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    with _sensible(path):
+        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
     first: list[Difference] | None = None
     for spec in specs:
         text_config = None
