@@ -97,7 +97,7 @@ def test_one_image_says_nothing_about_others() -> None:
     ("degrees", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (30, 2.04227), (999, 1.96234)]
 )
 def test_student_quantile_equals_the_table(degrees: int, expected: float) -> None:
-    assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=1.5e-3)
+    assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=2e-6)
 
 
 def test_no_items_are_refused() -> None:

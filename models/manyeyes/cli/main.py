@@ -46,6 +46,7 @@ EXTRAS = {
     "pandas": "data",
     "pyarrow": "data",
     "safetensors": "train",
+    "scipy": "data",
     "timm": "train",
     "torch": "train",
     "transformers": "train",

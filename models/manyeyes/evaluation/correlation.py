@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.cluster import hierarchy
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.scorecard import read_scorecard
@@ -189,14 +190,10 @@ def _pairwise(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _link(matrix: NDArray[np.float64], groups: int) -> list[int]:
     """Average linkage on 1 - r; an unknown r counts as 0. Numbers follow the first benchmark of each group."""
-    nearness = np.nan_to_num(matrix, nan=0.0)
-    parts = [[place] for place in range(len(matrix))]
-    while len(parts) > groups:
-        pairs = [(a, b) for b in range(len(parts)) for a in range(b)]
-        a, b = max(pairs, key=lambda pair: float(nearness[np.ix_(parts[pair[0]], parts[pair[1]])].mean()))
-        parts[a] = sorted(parts[a] + parts.pop(b))
-    parts.sort()
-    return [next(number for number, part in enumerate(parts) if place in part) for place in range(len(matrix))]
+    apart = 1 - np.nan_to_num(matrix, nan=0.0)[np.triu_indices(len(matrix), k=1)]
+    labels = hierarchy.cut_tree(hierarchy.linkage(apart, method="average"), n_clusters=groups)[:, 0]
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
 
 
 def _components(table: NDArray[np.float64]) -> _Components:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from manyeyes.errors import EvaluationError
 
@@ -126,28 +126,13 @@ def clustered_error(values: Sequence[float] | NDArray[np.float64], clusters: Seq
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, within 0.15% for 3 degrees of freedom or more; one and two are exact.
+    """Quantile of Student's t.
 
     Args:
         probability: In (0, 1).
         degrees: Degrees of freedom, at least 1.
-
-    Source:
-        Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """
-    if degrees == 1:
-        return float(np.tan(np.pi * (probability - 0.5)))
-    if degrees == 2:
-        return float((2 * probability - 1) / np.sqrt(2 * probability * (1 - probability)))
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return float(sum(term / degrees**power for power, term in enumerate(terms)))
+    return float(special.stdtrit(degrees, probability))
 
 
 def _checked(
