@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manyeyes.data.snapshot import hash_file, hash_folder
-from manyeyes.steps.summary import RunSummary, read_summary
+from manyeyes.steps.summary import SUMMARY_FILE, RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,9 @@ class Checkout:
 
     def summary(self) -> RunSummary:
         """Of the latest run."""
-        return read_summary(self.path / "runs" / "latest")
+        return RunSummary.model_validate_json(
+            (self.path / "runs" / "latest" / SUMMARY_FILE).read_text(encoding="utf-8")
+        )
 
     def log(self) -> str:
         """``pipeline.log`` of the latest run."""

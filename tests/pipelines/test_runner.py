@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.steps.events import EventReader
-from manyeyes.steps.summary import RunSummary, read_summary
+from manyeyes.steps.summary import SUMMARY_FILE, RunSummary
 from tests.pipelines.checkout import ROOT, is_alive
 
 RUN = """
@@ -62,10 +62,14 @@ def start(folder: Path, text: str, mode: str) -> subprocess.Popen[str]:
     )
 
 
+def read_summary(folder: Path) -> RunSummary:
+    return RunSummary.model_validate_json((folder / "runs" / "latest" / SUMMARY_FILE).read_text(encoding="utf-8"))
+
+
 def run(folder: Path, text: str, mode: str = "well") -> tuple[int, str, RunSummary]:
     process = start(folder, text, mode)
     output, _ = process.communicate(timeout=120)
-    return process.returncode, output, read_summary(folder / "runs" / "latest")
+    return process.returncode, output, read_summary(folder)
 
 
 def start_hanging(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
@@ -184,7 +188,7 @@ def test_ctrl_c_stops_every_process_and_exits_with_130(toy: Path) -> None:
     assert "stopped after" in output
     assert "failed" not in output
     wait_until_gone(pids, seconds=1)
-    assert read_summary(toy / "runs" / "latest").status == "interrupted"
+    assert read_summary(toy).status == "interrupted"
 
 
 def test_kill_9_of_the_runner_leaves_no_orphan_and_the_next_run_starts(toy: Path) -> None:

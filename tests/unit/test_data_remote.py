@@ -11,8 +11,9 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot
 from moto.server import ThreadedMotoServer
 
-from manyeyes.data.remote import S3Remote
-from manyeyes.data.snapshot import hash_folder, list_snapshot, open_snapshot
+from manyeyes.data.download import list_files
+from manyeyes.data.remote import S3Remote, open_remote
+from manyeyes.data.snapshot import hash_folder, open_snapshot
 from manyeyes.errors import SnapshotError
 
 URL = "s3://bucket/some/prefix"
@@ -60,7 +61,7 @@ def md5(client: Any, tmp_path: Path) -> str:
 
 
 def find_key(md5: str, relpath: str) -> str:
-    (entry,) = [file for file in list_snapshot(md5=md5, remote=URL) if file.relpath == relpath]
+    (entry,) = [file for file in list_files(open_remote(URL), md5) if file.relpath == relpath]
     return f"some/prefix/files/md5/{entry.md5[:2]}/{entry.md5[2:]}"
 
 
@@ -137,23 +138,23 @@ def test_a_missing_object_is_named(md5: str, client: Any, tmp_path: Path) -> Non
 
 def test_an_unknown_md5_is_no_reason_to_retry(md5: str) -> None:
     with pytest.raises(SnapshotError, match="has no snapshot") as caught:
-        list_snapshot(md5="0" * 32, remote=URL)
+        list_files(open_remote(URL), "0" * 32)
     assert not caught.value.retry
 
 
 def test_a_missing_bucket_is_named(client: Any) -> None:
     with pytest.raises(SnapshotError, match='no bucket "other"'):
-        list_snapshot(md5="0" * 32, remote="s3://other/prefix")
+        list_files(open_remote("s3://other/prefix"), "0" * 32)
 
 
 def test_a_bucket_must_be_named() -> None:
     with pytest.raises(SnapshotError, match="Name the bucket"):
-        list_snapshot(md5="0" * 32, remote="s3://")
+        open_remote("s3://")
 
 
 def test_a_store_that_does_not_answer_is_worth_a_retry(monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(SnapshotError, match="cannot be reached") as caught:
-        list_snapshot(md5="0" * 32, remote=URL)
+        list_files(open_remote(URL), "0" * 32)
     assert caught.value.retry

@@ -11,12 +11,12 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot, write_remote
 
 from manyeyes.data.builders.manifest import add_pretrained, write_manifest
-from manyeyes.data.remote import FolderRemote
+from manyeyes.data.download import list_files
+from manyeyes.data.remote import FolderRemote, open_remote
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import (
     DvcOutput,
     hash_folder,
-    list_snapshot,
     open_folder,
     open_snapshot,
     read_default_remote,
@@ -76,7 +76,7 @@ def test_a_damaged_object_is_refused_and_nothing_is_left_under_its_name(
     remote: tuple[str, str], folder: Path, tmp_path: Path
 ) -> None:
     md5, url = remote
-    (entry,) = [file for file in list_snapshot(md5=md5, remote=url) if file.relpath == "toy/test-00000.parquet"]
+    (entry,) = [file for file in list_files(open_remote(url), md5) if file.relpath == "toy/test-00000.parquet"]
     damaged = Path(url) / "files/md5" / entry.md5[:2] / entry.md5[2:]
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
     cache = tmp_path / "cache"
@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_storage_error_and_the_next_call_goes_on(
 
 def test_an_object_that_cannot_be_read_is_the_remotes_fault(remote: tuple[str, str], tmp_path: Path) -> None:
     md5, url = remote
-    (entry, *_) = list_snapshot(md5=md5, remote=url)
+    (entry, *_) = list_files(open_remote(url), md5)
     broken = Path(url) / "files/md5" / entry.md5[:2] / entry.md5[2:]
     broken.unlink()
     broken.mkdir()

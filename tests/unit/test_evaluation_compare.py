@@ -18,7 +18,7 @@ from manyeyes.evaluation.compare_images import read_images
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes, write_outcomes
 from manyeyes.evaluation.results import read_results
-from manyeyes.evaluation.scoring import paired_difference
+from manyeyes.evaluation.scoring import clustered_error
 from manyeyes.evaluation.significance import (
     average_difference,
     compare_scores,
@@ -54,15 +54,32 @@ def test_holm_equals_the_hand_computed_one() -> None:
     assert holm([]) == []
 
 
-def test_the_test_of_a_mean_is_the_paired_difference_with_a_p() -> None:
-    # As in test_evaluation_scoring: mean 1/6 and standard error 1/6, so t is 1 on two degrees: p = 1 - 1 / sqrt(3).
+def test_the_test_of_a_mean_equals_the_hand_computed_one() -> None:
+    # Three images with two questions each. Differences: (+1, 0), (0, 0), (-1, +1): mean 1/6.
+    # Residual sums per image: 1 - 2/6 = 2/3; -1/3; -1/3. Squares: 4/9 + 1/9 + 1/9 = 2/3.
+    # Variance: 3/2 * (2/3) / 36 = 1/36, so the error is 1/6, and t is 1 on two degrees: p = 1 - 1 / sqrt(3).
     clusters = list("aabbcc")
     second, first = [1.0, 1, 0, 1, 0, 1], [0.0, 1, 0, 1, 1, 0]
     test = compare_scores(make_row(), make_graded(first, clusters), make_graded(second, clusters), "official")
-    estimate = paired_difference(second, first, clusters)
-    assert (test.difference, test.low, test.high) == pytest.approx((estimate.mean, estimate.low, estimate.high))
+    reach = 100 * 4.302653 / 6
+    assert (test.difference, test.low, test.high) == pytest.approx((100 / 6, 100 / 6 - reach, 100 / 6 + reach))
     assert test.p == pytest.approx(1 - 1 / 3**0.5)
     assert test.detectable == pytest.approx((4.30265 + 1.06066) * 100 / 6, rel=1e-4)
+
+
+def test_difference_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(21)
+    trials, images, size = 1000, 100, 8
+    clusters = np.repeat(np.arange(images), size).tolist()
+    covered = 0
+    for _ in range(trials):
+        hard = np.repeat(generator.beta(8, 2, images), size)
+        ours = (generator.random(images * size) < hard + 0.02 * (1 - hard)).astype(float)
+        apart = ours - (generator.random(images * size) < hard)
+        error = 100 * clustered_error(apart, clusters)
+        test = difference_test(100 * apart.mean(), error, clusters=images, reach=100.0)
+        covered += test.low <= 100 * 0.02 * 0.2 <= test.high
+    assert 0.93 <= covered / trials <= 0.97
 
 
 def test_a_score_that_is_no_mean_is_tested_by_resampling() -> None:

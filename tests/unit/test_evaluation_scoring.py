@@ -4,37 +4,7 @@ import numpy as np
 import pytest
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.scoring import clustered_mean, paired_difference, student_quantile
-
-
-def test_paired_difference_equals_the_hand_computed_one() -> None:
-    # Three images with two questions each. Differences: (+1, 0), (0, 0), (-1, +1): mean 1/6.
-    # Residual sums per image: 1 - 2/6 = 2/3; -1/3; -1/3. Squares: 4/9 + 1/9 + 1/9 = 2/3.
-    # Variance: 3/2 * (2/3) / 36 = 1/36, so the error is 1/6. t(0.975, 2) = 4.302653.
-    challenger = [1, 1, 0, 1, 0, 1]
-    champion = [0, 1, 0, 1, 1, 0]
-    difference = paired_difference(challenger, champion, ["a", "a", "b", "b", "c", "c"])
-    assert difference.n == 6
-    assert difference.clusters == 3
-    assert difference.mean == pytest.approx(100 / 6)
-    assert difference.low == pytest.approx(100 * (1 / 6 - 4.302653 / 6), abs=1e-4)
-    assert difference.high == pytest.approx(100 * (1 / 6 + 4.302653 / 6), abs=1e-4)
-
-
-def test_equal_models_differ_by_nothing() -> None:
-    difference = paired_difference([1, 0, 1], [1, 0, 1], ["a", "b", "c"])
-    assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
-
-
-def test_the_difference_does_not_depend_on_the_order_of_items() -> None:
-    generator = np.random.default_rng(0)
-    ours, theirs = generator.integers(0, 2, (2, 60)).astype(float)
-    images = generator.integers(0, 12, 60)
-    order = generator.permutation(60)
-    first = paired_difference(list(ours), list(theirs), images.tolist())
-    second = paired_difference(list(ours[order]), list(theirs[order]), images[order].tolist())
-    assert first.mean == pytest.approx(second.mean)
-    assert first.low == pytest.approx(second.low)
+from manyeyes.evaluation.scoring import clustered_mean, student_quantile
 
 
 @pytest.mark.parametrize("probability", [0.75, 0.95, 0.98])
@@ -56,20 +26,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say(probability: float) -> N
     # The standard error of a coverage of 95% over 1000 trials is 0.7 points.
     assert 0.925 <= covered / trials <= 0.975
     assert naive_covered / trials < 0.8
-
-
-def test_difference_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    generator = np.random.default_rng(21)
-    trials, images, size = 1000, 100, 8
-    clusters = np.repeat(np.arange(images), size).tolist()
-    covered = 0
-    for _ in range(trials):
-        hard = np.repeat(generator.beta(8, 2, images), size)
-        ours = (generator.random(images * size) < hard + 0.02 * (1 - hard)).astype(float)
-        theirs = (generator.random(images * size) < hard).astype(float)
-        difference = paired_difference(ours.tolist(), theirs.tolist(), clusters)
-        covered += difference.low <= 100 * 0.02 * 0.2 <= difference.high
-    assert 0.93 <= covered / trials <= 0.97
 
 
 def test_independent_items_give_wilsons_interval() -> None:
@@ -106,7 +62,5 @@ def test_no_items_are_refused() -> None:
 
 
 def test_other_lengths_are_refused() -> None:
-    with pytest.raises(EvaluationError, match="2 outcomes against 1"):
-        paired_difference([1, 0], [1], ["a", "b"])
     with pytest.raises(EvaluationError, match="2 outcomes and 1 clusters"):
         clustered_mean([1, 0], ["a"])

@@ -1,4 +1,8 @@
-"""HTTP under the SDK's generated services: settings by environment, limits, retries, and errors in words."""
+"""HTTP under the SDK's generated services: settings by environment, limits, retries, and errors in words.
+
+Whether a request may be sent again depends on its method, on what came back and on whether it arrived at all. That is
+the whole of the loop; the pause, which a library for retries would give, is three lines.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyeyes.data.download import RemoteFile, download_folder, list_files, normalise_md5
+from manyeyes.data.download import download_folder, normalise_md5
 from manyeyes.data.remote import open_remote
 from manyeyes.data.shards import storage_error
 from manyeyes.errors import SnapshotError, did_you_mean
@@ -174,15 +174,6 @@ def open_folder(path: Path) -> Snapshot:
         )
     manifest = _read_manifest(path)
     return Snapshot(path=path, md5=hash_folder(path), manifest=manifest)
-
-
-def list_snapshot(*, md5: str, remote: str) -> list[RemoteFile]:
-    """The files of a snapshot, from the remote, without fetching them; a cheap check that the remote has it.
-
-    Raises:
-        SnapshotError: The remote lacks it, does not answer (``retry``), or its listing is damaged.
-    """
-    return list_files(open_remote(remote), normalise_md5(md5))
 
 
 def hash_folder(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 A model is greedy, so equal inputs have equal answers. An answer is kept under a digest of everything that it depends
 on. Files only grow: a process has one of its own, and adds a batch's answers to it as soon as they are there. Neither
-locks nor a database are needed, which a shared volume may not offer; a line that a kill cut off is left out.
+locks nor a database are needed, which a shared volume may not offer (diskcache is SQLite, which must not lie on NFS); a
+line that a kill cut off is left out.
 
 ::
 

@@ -5,6 +5,9 @@ draw. It serves every score that is no plain mean: F1, pairs, circular evaluatio
 benchmarks. A mean is computed for all draws at once. Any other score is computed by its own ``aggregate``; where that
 would take long and there are many clusters, by what each kind of item adds to it, for all draws at once.
 
+None of scipy, arch and statsmodels has a bootstrap over clusters of a score that is no mean; docs/certainty.md says how
+often these intervals hold the truth.
+
 Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 2.7 (what an item adds) and 3.8;
 the wider percentiles for few clusters: Hesterberg, The American Statistician 69 (2015), 371-386, section 5.3.
 """

@@ -70,44 +70,6 @@ def clustered_mean(outcomes: Sequence[float], clusters: Sequence[Hashable]) -> E
     return Estimate(n=n, clusters=count, mean=100 * mean, low=100 * min(low, mean), high=100 * max(high, mean))
 
 
-def paired_difference(outcomes: Sequence[float], baseline: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """Mean of ``outcomes - baseline`` on the same items, in points, with an image-clustered t interval.
-
-    Pairing removes what makes an item hard for both, so the interval is narrower than that of two separate scores.
-
-    Args:
-        outcomes: One figure in [0, 1] per item.
-        baseline: The other model's figure for the same items, in the same order.
-        clusters: The image of each item.
-
-    Raises:
-        EvaluationError: No items, or lengths differ.
-
-    Source:
-        Miller, arXiv:2411.00640, sections 2.2 and 3.2, with the small-sample factor G / (G - 1).
-    """
-    if len(outcomes) != len(baseline):
-        raise EvaluationError(
-            f"{len(outcomes)} outcomes against {len(baseline)}",
-            "the same items in both",
-            "Score both models on the same benchmark.",
-        )
-    differences = np.asarray(outcomes, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    values, groups, count = _checked(differences, clusters)
-    mean = float(values.mean())
-    if count == 1:
-        return Estimate(n=len(values), clusters=1, mean=100 * mean, low=-100.0, high=100.0)
-    error = clustered_error(values, groups.tolist())
-    half = student_quantile((1 + CONFIDENCE) / 2, count - 1) * error
-    return Estimate(
-        n=len(values),
-        clusters=count,
-        mean=100 * mean,
-        low=100 * max(-1.0, mean - half),
-        high=100 * min(1.0, mean + half),
-    )
-
-
 def clustered_error(values: Sequence[float] | NDArray[np.float64], clusters: Sequence[Hashable]) -> float:
     """Standard error of a mean whose items are independent between clusters only; infinite for one cluster.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import BundleError, EvaluationError
 from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
@@ -117,18 +117,6 @@ def measure_parity(
         providers=list(runner.providers),
         mismatches=mismatches,
     )
-
-
-def load_parity(file: Path) -> ParityReport:
-    """Read and check a ``parity.json``.
-
-    Raises:
-        BundleError: Missing, or not a parity report.
-    """
-    try:
-        return ParityReport.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise BundleError(f"{file} is no parity report ({error})", "parity.json", "Measure parity again.") from error
 
 
 def _first_questions(groups: Sequence[Group], items: int) -> Iterator[Group]:

@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlflow
 import mlflow.exceptions
 import sqlalchemy.exc
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, RunTag
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from manyeyes.errors import RegistryError
@@ -43,8 +43,6 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow takes at most 1000 metrics and 100 parameters a call, and 6000 characters a parameter.
 _METRICS_A_CALL = 1000
-_PARAMS_A_CALL = 100
-_PARAM_CHARACTERS = 6000
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -90,18 +88,6 @@ class StepRun:
         with registry_errors():
             for start in range(0, len(entries), _METRICS_A_CALL):
                 self.tracking.client.log_batch(self.run_id, metrics=entries[start : start + _METRICS_A_CALL])
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings; a value is cut at MLflow's limit. The same value may be recorded again, another may not.
-
-        Raises:
-            RegistryError: A parameter had another value before.
-            RegistryUnreachableError: The store does not answer any more.
-        """
-        entries = [Param(name, str(value)[:_PARAM_CHARACTERS]) for name, value in params.items()]
-        with registry_errors():
-            for start in range(0, len(entries), _PARAMS_A_CALL):
-                self.tracking.client.log_batch(self.run_id, params=entries[start : start + _PARAMS_A_CALL])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags.

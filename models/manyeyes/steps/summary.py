@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyeyes.errors import PipelineError
 from manyeyes.steps.events import ErrorReport
 
 SUMMARY_FILE = "summary.json"
@@ -122,18 +121,6 @@ def write_summary(summary: RunSummary, run_dir: Path) -> Path:
     temporary.write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
-
-
-def read_summary(run_dir: Path) -> RunSummary:
-    """Read a run's summary.
-
-    Raises:
-        PipelineError: The run has none.
-    """
-    path = run_dir / SUMMARY_FILE
-    if not path.is_file():
-        raise PipelineError(f"{run_dir} has no {SUMMARY_FILE}", "the folder of a run that ended", "Look into runs/.")
-    return RunSummary.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def union_seconds(intervals: list[tuple[float, float]]) -> float:

@@ -4,6 +4,8 @@ A hash is cut into 4 bands of 16 bits. Two hashes that differ in at most 7 bits 
 bands, so each hash of the index is filed, in every band, under its 16 bits and under the 16 keys one bit away; a query
 then looks at 4 buckets and at nothing else.
 
+faiss has the same as ``IndexBinaryMultiHash``; these hundred lines save every step a wheel of 30 MB.
+
 Source: Norouzi, Punjani, Fleet, "Fast search in Hamming space with multi-index hashing", CVPR 2012.
 """
 
