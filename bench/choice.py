@@ -18,8 +18,8 @@ import torch
 from bench.__main__ import Comparison, measure
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import open_snapshot, read_default_remote, read_dvc_file
+from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.torch_answerer import TorchAnswerer
 from manyeyes.model import build_model, save_checkpoint
 from manyeyes.recipe import load_recipe
 from manyeyes.runtime.bundle import Group

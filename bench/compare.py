@@ -10,7 +10,7 @@ import torch
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.evaluation.torch_answerer import TorchAnswerer
+from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe

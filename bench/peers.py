@@ -27,7 +27,7 @@ import torch
 from bench.contamination import encode, photographs
 from bench.peers_install import make_peer_python
 from bench.peers_model import PeerModel, write_peer_model
-from manyeyes.checkpoints.convert import convert
+from manyeyes.converters.convert import convert
 from manyeyes.export.bundle import export_bundle
 from manyeyes.recipe import load_recipe
 

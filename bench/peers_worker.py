@@ -83,14 +83,14 @@ def generate(checkpoint: str) -> Answer:
 
 def torch_answerer(checkpoint: str) -> Answer:
     """Ours in PyTorch, without a cache that outlives a call."""
-    from manyeyes.evaluation.torch_answerer import TorchAnswerer
+    from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 
     return _grouped(TorchAnswerer(Path(checkpoint), threads=1, device="cpu"))
 
 
 def bundle_answerer(checkpoint: str) -> Answer:
     """Our ONNX bundle, without a cache that outlives a call."""
-    from manyeyes.evaluation.answerers import BundleAnswerer
+    from manyeyes.evaluation.answering.answerers import BundleAnswerer
 
     return _grouped(BundleAnswerer(Path(checkpoint), threads=1, device="cpu"))
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot, open_snapshot, read_default_remote, read_dvc_file
-from manyeyes.evaluation.answerers import Answerer, AnswererSpec
-from manyeyes.evaluation.answering import open_answerer
+from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec
+from manyeyes.evaluation.answering.opening import open_answerer
+from manyeyes.harness.base import num_cores
 from manyeyes.runtime.bundle import Group
-from manyeyes.steps.base import num_cores
 
 MOST_TOKENS = 8
 # Above this change of the probe, the figures say more about the machine than about the processes.

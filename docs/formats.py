@@ -10,20 +10,25 @@ from typing import Any
 
 # (file, module, class, who writes it)
 FORMATS = [
-    ("summary.json", "manyeyes.steps.summary", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
+    ("summary.json", "manyeyes.harness.summary", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
     ("scorecard.json", "manyeyes.evaluation.scorecard", "Scorecard", "the step `evaluate`"),
-    ("report.json", "manyeyes.evaluation.report_contents", "Report", "the steps `evaluate` and `merge_scorecards`"),
+    ("report.json", "manyeyes.evaluation.report.contents", "Report", "the steps `evaluate` and `merge_scorecards`"),
     ("score.json", "manyeyes.evaluation.score", "ScoreReport", "`manyeyes score`; with `--json` on stdout too"),
-    ("judge", "manyeyes.evaluation.judging", "JudgeReport", "`manyeyes judge BENCHMARK --json`, on stdout"),
+    ("judge", "manyeyes.evaluation.judging.scoring", "JudgeReport", "`manyeyes judge BENCHMARK --json`, on stdout"),
     (
         "judge (ensemble)",
-        "manyeyes.evaluation.ensembles",
+        "manyeyes.evaluation.judging.ensembles",
         "EnsembleReport",
         "`manyeyes judge scienceqa --other FILE --json`, on stdout",
     ),
     ("compare.json", "manyeyes.evaluation.compare", "ModelComparison", "`manyeyes compare A B`"),
     ("reliance.json", "manyeyes.evaluation.reliance", "RelianceReport", "`manyeyes reliance CHECKPOINT`"),
-    ("correlation.json", "manyeyes.evaluation.correlation", "BenchmarkCorrelation", "`manyeyes correlate TABLES`"),
+    (
+        "correlation.json",
+        "manyeyes.evaluation.statistics.correlation",
+        "BenchmarkCorrelation",
+        "`manyeyes correlate TABLES`",
+    ),
     ("gate.json", "manyeyes.registry.gate", "GateReport", "the step `gate`"),
     ("manifest.json (bundle)", "manyeyes.runtime.bundle_contents", "BundleManifest", "the step `export_onnx`"),
     ("preprocess.json (bundle)", "manyeyes.runtime.bundle_contents", "PreprocessFile", "the step `export_onnx`"),
@@ -45,14 +50,19 @@ FORMATS = [
     ("manifest.json (snapshot)", "manyeyes.data.builders.manifest", "SnapshotManifest", "`manyeyes data build`"),
     ("stage.json", "manyeyes.training.stage", "StageReport", "every training step"),
     ("checkpoint.json", "manyeyes.model", "CheckpointManifest", "every training step"),
-    ("conversion.json", "manyeyes.checkpoints.convert", "ConversionReport", "`manyeyes convert`, in the checkpoint"),
-    ("trial.json", "manyeyes.steps.trial", "Trial", "the step `train_trial`"),
-    ("search.json", "manyeyes.steps.search", "Search", "the steps `start_search` and `advance_search`"),
+    ("conversion.json", "manyeyes.converters.convert", "ConversionReport", "`manyeyes convert`, in the checkpoint"),
+    ("trial.json", "manyeyes.search.trial", "Trial", "the step `train_trial`"),
+    ("search.json", "manyeyes.search.search", "Search", "the steps `start_search` and `advance_search`"),
     ("comparison.json", "manyeyes.steps.compare_trials", "Comparison", "the step `compare_trials`"),
-    ("error.json", "manyeyes.steps.events", "ErrorReport", "any step that fails"),
+    ("error.json", "manyeyes.harness.events", "ErrorReport", "any step that fails"),
     ("estimate", "manyeyes.estimate", "RecipeEstimate", "`manyeyes recipe show NAME --json`, beside recipe and digest"),
     ("webhook", "manyeyes.steps.summarise_run", "RunNotice", "the step `summarise_run`, to `MANYEYES_WEBHOOK_URL`"),
-    ("infra/profiles/NAME.yaml", "manyeyes.cli.profiles", "Profile", "people; `manyeyes pipeline compile` reads it"),
+    (
+        "infra/profiles/NAME.yaml",
+        "manyeyes.kubeflow.profiles",
+        "Profile",
+        "people; `manyeyes pipeline compile` reads it",
+    ),
 ]
 
 

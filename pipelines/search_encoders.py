@@ -13,7 +13,7 @@ from components.start_search.component import start_search
 from components.summarise_run.component import summarise_run
 from components.train_trial.component import train_trial
 from components.validate_data.component import validate_data
-from manyeyes.steps.search import MAX_ROUNDS
+from manyeyes.search.search import MAX_ROUNDS
 
 
 class Round(NamedTuple):

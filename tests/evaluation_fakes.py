@@ -13,8 +13,8 @@ from manyeyes.data.builders.manifest import Provenance, write_manifest
 from manyeyes.data.records import ImageFile, Record, Turn
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
-from manyeyes.evaluation.answerers import AnsweredBatch, answer_in_turn
-from manyeyes.evaluation.encoder_cache import ImageCounts
+from manyeyes.evaluation.answering.answerers import AnsweredBatch, answer_in_turn
+from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 

@@ -30,9 +30,6 @@ from manyeyes.evaluation.compare import (
     ComparedModel,
     ModelComparison,
 )
-from manyeyes.evaluation.compare_page import render_comparison, render_comparison_text
-from manyeyes.evaluation.correlation import BenchmarkCorrelation
-from manyeyes.evaluation.correlation_page import render_correlation
 from manyeyes.evaluation.outcomes import OutcomeFile
 from manyeyes.evaluation.reliance import (
     BenchmarkReliance,
@@ -41,8 +38,12 @@ from manyeyes.evaluation.reliance import (
     render_reliance,
     render_reliance_text,
 )
-from manyeyes.evaluation.report import build_report
-from manyeyes.evaluation.report_page import render_html, render_markdown
+from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text
+from manyeyes.evaluation.report.correlation_page import render_correlation
+from manyeyes.evaluation.report.page import render_html, render_markdown
+from manyeyes.evaluation.report.writing import build_report
+from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
+from manyeyes.harness.events import ErrorReport, Problem
 from manyeyes.pages import (
     Curve,
     Point,
@@ -57,14 +58,13 @@ from manyeyes.pages import (
 from manyeyes.recipe import load_recipe
 from manyeyes.registry.gate import GateReport, RuleResult
 from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+from manyeyes.search.search import Search, SearchRound
+from manyeyes.search.search_page import search_html, search_markdown
+from manyeyes.search.trial import Difference, Trial, TrialStage
+from manyeyes.search.trial_page import Row
+from manyeyes.search.variant import Variant
 from manyeyes.steps.compare_trials import comparison_html
-from manyeyes.steps.events import ErrorReport, Problem
-from manyeyes.steps.search import Search, SearchRound
-from manyeyes.steps.search_page import search_html, search_markdown
 from manyeyes.steps.summarise_run import NoticeStep, RunNotice, render_notice
-from manyeyes.steps.trial import Difference, Trial, TrialStage
-from manyeyes.steps.trial_page import Row
-from manyeyes.steps.variant import Variant
 from tests.evaluation_fakes import make_image
 from tests.report_toys import make_evaluation
 

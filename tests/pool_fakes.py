@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manyeyes.errors import CheckpointError, RecordError
-from manyeyes.evaluation.answerers import AnsweredBatch, answer_in_turn
-from manyeyes.evaluation.encoder_cache import ImageCounts
+from manyeyes.evaluation.answering.answerers import AnsweredBatch, answer_in_turn
+from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 

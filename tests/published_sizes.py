@@ -12,12 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from manyeyes.checkpoints.encoder_sources import EncoderSources
-from manyeyes.checkpoints.source import OriginalCheckpoint
-from manyeyes.checkpoints.system import Plan, System
-from manyeyes.checkpoints.tables import Resolution
-from manyeyes.checkpoints.tensor_files import StoredTensor
-from manyeyes.modeling import ManyEyesConfig, ManyEyesForConditionalGeneration
+from manyeyes.converters.encoder_sources import EncoderSources
+from manyeyes.converters.source import OriginalCheckpoint
+from manyeyes.converters.system import Plan, System
+from manyeyes.converters.tables import Resolution
+from manyeyes.converters.tensor_files import StoredTensor
+from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
 
 Shapes = dict[str, tuple[int, ...]]
 VICUNA_7B = {

@@ -13,8 +13,8 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.steps.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score
-from manyeyes.steps.variant import Variant
+from manyeyes.search.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score
+from manyeyes.search.variant import Variant
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
 
 IMAGES = 24

@@ -38,9 +38,9 @@ def advance_search(
     """
     from pathlib import Path
 
+    from manyeyes.harness.base import run_step
+    from manyeyes.search.search import has_ended
     from manyeyes.steps.advance_search import STEPS
-    from manyeyes.steps.base import run_step
-    from manyeyes.steps.search import has_ended
 
     result = run_step(
         STEPS["ended" if has_ended(Path(before.path)) else "going on"],

@@ -32,7 +32,7 @@ def compare_trials(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.compare_trials import STEP
 
     run_step(

@@ -42,7 +42,7 @@ def evaluate(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.evaluate import STEPS
 
     run_step(

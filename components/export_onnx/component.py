@@ -38,7 +38,7 @@ def export_onnx(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.export_onnx import STEP
 
     run_step(

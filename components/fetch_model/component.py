@@ -30,7 +30,7 @@ def fetch_model(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.fetch_model import STEPS
 
     run_step(

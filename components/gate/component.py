@@ -44,7 +44,7 @@ def gate(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.gate import STEP
 
     run_step(

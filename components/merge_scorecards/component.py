@@ -38,7 +38,7 @@ def merge_scorecards(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.merge_scorecards import STEP
 
     run_step(

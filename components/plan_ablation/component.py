@@ -30,7 +30,7 @@ def plan_ablation(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.plan_ablation import STEP
 
     result = run_step(

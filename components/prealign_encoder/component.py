@@ -38,7 +38,7 @@ def prealign_encoder(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.prealign_encoder import STEP
 
     run_step(

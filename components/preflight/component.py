@@ -32,7 +32,7 @@ def preflight(
         report: For people.
         notes: One table of everything that is wrong and how to mend it.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.preflight import STEP
 
     run_step(

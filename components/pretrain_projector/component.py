@@ -39,7 +39,7 @@ def pretrain_projector(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.pretrain_projector import STEP
 
     run_step(

@@ -28,7 +28,7 @@ def promote_version(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.promote_version import STEP
 
     run_step(

@@ -50,7 +50,7 @@ def register(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.register import STEP
 
     result = run_step(

@@ -45,7 +45,7 @@ def resolve_data(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.resolve_data import STEP
 
     result = run_step(

@@ -24,7 +24,7 @@ def restore_previous(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.restore_previous import STEP
 
     run_step(

@@ -40,7 +40,7 @@ def score_benchmark(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.score_benchmark import STEPS
 
     run_step(

@@ -41,7 +41,7 @@ def sft(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.sft import STEP
 
     run_step(

@@ -36,7 +36,7 @@ def start_search(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.start_search import STEP
 
     result = run_step(

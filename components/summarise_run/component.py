@@ -30,7 +30,7 @@ def summarise_run(
         status: Kubeflow's verdict, which every exit handler gets.
         recipe_text: The recipe where it travels as text; its name is shown instead of the subject.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.summarise_run import STEP
 
     run_step(

@@ -40,9 +40,9 @@ def train_trial(
     """
     from pathlib import Path
 
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
+    from manyeyes.search.variant import parse_variant
     from manyeyes.steps.train_trial import STEPS
-    from manyeyes.steps.variant import parse_variant
 
     run_step(
         STEPS["trial" if variant else "nothing"],

@@ -32,7 +32,7 @@ def validate_data(
         report: For people.
         notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from manyeyes.steps.validate_data import STEP
 
     run_step(

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from transformers import MptConfig
 
-from manyeyes.connection import build_connection
 from manyeyes.errors import ManyEyesError, RecipeError, RecordError, ShapeError, SourceError
 from manyeyes.fusion import build_fusion
 from manyeyes.model import build_model
+from manyeyes.model.connection import build_connection
 from manyeyes.recipe import load_recipe, parse_overrides
 from manyeyes.runtime.chat import CHAT_TEMPLATES, encode_conversation
 from manyeyes.runtime.preprocess import decode_image

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from manyeyes.checkpoints import cambrian, convnext, transformer_encoders
-from manyeyes.checkpoints.convert import convert
-from manyeyes.checkpoints.logits import prompt_logits
+from manyeyes.converters import cambrian, convnext, transformer_encoders
+from manyeyes.converters.convert import convert
+from manyeyes.converters.logits import prompt_logits
 from manyeyes.errors import CheckpointError, SourceError
 from tests import published_sizes as sizes
 from tests import published_toys as toys

@@ -22,17 +22,16 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from manyeyes.checkpoints import llava
-from manyeyes.checkpoints.convert import configure, convert
-from manyeyes.checkpoints.encoder_sources import EncoderSources
-from manyeyes.checkpoints.logits import prompt_logits
-from manyeyes.checkpoints.source import OriginalCheckpoint
-from manyeyes.checkpoints.tensor_files import StoredTensor
-from manyeyes.checkpoints.to_llava import write_llava
 from manyeyes.cli.main import cli
+from manyeyes.converters import llava
+from manyeyes.converters.convert import configure, convert
+from manyeyes.converters.encoder_sources import EncoderSources
+from manyeyes.converters.logits import prompt_logits
+from manyeyes.converters.source import OriginalCheckpoint
+from manyeyes.converters.tensor_files import StoredTensor
+from manyeyes.converters.to_llava import write_llava
 from manyeyes.errors import CheckpointError
-from manyeyes.model import write_manifest
-from manyeyes.modeling import ManyEyesForConditionalGeneration
+from manyeyes.model import ManyEyesForConditionalGeneration, write_manifest
 from tests import published_toys as toys
 from tests.published_toys import PROMPT, QUESTION, LlavaToy
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from manyeyes.checkpoints import eagle
-from manyeyes.checkpoints.convert import convert
-from manyeyes.checkpoints.logits import prompt_logits
+from manyeyes.converters import eagle
+from manyeyes.converters.convert import convert
+from manyeyes.converters.logits import prompt_logits
 from manyeyes.errors import CheckpointError
 from tests import published_eagle
 from tests import published_sizes as sizes

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manyeyes.checkpoints.convert import ConversionReport, convert
-from manyeyes.checkpoints.logits import prompt_logits
+from manyeyes.converters.convert import ConversionReport, convert
+from manyeyes.converters.logits import prompt_logits
 from manyeyes.errors import CheckpointError
 from manyeyes.model import load_checkpoint
 from tests import published_toys as toys

@@ -20,9 +20,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from manyeyes.checkpoints import mini_gemini
-from manyeyes.checkpoints.convert import convert
-from manyeyes.checkpoints.logits import prompt_logits
+from manyeyes.converters import mini_gemini
+from manyeyes.converters.convert import convert
+from manyeyes.converters.logits import prompt_logits
 from manyeyes.errors import CheckpointError, SourceError
 from tests import published_sizes as sizes
 from tests import published_toys as toys

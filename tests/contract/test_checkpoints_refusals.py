@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manyeyes.checkpoints.convert import convert
+from manyeyes.converters.convert import convert
 from manyeyes.errors import CheckpointError, ManyEyesError, RecipeError, SourceError
 from tests import published_toys as toys
 from tests.published_toys import LlavaToy

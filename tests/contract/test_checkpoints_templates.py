@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from manyeyes.checkpoints import cambrian, eagle, mini_gemini
-from manyeyes.checkpoints.logits import _encode_prompt
-from manyeyes.checkpoints.source import OriginalCheckpoint
+from manyeyes.converters import cambrian, eagle, mini_gemini
+from manyeyes.converters.logits import _encode_prompt
+from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.chat import render
 from manyeyes.runtime.preprocess import ImageTransform

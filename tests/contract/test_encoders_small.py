@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from manyeyes.encoders import ENCODERS, FAMILIES, BlockEncoder, build_encoder
 from manyeyes.encoders.encoder import Encoder
 from manyeyes.errors import ShapeError
-from manyeyes.modeling import ManyEyesConfig, ManyEyesForConditionalGeneration
+from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
 from tests.pretended_cuda import pretended_cuda
 
 
@@ -218,7 +218,7 @@ def test_saved_encoders_load_in_a_new_process_bit_for_bit(tmp_path: Path) -> Non
     save_features(model, tmp_path / "here.pt")
     code = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from manyeyes.modeling import ManyEyesForConditionalGeneration\n"
+        "from manyeyes.model import ManyEyesForConditionalGeneration\n"
         "from tests.contract.test_encoders_small import save_features\n"
         "folder = Path(sys.argv[1])\n"
         "model = ManyEyesForConditionalGeneration.from_pretrained(folder / 'checkpoint').eval()\n"

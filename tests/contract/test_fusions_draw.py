@@ -17,7 +17,7 @@ from manyeyes.encoders import ENCODERS, FAMILIES, BlockEncoder, build_encoder
 from manyeyes.export.graphs import export_vision
 from manyeyes.fusion import FUSIONS
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
-from manyeyes.projector import PROJECTORS
+from manyeyes.model.projector import PROJECTORS
 from tests.pretended_cuda import pretended_cuda
 
 NUM_CASES = 30

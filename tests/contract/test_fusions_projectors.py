@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from manyeyes.errors import RecipeError, ShapeError
-from manyeyes.projector import build_projector
+from manyeyes.model.projector import build_projector
 
 SIZES: dict[str, Any] = {"depth": 2, "in_channels": 8, "out_channels": 12, "grid": 4}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.connection import VisualTokens
 from manyeyes.errors import RecipeError
+from manyeyes.fusion.vision_sampler import VisualWindows
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
-from manyeyes.reinjection import VisualContext
-from manyeyes.vision_sampler import VisualWindows
+from manyeyes.model.connection import VisualTokens
+from manyeyes.model.reinjection import VisualContext
 
 ROWS, WIDTH, TOKENS = 2, 24, 16
 LLAMA: dict[str, Any] = {

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from manyeyes.fusion import build_fusion
-from manyeyes.projector import build_projector
-from manyeyes.reinjection import Reinjection, reinjected_layers
+from manyeyes.model.projector import build_projector
+from manyeyes.model.reinjection import Reinjection, reinjected_layers
 
 # SigLIP SO400M, CLIP L, DINOv2 g, all stages of ConvNeXt-XXL: Cambrian-1's encoders.
 CAMBRIAN = [1152, 1024, 1536, 5760]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from manyeyes.connection import VisualTokens
 from manyeyes.errors import BundleError, RecipeError, RecordError
 from manyeyes.model import ManyEyesForConditionalGeneration, build_model, load_checkpoint, save_checkpoint
+from manyeyes.model.connection import VisualTokens
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.tiling import NEWLINE, PINPOINTS, TokenLayout, arrange_tokens, choose_grid, tile_image

@@ -258,7 +258,8 @@ def test_buffers_that_are_not_saved_survive_loading(
 
 
 def test_tensor_missing_from_the_weights_is_refused(copied: Path) -> None:
-    from manyeyes.model import CheckpointManifest, _digest, _sha256
+    from manyeyes.model import CheckpointManifest
+    from manyeyes.model.checkpoint import _digest, _sha256
 
     weights = copied / "model.safetensors"
     tensors = load_file(weights)

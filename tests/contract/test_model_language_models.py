@@ -20,8 +20,8 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import RecipeError
-from manyeyes.language_model import compute_logits, decoder_of
 from manyeyes.model import build_model
+from manyeyes.model.language_model import compute_logits, decoder_of
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
 COMMON: dict[str, Any] = {

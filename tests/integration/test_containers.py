@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from manyeyes import __version__
-from manyeyes.steps.events import EventReader
+from manyeyes.harness.events import EventReader
 from tests.integration.containers_leaks import (
     forms_of_certificate,
     layers_of,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.steps.events import EventReader
+from manyeyes.harness.events import EventReader
 from tests.pipelines.checkout import Checkout, is_alive
 
 STAGES = ["prealign_encoder[vit]", "pretrain_projector", "sft"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.comparison import Champion
-from manyeyes.evaluation.report import write_report
+from manyeyes.evaluation.report.comparison import Champion
+from manyeyes.evaluation.report.writing import write_report
 from manyeyes.recipe import load_recipe
 from tests.page_toys import render_all
 from tests.report_toys import make_evaluation

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from manyeyes.errors import RecordError
-from manyeyes.evaluation.answerers import BundleAnswerer, TorchAnswerer
+from manyeyes.evaluation.answering.answerers import BundleAnswerer, TorchAnswerer
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.export.bundle import export_bundle
@@ -130,7 +130,7 @@ def test_checkpoint_and_bundle_get_the_same_scorecard(toy: Toy, tmp_path: Path) 
 
 def test_a_bundle_is_scored_without_torch() -> None:
     code = (
-        "import sys; from manyeyes.evaluation.answerers import BundleAnswerer; import manyeyes.evaluation.evaluate; "
+        "import sys; from manyeyes.evaluation.answering.answerers import BundleAnswerer; import manyeyes.evaluation.evaluate; "
         "sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from manyeyes.connection import VisualTokens
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.evaluation.answerers import Answerer, AnswererSpec, TorchAnswerer
-from manyeyes.evaluation.encoder_cache import EncoderCacheSettings, ImageCounts
+from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec, TorchAnswerer
+from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings, ImageCounts
+from manyeyes.evaluation.answering.torch_images import from_arrays, join_images, split_images, to_arrays
 from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.reliance import zero_encoder
 from manyeyes.evaluation.scorecard import ModelKind, Scorecard
-from manyeyes.evaluation.torch_images import from_arrays, join_images, split_images, to_arrays
 from manyeyes.model import load_checkpoint, save_checkpoint
+from manyeyes.model.connection import VisualTokens
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.tiling import TokenLayout
 from tests.evaluation_fakes import make_recipe, make_record, make_snapshot

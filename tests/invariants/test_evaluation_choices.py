@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from manyeyes.errors import RecordError
-from manyeyes.evaluation.answerers import BundleAnswerer, TorchAnswerer
+from manyeyes.evaluation.answering.answerers import BundleAnswerer, TorchAnswerer
 from manyeyes.evaluation.reliance import measure_reliance, render_reliance_text
 from manyeyes.model import load_checkpoint
 from manyeyes.runtime.bundle import Group

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.evaluation.answerers import Answerer, AnswererSpec
-from manyeyes.evaluation.answering import LateAnswerer, open_answerer
+from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec
+from manyeyes.evaluation.answering.opening import LateAnswerer, open_answerer
+from manyeyes.evaluation.answering.processes import AnswererPool
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import Outcome, read_outcomes
-from manyeyes.evaluation.processes import AnswererPool
 from manyeyes.evaluation.scorecard import BenchmarkScore, ModelKind
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot
 from tests.export_toys import Toy
@@ -59,7 +59,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the backg
 from pathlib import Path
 from manyeyes.data.snapshot import open_folder
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.processes import AnswererPool
+from manyeyes.evaluation.answering.processes import AnswererPool
 from tests.evaluation_fakes import make_recipe
 from tests.pool_fakes import PoolSpec
 

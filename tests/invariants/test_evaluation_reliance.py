@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.answerers import TorchAnswerer
+from manyeyes.evaluation.answering.answerers import TorchAnswerer
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
 from manyeyes.evaluation.reliance import (

@@ -17,9 +17,9 @@ from manyeyes.data.mixture import Mixture
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import open_folder
-from manyeyes.evaluation.encoder_cache import EncoderCacheSettings
+from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings
+from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.reliance import ShuffleEncoder, zero_encoder
-from manyeyes.evaluation.torch_answerer import TorchAnswerer
 from manyeyes.model import build_model, load_checkpoint, save_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Group

@@ -10,9 +10,8 @@ import torch
 from transformers import BloomConfig, Gemma2Config, GPT2Config, MistralConfig, PhiConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.model import build_model
-from manyeyes.modeling import ManyEyesForConditionalGeneration, branches
-from manyeyes.modeling.packing import can_pack, plan_packs
+from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model
+from manyeyes.model.packing import can_pack, plan_packs
 from manyeyes.processor import ManyEyesProcessor
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 

@@ -20,8 +20,8 @@ from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.errors import RecordError
-from manyeyes.language_model import resolve_language_model
 from manyeyes.model import build_model, build_processor
+from manyeyes.model.language_model import resolve_language_model
 from manyeyes.recipe import Recipe
 from manyeyes.training.admission import Admission
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from manyeyes.cli.endpoint import Endpoint
-from manyeyes.cli.endpoint_runs import find_version, start_run
-from manyeyes.steps.events import ErrorReport
+from manyeyes.harness.events import ErrorReport
+from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint_runs import find_version, start_run
 from tests.pipelines.kfp_server import EPOCH, Kubeflow
 
 DIGEST = "0123456789ab" + "c" * 52

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from manyeyes.data.snapshot import read_dvc_file
+from manyeyes.harness.base import Reporter, StepResult
 from manyeyes.recipe import load_recipe
+from manyeyes.search.trial import read_trial
+from manyeyes.search.variant import Variant
 from manyeyes.steps import train_trial as trials
-from manyeyes.steps.base import Reporter, StepResult
-from manyeyes.steps.trial import read_trial
-from manyeyes.steps.variant import Variant
 from tests.pipelines.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

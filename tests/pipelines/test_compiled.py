@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from manyeyes.cli.pipeline import PIPELINES, compile_pipeline
 from manyeyes.errors import PipelineError
+from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
 from manyeyes.recipe import list_recipes
 from tests.pipelines.checkout import ROOT
 

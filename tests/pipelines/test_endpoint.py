@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from manyeyes.cli import main as command_line
-from manyeyes.cli.endpoint import Endpoint
-from manyeyes.cli.endpoint_runs import run_parameters
-from manyeyes.cli.uploading import code_state, upload_pipeline, version_name
 from manyeyes.errors import EndpointError, PipelineError, RecipeError
+from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint_runs import run_parameters
+from manyeyes.kubeflow.uploading import code_state, upload_pipeline, version_name
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import DIGEST, IMAGE, Answer, add_version, started_run
 from tests.pipelines.kfp_server import Fault, Kubeflow

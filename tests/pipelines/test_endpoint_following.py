@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from manyeyes.cli.endpoint import Endpoint
-from manyeyes.cli.endpoint_runs import failures_of, follow_run, task_states
-from manyeyes.steps.events import error_line
+from manyeyes.harness.events import error_line
+from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint_runs import failures_of, follow_run, task_states
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import REFUSAL, Answer, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow

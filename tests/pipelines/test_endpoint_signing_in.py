@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.cli.endpoint import Endpoint
-from manyeyes.cli.endpoint_runs import failures_of, find_version, start_run
-from manyeyes.cli.endpoint_transport import EndpointSettings
 from manyeyes.errors import EndpointError
-from manyeyes.steps.events import error_line
+from manyeyes.harness.events import error_line
+from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint_runs import failures_of, find_version, start_run
+from manyeyes.kubeflow.endpoint_transport import EndpointSettings
 from tests.pipelines.endpoint_toys import REFUSAL, SECRET, Answer, add_version, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow
 

@@ -12,10 +12,10 @@ from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from manyeyes.cli.pipeline import PIPELINES, compile_pipeline
-from manyeyes.cli.profile_compiler import apply_profile, step_of
-from manyeyes.cli.profiles import Profile, list_profiles, load_profile
 from manyeyes.errors import PipelineError
+from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
+from manyeyes.kubeflow.profile_compiler import apply_profile, step_of
+from manyeyes.kubeflow.profiles import Profile, list_profiles, load_profile
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.profile_pipeline import GOLDEN, PROFILES, compile_golden, compile_plain
 

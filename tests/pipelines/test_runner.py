@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.steps.events import EventReader
-from manyeyes.steps.summary import SUMMARY_FILE, RunSummary
+from manyeyes.harness.events import EventReader
+from manyeyes.harness.summary import SUMMARY_FILE, RunSummary
 from tests.pipelines.checkout import ROOT, is_alive
 
 RUN = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from manyeyes.cli.progress import ProgressView
-from manyeyes.cli.run import RunOptions, run_pipeline
-from manyeyes.cli.summarise import in_words
+from manyeyes.kubeflow.progress import ProgressView
+from manyeyes.kubeflow.run import RunOptions, run_pipeline
+from manyeyes.kubeflow.summarise import in_words
 from manyeyes.errors import ManyEyesError
 arguments = {"text": sys.argv[1], "mode": sys.argv[2]}
 try:
@@ -100,7 +100,7 @@ def pipeline_process(folder: Path) -> int:
             words = path.read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"manyeyes.cli.pipeline" in words and os.fsencode(latest) in words:
+        if b"manyeyes.kubeflow.pipeline" in words and os.fsencode(latest) in words:
             return int(path.parent.name)
     raise AssertionError("no process runs the pipeline")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.steps.events import Event, EventReader
-from manyeyes.steps.search import MAX_ROUNDS
+from manyeyes.harness.events import Event, EventReader
+from manyeyes.search.search import MAX_ROUNDS
 from tests.pipelines.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.steps.events import EventReader
-from manyeyes.steps.summary import RunSummary
+from manyeyes.harness.events import EventReader
+from manyeyes.harness.summary import RunSummary
 from tests.pipelines.checkout import Checkout
 
 # Steps in the order in which they end.

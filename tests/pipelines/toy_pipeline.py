@@ -16,7 +16,7 @@ def words(
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
 ) -> list:
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from tests.pipelines.toy_steps import WORDS
 
     outputs = {"words_out": words_out}
@@ -33,7 +33,7 @@ def letters(
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
 ):
-    from manyeyes.steps.base import run_step
+    from manyeyes.harness.base import run_step
     from tests.pipelines.toy_steps import LETTERS
 
     outputs = {"total_out": total_out}

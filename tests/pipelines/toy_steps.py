@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from manyeyes.errors import RecordError
-from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.harness.base import Reporter, Step, StepResult
 
 
 def words(reporter: Reporter, *, text: str, words_out: Path) -> StepResult:

@@ -9,12 +9,12 @@ import pytest
 
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RegistryError
+from manyeyes.harness.base import Reporter
+from manyeyes.harness.inputs import Inputs
 from manyeyes.model import match_checkpoint
 from manyeyes.recipe import change_recipe
 from manyeyes.steps import export_onnx as export_step
 from manyeyes.steps import register as register_step
-from manyeyes.steps.base import Reporter
-from manyeyes.steps.inputs import Inputs
 from tests.model_toys import toy_config, write_language_model
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 

@@ -18,7 +18,7 @@ from manyeyes.cli.parts import encoders_command, fusions_command, projectors_com
 from manyeyes.encoders import ENCODERS
 from manyeyes.errors import RecipeError
 from manyeyes.fusion import FUSIONS, build_fusion
-from manyeyes.projector import PROJECTORS
+from manyeyes.model.projector import PROJECTORS
 from manyeyes.runtime.templates import CHAT_TEMPLATES
 
 

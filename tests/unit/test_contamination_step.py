@@ -15,9 +15,9 @@ from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Problem, Record, Turn, read_image_file
 from manyeyes.errors import ValidationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.harness.base import Reporter, StepResult
+from manyeyes.harness.inputs import Inputs, compared_datasets
 from manyeyes.recipe import Recipe, load_recipe
-from manyeyes.steps.base import Reporter, StepResult
-from manyeyes.steps.inputs import Inputs, compared_datasets
 
 # The package's attribute of this name is the function.
 STEP = importlib.import_module("manyeyes.steps.validate_data")

@@ -25,8 +25,8 @@ from manyeyes.data.shards import SCHEMA, RecordReader
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.data.validation import validate_snapshot
 from manyeyes.errors import DataError, RecordError
+from manyeyes.harness.events import ErrorReport, error_line, find_error_line
 from manyeyes.recipe import MixturePart
-from manyeyes.steps.events import ErrorReport, error_line, find_error_line
 
 # Everything that some reader of lines takes for the end of one.
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"

@@ -16,8 +16,8 @@ from manyeyes.errors import RecipeError, SourceError
 from manyeyes.estimate import RecipeEstimate, as_rows, dry_run, stage_memory
 from manyeyes.estimate.dry_run import count_sample, image_shape
 from manyeyes.estimate.skeleton import estimate
-from manyeyes.language_model import language_model_config, load_language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_model, build_skeleton
+from manyeyes.model.language_model import language_model_config, load_language_model_config
 from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.training.optimizer import freeze_others, learning_rates
 from tests.model_toys import toy_spec, write_language_model

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation import bootstrap
 from manyeyes.evaluation.benchmarks.benchmark import mean_percent
-from manyeyes.evaluation.bootstrap import (
+from manyeyes.evaluation.statistics import bootstrap
+from manyeyes.evaluation.statistics.bootstrap import (
     Aggregate,
     Clusters,
     average_interval,
@@ -16,8 +16,8 @@ from manyeyes.evaluation.bootstrap import (
     seeded,
     standard_error,
 )
-from manyeyes.evaluation.interval import added_interval, score_interval
-from manyeyes.evaluation.scoring import clustered_error, clustered_mean
+from manyeyes.evaluation.statistics.interval import added_interval, score_interval
+from manyeyes.evaluation.statistics.scoring import clustered_error, clustered_mean
 from tests.benchmark_toys import f1, make_graded, make_row, pairs
 
 KINDS = ("F1", "mean", "clustered mean")

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import Benchmark, Item
-from manyeyes.evaluation.conditions import (
+from manyeyes.evaluation.answering.conditions import (
     CONDITIONS,
     GREY,
     Condition,
@@ -21,9 +20,10 @@ from manyeyes.evaluation.conditions import (
     other_images,
     plan_questions,
 )
+from manyeyes.evaluation.benchmarks import Benchmark, Item
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.looking import by_image, looking_sentence, looking_table
 from manyeyes.evaluation.outcomes import read_outcomes
+from manyeyes.evaluation.report.looking import by_image, looking_sentence, looking_table
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.runtime.bundle import Group
 from tests.benchmark_toys import make_row

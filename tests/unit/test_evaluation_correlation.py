@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.correlation import correlate, read_scores
-from manyeyes.evaluation.correlation_page import render_correlation
 from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.evaluation.report.correlation_page import render_correlation
+from manyeyes.evaluation.statistics.correlation import correlate, read_scores
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
 

@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation import encoder_cache
-from manyeyes.evaluation.cache_limits import CacheWarning
-from manyeyes.evaluation.encoder_cache import EncoderCache, EncoderCacheSettings, ImageCounts, encoder_cache_settings
+from manyeyes.evaluation.answering import encoder_cache
+from manyeyes.evaluation.answering.cache_limits import CacheWarning
+from manyeyes.evaluation.answering.encoder_cache import (
+    EncoderCache,
+    EncoderCacheSettings,
+    ImageCounts,
+    encoder_cache_settings,
+)
 from manyeyes.runtime.vision import ImageTokens
 
 SIZE = 4 * 8 * 4

@@ -18,7 +18,7 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.build import build_benchmark
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.groups import GROUPS, average_groups
-from manyeyes.evaluation.judge import JudgeError
+from manyeyes.evaluation.judging.judge import JudgeError
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard, TypeScore, read_scorecard
 from manyeyes.steps.merge_scorecards import merge

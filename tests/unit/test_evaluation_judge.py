@@ -11,7 +11,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from manyeyes.evaluation.judge import Judge, JudgeError, Verdict
+from manyeyes.evaluation.judging.judge import Judge, JudgeError, Verdict
 from manyeyes.recipe.judge import JudgeSpec
 from tests.judge_server import Trouble, completion, in_turn, judge_server
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import CheckpointError, EvaluationError, RecordError
-from manyeyes.evaluation.encoder_cache import ImageCounts
-from manyeyes.evaluation.processes import AnswererPool, ProcessLostWarning
+from manyeyes.evaluation.answering.encoder_cache import ImageCounts
+from manyeyes.evaluation.answering.processes import AnswererPool, ProcessLostWarning
 from manyeyes.runtime.bundle import Group
 from tests.pool_fakes import PoolSpec, asked
 
@@ -186,7 +186,7 @@ PARENT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from pathlib import Path
-from manyeyes.evaluation.processes import AnswererPool
+from manyeyes.evaluation.answering.processes import AnswererPool
 from manyeyes.runtime.bundle import Group
 from tests.pool_fakes import PoolSpec
 

@@ -11,19 +11,19 @@ import pytest
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.comparison import Champion, compare_scores, weigh_cost
 from manyeyes.evaluation.groups import GROUPS
-from manyeyes.evaluation.published import Published, load_published
-from manyeyes.evaluation.report import build_report, read_report, write_report
-from manyeyes.evaluation.report_contents import Report
-from manyeyes.evaluation.report_page import render_html, render_markdown
-from manyeyes.evaluation.report_words import verdict
-from manyeyes.evaluation.reproduction import describe_reproduction, merge_runs
+from manyeyes.evaluation.report.comparison import Champion, compare_scores, weigh_cost
+from manyeyes.evaluation.report.contents import Report
+from manyeyes.evaluation.report.page import render_html, render_markdown
+from manyeyes.evaluation.report.published import Published, load_published
+from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
+from manyeyes.evaluation.report.words import verdict
+from manyeyes.evaluation.report.writing import build_report, read_report, write_report
 from manyeyes.export.model_facts import count_model
+from manyeyes.harness.champion_scores import find_champion
 from manyeyes.pages import short_count
 from manyeyes.recipe import load_recipe
 from manyeyes.registry import champion as registry_champion
-from manyeyes.steps.champion_scores import find_champion
 from tests.report_toys import make_evaluation
 
 NAMES = ["mme", "mmbench", "seed", "gqa", "ocrbench", "easy-vqa"]
@@ -278,8 +278,8 @@ def test_a_published_score_above_the_maximum_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5-7B", "Mini-Gemini-7B-HD"])
 def test_published_sizes_are_those_of_the_recipe(name: str) -> None:
-    from manyeyes.language_model import language_model_config
     from manyeyes.model import build_skeleton
+    from manyeyes.model.language_model import language_model_config
 
     (model,) = [model for model in load_published().models if model.name == name]
     recipe = load_recipe(model.counted)

@@ -16,7 +16,7 @@ from manyeyes.evaluation.compare import ModelComparison, compare_results
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.results import read_results
 from manyeyes.evaluation.score import ScoreReport, score_predictions
-from manyeyes.evaluation.significance import compare_scores
+from manyeyes.evaluation.statistics.significance import compare_scores
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
 IMAGES = 30

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from manyeyes.evaluation import bootstrap
 from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded
-from manyeyes.evaluation.scoring import clustered_mean
-from manyeyes.evaluation.sub_scores import sub_score_intervals
+from manyeyes.evaluation.statistics import bootstrap
+from manyeyes.evaluation.statistics.scoring import clustered_mean
+from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 
 RANDOM = np.random.default_rng(5)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from manyeyes.errors import ShapeError
-from manyeyes.projector import Projector
+from manyeyes.model.projector import Projector
 
 
 def test_two_layers_with_gelu_between() -> None:

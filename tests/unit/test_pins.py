@@ -19,10 +19,10 @@ from manyeyes.data.contamination.search import open_source
 from manyeyes.data.snapshot import open_folder
 from manyeyes.data.validation import read_suite
 from manyeyes.errors import RecipeError, SourceError
+from manyeyes.harness.base import Reporter
 from manyeyes.pins import pin_recipe, pin_source
 from manyeyes.recipe import change_recipe, list_recipes, load_recipe
 from manyeyes.sources import resolve_source
-from manyeyes.steps.base import Reporter
 from manyeyes.steps.plan_ablation import plan_ablation
 from manyeyes.steps.preflight_checks import estimate_recipe
 from manyeyes.steps.resolve_data import resolve_data

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import PreflightError
+from manyeyes.harness.base import LocalArtifact, Reporter, run_step
+from manyeyes.harness.events import ErrorReport
 from manyeyes.recipe import Recipe
 from manyeyes.registry.tracking import connect
 from manyeyes.steps import preflight_checks
-from manyeyes.steps.base import LocalArtifact, Reporter, run_step
-from manyeyes.steps.events import ErrorReport
 from manyeyes.steps.preflight import STEP, as_table, preflight
 from manyeyes.steps.preflight_checks import Check, Need, check_disk, check_memory, check_sources, find_data
 from tests.pipelines.checkout import push

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from manyeyes.evaluation.judge import Judge, JudgeError
+from manyeyes.evaluation.judging.judge import Judge, JudgeError
 from manyeyes.recipe import Recipe
 from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.steps.judge_check import check_judge

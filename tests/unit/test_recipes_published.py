@@ -19,8 +19,8 @@ from manyeyes.estimate import ParameterCounts
 from manyeyes.estimate.dry_run import image_shape
 from manyeyes.estimate.skeleton import count_parameters, estimate
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.language_model import language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
+from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageSpec, list_recipes, load_recipe
 from manyeyes.runtime.templates import get_chat_template
 from manyeyes.sources import committed_config

@@ -19,7 +19,7 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
 from manyeyes.evaluation.scorecard import Scorecard
-from manyeyes.evaluation.significance import compare_scores
+from manyeyes.evaluation.statistics.significance import compare_scores
 from manyeyes.recipe import (
     ContaminationRule,
     FloorRule,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import RecordError, StorageError
+from manyeyes.harness.base import LocalArtifact, Reporter, Step, StepResult, as_user_error, run_step
+from manyeyes.harness.events import ErrorReport, EventReader, emit
 from manyeyes.pages import step_page
-from manyeyes.steps.base import LocalArtifact, Reporter, Step, StepResult, as_user_error, run_step
-from manyeyes.steps.events import ErrorReport, EventReader, emit
 
 
 def double(reporter: Reporter, *, number: int, out: Path) -> StepResult:
@@ -166,7 +166,7 @@ def test_step_ends_when_the_holder_of_the_lock_is_killed(tmp_path: Path) -> None
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     code = (
-        "import time; from pathlib import Path; from manyeyes.steps.base import *\n"
+        "import time; from pathlib import Path; from manyeyes.harness.base import *\n"
         "def sleep(reporter): print('working', flush=True); time.sleep(60)\n"
         "a = lambda name: LocalArtifact(name)\n"
         "run_step(Step('sleep', sleep, tracked=False), metrics=a('m'), report=a('r'), notes=a('n'))"

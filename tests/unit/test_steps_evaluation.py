@@ -11,12 +11,12 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, CheckpointError, EvaluationError, RegistryError
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
-from manyeyes.evaluation.report import read_report
+from manyeyes.evaluation.report.writing import read_report
 from manyeyes.evaluation.scorecard import read_scorecard
-from manyeyes.steps import inputs as step_inputs
+from manyeyes.harness import inputs as step_inputs
+from manyeyes.harness.base import Reporter
+from manyeyes.registry.model_location import ModelLocation, fetch_model, locate_model
 from manyeyes.steps import merge_scorecards as merging
-from manyeyes.steps.base import Reporter
-from manyeyes.steps.model_location import ModelLocation, fetch_model, locate_model
 from manyeyes.steps.plan_evaluation import ask_benchmarks
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import make_bundle

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.cli.summarise import in_words, summarise
 from manyeyes.errors import PipelineError, RecipeError, SnapshotError
+from manyeyes.harness import code_digest as code_digest_module
+from manyeyes.harness.base import Reporter
+from manyeyes.harness.code_digest import code_digest
+from manyeyes.harness.events import Artifact, Event
+from manyeyes.harness.inputs import is_absent, locate_data, mark_absent, open_inputs, training_datasets
+from manyeyes.harness.summary import RunSummary, StepSummary, union_seconds, write_summary
+from manyeyes.kubeflow.summarise import in_words, summarise
 from manyeyes.pages import Curve, draw_curves, readable, step_page
 from manyeyes.recipe import load_recipe
-from manyeyes.steps import code_digest as code_digest_module
-from manyeyes.steps.base import Reporter
-from manyeyes.steps.code_digest import code_digest
-from manyeyes.steps.events import Artifact, Event
-from manyeyes.steps.inputs import is_absent, locate_data, mark_absent, open_inputs, training_datasets
 from manyeyes.steps.prealign_encoder import prealign_encoder
 from manyeyes.steps.pretrain_projector import by_encoder, pretrain_projector
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.steps.sft import sft
-from manyeyes.steps.summary import RunSummary, StepSummary, union_seconds, write_summary
 
 
 @pytest.fixture

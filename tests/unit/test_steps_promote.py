@@ -9,9 +9,9 @@ import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import RegistryError
+from manyeyes.harness.base import Reporter
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import read_aliases
-from manyeyes.steps.base import Reporter
 from manyeyes.steps.promote_version import promote_version
 from manyeyes.steps.restore_previous import restore_previous
 from tests.evaluation_fakes import make_snapshot

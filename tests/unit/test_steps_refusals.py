@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import DataError, RegistryUnreachableError
-from manyeyes.steps.base import LocalArtifact, Reporter, Step, StepResult, run_step
-from manyeyes.steps.events import ErrorReport, error_line, find_error_line
+from manyeyes.harness.base import LocalArtifact, Reporter, Step, StepResult, run_step
+from manyeyes.harness.events import ErrorReport, error_line, find_error_line
 
 ADDRESS = "s3://bucket/train/run-1/sft/5f1c/metrics"
 

@@ -15,15 +15,15 @@ from manyeyes.errors import EvaluationError, PipelineError, RecipeError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded
 from manyeyes.evaluation.benchmarks.benchmark import mean_percent
 from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
+from manyeyes.harness.base import Reporter, StepResult
+from manyeyes.harness.inputs import mark_absent
 from manyeyes.recipe import load_recipe
+from manyeyes.search.search import MAX_ROUNDS, has_ended, read_search
+from manyeyes.search.trial import difference, mean_score, read_trial
+from manyeyes.search.variant import Variant, parse_variant
 from manyeyes.steps.advance_search import NOTHING, advance_search
-from manyeyes.steps.base import Reporter, StepResult
 from manyeyes.steps.compare_trials import Comparison, compare_trials
-from manyeyes.steps.inputs import mark_absent
-from manyeyes.steps.search import MAX_ROUNDS, has_ended, read_search
 from manyeyes.steps.start_search import start_search
-from manyeyes.steps.trial import difference, mean_score, read_trial
-from manyeyes.steps.variant import Variant, parse_variant
 from tests.evaluation_fakes import make_snapshot
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark, make_trial
 

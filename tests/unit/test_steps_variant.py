@@ -7,10 +7,10 @@ import json
 import pytest
 
 from manyeyes.errors import PipelineError, RecipeError
+from manyeyes.harness.base import Reporter
 from manyeyes.recipe import Recipe, change_recipe, load_recipe
-from manyeyes.steps.base import Reporter
+from manyeyes.search.variant import MAX_VARIANTS, Variant, keep_encoders, parse_variant, read_grid
 from manyeyes.steps.plan_ablation import plan_ablation
-from manyeyes.steps.variant import MAX_VARIANTS, Variant, keep_encoders, parse_variant, read_grid
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import RecordError
+from manyeyes.harness.base import Reporter, StepResult, telling_why
+from manyeyes.harness.traces import pipeline_tags
+from manyeyes.harness.webhook import post_json
 from manyeyes.registry.run_history import step_records
 from manyeyes.registry.tracking import connect, start_parent_run, step_run
 from manyeyes.steps import summarise_run as summarise_module
-from manyeyes.steps.base import Reporter, StepResult, telling_why
 from manyeyes.steps.summarise_run import RunNotice, summarise_run
-from manyeyes.steps.traces import pipeline_tags
-from manyeyes.steps.webhook import post_json
 from tests.registry_store import store_uri
 
 REGISTERED = {

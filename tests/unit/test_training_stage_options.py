@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RecipeError
-from manyeyes.language_model import decoder_of
 from manyeyes.model import build_model, build_skeleton, load_checkpoint
+from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
 from manyeyes.training.batches import processor_of_stage
 from manyeyes.training.lora import AdaptedLinear, adapters_alone, add_adapters, merge_adapters

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.encoders import build_encoder, load_encoder_weights
-from manyeyes.language_model import find_image_token_id, load_language_model
+from manyeyes.model.language_model import find_image_token_id, load_language_model
 from manyeyes.runtime.chat import encode_conversation, get_chat_template, stop_token_ids
 from manyeyes.tokenizer_files import load_tokenizer
 from manyeyes.training.warmup import (

@@ -12,7 +12,7 @@ from manyeyes.errors import EvaluationError, ManyEyesError
 from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
-    from manyeyes.evaluation.compare_page import ReadImage
+    from manyeyes.evaluation.report.compare_page import ReadImage
     from manyeyes.evaluation.results import Results
 
 
@@ -35,8 +35,8 @@ def compare_command(
     image, and corrected for the number of benchmarks.
     """
     from manyeyes.evaluation.compare import COMPARE_FILE, compare_results, write_comparison
-    from manyeyes.evaluation.compare_page import render_comparison, render_comparison_text, shown_images
     from manyeyes.evaluation.output import write_file
+    from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text, shown_images
 
     ours, theirs = _results(first), _results(second)
     comparison = compare_results(ours, theirs)
@@ -69,10 +69,10 @@ def _results(given: str) -> Results:
             "what `manyeyes evaluate` or `manyeyes score` wrote, or a registered model",
             "Check the path.",
         )
+    from manyeyes.harness.inputs import cache_dir
     from manyeyes.registry.evidence import BUNDLE_SCORECARD, EVIDENCE_PATH, download
     from manyeyes.registry.references import ModelReference, find_version, parse_model_reference
     from manyeyes.registry.tracking import connect
-    from manyeyes.steps.inputs import cache_dir
 
     tracking = connect()
     version = find_version(tracking, parse_model_reference(given))
@@ -85,8 +85,8 @@ def _results(given: str) -> Results:
 
 def _images(wanted: dict[str, set[str]], data_md5: str, data_folder: str, data_remote: str) -> tuple[ReadImage, str]:
     """What reads the pictures, and why there are none."""
-    from manyeyes.evaluation.compare_images import read_images
-    from manyeyes.steps.inputs import open_data
+    from manyeyes.evaluation.report.compare_images import read_images
+    from manyeyes.harness.inputs import open_data
 
     found: dict[tuple[str, str], bytes] = {}
     missing = ""

@@ -49,7 +49,7 @@ def contamination_command(
     from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.snapshot import open_folder
     from manyeyes.errors import DataError
-    from manyeyes.steps.inputs import cache_dir
+    from manyeyes.harness.inputs import cache_dir
 
     try:
         thresholds = Thresholds(

@@ -35,14 +35,14 @@ def convert_command(
     in OUT/conversion.json. With --to, SOURCE is a checkpoint of ManyEyes.
     """
     if layout is not None:
-        from manyeyes.checkpoints.to_llava import write_llava
+        from manyeyes.converters.to_llava import write_llava
 
         if any((encoders, encoder_config, base, template)):
             raise click.UsageError("--to goes alone")
         write_llava(Path(source), out)
         click.echo(str(out))
         return
-    from manyeyes.checkpoints.convert import convert
+    from manyeyes.converters.convert import convert
 
     report = convert(source, out, encoders=encoders, encoder_configs=encoder_config, base=base, template=template)
     recomputed = sum(why.startswith("recomputed") for why in report.left.values())
@@ -73,7 +73,7 @@ def logits_command(
         raise click.UsageError("give either --prompt or --ids")
     if images and pixels is not None:
         raise click.UsageError("give either --image or --pixels")
-    from manyeyes.checkpoints.logits import prompt_logits, save_logits
+    from manyeyes.converters.logits import prompt_logits, save_logits
 
     result = prompt_logits(
         checkpoint, prompt=prompt, images=[image.read_bytes() for image in images], ids=ids, pixels=pixels

@@ -19,9 +19,9 @@ def correlate_command(tables: tuple[Path, ...], groups: int, out: Path) -> None:
     TABLES: CSV with a column of models and one a benchmark, JSON {model: {benchmark: score}}, or folders that
     `manyeyes evaluate` wrote, a model each. Writes correlation.json and correlation.html into --out.
     """
-    from manyeyes.evaluation.correlation import CORRELATION_FILE, correlate, read_scores
-    from manyeyes.evaluation.correlation_page import render_correlation
     from manyeyes.evaluation.output import write_file
+    from manyeyes.evaluation.report.correlation_page import render_correlation
+    from manyeyes.evaluation.statistics.correlation import CORRELATION_FILE, correlate, read_scores
 
     found = correlate(read_scores(tables), groups=groups)
     write_file(out / "correlation.html", render_correlation(found).encode())

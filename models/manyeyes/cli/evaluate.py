@@ -14,7 +14,7 @@ from manyeyes.errors import EvaluationError
 
 if TYPE_CHECKING:
     from manyeyes.recipe import Recipe
-    from manyeyes.steps.model_location import ModelLocation
+    from manyeyes.registry.model_location import ModelLocation
 
 
 @click.command("evaluate")
@@ -56,7 +56,7 @@ def evaluate_command(
     """
     from manyeyes.cli.step import run_from_files
     from manyeyes.recipe import load_recipe, parse_overrides
-    from manyeyes.steps.model_location import locate_model
+    from manyeyes.registry.model_location import locate_model
 
     loaded = load_recipe(recipe, overrides=parse_overrides(list(assignments)))
     asked = choose_benchmarks(loaded, names=benchmarks, max_items=max_items, variants=variants)
@@ -118,8 +118,8 @@ def model_folder(location: ModelLocation) -> Path:
         RegistryError: The registry has lost it.
         StorageError: No space, or no permission.
     """
-    from manyeyes.steps.inputs import cache_dir
-    from manyeyes.steps.model_location import fetch_model
+    from manyeyes.harness.inputs import cache_dir
+    from manyeyes.registry.model_location import fetch_model
 
     if "://" not in location.place and not location.place.startswith("models:/"):
         return Path(location.place)

@@ -11,8 +11,8 @@ from manyeyes.cli.group import OutPath
 
 if TYPE_CHECKING:
     from manyeyes.errors import EvaluationError
-    from manyeyes.evaluation.ensembles import EnsembleReport, Scheme
-    from manyeyes.evaluation.judging import JudgeReport
+    from manyeyes.evaluation.judging.ensembles import EnsembleReport, Scheme
+    from manyeyes.evaluation.judging.scoring import JudgeReport
     from manyeyes.evaluation.score import ScoreReport
     from manyeyes.recipe.judge import JudgeSpec
 
@@ -69,11 +69,11 @@ def judge_command(
     """
     from manyeyes.errors import EvaluationError
     from manyeyes.evaluation.benchmarks import find_benchmark
-    from manyeyes.evaluation.ensembles import BENCHMARK, score_ensemble
-    from manyeyes.evaluation.judge import Judge
-    from manyeyes.evaluation.judging import find_judging, judge_predictions
+    from manyeyes.evaluation.judging.ensembles import BENCHMARK, score_ensemble
+    from manyeyes.evaluation.judging.judge import Judge
+    from manyeyes.evaluation.judging.scoring import find_judging, judge_predictions
     from manyeyes.evaluation.score import match_predictions, read_predictions, read_references, unmatched
-    from manyeyes.steps.inputs import cache_dir
+    from manyeyes.harness.inputs import cache_dir
 
     folder = out or Path("runs") / "judge" / benchmark
 

@@ -20,7 +20,7 @@ from manyeyes.cli.group import Group as _Group
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.judge import judge_command
 from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
-from manyeyes.cli.pipeline_commands import pipeline as pipeline_group
+from manyeyes.cli.pipeline import pipeline as pipeline_group
 from manyeyes.cli.reliance import reliance_command
 from manyeyes.cli.score import score_command
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
@@ -94,10 +94,10 @@ def run(
     """Run a compiled PIPELINE on this machine."""
     from rich.console import Console
 
-    from manyeyes.cli.parameters import local_parameters
-    from manyeyes.cli.progress import ProgressView
-    from manyeyes.cli.run import RunOptions, find_pipeline, run_pipeline
-    from manyeyes.cli.summarise import in_words
+    from manyeyes.kubeflow.parameters import local_parameters
+    from manyeyes.kubeflow.progress import ProgressView
+    from manyeyes.kubeflow.run import RunOptions, find_pipeline, run_pipeline
+    from manyeyes.kubeflow.summarise import in_words
 
     path = find_pipeline(pipeline, root=Path())
     if importlib.util.find_spec("kfp") is None:

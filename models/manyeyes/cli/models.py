@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from manyeyes.harness.inputs import cache_dir
 from manyeyes.registry.versions import RegisteredVersion, describe, parse_model_reference, promote, pull, rollback
-from manyeyes.steps.inputs import cache_dir
 
 
 def pulled_bundle(reference: str) -> Path:

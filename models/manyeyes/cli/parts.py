@@ -77,7 +77,7 @@ def projectors_command(name: str | None) -> None:
             click.echo(f"{key:<26} {', '.join(options) or 'no options'}")
         return
     if name not in rows:
-        from manyeyes.projector import projector_options
+        from manyeyes.model.projector import projector_options
 
         projector_options(name)  # says which name is nearest
     _show_options(rows[name], where="model.projector.options")
@@ -111,7 +111,7 @@ def _all_fusions() -> dict[str, Any]:
 
 
 def _all_projectors() -> dict[str, Any]:
-    from manyeyes.projector import PROJECTORS
+    from manyeyes.model.projector import PROJECTORS
 
     return {key: _options(options) for key, options in PROJECTORS.items()}
 

@@ -1,289 +1,329 @@
-"""The only module of the package that knows kfp: compiles pipelines and runs a compiled one on this machine.
-
-``manyeyes run`` starts this module in a child process (``python -m manyeyes.cli.pipeline RUN_DIR``), because kfp.local
-prints pages, replaces ``builtins.print`` and changes the root logger: here all of that goes to ``pipeline.log``.
-"""
+"""``manyeyes pipeline ...``: compile, and what a Kubeflow endpoint is asked to do."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import signal
 import sys
-import threading
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+import click
 
-from manyeyes.cli.profiles import Profile
-from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
-from manyeyes.recipe import list_recipes
-from manyeyes.steps.base import OTHER_ERROR, USER_ERROR, describe_failure
-from manyeyes.steps.events import Artifact, ErrorReport, emit
-from manyeyes.steps.runner_death import wait_for_runner_death
-from manyeyes.terminal import replace_unknown_characters
+from manyeyes.cli.group import Group, OutPath
+from manyeyes.errors import PipelineError, did_you_mean
 
-REQUEST_FILE = "request.json"
-IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"
-# A compiled pipeline is a quarter of a megabyte; libyaml, where it is there, reads it ten times faster.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Every pipeline: its name, and where its function is. The module is pipelines/<name>.py of a checkout.
-PIPELINES: dict[str, str] = {
-    "train": "pipelines.train:train",
-    "evaluate": "pipelines.evaluate:evaluate",
-    "search_encoders": "pipelines.search_encoders:search_encoders",
-    "ablate": "pipelines.ablate:ablate",
-    "promote": "pipelines.promote:promote",
-    "rollback": "pipelines.rollback:rollback",
-}
+if TYPE_CHECKING:
+    from manyeyes.kubeflow.endpoint import Endpoint
+
+USER_ERROR = 2
+OTHER_ERROR = 1
+INTERRUPTED = 130
+COMPILED = Path("pipelines/compiled")
+# For what names an image or a profile: the committed files name neither.
+COMPILED_FOR_CLUSTER = Path("runs/compiled")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class RunRequest(BaseModel):
-    """``request.json``: what the child process is to run."""
+@click.group(cls=Group)
+def pipeline() -> None:
+    """Compile pipelines; upload, run and schedule them on a Kubeflow endpoint.
 
-    model_config = ConfigDict(extra="forbid")
-
-    pipeline: str = Field(description="Path of the compiled YAML.")
-    name: str = Field(description="Pipeline name.")
-    arguments: dict[str, Any] = Field(description="Pipeline parameters.")
-    cache_dir: str = Field(description="Folder of the step cache.")
-    use_cache: bool = Field(description="False: every step runs.")
-    tracked: bool = Field(description="Whether an MLflow run is made around the steps.")
-    tags: dict[str, str] = Field(default_factory=dict, description="Tags of that MLflow run.")
-
-
-# --- compiling ---------------------------------------------------------------------------------------------------
-
-
-def compile_pipeline(
-    name: str, out: Path, *, root: Path = Path(), image: str = "", profile: Profile | None = None
-) -> Path:
-    """Compile ``pipelines/<name>.py`` of a checkout and inject the drop-downs.
-
-    The SDK cannot emit ``literals`` (``typing.Literal`` in a signature is refused), the backend and the UI read them:
-    https://github.com/kubeflow/pipelines/pull/12839. Remove the injection when the SDK can.
-
-    Args:
-        name: Pipeline name.
-        out: YAML file to write.
-        root: The checkout.
-        image: ``REF@sha256:...`` that the steps run in, and whose digest becomes their code digest. Empty: the tag of
-            this version, as in the committed file.
-        profile: What a cluster needs; none in the committed file.
-
-    Raises:
-        PipelineError: No such pipeline, not in a checkout, or an image without a digest.
+    KFP_ENDPOINT says where the endpoint is; KFP_TOKEN_FILE, KFP_TOKEN or KFP_COOKIE sign in; KFP_NAMESPACE is the
+    user's namespace in Kubeflow of several users.
     """
-    if name not in PIPELINES or not (root / "pipelines" / f"{name}.py").is_file():
-        raise PipelineError(
-            f'pipeline is "{name}", and {root.resolve()} has no pipelines/{name}.py',
-            "a checkout of ManyEyes and one of its pipelines",
-            f"{did_you_mean(name, PIPELINES)}Change to the checkout.",
-        )
-    digest = image_digest(image) if image else ""
-    from kfp import compiler
-
-    if str(root.resolve()) not in sys.path:
-        sys.path.insert(0, str(root.resolve()))
-    module, _, function = PIPELINES[name].partition(":")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.stem}.tmp.yaml")
-    compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(temporary))
-    text = temporary.read_text(encoding="utf-8")
-    documents = list(yaml.load_all(text, Loader=_LOADER))
-    _inject_literals(documents[0], {"recipe": list_recipes()})
-    if digest:
-        _put_image(documents[0], image, digest)
-    if profile is not None:
-        from manyeyes.cli.profile_compiler import apply_profile
-
-        documents = apply_profile(documents, profile)
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
-    temporary.write_text("\n".join(comments) + "\n" + body, encoding="utf-8")
-    temporary.replace(out)
-    return out
 
 
-def image_digest(image: str) -> str:
-    """The 64 hexadecimal digits of ``REF@sha256:...``.
+def _endpoint_options(command: F) -> F:
+    return click.option("--endpoint", "url", default="", metavar="URL", help="KFP_ENDPOINT by default.")(command)
 
-    Raises:
-        PipelineError: An image without a digest: a tag may mean other code tomorrow, and Kubeflow's cache would not see
-            it (https://github.com/kubeflow/pipelines/issues/13862).
+
+def _recipe_options(command: F) -> F:
+    command = click.option(
+        "--recipe", default="", metavar="NAME|FILE", help="A shipped recipe, or your own YAML file."
+    )(command)
+    command = click.option(
+        "--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe."
+    )(command)
+    return click.option("--param", "given", multiple=True, metavar="NAME=VALUE", help="A pipeline parameter.")(command)
+
+
+def _connect(url: str) -> Endpoint:
+    from manyeyes.kubeflow.endpoint import Endpoint
+    from manyeyes.kubeflow.endpoint_transport import EndpointSettings
+
+    return Endpoint(EndpointSettings.from_environment(url))
+
+
+@pipeline.command("compile")
+@click.argument("names", nargs=-1)
+@click.option("--image", default="", metavar="REF@sha256:...", help="What the steps run in.")
+@click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
+@click.option(
+    "--out",
+    type=OutPath(),
+    default=None,
+    help=f"Folder; {COMPILED} by default, {COMPILED_FOR_CLUSTER} with an image or a profile.",
+)
+def compile_command(names: Sequence[str], image: str, profile: str, out: Path | None) -> None:
+    """Write NAME.yaml of each pipeline; all pipelines by default."""
+    from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
+    from manyeyes.kubeflow.profiles import load_profile
+
+    settings = load_profile(profile) if profile else None
+    folder = out or (COMPILED_FOR_CLUSTER if image or profile else COMPILED)
+    for name in names or PIPELINES:
+        click.echo(str(compile_pipeline(name, folder / f"{name}.yaml", image=image, profile=settings)))
+
+
+@pipeline.command("upload")
+@click.argument("names", nargs=-1)
+@click.option("--image", default="", metavar="REF@sha256:...", help="What the steps run in.")
+@click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
+@_endpoint_options
+def upload_command(names: Sequence[str], image: str, profile: str, url: str) -> None:
+    """Add a version of each pipeline NAME to the endpoint; all pipelines by default.
+
+    A version is named <package version>-<git commit>-<image digest, first 12>; one that is there is left alone.
     """
-    match = re.fullmatch(r"[\w][\w.:/-]*@sha256:([0-9a-f]{64})", image)
-    if match is None:
-        raise PipelineError(
-            f'image is "{image}"',
-            "a reference with a digest: REGISTRY/NAME@sha256:<64 hexadecimal digits>",
-            "Push the image and take the digest that the push prints, or ask: docker buildx imagetools inspect IMAGE",
-        )
-    return match[1]
+    from manyeyes.kubeflow.pipeline import PIPELINES, image_digest
+    from manyeyes.kubeflow.uploading import upload_pipeline
+
+    image_digest(image)
+    for name in names:
+        if name not in PIPELINES:
+            raise PipelineError(
+                f'pipeline is "{name}"', f"one of {', '.join(PIPELINES)}", did_you_mean(name, PIPELINES)
+            )
+    with _connect(url) as endpoint:
+        for name in names or PIPELINES:
+            done = upload_pipeline(endpoint, name, image=image, profile=profile)
+            if done.dirty:
+                click.echo("warning: the checkout differs from its commit; the version's name says so", err=True)
+            click.echo(f"{done.pipeline}  {done.version}  {'uploaded' if done.new else 'was there already'}")
 
 
-def _inject_literals(spec: dict[str, Any], literals: dict[str, list[str]]) -> None:
-    parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    for name, values in literals.items():
-        if name in parameters:
-            parameters[name]["literals"] = values
+@pipeline.command("run")
+@click.argument("name")
+@_recipe_options
+@click.option("--version", default="", help="Name of a version; the newest by default.")
+@click.option("--name", "run_name", default="", help="Name of the run; one of that name is not started twice.")
+@click.option("--experiment", default="manyeyes", show_default=True, help="Kubeflow experiment to list it under.")
+@click.option("--service-account", default="", help="Kubernetes account of the pods; the endpoint's default.")
+@click.option("--follow", is_flag=True, help="Show each task's state until the run ends.")
+@click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@_endpoint_options
+def run_command(
+    name: str,
+    given: Sequence[str],
+    assignments: Sequence[str],
+    recipe: str,
+    version: str,
+    run_name: str,
+    experiment: str,
+    service_account: str,
+    follow: bool,
+    poll_s: float,
+    url: str,
+) -> None:
+    """Start pipeline NAME on the endpoint.
 
-
-def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:
-    for executor in spec["deploymentSpec"]["executors"].values():
-        if "container" in executor:
-            container = executor["container"]
-            container["image"] = image
-            others = [variable for variable in container.get("env", []) if variable["name"] != IMAGE_DIGEST]
-            container["env"] = [*others, {"name": IMAGE_DIGEST, "value": f"sha256:{digest}"}]
-
-
-# --- running, in the child process -------------------------------------------------------------------------------
-
-
-def execute(run_dir: Path) -> int:
-    """Run the request in ``run_dir`` with kfp.local; exit code 0, or 1 when a step failed."""
-    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
-    from kfp import components, local
-
-    # The image runs on a cluster only; here a task is a process in this environment.
-    warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python base")
-    warnings.filterwarnings("ignore", message="Task .* have no effect in the current local runner")
-    if " " in sys.executable:
-        # kfp.local pastes sys.executable into a shell command without quotes.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        sys.executable = "python3"
-    local.init(
-        local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(run_dir / "steps"),
-        raise_on_error=False,
-        enable_caching=request.use_cache,
-        cache_root=request.cache_dir,
-    )
-    failed: list[str] = []
-    with _watched_tasks(run_dir / "steps", failed):
-        components.load_component_from_file(request.pipeline)(**request.arguments)
-    return 1 if failed else 0
-
-
-@contextmanager
-def _watched_tasks(pipeline_root: Path, failed: list[str]) -> Iterator[None]:
-    """Emit an event for each task that ends.
-
-    kfp.local has no callback, and a cached task has no process that could speak for itself. All orchestrators of
-    kfp 2.17 look ``execute_single_task`` up on its module for each task, so wrapping it there sees every task. Remove
-    when kfp.local reports its tasks.
+    With --follow the exit code is 0 for a run that succeeded, 2 for an error that you can mend, else 1.
     """
-    from kfp.local.orchestrator import task_executor
+    from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters, start_run
 
-    original: Callable[..., Any] = task_executor.execute_single_task
-
-    def watched(**call: Any) -> Any:
-        root = pipeline_root / call["pipeline_resource_name"]
-        component = call["task_spec"].component_ref.name.removeprefix("comp-")
-        task = "/".join([*_iterations(call["pipeline_resource_name"]), call["task_name"]])
-        began = time.time()
-        outputs, status = original(**call)
-        name = str(getattr(outputs.get("report"), "metadata", {}).get("step", call["task_name"].replace("-", "_")))
-        if status.name != "SUCCESS":
-            failed.append(task)
-            emit("broken", _name_of_failed(root / component) or name, task=task)
-            return outputs, status
-        artifacts = {
-            key: Artifact(path=str(value.path), metadata=dict(value.metadata))
-            for key, value in outputs.items()
-            if hasattr(value, "uri")
-        }
-        parameters = {key: value for key, value in outputs.items() if key not in artifacts}
-        # A task that ran wrote its executor's output after it began; a cached one has no folder in this run.
-        ran = (root / component / "executor_output.json").exists()
-        figure = str(getattr(outputs.get("report"), "metadata", {}).get("figure", ""))
-        emit(
-            "completed" if ran else "cached",
-            name,
-            task=task,
-            figure=figure,
-            seconds=time.time() - began,
+    with _connect(url) as endpoint:
+        chosen = find_version(endpoint, name, version)
+        parameters = run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments, recipe=recipe)
+        started, new = start_run(
+            endpoint,
+            chosen,
+            pipeline=name,
             parameters=parameters,
-            artifacts=artifacts,
+            name=run_name,
+            experiment=experiment,
+            service_account=service_account,
         )
-        return outputs, status
+        click.echo(f"{started.display_name}  {started.run_id}  {'started' if new else 'was there already'}")
+        if endpoint.settings.ui:
+            click.echo(f"{endpoint.settings.ui}/#/runs/details/{started.run_id}")
+        if follow:
+            _follow(endpoint, started.run_id, poll_s=poll_s)
+        else:
+            click.echo(f"follow it with: manyeyes pipeline status {started.run_id} --follow")
 
-    task_executor.execute_single_task = watched
+
+@pipeline.command("status")
+@click.argument("run", default="")
+@click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@_endpoint_options
+def status_command(run: str, follow: bool, poll_s: float, url: str) -> None:
+    """The tasks of RUN (a name or an id), and why it failed; without RUN, the newest runs."""
+    from manyeyes.kubeflow.endpoint_runs import find_run, task_states
+
+    with _connect(url) as endpoint:
+        if not run:
+            _list_runs(endpoint)
+            return
+        found = find_run(endpoint, run)
+        if follow:
+            _follow(endpoint, found.run_id, poll_s=poll_s)
+            return
+        click.echo(f"{found.display_name}  {found.run_id}  {(found.state or 'PENDING').lower()}")
+        for task in task_states(found):
+            took = f"  {task.seconds:,.0f} s" if task.seconds is not None else ""
+            click.echo(f"  {task.name:<28} {task.state.lower()}{took}")
+        if found.state == "FAILED":
+            _show_failures(endpoint, found)
+
+
+def _list_runs(endpoint: Endpoint) -> None:
+    from manyeyes.kubeflow.endpoint_runs import list_runs
+
+    runs = list_runs(endpoint)
+    if not runs:
+        click.echo("no runs yet; start one with: manyeyes pipeline run train")
+    for run in runs:
+        created = f"{run.created_at:%Y-%m-%d %H:%M}" if run.created_at else ""
+        click.echo(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {created}  {run.display_name}")
+
+
+def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float) -> None:
+    from manyeyes.kubeflow.endpoint_runs import follow_run
+
+    again = f"the run goes on; follow it with: manyeyes pipeline status {run_id} --follow"
     try:
-        yield
-    finally:
-        task_executor.execute_single_task = original
-
-
-def _iterations(resource_name: str) -> list[str]:
-    return resource_name.split("/")[1:]
-
-
-def _name_of_failed(task_root: Path) -> str:
-    path = task_root / "error.json"
-    return ErrorReport.model_validate_json(path.read_text(encoding="utf-8")).step if path.is_file() else ""
-
-
-class _Stopped(BaseException):
-    """SIGTERM or the runner's death."""
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    # A second signal must not cut off the clearing up after the first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Stopped
-
-
-def _end_group() -> None:
-    # The steps' processes and shells are in this process's group: they get the signal, too.
-    os.killpg(0, signal.SIGTERM)
-
-
-def main(run_dir: Path) -> int:
-    """Entry of the child process; returns its exit code."""
-    replace_unknown_characters()
-    signal.signal(signal.SIGTERM, _stop)
-    lock = os.environ.get("MANYEYES_RUN_LOCK")
-    if lock:
-        threading.Thread(target=wait_for_runner_death, args=(Path(lock), _end_group), daemon=True).start()
-    request = RunRequest.model_validate_json((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
-    try:
-        return _execute_tracked(run_dir, request) if request.tracked else execute(run_dir)
-    except _Stopped:
-        return 128 + signal.SIGTERM
-    except (ManyEyesError, OSError) as error:
-        record = describe_failure("start", error)
-        emit("failed", "start", error=record)
-        traceback.print_exception(error)
-        return USER_ERROR if record.user_error else OTHER_ERROR
-
-
-def _execute_tracked(run_dir: Path, request: RunRequest) -> int:
-    from manyeyes.registry import tracking
-
-    tracking.connect()
-    os.environ["MANYEYES_PARENT_RUN_ID"] = tracking.start_parent_run(run_dir.name, tags=request.tags)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        code = execute(run_dir)
-        status = "FAILED" if code else "FINISHED"
-        return code
-    except _Stopped:
-        status = "KILLED"
+        run = follow_run(endpoint, run_id, say=click.echo, poll_s=poll_s)
+    except KeyboardInterrupt:
+        click.echo(f"\n{again}", err=True)
+        sys.exit(INTERRUPTED)
+    except PipelineError:
+        click.echo(again, err=True)
         raise
-    finally:
-        tracking.end_parent_run(status)
+    if run.state == "SUCCEEDED":
+        return
+    if run.state != "FAILED":
+        click.echo(f"run {run.display_name} was {(run.state or 'ended').lower()}", err=True)
+        sys.exit(OTHER_ERROR)
+    mendable = _show_failures(endpoint, run)
+    sys.exit(USER_ERROR if mendable else OTHER_ERROR)
 
 
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+def _show_failures(endpoint: Endpoint, run: Any) -> bool:
+    """Print why a run failed; whether a user can mend all of it."""
+    from manyeyes.kubeflow.endpoint_runs import failures_of
+
+    reports = failures_of(endpoint, run)
+    for report in reports:
+        click.echo(f"{report.step}: {report.error}", err=True)
+        for field in ("found", "needed", "do"):
+            click.echo(f"  {field:<7} {getattr(report, field)}", err=True)
+    return all(report.user_error for report in reports)
+
+
+# --- recurring runs ------------------------------------------------------------------------------------------------
+
+
+@pipeline.group("schedule", cls=Group)
+def schedule() -> None:
+    """Runs that start by themselves."""
+
+
+@schedule.command("create")
+@click.argument("name")
+@click.option(
+    "--cron", default="", metavar='"M H D M W"', help="When: five cron fields, or six with seconds first; UTC."
+)
+@click.option("--every", default="", metavar="6h", help="Or how often: a number and m, h, d or w.")
+@_recipe_options
+@click.option("--version", default="", help="Name of a version; the newest of today by default.")
+@click.option("--name", "schedule_name", default="", help="Name of the schedule; the pipeline's by default.")
+@click.option("--max-concurrency", default=1, show_default=True, type=click.IntRange(1, 10), help="Runs at one time.")
+@click.option("--catch-up", is_flag=True, help="Make up for starts that were missed.")
+@click.option("--experiment", default="manyeyes", show_default=True, help="Kubeflow experiment to list runs under.")
+@click.option("--service-account", default="", help="Kubernetes account of the pods; the endpoint's default.")
+@_endpoint_options
+def schedule_create(
+    name: str,
+    cron: str,
+    every: str,
+    given: Sequence[str],
+    assignments: Sequence[str],
+    recipe: str,
+    version: str,
+    schedule_name: str,
+    max_concurrency: int,
+    catch_up: bool,
+    experiment: str,
+    service_account: str,
+    url: str,
+) -> None:
+    """Run pipeline NAME again and again, always the same version."""
+    from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters
+    from manyeyes.kubeflow.schedules import create_schedule, in_words, make_trigger
+
+    trigger = make_trigger(cron=cron, every=every)
+    with _connect(url) as endpoint:
+        chosen = find_version(endpoint, name, version)
+        found, new = create_schedule(
+            endpoint,
+            chosen,
+            name=schedule_name or name,
+            trigger=trigger,
+            parameters=run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments, recipe=recipe),
+            max_concurrency=max_concurrency,
+            catch_up=catch_up,
+            experiment=experiment,
+            service_account=service_account,
+        )
+        click.echo(f"{found.display_name}  {in_words(found)}  {'created' if new else 'was there already'}")
+
+
+@schedule.command("list")
+@_endpoint_options
+def schedule_list(url: str) -> None:
+    """Names, when they run, and whether they are on."""
+    from manyeyes.kubeflow.schedules import in_words, list_schedules
+
+    with _connect(url) as endpoint:
+        for found in list_schedules(endpoint):
+            click.echo(f"{found.display_name:<28} {in_words(found)}")
+
+
+@schedule.command("disable")
+@click.argument("name")
+@_endpoint_options
+def schedule_disable(name: str, url: str) -> None:
+    """Keep schedule NAME, but start no more runs."""
+    from manyeyes.kubeflow.schedules import find_schedule
+
+    with _connect(url) as endpoint:
+        found = find_schedule(endpoint, name)
+        endpoint.schedules.recurring_run_service_disable_recurring_run(found.recurring_run_id)
+        click.echo(f"{name}  off")
+
+
+@schedule.command("enable")
+@click.argument("name")
+@_endpoint_options
+def schedule_enable(name: str, url: str) -> None:
+    """Switch schedule NAME on again."""
+    from manyeyes.kubeflow.schedules import find_schedule
+
+    with _connect(url) as endpoint:
+        found = find_schedule(endpoint, name)
+        endpoint.schedules.recurring_run_service_enable_recurring_run(found.recurring_run_id)
+        click.echo(f"{name}  on")
+
+
+@schedule.command("delete")
+@click.argument("name")
+@_endpoint_options
+def schedule_delete(name: str, url: str) -> None:
+    """Remove schedule NAME; its runs stay."""
+    from manyeyes.kubeflow.schedules import delete_schedule
+
+    with _connect(url) as endpoint:
+        delete_schedule(endpoint, name)
+        click.echo(f"{name}  deleted")

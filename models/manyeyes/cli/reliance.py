@@ -30,11 +30,11 @@ def reliance_command(
 
     Asks a recipe's benchmarks two times an encoder and once more; --set evaluation.max_items=500 keeps it short.
     """
+    from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
     from manyeyes.evaluation.reliance import measure_reliance, render_reliance_text, write_reliance
-    from manyeyes.evaluation.torch_answerer import TorchAnswerer
+    from manyeyes.harness.inputs import open_data
     from manyeyes.model import checkpoint_digest
     from manyeyes.recipe import load_recipe, parse_overrides
-    from manyeyes.steps.inputs import open_data
 
     report = measure_reliance(
         TorchAnswerer(checkpoint),

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from manyeyes.connection import VisualTokens
-from manyeyes.language_model import compute_logits, decoder_of
 from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model.connection import VisualTokens
+from manyeyes.model.language_model import compute_logits, decoder_of
+from manyeyes.model.reinjection import VISUAL_CONTEXT, VisualContext
 from manyeyes.processor import SHARED
-from manyeyes.reinjection import VISUAL_CONTEXT, VisualContext
 from manyeyes.runtime.tiling import TokenLayout, arrange_tokens
 
 _META = torch.device("meta")

@@ -17,8 +17,8 @@ from manyeyes.estimate import (
     stage_memory,
 )
 from manyeyes.estimate.dry_run import ImageShape, count_sample, image_shape
-from manyeyes.language_model import language_model_config
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
+from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups

@@ -18,7 +18,7 @@ from manyeyes.evaluation.outcomes import Outcome, OutcomeFile
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.results import ANSWERS, AskedScore, Results
 from manyeyes.evaluation.scorecard import Interval
-from manyeyes.evaluation.significance import POWER, PairedTest, average_difference, compare_scores, holm
+from manyeyes.evaluation.statistics.significance import POWER, PairedTest, average_difference, compare_scores, holm
 
 LEVEL = 0.05
 COMPARE_FILE = "compare.json"

@@ -15,18 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.evaluation.answer_cache import AnswerKeys, open_answers
-from manyeyes.evaluation.answerers import Answerer
-from manyeyes.evaluation.asking import Answered, EvaluationProgress, ask_benchmark
+from manyeyes.evaluation.answering.answer_cache import AnswerKeys, open_answers
+from manyeyes.evaluation.answering.answerers import Answerer
+from manyeyes.evaluation.answering.asking import Answered, EvaluationProgress, ask_benchmark
+from manyeyes.evaluation.answering.conditions import CONDITIONS, Condition, is_possible
+from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, Item, load_benchmarks
-from manyeyes.evaluation.conditions import CONDITIONS, Condition, is_possible
-from manyeyes.evaluation.encoder_cache import ImageCounts
 from manyeyes.evaluation.grading import UNJUDGED, GradedAnswers, grade_answers
 from manyeyes.evaluation.groups import average_groups
-from manyeyes.evaluation.interval import added_interval, score_interval
-from manyeyes.evaluation.judge import Judge
+from manyeyes.evaluation.judging.judge import Judge
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
-from manyeyes.evaluation.report import NO_CHAMPION, Champion, write_report
+from manyeyes.evaluation.report.writing import NO_CHAMPION, Champion, write_report
 from manyeyes.evaluation.scorecard import (
     BenchmarkScore,
     ConditionScore,
@@ -36,8 +35,9 @@ from manyeyes.evaluation.scorecard import (
     TypeScore,
     write_scorecard,
 )
-from manyeyes.evaluation.scoring import Estimate, clustered_mean
-from manyeyes.evaluation.sub_scores import sub_score_intervals
+from manyeyes.evaluation.statistics.interval import added_interval, score_interval
+from manyeyes.evaluation.statistics.scoring import Estimate, clustered_mean
+from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.export.model_facts import ModelFacts
 from manyeyes.recipe import Recipe
 

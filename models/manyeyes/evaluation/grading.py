@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from manyeyes.evaluation.answering.conditions import Condition
 from manyeyes.evaluation.benchmarks import Benchmark, Graded
-from manyeyes.evaluation.conditions import Condition
-from manyeyes.evaluation.judge import Judge
-from manyeyes.evaluation.judging import JUDGINGS, enough_judged, judge_items, name_judge
+from manyeyes.evaluation.judging.judge import Judge
+from manyeyes.evaluation.judging.scoring import JUDGINGS, enough_judged, judge_items, name_judge
 
 UNJUDGED = "it needs a judge: give evaluation.judge in the recipe"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from manyeyes.evaluation.benchmarks import find_benchmark
-from manyeyes.evaluation.bootstrap import average_interval
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.scorecard import BenchmarkScore, GroupAverage
+from manyeyes.evaluation.statistics.bootstrap import average_interval
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "general": ("mme", "mmbench", "seed", "gqa"),

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.answering.conditions import plan_questions
+from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, MultipleChoice, load_benchmarks
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.conditions import plan_questions
-from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import Interval
-from manyeyes.evaluation.significance import PairedTest, compare_scores, holm
-from manyeyes.evaluation.torch_answerer import TorchAnswerer
+from manyeyes.evaluation.statistics.interval import score_interval
+from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores, holm
 from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe
 

@@ -24,9 +24,9 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     is_of_type,
     refuse_hidden,
 )
-from manyeyes.evaluation.interval import score_interval
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.sub_scores import sub_score_intervals
+from manyeyes.evaluation.statistics.interval import score_interval
+from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.storage import check_out
 
 LISTED_IDS = 20

@@ -16,7 +16,7 @@ from pydantic import (
 
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
-from manyeyes.evaluation.judge import JudgeUse
+from manyeyes.evaluation.judging.judge import JudgeUse
 from manyeyes.evaluation.output import read_checked, write_file
 from manyeyes.export.model_facts import ModelFacts
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from manyeyes.connection import VisualTokens
 from manyeyes.errors import BundleError
 from manyeyes.export.tracing import export_graph
-from manyeyes.language_model import compute_logits, decoder_of
+from manyeyes.fusion.vision_sampler import VisionSampler, VisualWindows
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
-from manyeyes.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
+from manyeyes.model.connection import VisualTokens
+from manyeyes.model.language_model import compute_logits, decoder_of
+from manyeyes.model.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
 from manyeyes.runtime.bundle_contents import GraphSignature
 from manyeyes.runtime.tiling import NEWLINE, TokenLayout
 from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
-from manyeyes.vision_sampler import VisionSampler, VisualWindows
 
 # Sizes of the samples' axes; see ``manyeyes.export.tracing``.
 _ROWS, _QUERY, _PAST, _TILES, _LAID_OUT, _SIDE = 2, 3, 5, 7, 11, 32

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from manyeyes.cross_attention import attend_windows, split_windows
 from manyeyes.errors import ShapeError
+from manyeyes.fusion.cross_attention import attend_windows, split_windows
 from manyeyes.fusion.fusion import Fusion, FusionOptions, FusionRow, check_features, join_maps, resample_to_grid
-from manyeyes.vision_sampler import resample_map
+from manyeyes.fusion.vision_sampler import resample_map
 
 
 class MiningOptions(FusionOptions):

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from manyeyes.cross_attention import split_windows
 from manyeyes.errors import RecipeError, ShapeError
+from manyeyes.fusion.cross_attention import split_windows
 from manyeyes.fusion.fusion import Fusion, FusionOptions, FusionRow, check_features
-from manyeyes.vision_sampler import VisionSampler, VisualWindows, image_cells, resample_map
+from manyeyes.fusion.vision_sampler import VisionSampler, VisualWindows, image_cells, resample_map
 
 
 class AggregatorOptions(FusionOptions):

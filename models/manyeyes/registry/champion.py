@@ -7,7 +7,7 @@ from pathlib import Path
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.answerers import Answerer, BundleAnswerer
+from manyeyes.evaluation.answering.answerers import Answerer, BundleAnswerer
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.recipe import Recipe

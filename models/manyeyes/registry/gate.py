@@ -19,7 +19,7 @@ from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
-from manyeyes.evaluation.significance import PairedTest, compare_scores
+from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
 from manyeyes.recipe import (
     ContaminationRule,
     FloorRule,

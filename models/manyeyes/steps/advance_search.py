@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyeyes.errors import PipelineError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import is_absent
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import is_absent
-from manyeyes.steps.search import close_round, copy_trials, gains, read_search, trial_folder, write_search
-from manyeyes.steps.search_page import search_html, search_markdown
-from manyeyes.steps.trial import read_trial
+from manyeyes.search.search import close_round, copy_trials, gains, read_search, trial_folder, write_search
+from manyeyes.search.search_page import search_html, search_markdown
+from manyeyes.search.trial import read_trial
 
 NOTHING = [""]
 

@@ -20,7 +20,7 @@ def check_parts(model: ModelSpec) -> None:
     from manyeyes.encoders import build_encoder, encoder_row
     from manyeyes.encoders.skeleton import meta_device
     from manyeyes.fusion import build_fusion, fusion_row
-    from manyeyes.projector import check_projector_options
+    from manyeyes.model.projector import check_projector_options
 
     if model.chat.template != TOKENIZER_TEMPLATE:
         get_chat_template(model.chat.template)

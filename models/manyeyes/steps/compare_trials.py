@@ -10,12 +10,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import PipelineError
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import duration, span
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.trial import Difference, Trial, difference, read_trial
-from manyeyes.steps.trial_page import Row, render_trials, short_table
-from manyeyes.steps.variant import parse_variant
+from manyeyes.search.trial import Difference, Trial, difference, read_trial
+from manyeyes.search.trial_page import Row, render_trials, short_table
+from manyeyes.search.variant import parse_variant
 
 COMPARISON_FILE = "comparison.json"
 

@@ -12,13 +12,13 @@ from PIL import Image
 from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.export.model_facts import ModelFacts, count_checkpoint
-from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
-from manyeyes.steps.champion_scores import find_champion
-from manyeyes.steps.inputs import Inputs, open_inputs, work_dir
-from manyeyes.steps.summary import EXAMPLE_FILE, ExampleSummary
+from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
+from manyeyes.harness.champion_scores import find_champion
+from manyeyes.harness.inputs import Inputs, open_inputs, work_dir
+from manyeyes.harness.summary import EXAMPLE_FILE, ExampleSummary
 
 if TYPE_CHECKING:
-    from manyeyes.evaluation.asking import EvaluationProgress
+    from manyeyes.evaluation.answering.asking import EvaluationProgress
 
 
 def evaluate(
@@ -52,9 +52,9 @@ def evaluate(
         processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.
         registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
     """
-    from manyeyes.evaluation.answerers import AnswererSpec
-    from manyeyes.evaluation.answering import open_answerer
-    from manyeyes.evaluation.encoder_cache import encoder_cache_settings
+    from manyeyes.evaluation.answering.answerers import AnswererSpec
+    from manyeyes.evaluation.answering.encoder_cache import encoder_cache_settings
+    from manyeyes.evaluation.answering.opening import open_answerer
     from manyeyes.evaluation.evaluate import evaluate as evaluate_model
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
@@ -165,7 +165,7 @@ _LIGHT = ("pyarrow.parquet", "onnxruntime", "manyeyes.evaluation.evaluate", "man
 # A bundle is scored without torch, whose import takes seconds.
 STEPS: dict[str, Step] = {
     "torch": Step(
-        "evaluate", evaluate, imports=("manyeyes.evaluation.torch_answerer", *_LIGHT), outputs=("scorecard",)
+        "evaluate", evaluate, imports=("manyeyes.evaluation.answering.torch_answerer", *_LIGHT), outputs=("scorecard",)
     ),
     "bundle": Step("evaluate", evaluate, imports=_LIGHT, outputs=("scorecard",)),
 }

@@ -6,10 +6,10 @@ from itertools import groupby
 from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
+from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
+from manyeyes.harness.inputs import open_inputs
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle import Group
-from manyeyes.steps.base import Reporter, Step, StepResult, num_threads
-from manyeyes.steps.inputs import open_inputs
 
 
 def export_onnx(

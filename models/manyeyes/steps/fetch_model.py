@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import facts_table, step_page
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.model_location import ModelLocation
-from manyeyes.steps.model_location import fetch_model as fetch
+from manyeyes.registry.model_location import ModelLocation
+from manyeyes.registry.model_location import fetch_model as fetch
 
 
 def fetch_model(

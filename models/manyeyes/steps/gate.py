@@ -8,8 +8,8 @@ from typing import TypeVar
 import pydantic
 
 from manyeyes.errors import EvaluationError
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import cache_dir, open_inputs
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import cache_dir, open_inputs
 
 T = TypeVar("T", bound=pydantic.BaseModel)
 

@@ -26,8 +26,8 @@ def check_judge(recipe: Recipe) -> list[Check]:
         JudgeError: The gate needs the judge, which is away or busy.
     """
     from manyeyes.evaluation.benchmarks import BENCHMARKS
-    from manyeyes.evaluation.judge import Judge, JudgeError
-    from manyeyes.evaluation.judging import JUDGINGS
+    from manyeyes.evaluation.judging.judge import Judge, JudgeError
+    from manyeyes.evaluation.judging.scoring import JUDGINGS
 
     spec = recipe.evaluation.judge
     asked = [name for name in recipe.evaluation.benchmarks if name in BENCHMARKS]

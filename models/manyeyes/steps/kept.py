@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from manyeyes.steps.code_digest import code_digest
+from manyeyes.harness.code_digest import code_digest
 
 _PACKAGES = ("torch", "transformers", "timm")
 _MOST_FILES = 200  # of a kind; a changed library leaves those of the old one behind

@@ -8,14 +8,14 @@ from pathlib import Path
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import load_benchmarks
 from manyeyes.evaluation.groups import average_groups
-from manyeyes.evaluation.judge import add_uses
+from manyeyes.evaluation.judging.judge import add_uses
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
-from manyeyes.evaluation.report import read_report, write_report
-from manyeyes.evaluation.reproduction import describe_reproduction, merge_runs
+from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
+from manyeyes.evaluation.report.writing import read_report, write_report
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.champion_scores import find_champion
-from manyeyes.steps.inputs import open_inputs
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.champion_scores import find_champion
+from manyeyes.harness.inputs import open_inputs
 
 
 def merge_scorecards(
@@ -117,6 +117,6 @@ def merge(cards: Sequence[Scorecard], *, names: Sequence[str], recipe: str, reci
 STEP = Step(
     "merge_scorecards",
     merge_scorecards,
-    imports=("pyarrow.parquet", "manyeyes.evaluation.report", "manyeyes.registry.tracking"),
+    imports=("pyarrow.parquet", "manyeyes.evaluation.report.writing", "manyeyes.registry.tracking"),
     outputs=("scorecard",),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from manyeyes.errors import RecipeError
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import Table, step_page
 from manyeyes.pins import pin_sources
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.variant import read_grid
+from manyeyes.search.variant import read_grid
 
 
 def plan_ablation(

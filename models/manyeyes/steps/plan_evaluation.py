@@ -6,11 +6,11 @@ import re
 
 from manyeyes.data.snapshot import open_snapshot
 from manyeyes.errors import RegistryUnreachableError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import cache_dir
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, change_recipe, parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import cache_dir
-from manyeyes.steps.model_location import locate_model
+from manyeyes.registry.model_location import locate_model
 
 
 def plan_evaluation(

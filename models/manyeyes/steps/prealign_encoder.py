@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import mark_absent
-from manyeyes.steps.stage import HEAVY, train_stage
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import mark_absent
+from manyeyes.harness.stage import HEAVY, train_stage
 
 
 def prealign_encoder(

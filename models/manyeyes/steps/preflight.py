@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from manyeyes.errors import ManyEyesError, PreflightError
+from manyeyes.harness.base import Reporter, Step, StepResult, telling_why
+from manyeyes.harness.traces import pipeline_tags, result_tags
 from manyeyes.pages import Table, Text, step_page
 from manyeyes.recipe import Recipe
 from manyeyes.registry.references import check_registry_name
-from manyeyes.steps.base import Reporter, Step, StepResult, telling_why
 from manyeyes.steps.judge_check import check_judge
 from manyeyes.steps.preflight_checks import (
     Check,
@@ -31,7 +32,6 @@ from manyeyes.steps.preflight_checks import (
     find_data,
 )
 from manyeyes.steps.resolve_data import read_recipe
-from manyeyes.steps.traces import pipeline_tags, result_tags
 
 if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRun

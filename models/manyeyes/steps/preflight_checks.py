@@ -22,10 +22,10 @@ from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
 from manyeyes.errors import ManyEyesError, SnapshotError, SourceError, did_you_mean
 from manyeyes.estimate import RecipeEstimate
+from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.recipe import Recipe
 from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.check_parts import check_parts
-from manyeyes.steps.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.steps.kept import kept
 
 _HUB_TIMEOUT_S = 10

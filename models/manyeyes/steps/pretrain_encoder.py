@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import open_data
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import open_data
 
 
 def pretrain_encoder(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import is_absent, mark_absent
+from manyeyes.harness.stage import HEAVY, train_stage
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import is_absent, mark_absent
-from manyeyes.steps.stage import HEAVY, train_stage
 
 
 def pretrain_projector(

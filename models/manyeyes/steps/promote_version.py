@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from manyeyes.errors import RegistryError
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import Table, facts_table, step_page
-from manyeyes.steps.base import Reporter, Step, StepResult
 
 
 def promote_version(

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from manyeyes.errors import RegistryError
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle_files import read_manifest
-from manyeyes.steps.base import Reporter, Step, StepResult
 
 
 def register(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.code_digest import code_digest
+from manyeyes.harness.inputs import locate_data
 from manyeyes.pages import facts_table, step_page
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.code_digest import code_digest
-from manyeyes.steps.inputs import locate_data
 
 
 def resolve_data(

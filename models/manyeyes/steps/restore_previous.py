@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.steps.promote_version import alias_report, check_reason
 
 

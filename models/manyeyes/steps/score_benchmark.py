@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
 from manyeyes.steps.evaluate import STEPS as EVALUATE_STEPS
 from manyeyes.steps.evaluate import evaluate
 from manyeyes.steps.plan_evaluation import ask_benchmarks

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyeyes.errors import RecipeError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import is_absent
+from manyeyes.harness.stage import HEAVY, train_stage
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import is_absent
 from manyeyes.steps.pretrain_projector import by_encoder
-from manyeyes.steps.stage import HEAVY, train_stage
 
 
 def sft(

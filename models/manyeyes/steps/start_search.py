@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from manyeyes.errors import RecipeError
+from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import parse_recipe
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.search import MAX_ROUNDS, Search, write_search
-from manyeyes.steps.variant import Variant
+from manyeyes.search.search import MAX_ROUNDS, Search, write_search
+from manyeyes.search.variant import Variant
 
 
 def start_search(

@@ -10,11 +10,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import ManyEyesError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.events import ErrorReport
+from manyeyes.harness.traces import ERROR_TAG, FIGURE_TAG
+from manyeyes.harness.webhook import post_json
 from manyeyes.pages import Table, Text, facts_table, render
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.events import ErrorReport
-from manyeyes.steps.traces import ERROR_TAG, FIGURE_TAG
-from manyeyes.steps.webhook import post_json
 
 WEBHOOK_URL = "MANYEYES_WEBHOOK_URL"
 

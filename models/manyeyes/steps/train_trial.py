@@ -13,15 +13,15 @@ from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import is_absent, mark_absent, open_inputs, work_dir
+from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.pages import facts_table, step_page
 from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName
-from manyeyes.steps.base import Reporter, Step, StepResult
+from manyeyes.search.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
+from manyeyes.search.variant import Variant, parse_variant
 from manyeyes.steps.evaluate import evaluate
-from manyeyes.steps.inputs import is_absent, mark_absent, open_inputs, work_dir
-from manyeyes.steps.stage import HEAVY, LOCAL_BRANCHES, train_stage
-from manyeyes.steps.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
-from manyeyes.steps.variant import Variant, parse_variant
 
 _WAIT_S = 2.0
 Result = TypeVar("Result")
@@ -284,7 +284,7 @@ STEPS: dict[str, Step] = {
         train_trial,
         imports=(
             *HEAVY,
-            "manyeyes.evaluation.torch_answerer",
+            "manyeyes.evaluation.answering.torch_answerer",
             "manyeyes.evaluation.evaluate",
             "manyeyes.estimate.skeleton",
         ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from manyeyes.errors import ValidationError
-from manyeyes.steps.base import Reporter, Step, StepResult
-from manyeyes.steps.inputs import cache_dir, compared_datasets, open_inputs, training_datasets
+from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import cache_dir, compared_datasets, open_inputs, training_datasets
 
 
 def validate_data(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError
-from manyeyes.modeling import ManyEyesForConditionalGeneration
+from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.recipe import StageSpec
 from manyeyes.training.batches import Batch, BatchBuilder
 from manyeyes.training.optimizer import schedule_factor, set_learning_rates

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError
-from manyeyes.language_model import decoder_of
 from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec
 from manyeyes.training.optimizer import ParameterGroups
 

@@ -1,0 +1,378 @@
+"""Asks a language model behind an OpenAI-compatible endpoint, and keeps what it answered.
+
+The service may be away, busy, slow or refuse a question; an answer may make no sense. None of that becomes a score:
+``Judge.ask`` returns what was read, or says why there is nothing.
+
+Answers that could be read are cached by content (endpoint, model, temperature, messages), so that a run that was
+stopped, or another one on the same answers, asks only what is new.
+
+Source: the request and the reply are those of OpenAI's chat completions, which vLLM, SGLang, Ollama, llama.cpp and
+most providers speak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.judging.completions import (
+    AskAgainError,
+    NoRedirects,
+    Reply,
+    read_reply,
+    read_until,
+    retry_after,
+)
+from manyeyes.evaluation.output import write_file
+from manyeyes.recipe.judge import JudgeSpec
+
+T = TypeVar("T")
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: ``role`` and ``content`` of each turn."""
+
+_WARMER = 0.5
+"""Added to the temperature where an answer made no sense, as MM-Vet's evaluator does: the same again would be."""
+
+_HOTTEST = 2.0
+_LONGEST_WAIT_S = 60.0
+_BUSY = (408, 409, 425, 429)
+_REFUSED_KEY = (401, 403)
+_FAILURES_IN_A_ROW = 3
+
+
+class JudgeError(EvaluationError):
+    """The judge cannot be asked at all: no key, no such model, or no answer again and again."""
+
+
+class JudgeUse(BaseModel):
+    """What a judge was asked, and what it took."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: str = Field(description="Address of the service, without its key.")
+    model: str = Field(description="Name that was asked for.")
+    served: list[str] = Field(description="Names that the service gave for itself, sorted.")
+    requests: int = Field(ge=0, description="Sent, repeated ones too.")
+    cached: int = Field(ge=0, description="Questions answered from the cache, without a request.")
+    retried: int = Field(ge=0, description="Requests that had to be sent again: away, busy or too slow.")
+    unreadable: int = Field(ge=0, description="Answers that made no sense.")
+    prompt_tokens: int = Field(ge=0, description="As the service counts them; in this run.")
+    answer_tokens: int = Field(ge=0, description="As the service counts them; in this run.")
+    cost: float | None = Field(description="Of this run, in the currency of the prices; null without prices.")
+
+    def in_words(self) -> str:
+        """One line for people."""
+        cost = "" if self.cost is None else f", cost {self.cost:.4f}"
+        served = f" ({', '.join(self.served)})" if self.served else ""
+        return (
+            f"{self.model}{served}: {self.requests:,} requests, {self.cached:,} from the cache, {self.retried:,} sent "
+            f"again, {self.unreadable:,} unreadable, {self.prompt_tokens:,} + {self.answer_tokens:,} tokens{cost}"
+        )
+
+
+def add_uses(uses: Sequence[JudgeUse]) -> JudgeUse | None:
+    """What several evaluations under one judge took together; ``None`` without any, the first one's names."""
+    if not uses:
+        return None
+    counts = ("requests", "cached", "retried", "unreadable", "prompt_tokens", "answer_tokens")
+    costs = [use.cost for use in uses if use.cost is not None]
+    return uses[0].model_copy(
+        update={
+            **{name: sum(getattr(use, name) for use in uses) for name in counts},
+            "served": sorted({name for use in uses for name in use.served}),
+            "cost": sum(costs) if costs else None,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Verdict(Generic[T]):
+    """What came of asking.
+
+    Attributes:
+        value: What was read from the answer; ``None`` where there is none.
+        text: The answer.
+        reason: Why there is no value; empty where there is one.
+    """
+
+    value: T | None
+    text: str = ""
+    reason: str = ""
+
+
+class _Kept(BaseModel):
+    """One answer in the cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    model: str
+
+
+class _RefusedError(Exception):
+    """The service does not take this question."""
+
+
+@dataclass
+class _Counts:
+    requests: int = 0
+    cached: int = 0
+    retried: int = 0
+    unreadable: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    failures_in_a_row: int = 0
+    answered: int = 0
+    refused: int = 0
+    served: set[str] = field(default_factory=set)
+
+
+class Judge:
+    """A language model to ask; may be asked from several threads.
+
+    Args:
+        spec: Where and how.
+        cache: Folder for answers; nothing is kept for ``None``.
+        wait: Sleeps for so many seconds; ``stop`` ends the sleep when left out.
+
+    Raises:
+        JudgeError: (from ``ask``) The service does not answer, wants another key, or knows no such model.
+    """
+
+    def __init__(
+        self, spec: JudgeSpec, *, cache: Path | None = None, wait: Callable[[float], object] | None = None
+    ) -> None:
+        self.spec = spec
+        self._cache = cache
+        self._stopped = threading.Event()
+        self._wait = self._stopped.wait if wait is None else wait
+        self._lock = threading.Lock()
+        self._counts = _Counts()
+        self._next_request = 0.0
+        self._jitter = random.Random(0)
+        self._opener = urllib.request.build_opener(NoRedirects)
+
+    @property
+    def use(self) -> JudgeUse:
+        """What it took so far."""
+        counts, spec = self._counts, self.spec
+        cost = None
+        if spec.price_in is not None and spec.price_out is not None:
+            cost = (counts.prompt_tokens * spec.price_in + counts.answer_tokens * spec.price_out) / 1e6
+        return JudgeUse(
+            endpoint=spec.endpoint,
+            model=spec.model,
+            served=sorted(counts.served),
+            requests=counts.requests,
+            cached=counts.cached,
+            retried=counts.retried,
+            unreadable=counts.unreadable,
+            prompt_tokens=counts.prompt_tokens,
+            answer_tokens=counts.answer_tokens,
+            cost=cost,
+        )
+
+    def stop(self) -> None:
+        """Ask nothing more: every question from now on, and those that wait, is refused."""
+        self._stopped.set()
+
+    def ask(
+        self, messages: Messages, *, read: Callable[[str], T | None], temperature: float, max_tokens: int
+    ) -> Verdict[T]:
+        """Ask until an answer can be read.
+
+        Args:
+            messages: The conversation.
+            read: What an answer says; ``None`` where it makes no sense, and the judge is asked again, warmer.
+            temperature: Of the first try, unless the judge's own is set.
+            max_tokens: Longest answer.
+
+        Raises:
+            JudgeError: The judge cannot be asked at all.
+        """
+        first = self.spec.temperature if self.spec.temperature is not None else temperature
+        key = self._key(messages, first, max_tokens)
+        kept = self._read_kept(key)
+        if kept is not None and (value := read(kept.text)) is not None:
+            with self._lock:
+                self._counts.cached += 1
+                self._counts.served.add(kept.model)
+            return Verdict(value, kept.text)
+        text = ""
+        for reading in range(self.spec.readings):
+            warmth = max(first, min(first + reading * _WARMER, _HOTTEST))
+            try:
+                reply = self._request(messages, warmth, max_tokens)
+            except _RefusedError as refusal:
+                return Verdict(None, text, str(refusal))
+            text = reply.text
+            value = read(text)
+            if value is not None:
+                self._keep(key, reply)
+                return Verdict(value, text)
+            with self._lock:
+                self._counts.unreadable += 1
+        return Verdict(None, text, f"{self.spec.readings} answers made no sense, the last: {text[:80]!r}")
+
+    def probe(self) -> str:
+        """Ask for one token, once, to see whether the judge can be asked at all.
+
+        Returns:
+            The model's name for itself; may be empty.
+
+        Raises:
+            JudgeError: It does not answer, or not to this key and model; ``retry`` where it may later.
+        """
+        messages = [{"role": "user", "content": "Answer with OK."}]
+        try:
+            return self._send(self._body(messages, self.spec.temperature or 0.0, 1)).model
+        except (AskAgainError, _RefusedError) as error:
+            raise JudgeError(
+                f"{self.spec.endpoint} gives no answer: {error}",
+                f'a judge that answers as "{self.spec.model}"',
+                "Check the address, which ends with its version (/v1), and the model's name.",
+                retry=isinstance(error, AskAgainError),
+            ) from error
+
+    def _body(self, messages: Messages, temperature: float, max_tokens: int) -> bytes:
+        body = {"model": self.spec.model, "messages": list(messages), "temperature": temperature}
+        return json.dumps({**body, "max_tokens": max_tokens}).encode()
+
+    def _request(self, messages: Messages, temperature: float, max_tokens: int) -> Reply:
+        data = self._body(messages, temperature, max_tokens)
+        reason = ""
+        for attempt in range(self.spec.attempts):
+            self._take_turn()
+            if self._stopped.is_set():
+                raise _RefusedError("stopped")
+            try:
+                reply = self._send(data)
+            except AskAgainError as again:
+                reason = str(again)
+                if attempt + 1 < self.spec.attempts:
+                    with self._lock:
+                        self._counts.retried += 1
+                        spread = self._jitter.uniform(0.5, 1.5)
+                    self._wait(min(again.wait_s if again.wait_s is not None else 2**attempt * spread, _LONGEST_WAIT_S))
+                continue
+            with self._lock:
+                self._counts.failures_in_a_row = 0
+                self._counts.answered += 1
+                self._counts.prompt_tokens += reply.prompt_tokens
+                self._counts.answer_tokens += reply.answer_tokens
+                if reply.model:
+                    self._counts.served.add(reply.model)
+            return reply
+        with self._lock:
+            self._counts.failures_in_a_row += 1
+            failures = self._counts.failures_in_a_row
+        if failures >= _FAILURES_IN_A_ROW:
+            raise JudgeError(
+                f"{self.spec.endpoint} gave no answer to {failures} questions in a row, {self.spec.attempts} requests "
+                f"each; the last: {reason}",
+                "a judge that answers",
+                "Wait, or check the endpoint, then run the same command again: what was answered is not asked again.",
+                retry=True,
+            )
+        raise _RefusedError(f"no answer after {self.spec.attempts} requests: {reason}")
+
+    def _send(self, data: bytes) -> Reply:
+        """One request.
+
+        Raises:
+            AskAgainError: Away, busy, too slow, or no chat completion.
+            _RefusedError: This question is not taken.
+            JudgeError: No question is.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(self.spec.key_from, "").strip():
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.spec.endpoint}/chat/completions", data=data, headers=headers)
+        with self._lock:
+            self._counts.requests += 1
+        deadline = time.monotonic() + self.spec.timeout_s
+        try:
+            with self._opener.open(request, timeout=self.spec.timeout_s) as answer:
+                content = read_until(answer, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._say_status(error)
+        except (OSError, http.client.HTTPException) as error:
+            # urllib wraps some of these in URLError, which is an OSError.
+            raise AskAgainError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        return read_reply(content)
+
+    def _say_status(self, error: urllib.error.HTTPError) -> None:
+        said = error.read(2000).decode(errors="replace").strip()[:300]
+        if error.code in _BUSY or error.code >= 500:
+            raise AskAgainError(f"it answers {error.code}", retry_after(error.headers))
+        if error.code in _REFUSED_KEY:
+            raise JudgeError(
+                f"{self.spec.endpoint} answers {error.code} ({said})",
+                "a key that it takes",
+                f"Put the key into the environment variable {self.spec.key_from}.",
+            )
+        with self._lock:
+            self._counts.refused += 1
+            takes_none = self._counts.answered == 0 and self._counts.refused >= _FAILURES_IN_A_ROW
+        request = f"{self.spec.endpoint}/chat/completions"
+        if error.code == 404 or 300 <= error.code < 400 or takes_none:
+            raise JudgeError(
+                f'{request} answers {error.code} for the model "{self.spec.model}" ({said})',
+                "an OpenAI-compatible endpoint that has the model",
+                "Check the address, which ends with its version (/v1), and the model's name.",
+            )
+        raise _RefusedError(f"it answers {error.code}: {said}")
+
+    def _take_turn(self) -> None:
+        """Wait until the rate limit allows another request."""
+        if self.spec.requests_per_minute is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next_request)
+            self._next_request = turn + 60 / self.spec.requests_per_minute
+        if turn > now:
+            self._wait(turn - now)
+
+    def _key(self, messages: Messages, temperature: float, max_tokens: int) -> str:
+        parts = {
+            "endpoint": self.spec.endpoint,
+            "model": self.spec.model,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "messages": [dict(message) for message in messages],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _read_kept(self, key: str) -> _Kept | None:
+        if self._cache is None:
+            return None
+        try:
+            return _Kept.model_validate_json((self._cache / key[:2] / f"{key}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        except pydantic.ValidationError:
+            # Files are written whole, so this one was touched by something else: the judge is asked again.
+            return None
+
+    def _keep(self, key: str, reply: Reply) -> None:
+        if self._cache is not None:
+            kept = _Kept(text=reply.text, model=reply.model)
+            write_file(self._cache / key[:2] / f"{key}.json", kept.model_dump_json().encode())

@@ -1,0 +1,374 @@
+"""What all steps share: timing, progress, errors and threads.
+
+A step is a pure function with plain values and paths in and a ``StepResult`` out. ``run_step`` calls it the same way
+from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from manyeyes.errors import ManyEyesError, PreflightError, StorageError
+from manyeyes.harness.events import ErrorReport, Problem, emit, error_line
+from manyeyes.harness.refusals import earlier_refusal, remember_refusal
+from manyeyes.harness.runner_death import die_with_runner
+from manyeyes.harness.traces import ERROR_TAG, error_as_tag, pipeline_tags, result_tags
+from manyeyes.pages import markdown_table, step_page
+from manyeyes.terminal import replace_unknown_characters
+
+USER_ERROR = 2
+OTHER_ERROR = 1
+
+# Between two progress events of one step.
+_PROGRESS_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step function returns.
+
+    Args:
+        figure: The figure that matters, in a few words, for the progress line.
+        metrics: Scalars for Kubeflow's and MLflow's tables.
+        html: The report for people, a whole page; one with the figure alone when empty.
+        markdown: A few lines for Kubeflow's run page.
+        values: Output parameters.
+        metadata: Written on each output artifact: digests and locations.
+    """
+
+    figure: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    html: str = ""
+    markdown: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+class OutputArtifact(Protocol):
+    """What ``run_step`` needs of an output: Kubeflow's artifacts have it, and so has ``LocalArtifact``."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+@dataclass
+class LocalArtifact:
+    """An output of a step that no pipeline runs."""
+
+    path: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as ``run_step`` takes it.
+
+    Args:
+        name: Its name, the same as its module's and its component's.
+        function: The pure function; its first argument is a ``Reporter``.
+        imports: Heavy modules that the function needs. They are loaded, and timed, before the function's own time
+            starts, so that a slow import is seen as overhead and not as work.
+        outputs: Which of the function's arguments are files or folders that it writes.
+        tracked: Whether it gets an MLflow run.
+    """
+
+    name: str
+    function: Callable[..., StepResult]
+    imports: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    tracked: bool = True
+
+
+class StepLog(Protocol):
+    """Where a step's figures are kept; ``manyeyes.registry.tracking.StepRun`` is one."""
+
+    run_id: str
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Record figures, of the whole step or of one optimizer step."""
+
+    def log_artifact(self, path: Path, *, folder: str | None = None) -> None:
+        """Keep a file."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+
+
+class Reporter:
+    """Tells the run how far a step is, at most once a second.
+
+    Args:
+        step: The step's name as shown.
+        log: Gets the curves.
+    """
+
+    def __init__(self, step: str, log: StepLog | None = None) -> None:
+        self.step = step
+        self._log = log
+        self._last = 0.0
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run of this step, where it has one."""
+        return None if self._log is None else self._log.run_id
+
+    def progress(
+        self,
+        figure: str,
+        *,
+        done: float | None = None,
+        eta_s: float | None = None,
+        optimizer_step: int | None = None,
+        curves: Mapping[str, float] | None = None,
+    ) -> None:
+        """Show ``figure`` on the step's line.
+
+        Args:
+            figure: A few words, for instance ``loss 0.41, 520 samples/s``.
+            done: Share of the work done, 0 to 1.
+            eta_s: Seconds still to go.
+            optimizer_step: Where ``curves`` stand.
+            curves: Figures at that optimizer step, for MLflow.
+        """
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_INTERVAL_S:
+            return
+        self._last = now
+        emit("progress", self.step, figure=figure, done=done, eta_s=eta_s)
+        if self._log is not None and curves:
+            self._log.log_metrics(curves, step=optimizer_step)
+
+
+def run_step(
+    step: Step,
+    *,
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+    notes: OutputArtifact,
+    label: str = "",
+    outputs: Mapping[str, OutputArtifact] | None = None,
+    **arguments: Any,
+) -> StepResult:
+    """Run a step function and write its reports, or say why it failed.
+
+    Args:
+        step: The step.
+        metrics: Gets the scalars, as metadata and as a small JSON file (kfp.local's cache only hits when every
+            output exists on disk).
+        report: Gets the HTML report.
+        notes: Gets the Markdown report; on failure, the reason.
+        label: Tells apart two tasks of one step, for instance the encoder's name.
+        outputs: Further output artifacts; the function gets their paths under the same names.
+        arguments: The function's other arguments.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        SystemExit: With code 2 after an error that the user can mend; ``error.json`` says which.
+    """
+    name = f"{step.name}[{label}]" if label else step.name
+    outputs = dict(outputs or {})
+    replace_unknown_characters()
+    die_with_runner(exit_code=OTHER_ERROR)
+    _set_threads()
+    emit("started", name)
+    _stop_if_refused(metrics=metrics, notes=notes)
+    with _explaining_failure(name, metrics=metrics, notes=notes):
+        import_seconds = _import_all(step.imports)
+        with _tracking(step, name) as log:
+            paths = {key: Path(artifact.path) for key, artifact in outputs.items()}
+            emit("progress", name, figure="working", import_seconds=import_seconds)
+            started = time.perf_counter()
+            result = step.function(Reporter(name, log), **arguments, **paths)
+            seconds, ended = time.perf_counter() - started, time.time()
+            figures = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
+            _write_text(metrics, json.dumps(figures, indent=2, sort_keys=True) + "\n")
+            _write_text(report, result.html or step_page(name, result.figure, {}))
+            _write_text(notes, result.markdown or f"**{name}**: {result.figure}\n")
+            if log is not None:
+                log.log_metrics(figures)
+                log.set_tags(result_tags(result.figure, result.metadata))
+                _keep_report(log, report, name)
+        metrics.metadata.update(figures)
+        for artifact in (report, *outputs.values()):
+            artifact.metadata.update({**result.metadata, "step": name, "figure": result.figure})
+    gc.freeze()
+    emit("finished", name, figure=result.figure, seconds=seconds, ended=ended, import_seconds=import_seconds)
+    return result
+
+
+def _import_all(modules: Sequence[str]) -> float:
+    """Load modules; the seconds that it took.
+
+    The garbage collector finds nothing in half a million objects that live as long as the process: without it the
+    imports of a training step take a fifth less, and with them frozen the process ends two seconds sooner.
+    """
+    started = time.perf_counter()
+    gc.disable()
+    for module in modules:
+        importlib.import_module(module)
+    gc.enable()
+    gc.freeze()
+    return time.perf_counter() - started
+
+
+def _write_text(artifact: OutputArtifact, text: str) -> None:
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def _tracking(step: Step, name: str) -> Iterator[StepLog | None]:
+    if not step.tracked:
+        yield None
+        return
+    from manyeyes.registry import tracking
+
+    with tracking.step_run(name, tags=pipeline_tags()) as run, telling_why(name, run):
+        yield run
+
+
+@contextmanager
+def telling_why(name: str, run: StepLog) -> Iterator[None]:
+    """Leave the reason of a failure on a step's MLflow run, where the run's summary finds it."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        error = sys.exc_info()[1]
+        if not finished and isinstance(error, Exception):
+            with suppress(ManyEyesError):  # MLflow itself may be what failed
+                run.set_tags({ERROR_TAG: error_as_tag(describe_failure(name, error))})
+
+
+def _keep_report(log: StepLog, report: OutputArtifact, name: str) -> None:
+    # Kubeflow's artifact has no suffix, and MLflow shows a page only when its name says that it is one.
+    with tempfile.TemporaryDirectory() as folder:
+        page_file = Path(folder) / f"{name.replace('[', '-').replace(']', '')}.html"
+        page_file.write_bytes(Path(report.path).read_bytes())
+        log.log_artifact(page_file)
+
+
+@contextmanager
+def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArtifact) -> Iterator[None]:
+    """Write ``error.json`` and the reason in Markdown for whatever leaves the block, then let it go on."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        error = sys.exc_info()[1]
+        if not finished and isinstance(error, Exception):
+            _report_failure(name, error, metrics=metrics, notes=notes)
+
+
+def _stop_if_refused(*, metrics: OutputArtifact, notes: OutputArtifact) -> None:
+    """Fail as an earlier attempt did, when only the user can mend what that one failed with."""
+    record = earlier_refusal(getattr(metrics, "uri", ""))
+    if record is not None:
+        _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+        sys.stderr.write("An earlier attempt failed with this: the step is not tried again.\n")
+        sys.exit(USER_ERROR)
+
+
+def _report_failure(name: str, error: Exception, *, metrics: OutputArtifact, notes: OutputArtifact) -> None:
+    record = describe_failure(name, error)
+    _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+    sys.stderr.write(f"{name} failed: {error}\n")
+    if record.user_error:
+        traceback.print_exception(error)
+        with suppress(OSError):  # the disk that made the step fail
+            remember_refusal(getattr(metrics, "uri", ""), record)
+        sys.exit(USER_ERROR)
+
+
+def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -> None:
+    emit("failed", record.step, error=record)
+    text = f"**{record.step} failed.** {record.error}\n\n"
+    if record.problems:
+        rows = [[problem.subject, problem.found, problem.needed, problem.do] for problem in record.problems]
+        text += markdown_table(["what", "found", "needed", "do"], rows) + "\n"
+    else:
+        text += f"- found: {record.found}\n- needed: {record.needed}\n- do: {record.do}\n"
+    try:
+        _write_text(LocalArtifact(str(folder / "error.json")), record.model_dump_json(indent=2) + "\n")
+        _write_text(notes, text)
+    except OSError as writing:
+        # The disk that made the step fail may refuse this, too; the event and the log have said it.
+        sys.stderr.write(f"error.json could not be written: {writing}\n")
+    sys.stderr.write(error_line(record))
+
+
+def describe_failure(name: str, error: Exception) -> ErrorReport:
+    """``error.json`` for ``error``, whether a user can mend it or not."""
+    mendable = as_user_error(error)
+    if mendable is not None:
+        problems = mendable.problems if isinstance(mendable, PreflightError) else ()
+        return ErrorReport(
+            step=name,
+            user_error=True,
+            problems=tuple(Problem(**problem) for problem in problems),
+            **mendable.as_dict(),  # type: ignore[arg-type]
+        )
+    return ErrorReport(
+        step=name,
+        error=type(error).__name__,
+        found=str(error) or type(error).__name__,
+        needed=f"{name} to end without an error",
+        do="This is a defect of ManyEyes or of the machine, not of your input; the log has the traceback.",
+        retry=False,
+        user_error=False,
+    )
+
+
+def as_user_error(error: BaseException) -> ManyEyesError | None:
+    """The error that a user can mend behind ``error``, or None when it is a defect."""
+    if isinstance(error, ManyEyesError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return StorageError(
+            f"{error.filename or 'a file'} could not be written ({error.strerror})",
+            "space and permission to write there",
+            "Free some space or mend the permission, then run the same command again.",
+        )
+    return None
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(*, branches: int = 1) -> int:
+    """Threads that a step may use: ``MANYEYES_THREADS``, or its share of the cores.
+
+    Args:
+        branches: How many steps run side by side on this machine.
+    """
+    given = os.environ.get("MANYEYES_THREADS")
+    return int(given) if given else max(1, num_cores() // branches)
+
+
+def _set_threads() -> None:
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ.setdefault("MANYEYES_THREADS", os.environ["OMP_NUM_THREADS"])
+    # Before numpy or torch are loaded: their thread pools read this once.
+    os.environ["OMP_NUM_THREADS"] = str(num_threads())

@@ -1,0 +1,374 @@
+"""Runs on an endpoint: parameters by name, starting one exactly once, following it, and why it failed."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+from kfp_server_api import models
+
+from manyeyes.errors import EndpointError, PipelineError, did_you_mean
+from manyeyes.harness.events import ErrorReport, find_error_line
+from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.recipe import load_recipe, parse_overrides
+
+EXPERIMENT = "manyeyes"
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+# Nodes of the backend's own that stand beside every task.
+_MACHINERY = re.compile(r"^(root|.*-driver|executor(\(\d+\))?|iteration-.*|.*\(\d+\)|[0-9a-f-]{36})$")
+_MOST_LOGS = 16
+# Linux allows 131,072 bytes for an argument; JSON inside JSON doubles quotes.
+_MAX_VALUE_BYTES = 65_536
+# How long an endpoint may be away while a run is followed.
+_PATIENCE_S = 600.0
+
+
+def find_version(endpoint: Endpoint, name: str, version: str = "") -> models.V2beta1PipelineVersion:
+    """A version of a pipeline on the endpoint, the newest by default.
+
+    Raises:
+        PipelineError: No such pipeline or version.
+    """
+    pipeline = endpoint.pipeline(name)
+    if pipeline is None:
+        raise PipelineError(
+            f'pipeline "{name}" is not on {endpoint.settings.url}',
+            "a pipeline that was uploaded",
+            f"Upload it: manyeyes pipeline upload {name} --image REF@sha256:...",
+        )
+    answer = endpoint.pipelines.pipeline_service_list_pipeline_versions(
+        pipeline.pipeline_id, sort_by="created_at desc", page_size=100
+    )
+    versions = answer.pipeline_versions or []
+    if version:
+        found = endpoint.version(pipeline.pipeline_id, version)
+        if found is None:
+            names = [item.display_name for item in versions]
+            raise PipelineError(
+                f'version "{version}" of {name} is not there',
+                f"one of {', '.join(names[:5]) or 'none yet'}",
+                f"{did_you_mean(version, names)}Without --version the newest runs.",
+            )
+        return found
+    if not versions:
+        raise PipelineError(
+            f'pipeline "{name}" has no version', "one that was uploaded", f"Run: manyeyes pipeline upload {name} ..."
+        )
+    return versions[0]
+
+
+def pipeline_parameters(version: models.V2beta1PipelineVersion) -> dict[str, Any]:
+    """The form of a version: parameter name -> its definition in the compiled pipeline."""
+    spec = version.pipeline_spec or {}
+    spec = spec.get("pipeline_spec", spec)
+    found: dict[str, Any] = spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
+    return found
+
+
+def run_parameters(
+    definitions: Mapping[str, Any], *, given: Sequence[str], assignments: Sequence[str] = (), recipe: str = ""
+) -> dict[str, Any]:
+    """Check ``name=value`` pairs against a pipeline's form and turn them into values.
+
+    Args:
+        definitions: ``pipeline_parameters(...)``.
+        given: ``name=value`` each.
+        assignments: ``a.b=c`` each; changes to the recipe, which travel in the parameter ``recipe_overrides``.
+        recipe: A shipped recipe's name, or the path of a YAML file, which travels as text.
+
+    Raises:
+        PipelineError: No such parameter, a value of another type or outside the choices, or one that is missing.
+        RecipeError: The file is no recipe.
+    """
+    values: dict[str, Any] = {}
+    if recipe:
+        is_file = recipe.endswith((".yaml", ".yml"))
+        name = "recipe_text" if is_file else "recipe"
+        if name not in definitions:
+            raise PipelineError(f"--recipe {recipe} was given", f"a pipeline that takes {name}", "Leave it out.")
+        text = load_recipe(recipe).canonical_json() if is_file else recipe
+        values[name] = _value_of(name, text, definitions[name])
+    for pair in given:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise PipelineError(f'parameter is "{pair}"', "name=value", "For instance: --param recipe=tiny")
+        if name not in definitions:
+            raise PipelineError(
+                f'parameter is "{name}"',
+                f"one of {', '.join(sorted(definitions))}",
+                f"{did_you_mean(name, definitions)}Fields of the recipe go with --set.",
+            )
+        values[name] = _value_of(name, text, definitions[name])
+    if assignments:
+        parse_overrides(list(assignments))
+        if "recipe_overrides" not in definitions:
+            raise PipelineError("--set was given", "a pipeline that takes recipe_overrides", "Leave it out.")
+        lines = [line for line in (str(values.get("recipe_overrides", "")), *assignments) if line]
+        values["recipe_overrides"] = "\n".join(lines)
+    missing = [
+        name
+        for name, definition in definitions.items()
+        if name not in values and "defaultValue" not in definition and not definition.get("isOptional")
+    ]
+    if missing:
+        raise PipelineError(
+            f"{', '.join(missing)} not given", "a value: there is no default", f"Add --param {missing[0]}=..."
+        )
+    for name, value in values.items():
+        size = len(json.dumps(value))
+        if size > _MAX_VALUE_BYTES:
+            raise PipelineError(
+                f"{name} takes {size:,} bytes as JSON",
+                f"{_MAX_VALUE_BYTES:,} at most: a step gets it on its command line",
+                "Shorten it, or split the run.",
+            )
+    return values
+
+
+def _value_of(name: str, text: str, definition: Mapping[str, Any]) -> Any:
+    kind = definition.get("parameterType", "STRING")
+    literals = definition.get("literals") or []
+    if literals and text not in [str(literal) for literal in literals]:
+        raise PipelineError(
+            f'{name} is "{text}"',
+            f"one of {', '.join(map(str, literals))}",
+            f"{did_you_mean(text, map(str, literals))}The image of this version knows no other.",
+        )
+    if kind == "STRING":
+        return text
+    wanted: dict[str, tuple[type, ...]] = {
+        "NUMBER_INTEGER": (int,),
+        "NUMBER_DOUBLE": (int, float),
+        "BOOLEAN": (bool,),
+        "LIST": (list,),
+        "STRUCT": (dict,),
+    }
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    types = wanted.get(kind, (object,))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+        raise PipelineError(f'{name} is "{text}"', f"a value of type {kind}", "Lists and maps are written as YAML.")
+    return value
+
+
+def start_run(
+    endpoint: Endpoint,
+    version: models.V2beta1PipelineVersion,
+    *,
+    pipeline: str,
+    parameters: Mapping[str, Any],
+    name: str = "",
+    experiment: str = EXPERIMENT,
+    service_account: str = "",
+) -> tuple[models.V2beta1Run, bool]:
+    """Start a run; one of that name is taken as it is.
+
+    Args:
+        endpoint: Where.
+        version: Of the pipeline.
+        pipeline: Its name.
+        parameters: Values by name.
+        name: Name of the run; made of the time by default, so that a run started twice by one command is found.
+        experiment: Kubeflow experiment to list it under.
+        service_account: Kubernetes account of its pods; the endpoint's default.
+
+    Returns:
+        The run, and whether it is new.
+    """
+    name = name or f"{pipeline}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    group = endpoint.experiment(experiment)
+    body = models.V2beta1Run(
+        display_name=name,
+        experiment_id=group.experiment_id,
+        pipeline_version_reference=models.V2beta1PipelineVersionReference(
+            pipeline_id=version.pipeline_id, pipeline_version_id=version.pipeline_version_id
+        ),
+        runtime_config=models.V2beta1RuntimeConfig(parameters=dict(parameters)),
+        service_account=service_account or None,
+    )
+    try:
+        return endpoint.create(
+            lambda: endpoint.run(name), lambda: endpoint.runs.run_service_create_run(run=body), unique=False
+        )
+    except EndpointError as error:
+        if not error.retry:
+            raise
+        raise EndpointError(
+            error.found,
+            f'to know whether run "{name}" was started',
+            f"Run the same command again with --name {name}: that starts it only when it is not there.",
+            retry=True,
+        ) from error
+
+
+def list_runs(endpoint: Endpoint) -> list[models.V2beta1Run]:
+    """The newest twenty, without their tasks."""
+    scope = {"namespace": endpoint.settings.namespace} if endpoint.settings.namespace else {}
+    answer = endpoint.runs.run_service_list_runs(sort_by="created_at desc", page_size=20, **scope)
+    return list(answer.runs or [])
+
+
+def find_run(endpoint: Endpoint, name_or_id: str) -> models.V2beta1Run:
+    """A run by id or name.
+
+    Raises:
+        PipelineError: There is none.
+    """
+    run = endpoint.run(name_or_id)
+    if run is None:
+        raise PipelineError(
+            f'run is "{name_or_id}"', "a run of this endpoint", "List them with: manyeyes pipeline status"
+        )
+    return run
+
+
+@dataclass
+class TaskState:
+    """One task of a run.
+
+    Attributes:
+        name: As the pipeline calls it.
+        state: PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELED or CANCELING.
+        seconds: How long it took, or has taken.
+    """
+
+    name: str
+    state: str
+    seconds: float | None = None
+
+
+def task_states(run: models.V2beta1Run) -> list[TaskState]:
+    """The tasks of a run in order of their start, without the backend's own machinery.
+
+    Iterations of a loop have the same name: the second is called ``NAME #2``, and so on.
+    """
+    details = (run.run_details.task_details if run.run_details else None) or []
+    shown = [task for task in details if task.display_name and not _MACHINERY.match(task.display_name)]
+    far = datetime.max.replace(tzinfo=UTC)
+    shown.sort(key=lambda task: (_moment(task.start_time) or far, task.task_id or ""))
+    states = []
+    times: Counter[str] = Counter()
+    for task in shown:
+        if _moment(task.start_time) is None and (task.state or "PENDING") == "PENDING":
+            continue
+        started, ended = _moment(task.start_time), _moment(task.end_time)
+        seconds = (ended - started).total_seconds() if started and ended and ended >= started else None
+        times[task.display_name] += 1
+        number = times[task.display_name]
+        name = task.display_name if number == 1 else f"{task.display_name} #{number}"
+        states.append(TaskState(name, task.state or "PENDING", seconds))
+    return states
+
+
+def _moment(value: datetime | None) -> datetime | None:
+    # The backend writes "not yet" as 1970.
+    return value if value is not None and value.year > 1970 else None
+
+
+@dataclass
+class _Seen:
+    tasks: dict[str, str] = field(default_factory=dict)
+    state: str = ""
+
+
+def follow_run(
+    endpoint: Endpoint, run_id: str, *, say: Callable[[str], None], poll_s: float = 5.0
+) -> models.V2beta1Run:
+    """Say each change of a run's tasks until it ends.
+
+    Args:
+        endpoint: Where it runs.
+        run_id: The run.
+        say: Shows one line.
+        poll_s: Seconds between two looks.
+
+    Returns:
+        The run in its last state.
+
+    Raises:
+        EndpointError: The endpoint was away for ten minutes; the run goes on.
+    """
+    seen = _Seen()
+    away_since: float | None = None
+    while True:
+        try:
+            run = endpoint.runs.run_service_get_run(run_id)
+        except EndpointError as error:
+            if not error.retry:
+                raise
+            now = time.monotonic()
+            if away_since is None:
+                away_since = now
+                say(f"{_clock()}  {error.found}; waiting for it")
+            if now - away_since > _PATIENCE_S:
+                raise
+            time.sleep(poll_s)
+            continue
+        away_since = None
+        for task in task_states(run):
+            if seen.tasks.get(task.name) != task.state:
+                seen.tasks[task.name] = task.state
+                took = f"  {task.seconds:,.0f} s" if task.seconds is not None and task.state in ENDED else ""
+                say(f"{_clock()}  {task.name:<28} {task.state.lower()}{took}")
+        state = run.state or "PENDING"
+        if state != seen.state:
+            seen.state = state
+            say(f"{_clock()}  run {run.display_name}: {state.lower()}")
+        if state in ENDED:
+            return run
+        time.sleep(poll_s)
+
+
+def _clock() -> str:
+    return f"{datetime.now():%H:%M:%S}"
+
+
+def failures_of(endpoint: Endpoint, run: models.V2beta1Run) -> list[ErrorReport]:
+    """Why a run failed, as its failed steps said it.
+
+    A step that fails writes ``error.json``, which the backend does not keep (a failed task's outputs are not uploaded),
+    and the same as one line of its log, which the API server hands out. The API names a failed task's pods among the
+    children of the failed nodes only; ``error`` and ``pod_name`` of a task are never set
+    (https://github.com/kubeflow/pipelines/issues/14007), but are taken where they are.
+    """
+    details = (run.run_details.task_details if run.run_details else None) or []
+    failed = [task for task in details if task.state == "FAILED"]
+    pods: dict[str, None] = {}
+    for task in failed:
+        for pod in (task.pod_name, *(child.pod_name for child in task.child_tasks or [])):
+            if pod:
+                pods[pod] = None
+    reports: list[ErrorReport] = []
+    for pod in list(pods)[:_MOST_LOGS]:
+        report = find_error_line(endpoint.log_of(run.run_id, pod) or "")
+        if report is not None and report not in reports:
+            reports.append(report)
+    return reports or [_reported_by_backend(run, failed)]
+
+
+def _reported_by_backend(run: models.V2beta1Run, failed: Sequence[models.V2beta1PipelineTaskDetail]) -> ErrorReport:
+    tasks = [task for task in failed if not _MACHINERY.match(task.display_name or "")]
+    messages = [task.error.message for task in (*tasks, *failed) if task.error and task.error.message]
+    if run.error is not None and run.error.message:
+        messages.append(run.error.message)
+    name = tasks[-1].display_name if tasks else run.display_name
+    return ErrorReport(
+        step=name,
+        error="TaskFailed",
+        found=messages[0] if messages else f"{name} failed without a word that the endpoint hands out",
+        needed="a task that ends well, or the log of its pod",
+        do="Out of memory, an image that cannot be pulled and a deleted pod leave no log. Look at: "
+        f"kubectl get pods -l pipeline/runid={run.run_id}, then kubectl describe pod NAME",
+        retry=True,
+        user_error=False,
+    )

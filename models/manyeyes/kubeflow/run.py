@@ -1,0 +1,289 @@
+"""``manyeyes run``: a compiled pipeline on this machine, with one line a step and a summary at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from manyeyes.errors import LockedError, PipelineError, did_you_mean
+from manyeyes.harness.events import ErrorReport, Event, EventReader
+from manyeyes.harness.summary import RunSummary, write_summary
+from manyeyes.kubeflow.pipeline import REQUEST_FILE, RunRequest
+from manyeyes.kubeflow.progress import ProgressView
+from manyeyes.kubeflow.summarise import summarise
+from manyeyes.telemetry import OFF
+from manyeyes.terminal import UTF8_CHILD
+
+_POLL_S = 0.2
+_GRACE_S = 15.0
+# Telemetry of other people's packages, and thread pools that fork badly.
+_QUIET = {
+    **OFF,
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is started.
+
+    Args:
+        pipeline: Path of the compiled YAML.
+        name: Pipeline name.
+        arguments: Pipeline parameters.
+        root: The checkout; runs go to ``<root>/runs``.
+        use_cache: False: every step runs.
+        tracked: Whether an MLflow run is made around the steps.
+    """
+
+    pipeline: Path
+    name: str
+    arguments: dict[str, Any]
+    root: Path = field(default_factory=Path)
+    use_cache: bool = True
+    tracked: bool = True
+
+
+def find_pipeline(name_or_path: str, *, root: Path) -> Path:
+    """The compiled YAML of a pipeline, by name or path.
+
+    Raises:
+        PipelineError: There is none.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise PipelineError(f'pipeline file is "{name_or_path}"', "no such file", "Check the path.")
+        return path
+    folder = root / "pipelines" / "compiled"
+    if not folder.is_dir():
+        raise PipelineError(
+            f"{root.resolve()} has no pipelines/compiled",
+            "a checkout of ManyEyes",
+            "Change to the checkout, or name a compiled YAML file.",
+        )
+    path = folder / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise PipelineError(
+            f'pipeline is "{name_or_path}"',
+            f"one of {', '.join(names) or 'none compiled yet'}",
+            f"{did_you_mean(name_or_path, names)}Compile them with: manyeyes pipeline compile",
+        )
+    return path
+
+
+def run_pipeline(options: RunOptions, *, view: ProgressView) -> RunSummary:
+    """Run a compiled pipeline to its end, whatever the end is.
+
+    Args:
+        options: What to run and where.
+        view: Shows the progress.
+
+    Returns:
+        The summary, which also lies in ``runs/<run-id>/summary.json``. ``error`` says why a run failed.
+
+    Raises:
+        LockedError: Another run goes on in this checkout.
+    """
+    began = time.time()
+    runs = (options.root / "runs").resolve()
+    runs.mkdir(parents=True, exist_ok=True)
+    with _checkout_lock(runs):
+        run_dir = _make_run_dir(runs, options.name, began)
+        commit, dirty = git_state(options.root)
+        request = RunRequest(
+            pipeline=str(options.pipeline.resolve()),
+            name=options.name,
+            arguments=options.arguments,
+            cache_dir=str(runs / "kfp-cache"),
+            use_cache=options.use_cache,
+            tracked=options.tracked,
+            tags={"manyeyes.run_id": run_dir.name, "manyeyes.git_commit": commit or "none"},
+        )
+        (run_dir / REQUEST_FILE).write_text(request.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _point_latest(runs, run_dir)
+        view.begin(run_dir)
+        status, events, code = _run_child(run_dir, root=options.root, git_commit=commit, view=view)
+        view.end()
+        error = _find_error(events, run_dir, code) if status == "failed" else None
+        summary = summarise(
+            events,
+            run_dir=run_dir,
+            pipeline=options.name,
+            status=status,
+            started=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+            git_commit=commit,
+            git_dirty=dirty,
+            error=error,
+            wall_s=time.time() - began,
+        )
+        write_summary(summary, run_dir)
+    return summary
+
+
+def _run_child(
+    run_dir: Path, *, root: Path, git_commit: str | None, view: ProgressView
+) -> tuple[Literal["succeeded", "failed", "interrupted"], list[Event], int]:
+    lock = run_dir / ".lock"
+    events: list[Event] = []
+    reader = EventReader(run_dir)
+    environment = {
+        **os.environ,
+        **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
+        # kfp reads the steps' output, and other packages their files, in the encoding of the locale.
+        **UTF8_CHILD,
+        "MANYEYES_RUN_DIR": str(run_dir),
+        "MANYEYES_RUN_LOCK": str(lock),
+        "MANYEYES_GIT_COMMIT": git_commit or "",
+    }
+
+    def drain() -> None:
+        new = reader.read_new()
+        events.extend(new)
+        view.update(new)
+
+    # Held as long as this process lives: the steps end when the kernel frees it.
+    with lock.open("wb") as held, (run_dir / "pipeline.log").open("ab") as log, _signals_noted() as signals:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        # A process group of its own: Ctrl-C reaches this process alone, which then ends the steps in order.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "manyeyes.kubeflow.pipeline", str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=root,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            while child.poll() is None and not signals:
+                drain()
+                time.sleep(_POLL_S)
+            if signals:
+                drain()
+                view.interrupt()
+        finally:
+            _end_group(child, grace_s=_GRACE_S if child.poll() is None else 0.0)
+        drain()
+    if signals:
+        return "interrupted", events, 128 + signals[0]
+    return ("succeeded" if child.returncode == 0 else "failed"), events, child.returncode
+
+
+def _end_group(child: subprocess.Popen[bytes], *, grace_s: float) -> None:
+    """End the child and whatever it started; nothing outlives a run."""
+    try:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(timeout=grace_s)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying from them; restore the handlers after."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _find_error(events: list[Event], run_dir: Path, code: int) -> ErrorReport:
+    for event in events:
+        if event.kind == "failed" and event.error is not None:
+            return event.error
+    ended = {event.step for event in events if event.kind in ("finished", "failed")}
+    unfinished = [event.step for event in events if event.kind == "started" and event.step not in ended]
+    step = unfinished[0] if unfinished else "the pipeline's process"
+    return ErrorReport(
+        step=step,
+        error="ProcessDied",
+        found=f"{step} ended without saying why (exit code {code} of the pipeline's process)",
+        needed="a process that ends by itself; the kernel kills one that takes too much memory",
+        do=f"Read the end of {run_dir / 'pipeline.log'} and of dmesg, then run the same command again.",
+        retry=True,
+        user_error=False,
+    )
+
+
+@contextmanager
+def _checkout_lock(runs: Path) -> Iterator[None]:
+    path = runs / ".lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise LockedError(
+                f"another run, process {owner}, works in {runs.parent}",
+                "one run at a time in a checkout",
+                f"Wait for it, end it with: kill {owner}, or use another checkout.",
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _make_run_dir(runs: Path, name: str, began: float) -> Path:
+    stem = f"{datetime.fromtimestamp(began, UTC):%Y%m%d-%H%M%S}-{name}"
+    for number in range(1, 1000):
+        path = runs / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise PipelineError(f"a thousand runs called {stem}", "a free name", "Clear runs/.")
+
+
+def _point_latest(runs: Path, run_dir: Path) -> None:
+    temporary = runs / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run_dir.name)
+    temporary.replace(runs / "latest")
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """Commit of the checkout and whether it differs from it; None, None outside git or without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None, None
+    command = [git, "-C", str(root)]
+    head = subprocess.run(
+        [*command, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+    if head.returncode != 0:
+        return None, None
+    changes = subprocess.run(
+        [*command, "status", "--porcelain"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+    return head.stdout.strip(), bool(changes.stdout.strip())

@@ -1,0 +1,367 @@
+"""Builds, saves and loads the model, and registers it with the Auto classes of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
+from manyeyes.encoders.skeleton import meta_device
+from manyeyes.errors import BundleError, CheckpointError, SourceError, StorageError
+from manyeyes.model.configuration import ManyEyesConfig
+from manyeyes.model.from_recipe import choose_encoders, configure, make_processor
+from manyeyes.model.language_model import (
+    check_vocabulary,
+    find_image_token_id,
+    language_model_config,
+    load_language_model,
+    load_language_model_config,
+    resolve_language_model,
+)
+from manyeyes.model.matching import Difference, find_differences
+from manyeyes.model.modeling import ManyEyesForConditionalGeneration
+from manyeyes.model.parts import build_encoders
+from manyeyes.processor import ManyEyesProcessor
+from manyeyes.recipe import ModelSpec
+from manyeyes.runtime.tokenizer import library_errors
+from manyeyes.sources import resolve_source
+from manyeyes.storage import new_folder
+from manyeyes.tokenizer_files import load_tokenizer
+
+MANIFEST = "checkpoint.json"
+# Of the fields in which a recipe and a checkpoint differ.
+_SHOWN_FIELDS = 12
+
+AutoConfig.register("manyeyes", ManyEyesConfig, exist_ok=True)
+AutoModelForImageTextToText.register(ManyEyesConfig, ManyEyesForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(ManyEyesConfig, ManyEyesProcessor, exist_ok=True)
+
+
+class CheckpointManifest(BaseModel):
+    """``checkpoint.json``: what a checkpoint is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    files: dict[str, str] = Field(description="sha256 of each file of the checkpoint, by its path inside the folder.")
+    digest: str = Field(description="sha256 over the sorted lines `<path> <sha256>`; names the checkpoint.")
+
+
+def build_model(
+    spec: ModelSpec, *, snapshot_path: Path | None, seed: int, encoders: Sequence[str] | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """Make a model from a recipe and load its pretrained parts.
+
+    Args:
+        spec: What the model is.
+        snapshot_path: Folder of the data snapshot, for ``snapshot:`` sources.
+        seed: Everything that is not pretrained is drawn from it; torch's global generator is left as it was.
+        encoders: Only these, by their names in the recipe (prealign); all when left out.
+
+    Returns:
+        Model in fp32 and evaluation mode, and its processor.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, template or name in ``encoders``.
+        SourceError: A pretrained part cannot be had or does not fit.
+        ShapeError: Parts do not fit together.
+    """
+    chosen = choose_encoders(spec, encoders)
+    path, pretrained = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, load_language_model_config(path))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with _without_progress_bars():
+            language_model = load_language_model(path, pretrained=pretrained)
+        text_config = language_model.config
+        config = configure(
+            spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
+        )
+        # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
+        with meta_device():
+            model = ManyEyesForConditionalGeneration(config)
+        model.language_model = language_model
+        model.config.text_config = text_config
+        model.encoders = build_encoders(config.encoders)
+        model.connect()
+    for entry in chosen:
+        row = encoder_row(entry.encoder)
+        weights = resolve_source(
+            entry.source, snapshot_path=snapshot_path, files=row.files, parts=list(row.parts.values())
+        )
+        if weights is not None:
+            encoder = model.encoders[entry.name]
+            assert isinstance(encoder, Encoder)
+            load_encoder_weights(encoder, entry.encoder, weights)
+    processor = make_processor(spec, chosen, model, tokenizer)
+    generation = model.generation_config
+    generation.eos_token_id = processor.stop_token_ids
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    return model.eval(), processor
+
+
+def build_processor(
+    spec: ModelSpec, *, snapshot_path: Path | None, encoders: Sequence[str] | None = None
+) -> ManyEyesProcessor:
+    """The processor that ``build_model`` makes, without a model: no weights are read or fetched.
+
+    Args:
+        spec: What the model is.
+        snapshot_path: Folder of the data snapshot, for ``snapshot:`` sources.
+        encoders: As for ``build_model``.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, template or name in ``encoders``.
+        SourceError: The language model's configuration or tokenizer cannot be had.
+        ShapeError: Parts do not fit together.
+    """
+    chosen = choose_encoders(spec, encoders)
+    path, _ = resolve_language_model(spec.language_model.source, snapshot_path=snapshot_path, fetch_weights=False)
+    tokenizer, text_config = load_tokenizer(path), load_language_model_config(path)
+    check_vocabulary(tokenizer, text_config)
+    config = configure(
+        spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
+    )
+    with torch.device("meta"):
+        model = ManyEyesForConditionalGeneration(config)
+    return make_processor(spec, chosen, model, tokenizer)
+
+
+def build_skeleton(
+    spec: ModelSpec, *, text_config: PreTrainedConfig, encoders: Sequence[str] | None = None
+) -> ManyEyesForConditionalGeneration:
+    """Make a recipe's model on the meta device: true sizes, no memory, no weights and no network.
+
+    Args:
+        spec: What the model is.
+        text_config: The language model's configuration.
+        encoders: Only these, by their names in the recipe (prealign); all when left out.
+
+    Raises:
+        RecipeError: An unknown encoder, fusion, option or name in ``encoders``.
+        ShapeError: Parts do not fit together.
+    """
+    config = configure(spec, choose_encoders(spec, encoders), text_config=text_config, image_token_id=0)
+    with meta_device():
+        return ManyEyesForConditionalGeneration(config)
+
+
+def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor, path: Path) -> str:
+    """Write model and processor as a Hugging Face folder, all or nothing.
+
+    Args:
+        model: Saved as safetensors, in the dtype that it has.
+        processor: Saved beside it.
+        path: The folder's name; an older checkpoint there is replaced once the new one is complete.
+
+    Returns:
+        The checkpoint's digest. The same weights give the same digest.
+
+    Raises:
+        StorageError: No space or no permission; what was at ``path`` is still there.
+    """
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with new_folder(path) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise StorageError(
+                f"{path.parent} has {free / 1e6:.0f} MB free",
+                f"the checkpoint takes {needed / 1e6:.0f} MB",
+                "Free some space or name another folder, then run the same command again.",
+            )
+        try:
+            with _without_progress_bars():
+                model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise StorageError(
+                f"{path} cannot be written ({error})", "space and permission to write there", "Free some space."
+            ) from error
+        processor.save_pretrained(folder)
+        return write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> str:
+    """Write ``checkpoint.json`` over every file that is in a folder now.
+
+    Args:
+        folder: Holds a whole checkpoint.
+
+    Returns:
+        The checkpoint's digest.
+    """
+    files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    manifest = CheckpointManifest(files=files, digest=_digest(files))
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest.digest
+
+
+def load_checkpoint(
+    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
+
+    Args:
+        path: The folder.
+        spec: What the model is to be from here on, for instance at another resolution; as it was saved when left out.
+        dtype: Of every tensor in memory; the one that ``config.json`` names when left out.
+
+    Returns:
+        Model in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: Missing, incomplete or changed, or ``spec`` has other tensors.
+        RecipeError: ``spec`` names something that there is not.
+        ShapeError: Parts of ``spec`` do not fit together.
+    """
+    checkpoint_digest(path)
+    with _sensible(path):
+        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    if spec is not None:
+        config = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
+    with _without_progress_bars(), _sensible(path):
+        model, report = ManyEyesForConditionalGeneration.from_pretrained(
+            path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
+        )
+    problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
+        )
+    if spec is not None:
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def match_checkpoint(path: Path, specs: Sequence[ModelSpec], *, snapshot_path: Path | None) -> ModelSpec:
+    """The first of some models of a recipe that a checkpoint is of.
+
+    Args:
+        path: The checkpoint's folder.
+        specs: What the model may be; its stages may differ in it. A refusal is about the first.
+        snapshot_path: Folder of the data snapshot, for a language model that is there.
+
+    Raises:
+        CheckpointError: It is of none of them; names the fields that differ.
+        RecipeError: The recipe names something that there is not.
+    """
+    checkpoint_digest(path)
+    with _sensible(path):
+        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    first: list[Difference] | None = None
+    for spec in specs:
+        text_config = None
+        # What a language model was made from need not be at hand where it is trained on.
+        with suppress(SourceError):
+            text_config = language_model_config(spec.language_model.source, snapshot_path=snapshot_path)
+        found = find_differences(spec, config=config, processor=processor, text_config=text_config)
+        if not found:
+            return spec
+        first = first or found
+    fields = [str(difference) for difference in first or ()]
+    more = len(fields) - _SHOWN_FIELDS
+    shown = "; ".join(fields[:_SHOWN_FIELDS]) + (f"; and {more} more fields" if more > 0 else "")
+    raise CheckpointError(
+        f"checkpoint {path} is of another model than the recipe's: {shown}",
+        "the same model in both, or the stage would not train what the recipe says",
+        "Take the recipe that the checkpoint was trained with, give the recipe the checkpoint's values (--set), or "
+        "train the earlier stage with this recipe.",
+    )
+
+
+def checkpoint_digest(path: Path) -> str:
+    """The digest of a checkpoint, computed from its files and compared with what ``save_checkpoint`` wrote.
+
+    Files that were put beside the checkpoint later (``stage.json``) do not count.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        sha256 over the sorted lines ``<path> <sha256>``.
+
+    Raises:
+        CheckpointError: Missing, incomplete or changed.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} has no {MANIFEST} ({error.strerror})", "a checkpoint of ManyEyes is needed", "Check the path."
+        ) from error
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path / MANIFEST} is broken", "files and digest", "Write the checkpoint again."
+        ) from error
+    absent = [name for name in manifest.files if not (path / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{path} lacks {', '.join(absent)}", "all its files are needed", "Copy it again, whole.")
+    found = {name: _sha256(path / name) for name in manifest.files}
+    changed = [name for name, digest in manifest.files.items() if found[name] != digest]
+    if changed or _digest(found) != manifest.digest:
+        raise CheckpointError(
+            f"{path}: {', '.join(changed) or MANIFEST} changed since it was written",
+            f"the sha256 in {MANIFEST}",
+            "Copy the checkpoint again, or train it again.",
+        )
+    return manifest.digest
+
+
+@contextmanager
+def _sensible(path: Path) -> Iterator[None]:
+    """Files with right checksums whose contents make no sense are the user's error."""
+    try:
+        with library_errors(CheckpointError, found=f"{path}: its tokenizer cannot be read"):
+            yield
+    except BundleError as error:
+        raise CheckpointError(f"{path}: {error.found}", error.needed, "Write the checkpoint again.") from error
+    # What transformers and torch raise for values of a wrong type, or out of range, in config.json.
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"checkpoint {path} makes no sense ({type(error).__name__}: {error})",
+            "config.json, processor_config.json and a tokenizer as they were written",
+            "Write the checkpoint again.",
+        ) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(files: dict[str, str]) -> str:
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,158 @@
+"""``search.json``: a search for the best set of encoders, round by round.
+
+Eagle's round robin (arXiv:2408.15998): from a start set, each round trains every remaining encoder added to the best
+set so far; the best mean of normalised scores wins the round, and the search ends when nothing is gained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import PipelineError
+from manyeyes.search.trial import Difference, Trial, difference, read_trial
+from manyeyes.search.variant import Variant
+
+SEARCH_FILE = "search.json"
+# A Kubeflow pipeline cannot grow while it runs: it has so many rounds, and those after the end do nothing.
+MAX_ROUNDS = 5
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SearchRound(_Strict):
+    """One round."""
+
+    number: int = Field(description="0 scores the start set.")
+    candidates: tuple[str, ...] = Field(description="Keys of the sets that were scored, best first.")
+    chosen: str | None = Field(description="Key of the set that won; null when none gained enough.")
+    gain: float | None = Field(description="Mean score of the best minus that of the set before; points.")
+    gain_ci95: tuple[float, float] | None = Field(description="95% interval of gain, paired; points.")
+
+
+class Search(_Strict):
+    """A search as far as it is."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    recipe: str = Field(description="Name of the recipe whose encoders are searched.")
+    pool: tuple[str, ...] = Field(description="All encoders, in the recipe's order.")
+    start: tuple[str, ...] = Field(description="The start set.")
+    max_rounds: int = Field(description="Rounds after the start set's.")
+    min_gain: float = Field(description="Points that a round must gain.")
+    rounds: tuple[SearchRound, ...] = Field(default=(), description="Rounds that are over.")
+    ended: str | None = Field(default=None, description="Why the search ended; null while it goes on.")
+
+    @property
+    def best(self) -> str | None:
+        """Key of the best set so far."""
+        chosen = [round_.chosen for round_ in self.rounds if round_.chosen is not None]
+        return chosen[-1] if chosen else None
+
+    def next_sets(self, best: Sequence[str]) -> list[Variant]:
+        """The sets of the next round: ``best`` with each remaining encoder added, in the recipe's order."""
+        if not self.rounds:
+            return [Variant(encoders=self.start)]
+        remaining = [name for name in self.pool if name not in best]
+        return [
+            Variant(encoders=tuple(name for name in self.pool if name in best or name == added)) for added in remaining
+        ]
+
+
+def read_search(folder: Path) -> tuple[Search, dict[str, Trial]]:
+    """A search, and its trials by key.
+
+    Raises:
+        PipelineError: Missing, or not a search's folder.
+    """
+    search = _read_state(folder)
+    keys = [key for round_ in search.rounds for key in round_.candidates]
+    return search, {key: read_trial(trial_folder(folder, key)) for key in keys}
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the search in a folder has ended.
+
+    Raises:
+        PipelineError: Missing, or not a search's folder.
+    """
+    return _read_state(folder).ended is not None
+
+
+def write_search(search: Search, folder: Path) -> None:
+    """Write ``search.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SEARCH_FILE).write_text(search.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def trial_folder(search: Path, key: str) -> Path:
+    """Where a search keeps a trial."""
+    return search / "trials" / key
+
+
+def close_round(search: Search, before: Path, trials: Mapping[str, Path]) -> Search:
+    """The search after the trials of one more round.
+
+    Args:
+        search: So far.
+        before: Its folder, for the answers of the best set so far.
+        trials: Folders of this round's trials, by key.
+    """
+    scored = {key: read_trial(folder) for key, folder in trials.items()}
+    # Of equal scores the smaller model wins.
+    ranking = sorted(scored, key=lambda key: (-scored[key].mean, scored[key].parameters, key))
+    winner, number = ranking[0], len(search.rounds)
+    if search.best is None:
+        round_ = SearchRound(number=number, candidates=tuple(ranking), chosen=winner, gain=None, gain_ci95=None)
+    else:
+        gained = difference(trials[winner], trial_folder(before, search.best))
+        chosen = winner if gained.mean > search.min_gain else None
+        round_ = SearchRound(
+            number=number,
+            candidates=tuple(ranking),
+            chosen=chosen,
+            gain=round(gained.mean, 4),
+            gain_ci95=gained.ci95,
+        )
+    best = scored[winner].encoders
+    ended = None
+    if round_.chosen is None:
+        ended = f"round {number} gained {round_.gain:+.2f} points, not more than {search.min_gain:g}"
+    elif len(best) == len(search.pool):
+        ended = "every encoder is in the set"
+    elif number >= search.max_rounds:
+        ended = f"{search.max_rounds} round{'s were' if search.max_rounds != 1 else ' was'} asked for"
+    return search.model_copy(update={"rounds": (*search.rounds, round_), "ended": ended})
+
+
+def gains(search: Search, folder: Path) -> dict[str, Difference]:
+    """Each set's mean score minus that of the set that it was made from, by key."""
+    found: dict[str, Difference] = {}
+    before: str | None = None
+    for round_ in search.rounds:
+        if before is not None:
+            for key in round_.candidates:
+                found[key] = difference(trial_folder(folder, key), trial_folder(folder, before))
+        before = round_.chosen or before
+    return found
+
+
+def copy_trials(trials: Mapping[str, Path], folder: Path) -> None:
+    """Keep trials in a search's folder."""
+    for key, source in trials.items():
+        shutil.copytree(source, trial_folder(folder, key), dirs_exist_ok=True)
+
+
+def _read_state(folder: Path) -> Search:
+    path = folder / SEARCH_FILE
+    try:
+        return Search.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PipelineError(
+            f"{path} cannot be read ({error})", "what the steps of a search write", "Run the search again."
+        ) from error

@@ -1,0 +1,168 @@
+"""``trial.json``: one variant of a recipe, trained and scored; and how trials are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyeyes.errors import EvaluationError, PipelineError
+from manyeyes.evaluation.benchmarks import find_benchmark
+from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes
+from manyeyes.evaluation.scorecard import Interval, Scorecard
+from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
+from manyeyes.search.variant import Variant
+
+TRIAL_FILE, ITEMS_FILE = "trial.json", "items.parquet"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrialStage(_Strict):
+    """One stage of a trial's training."""
+
+    stage: str = Field(description="prealign, pretrain or sft.")
+    encoder: str | None = Field(description="The encoder that prealign trained.")
+    seconds: float = Field(description="Seconds of training.")
+    final_loss: float = Field(description="Nats a supervised token.")
+    checkpoint_digest: str = Field(description="Of what the stage made.")
+
+
+class Trial(_Strict):
+    """One variant of a recipe, trained and scored."""
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    variant: Variant = Field(description="How its recipe was made from the one of the search or ablation.")
+    recipe: str = Field(description="The whole recipe that was trained, as canonical JSON.")
+    recipe_digest: str = Field(description="Its sha256.")
+    encoders: tuple[str, ...] = Field(description="Names of its encoders.")
+    stages: tuple[TrialStage, ...] = Field(description="What was trained for it.")
+    scorecard: Scorecard = Field(description="Its scores, PyTorch.")
+    mean: float = Field(description="Mean over the benchmarks of the normalised scores; percent.")
+    mean_ci95: Interval = Field(description="95% interval of mean; percent.")
+    parameters: int = Field(description="Parameters of the whole model.")
+    visual_tokens: int = Field(description="Tokens that an image becomes.")
+    flops_per_sample: dict[str, float] = Field(description="Forward and backward, by stage; floating-point operations.")
+    train_seconds: float = Field(description="Seconds of training, the stages that other trials share included.")
+    evaluate_seconds: float = Field(
+        description="Seconds of answering, without what an earlier run that was stopped had answered."
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One trial's mean score minus another's, on the same questions.
+
+    Attributes:
+        mean: Points, each benchmark's figure as percent of its maximum.
+        ci95: 95% interval, paired and clustered by image; points.
+        by_benchmark: The same for each benchmark, in its own unit.
+    """
+
+    mean: float
+    ci95: Interval
+    by_benchmark: Mapping[str, PairedTest]
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+def normalised(scorecard: Scorecard) -> dict[str, tuple[float, Interval]]:
+    """Each benchmark's score and interval as percent of what a perfect model gets.
+
+    Most are percents already; points (MME, OCRBench) are divided by their maximum.
+    """
+    found: dict[str, tuple[float, Interval]] = {}
+    for name, score in scorecard.benchmarks.items():
+        scale = 100 / score.maximum
+        found[name] = score.score * scale, (score.ci95[0] * scale, score.ci95[1] * scale)
+    return found
+
+
+def mean_score(scorecard: Scorecard) -> tuple[float, Interval]:
+    """Mean over the benchmarks of the normalised scores, and its 95% interval.
+
+    Benchmarks have different images, so their errors are independent: each side of the interval is the root of the
+    summed squares of that side's lengths.
+
+    Source:
+        MOVER: Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702. Mean of normalised scores: Eagle,
+        arXiv:2408.15998.
+    """
+    return _combine(list(normalised(scorecard).values()))
+
+
+def difference(trial: Path, baseline: Path) -> Difference:
+    """Mean score of one trial minus another's.
+
+    Args:
+        trial: Its folder.
+        baseline: The other's.
+
+    Raises:
+        PipelineError: One of them is no trial.
+        EvaluationError: They were asked different questions.
+    """
+    items, others = read_items(trial), read_items(baseline)
+    scores = read_trial(trial).scorecard.benchmarks
+    tests: dict[str, PairedTest] = {}
+    parts: list[tuple[float, Interval]] = []
+    for benchmark, digest in items.benchmark_digests.items():
+        ours = items.of(benchmark)
+        theirs = {outcome.id: outcome for outcome in others.of(benchmark)}
+        if digest != others.benchmark_digests.get(benchmark) or {outcome.id for outcome in ours} != set(theirs):
+            raise EvaluationError(
+                f"{benchmark} asked the two models different questions",
+                "the same benchmark, snapshot and max_items for both",
+                "Do not vary evaluation.benchmarks or evaluation.max_items.",
+            )
+        row = find_benchmark(benchmark)
+        tests[benchmark] = test = compare_scores(
+            row,
+            [theirs[outcome.id].graded for outcome in ours],
+            [outcome.graded for outcome in ours],
+            scores[benchmark].variant,
+        )
+        scale = 100 / row.maximum
+        parts.append((scale * test.difference, (scale * test.low, scale * test.high)))
+    mean, ci95 = _combine(parts)
+    return Difference(mean, ci95, tests)
+
+
+def _combine(parts: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:
+    mean = sum(value for value, _ in parts) / len(parts)
+    below = math.hypot(*(value - low for value, (low, _) in parts)) / len(parts)
+    above = math.hypot(*(high - value for value, (_, high) in parts)) / len(parts)
+    return round(mean, 4), (round(mean - below, 4), round(mean + above, 4))
+
+
+def read_trial(folder: Path) -> Trial:
+    """Read ``trial.json`` of a trial's folder.
+
+    Raises:
+        PipelineError: Missing, or not such a file.
+    """
+    path = folder / TRIAL_FILE
+    try:
+        return Trial.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PipelineError(
+            f"{path} cannot be read ({error})", "what the step train_trial writes", "Run the trial again."
+        ) from error
+
+
+def read_items(folder: Path) -> OutcomeFile:
+    """What a trial's model answered.
+
+    Raises:
+        EvaluationError: Missing, or not such a file.
+    """
+    return read_outcomes(folder / ITEMS_FILE)
