@@ -56,12 +56,9 @@ from manyeyes.pages import (
     step_page,
 )
 from manyeyes.recipe import load_recipe
-from manyeyes.registry.gate import GateReport, RuleResult
-from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
-from manyeyes.search.search import Search, SearchRound
-from manyeyes.search.search_page import search_html, search_markdown
-from manyeyes.search.trial import Difference, Trial, TrialStage
-from manyeyes.search.trial_page import Row
+from manyeyes.registry.gate import GateReport, RuleResult, render_gate_html, render_gate_markdown
+from manyeyes.search.search import Search, SearchRound, search_html, search_markdown
+from manyeyes.search.trial import Difference, Row, Trial, TrialStage
 from manyeyes.search.variant import Variant
 from manyeyes.steps.compare_trials import comparison_html
 from manyeyes.steps.summarise_run import NoticeStep, RunNotice, render_notice

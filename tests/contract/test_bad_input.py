@@ -23,7 +23,7 @@ from manyeyes.recipe import load_recipe, parse_overrides
 from manyeyes.runtime.chat import CHAT_TEMPLATES, encode_conversation
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.runtime.tiling import TokenLayout, arrange_tokens
-from manyeyes.steps.check_parts import check_parts
+from manyeyes.steps.preflight import check_parts
 from tests.contract.test_fusions_reinjection import _batch, _model
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model, write_tokenizer
 

@@ -12,10 +12,16 @@ from torch.nn import functional
 
 from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.fusion import SpatialVisionAggregator, build_fusion, run_encoders
-from manyeyes.fusion.cross_attention import attend_windows, split_windows, window_weights
+from manyeyes.fusion.cross_attention import (
+    VisionSampler,
+    VisualWindows,
+    attend_windows,
+    image_cells,
+    split_windows,
+    window_weights,
+)
 from manyeyes.fusion.mixture_of_resolutions import MixtureOfResolutions
 from manyeyes.fusion.patch_info_mining import split_whole_image
-from manyeyes.fusion.vision_sampler import VisionSampler, VisualWindows, image_cells
 
 SMALL_AGGREGATOR = {"channels": 16, "num_heads": 4, "depth": 2}
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import RecipeError
-from manyeyes.fusion.vision_sampler import VisualWindows
+from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.reinjection import VisualContext

@@ -301,7 +301,7 @@ def test_a_server_whose_s3_keys_are_wrong_is_told(
 ) -> None:
     put("keys", make_candidate(tmp_path / "before", snapshot))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setattr("manyeyes.registry.evidence._ATTEMPTS", 1)
+    monkeypatch.setattr("manyeyes.registry.references._ATTEMPTS", 1)
     assert RCLONE is not None
     with s3_server(RCLONE, stack.objects.parents[1], secret="rotated") as rotated:
         stack.s3.upstream = rotated

@@ -130,7 +130,8 @@ def test_checkpoint_and_bundle_get_the_same_scorecard(toy: Toy, tmp_path: Path) 
 
 def test_a_bundle_is_scored_without_torch() -> None:
     code = (
-        "import sys; from manyeyes.evaluation.answering.answerers import BundleAnswerer; import manyeyes.evaluation.evaluate; "
+        "import sys; from manyeyes.evaluation.answering.answerers import BundleAnswerer; "
+        "import manyeyes.evaluation.evaluate; "
         "sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ import torch
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec, TorchAnswerer
 from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings, ImageCounts
-from manyeyes.evaluation.answering.torch_images import from_arrays, join_images, split_images, to_arrays
+from manyeyes.evaluation.answering.torch_answerer import from_arrays, join_images, split_images, to_arrays
 from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.reliance import zero_encoder

@@ -11,7 +11,7 @@ from transformers import BloomConfig, Gemma2Config, GPT2Config, MistralConfig, P
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model
-from manyeyes.model.packing import can_pack, plan_packs
+from manyeyes.model.branches import can_pack, plan_packs
 from manyeyes.processor import ManyEyesProcessor
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 

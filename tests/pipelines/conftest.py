@@ -16,8 +16,7 @@ from manyeyes.data.builders.manifest import Provenance, write_manifest
 from manyeyes.data.shards import RecordReader, write_shards
 from manyeyes.data.snapshot import open_folder, open_snapshot, read_dvc_file
 from manyeyes.kubeflow import uploading
-from manyeyes.kubeflow.endpoint import Endpoint
-from manyeyes.kubeflow.endpoint_transport import EndpointSettings
+from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
 from tests.pipelines.checkout import ROOT, Checkout, make_checkout, push
 from tests.pipelines.endpoint_toys import Answer
 from tests.pipelines.kfp_server import Kubeflow, start_server

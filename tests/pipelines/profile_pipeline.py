@@ -52,8 +52,7 @@ def compile_plain(folder: Path) -> list[dict[str, Any]]:
 
 def compile_golden(profile: str, folder: Path) -> str:
     """What the golden file of a profile holds."""
-    from manyeyes.kubeflow.profile_compiler import apply_profile
-    from manyeyes.kubeflow.profiles import load_profile
+    from manyeyes.kubeflow.profiles import apply_profile, load_profile
 
     documents = apply_profile(compile_plain(folder), load_profile(profile, root=Path(__file__).parents[2]))
     documents[0].pop("sdkVersion")

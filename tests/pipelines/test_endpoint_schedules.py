@@ -10,7 +10,7 @@ import pytest
 from manyeyes.errors import PipelineError
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import find_version
-from manyeyes.kubeflow.schedules import create_schedule, delete_schedule, make_trigger
+from manyeyes.kubeflow.uploading import create_schedule, delete_schedule, make_trigger
 from tests.pipelines.endpoint_toys import Answer, add_version
 from tests.pipelines.kfp_server import Fault, Kubeflow, check_model
 

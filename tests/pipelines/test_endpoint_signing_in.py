@@ -9,9 +9,8 @@ import pytest
 
 from manyeyes.errors import EndpointError
 from manyeyes.harness.events import error_line
-from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
 from manyeyes.kubeflow.endpoint_runs import failures_of, find_version, start_run
-from manyeyes.kubeflow.endpoint_transport import EndpointSettings
 from tests.pipelines.endpoint_toys import REFUSAL, SECRET, Answer, add_version, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow
 

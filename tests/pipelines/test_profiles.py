@@ -14,8 +14,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from manyeyes.errors import PipelineError
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
-from manyeyes.kubeflow.profile_compiler import apply_profile, step_of
-from manyeyes.kubeflow.profiles import Profile, list_profiles, load_profile
+from manyeyes.kubeflow.profiles import Profile, apply_profile, list_profiles, load_profile, step_of
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.profile_pipeline import GOLDEN, PROFILES, compile_golden, compile_plain
 

@@ -20,7 +20,7 @@ RUN = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from manyeyes.kubeflow.progress import ProgressView
+from manyeyes.kubeflow.run import ProgressView
 from manyeyes.kubeflow.run import RunOptions, run_pipeline
 from manyeyes.kubeflow.summarise import in_words
 from manyeyes.errors import ManyEyesError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyeyes.cli.evaluate import choose_benchmarks, model_folder
+from manyeyes.cli.evaluation import choose_benchmarks, model_folder
 from manyeyes.cli.main import main
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answering import opening as answering

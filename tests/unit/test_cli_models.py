@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from manyeyes.cli.chat import render_command
-from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
+from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command
 from manyeyes.encoders import ENCODERS
 from manyeyes.errors import RecipeError
 from manyeyes.fusion import FUSIONS, build_fusion

@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 from data_samples import make_record, make_snapshot
 
-from manyeyes.data.mixture import Mixture
-from manyeyes.data.questions import BRIEF_DESCRIPTION, ask_briefly
+from manyeyes.data.mixture import BRIEF_DESCRIPTION, Mixture, ask_briefly
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import RecordError
 from manyeyes.recipe import MixturePart, load_recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyeyes.cli.show_recipe import recipe_as_json, recipe_as_text
+from manyeyes.cli.recipes import recipe_as_json, recipe_as_text
 from manyeyes.errors import RecipeError, SourceError
 from manyeyes.estimate import RecipeEstimate, as_rows, dry_run, stage_memory
 from manyeyes.estimate.dry_run import count_sample, image_shape

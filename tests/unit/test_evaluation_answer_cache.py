@@ -16,8 +16,7 @@ import pytest
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answering import answer_cache
-from manyeyes.evaluation.answering.answer_cache import AnswerCache, AnswerKeys, open_answers
-from manyeyes.evaluation.answering.cache_limits import CacheWarning
+from manyeyes.evaluation.answering.answer_cache import AnswerCache, AnswerKeys, CacheWarning, open_answers
 from manyeyes.evaluation.evaluate import UNFINISHED, EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.scorecard import read_scorecard

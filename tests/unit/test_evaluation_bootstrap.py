@@ -16,8 +16,8 @@ from manyeyes.evaluation.statistics.bootstrap import (
     seeded,
     standard_error,
 )
-from manyeyes.evaluation.statistics.interval import added_interval, score_interval
 from manyeyes.evaluation.statistics.scoring import clustered_error, clustered_mean
+from manyeyes.evaluation.statistics.significance import added_interval, score_interval
 from tests.benchmark_toys import f1, make_graded, make_row, pairs
 
 KINDS = ("F1", "mean", "clustered mean")

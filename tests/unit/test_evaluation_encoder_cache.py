@@ -14,7 +14,7 @@ import pytest
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answering import encoder_cache
-from manyeyes.evaluation.answering.cache_limits import CacheWarning
+from manyeyes.evaluation.answering.answer_cache import CacheWarning
 from manyeyes.evaluation.answering.encoder_cache import (
     EncoderCache,
     EncoderCacheSettings,

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from manyeyes.evaluation.judging.judge import Judge, JudgeError, Verdict
-from manyeyes.recipe.judge import JudgeSpec
+from manyeyes.recipe.recipe import JudgeSpec
 from tests.judge_server import Trouble, completion, in_turn, judge_server
 
 QUESTION = [{"role": "user", "content": "How good is it?"}]

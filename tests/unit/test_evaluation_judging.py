@@ -20,7 +20,7 @@ from manyeyes.evaluation.judging.ensembles import score_ensemble
 from manyeyes.evaluation.judging.judge import Judge, JudgeError
 from manyeyes.evaluation.judging.scoring import JUDGINGS, judge_items, judge_predictions
 from manyeyes.evaluation.score import score_predictions
-from manyeyes.recipe.judge import JudgeSpec
+from manyeyes.recipe.recipe import JudgeSpec
 from tests.judge_server import Say, Trouble, in_turn, judge_server
 
 COCO = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from manyeyes.evaluation.answering.pieces import Piece, cut_batches, join_pieces
+from manyeyes.evaluation.answering.processes import Piece, cut_batches, join_pieces
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 
 

@@ -12,12 +12,11 @@ import pytest
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.groups import GROUPS
-from manyeyes.evaluation.report.comparison import Champion, compare_scores, weigh_cost
+from manyeyes.evaluation.report.comparison import Champion, Published, compare_scores, load_published, weigh_cost
 from manyeyes.evaluation.report.contents import Report
 from manyeyes.evaluation.report.page import render_html, render_markdown
-from manyeyes.evaluation.report.published import Published, load_published
 from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
-from manyeyes.evaluation.report.words import verdict
+from manyeyes.evaluation.report.tables import verdict
 from manyeyes.evaluation.report.writing import build_report, read_report, write_report
 from manyeyes.export.model_facts import count_model
 from manyeyes.harness.champion_scores import find_champion

@@ -13,19 +13,18 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from manyeyes import contents
-from manyeyes.contents import content_digest
+from manyeyes import storage as contents
 from manyeyes.data.contamination.search import open_source
 from manyeyes.data.snapshot import open_folder
 from manyeyes.data.validation import read_suite
 from manyeyes.errors import RecipeError, SourceError
 from manyeyes.harness.base import Reporter
-from manyeyes.pins import pin_recipe, pin_source
 from manyeyes.recipe import change_recipe, list_recipes, load_recipe
-from manyeyes.sources import resolve_source
+from manyeyes.sources import pin_recipe, pin_source, resolve_source
 from manyeyes.steps.plan_ablation import plan_ablation
-from manyeyes.steps.preflight_checks import estimate_recipe
+from manyeyes.steps.preflight import estimate_recipe
 from manyeyes.steps.resolve_data import resolve_data
+from manyeyes.storage import content_digest
 from manyeyes.training.stage import run_stage
 from tests.model_toys import write_language_model
 from tests.training_toys import toy_recipe, toy_snapshot

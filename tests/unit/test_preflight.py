@@ -14,9 +14,18 @@ from manyeyes.harness.base import LocalArtifact, Reporter, run_step
 from manyeyes.harness.events import ErrorReport
 from manyeyes.recipe import Recipe
 from manyeyes.registry.tracking import connect
-from manyeyes.steps import preflight_checks
-from manyeyes.steps.preflight import STEP, as_table, preflight
-from manyeyes.steps.preflight_checks import Check, Need, check_disk, check_memory, check_sources, find_data
+from manyeyes.steps import preflight as preflight_checks
+from manyeyes.steps.preflight import (
+    STEP,
+    Check,
+    Need,
+    as_table,
+    check_disk,
+    check_memory,
+    check_sources,
+    find_data,
+    preflight,
+)
 from tests.pipelines.checkout import push
 from tests.registry_store import store_uri
 from tests.training_toys import toy_recipe, toy_snapshot

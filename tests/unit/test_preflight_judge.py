@@ -9,9 +9,8 @@ import pytest
 
 from manyeyes.evaluation.judging.judge import Judge, JudgeError
 from manyeyes.recipe import Recipe
-from manyeyes.recipe.judge import JudgeSpec
-from manyeyes.steps.judge_check import check_judge
-from manyeyes.steps.preflight import _Findings
+from manyeyes.recipe.recipe import JudgeSpec
+from manyeyes.steps.preflight import _Findings, check_judge
 from tests.judge_server import JudgeServer, Trouble, in_turn, judge_server
 from tests.training_toys import toy_recipe
 

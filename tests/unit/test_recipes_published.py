@@ -24,7 +24,7 @@ from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageSpec, list_recipes, load_recipe
 from manyeyes.runtime.templates import get_chat_template
 from manyeyes.sources import committed_config
-from manyeyes.steps.preflight_checks import check_sources
+from manyeyes.steps.preflight import check_sources
 from manyeyes.training.optimizer import learning_rates, split_groups
 
 LLAVA = ["llava-7b-v0", "llava-13b-v0", "llava-13b-v0-scienceqa", "llava-1.5-7b", "llava-1.5-13b", "llava-1.5-7b-lora"]

@@ -30,7 +30,7 @@ from manyeyes.recipe import (
     ValidationRule,
     parse_recipe,
 )
-from manyeyes.recipe.gate import GATE_RULES
+from manyeyes.recipe.recipe import GATE_RULES
 from manyeyes.recipe.strict import Strict
 from manyeyes.registry.gate import (
     ChampionEvidence,
@@ -38,9 +38,10 @@ from manyeyes.registry.gate import (
     compare_outcomes,
     decide,
     read_gate_report,
+    render_gate_html,
+    render_gate_markdown,
     write_gate_report,
 )
-from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 
 IMAGES = 36
@@ -349,7 +350,7 @@ def test_the_report_is_read_back_and_shown(good: Scored, tmp_path: Path) -> None
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 CLASS, FUNCTION, CASE = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-RULES_SOURCE = (ROOT / "models/manyeyes/recipe/gate.py").read_text(encoding="utf-8")
+RULES_SOURCE = (ROOT / "models/manyeyes/recipe/recipe.py").read_text(encoding="utf-8")
 GATE_SOURCE = (ROOT / "models/manyeyes/registry/gate.py").read_text(encoding="utf-8")
 
 

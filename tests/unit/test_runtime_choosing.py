@@ -16,7 +16,7 @@ from manyeyes.runtime.chat import (
     get_chat_template,
     stop_token_ids,
 )
-from manyeyes.runtime.choosing import OptionEncoder, leading_options
+from manyeyes.runtime.decoding import OptionEncoder, leading_options
 
 LETTERS = ("A", "B")
 ASCII = [chr(code) for code in range(33, 127)]

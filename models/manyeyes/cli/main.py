@@ -9,20 +9,22 @@ from pathlib import Path
 import click
 
 from manyeyes import __version__
-from manyeyes.cli.ask import ask_command
 from manyeyes.cli.chat import render_command
-from manyeyes.cli.compare import compare_command
-from manyeyes.cli.contamination import contamination_command
 from manyeyes.cli.convert import convert_command, logits_command
-from manyeyes.cli.correlate import correlate_command
-from manyeyes.cli.evaluate import evaluate_command
+from manyeyes.cli.data import contamination_command
+from manyeyes.cli.evaluation import (
+    compare_command,
+    correlate_command,
+    evaluate_command,
+    judge_command,
+    reliance_command,
+    score_command,
+)
 from manyeyes.cli.group import Group as _Group
 from manyeyes.cli.group import OutPath
-from manyeyes.cli.judge import judge_command
-from manyeyes.cli.parts import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.pipeline import pipeline as pipeline_group
-from manyeyes.cli.reliance import reliance_command
-from manyeyes.cli.score import score_command
+from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command
+from manyeyes.cli.registry import ask_command
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
 from manyeyes.terminal import replace_unknown_characters
 
@@ -95,8 +97,7 @@ def run(
     from rich.console import Console
 
     from manyeyes.kubeflow.parameters import local_parameters
-    from manyeyes.kubeflow.progress import ProgressView
-    from manyeyes.kubeflow.run import RunOptions, find_pipeline, run_pipeline
+    from manyeyes.kubeflow.run import ProgressView, RunOptions, find_pipeline, run_pipeline
     from manyeyes.kubeflow.summarise import in_words
 
     path = find_pipeline(pipeline, root=Path())
@@ -240,7 +241,7 @@ def recipe_list() -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON, with the digest and what the recipe needs.")
 def recipe_show(name: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """The recipe NAME with every default filled in, and what it needs: parameters, tokens, memory, disk, FLOPs."""
-    from manyeyes.cli.show_recipe import recipe_as_json, recipe_as_text
+    from manyeyes.cli.recipes import recipe_as_json, recipe_as_text
     from manyeyes.recipe import load_recipe, parse_overrides
 
     shown = load_recipe(name, overrides=parse_overrides(list(assignments)))
@@ -277,7 +278,7 @@ cli.add_command(ask_command)
 @click.argument("out", type=OutPath())
 def pull(model: str, out: Path) -> None:
     """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
-    from manyeyes.cli.models import pull_model
+    from manyeyes.cli.registry import pull_model
 
     click.echo(str(pull_model(model, out)))
 
@@ -287,7 +288,7 @@ def pull(model: str, out: Path) -> None:
 @click.option("--force", is_flag=True, help="Promote a version that the gate failed, too.")
 def promote(model: str, force: bool) -> None:
     """Make MODEL/VERSION or MODEL@ALIAS the champion."""
-    from manyeyes.cli.models import promote_model
+    from manyeyes.cli.registry import promote_model
 
     click.echo(promote_model(model, force=force))
 
@@ -296,7 +297,7 @@ def promote(model: str, force: bool) -> None:
 @click.argument("model")
 def rollback(model: str) -> None:
     """Make MODEL's previous champion the champion again; of another MODEL/VERSION, nothing is done."""
-    from manyeyes.cli.models import rollback_model
+    from manyeyes.cli.registry import rollback_model
 
     click.echo(rollback_model(model))
 

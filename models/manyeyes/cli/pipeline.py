@@ -49,8 +49,7 @@ def _recipe_options(command: F) -> F:
 
 
 def _connect(url: str) -> Endpoint:
-    from manyeyes.kubeflow.endpoint import Endpoint
-    from manyeyes.kubeflow.endpoint_transport import EndpointSettings
+    from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
 
     return Endpoint(EndpointSettings.from_environment(url))
 
@@ -261,7 +260,7 @@ def schedule_create(
 ) -> None:
     """Run pipeline NAME again and again, always the same version."""
     from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters
-    from manyeyes.kubeflow.schedules import create_schedule, in_words, make_trigger
+    from manyeyes.kubeflow.uploading import create_schedule, in_words, make_trigger
 
     trigger = make_trigger(cron=cron, every=every)
     with _connect(url) as endpoint:
@@ -284,7 +283,7 @@ def schedule_create(
 @_endpoint_options
 def schedule_list(url: str) -> None:
     """Names, when they run, and whether they are on."""
-    from manyeyes.kubeflow.schedules import in_words, list_schedules
+    from manyeyes.kubeflow.uploading import in_words, list_schedules
 
     with _connect(url) as endpoint:
         for found in list_schedules(endpoint):
@@ -296,7 +295,7 @@ def schedule_list(url: str) -> None:
 @_endpoint_options
 def schedule_disable(name: str, url: str) -> None:
     """Keep schedule NAME, but start no more runs."""
-    from manyeyes.kubeflow.schedules import find_schedule
+    from manyeyes.kubeflow.uploading import find_schedule
 
     with _connect(url) as endpoint:
         found = find_schedule(endpoint, name)
@@ -309,7 +308,7 @@ def schedule_disable(name: str, url: str) -> None:
 @_endpoint_options
 def schedule_enable(name: str, url: str) -> None:
     """Switch schedule NAME on again."""
-    from manyeyes.kubeflow.schedules import find_schedule
+    from manyeyes.kubeflow.uploading import find_schedule
 
     with _connect(url) as endpoint:
         found = find_schedule(endpoint, name)
@@ -322,7 +321,7 @@ def schedule_enable(name: str, url: str) -> None:
 @_endpoint_options
 def schedule_delete(name: str, url: str) -> None:
     """Remove schedule NAME; its runs stay."""
-    from manyeyes.kubeflow.schedules import delete_schedule
+    from manyeyes.kubeflow.uploading import delete_schedule
 
     with _connect(url) as endpoint:
         delete_schedule(endpoint, name)

@@ -17,8 +17,8 @@ from manyeyes.harness.base import LocalArtifact, Step, StepResult, run_step
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import watching
 from manyeyes.harness.inputs import locate_data
-from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
+from manyeyes.sources import pin_recipe
 
 STEP_NAMES = (
     "preflight",
@@ -148,7 +148,7 @@ def _showing_progress() -> Iterator[None]:
     """One line on a terminal's standard error, or one line now and then in a log."""
     from rich.console import Console
 
-    from manyeyes.kubeflow.progress import ProgressView
+    from manyeyes.kubeflow.run import ProgressView
 
     view = ProgressView(Console(stderr=True))
     view.begin()

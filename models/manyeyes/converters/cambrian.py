@@ -17,8 +17,7 @@ from typing import Any
 
 from manyeyes.converters.clip import clip_table, plan_clip
 from manyeyes.converters.convnext import convnext_shapes, convnext_table, plan_convnext
-from manyeyes.converters.encoder_facts import IMAGE_SIZE, INPUT_SIZE, stated
-from manyeyes.converters.encoder_sources import EncoderSources, FoundEncoder
+from manyeyes.converters.encoder_sources import IMAGE_SIZE, INPUT_SIZE, EncoderSources, FoundEncoder, stated
 from manyeyes.converters.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint

@@ -17,7 +17,7 @@ from manyeyes.converters.encoder_sources import EncoderSources, read_encoder_con
 from manyeyes.converters.source import OriginalCheckpoint, open_checkpoint
 from manyeyes.converters.system import EncoderPlan, Plan, System
 from manyeyes.converters.tables import Resolution, Shape
-from manyeyes.converters.writing import MAX_SHARD_BYTES, Planned, write_tensors
+from manyeyes.converters.tensor_files import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights
 from manyeyes.encoders.skeleton import meta_device
 from manyeyes.errors import CheckpointError, RecipeError, did_you_mean

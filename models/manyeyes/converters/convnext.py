@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from manyeyes.converters.clip import escaped
-from manyeyes.converters.encoder_facts import (
+from manyeyes.converters.encoder_sources import (
     EPSILON,
+    FoundEncoder,
     changed,
     count_numbered,
     outside_shapes,
@@ -16,7 +17,6 @@ from manyeyes.converters.encoder_facts import (
     stated,
     weights_file,
 )
-from manyeyes.converters.encoder_sources import FoundEncoder
 from manyeyes.converters.system import EncoderPlan
 from manyeyes.converters.tables import KeyTable, Leave, Shape, Take
 from manyeyes.encoders import encoder_row

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from manyeyes.errors import RecordError, ShapeError, StorageError
 from manyeyes.model import ManyEyesForConditionalGeneration, load_checkpoint
-from manyeyes.processor import PIXELS, ManyEyesProcessor
-from manyeyes.processor.matching import from_questions
+from manyeyes.processor import PIXELS, ManyEyesProcessor, from_questions
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, get_chat_template
 
 IMAGE_ID = -200

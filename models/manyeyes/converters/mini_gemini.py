@@ -18,8 +18,7 @@ from torch import Tensor
 
 from manyeyes.converters.clip import clip_row, clip_table, plan_clip
 from manyeyes.converters.convnext import convnext_shapes, convnext_table, plan_convnext
-from manyeyes.converters.encoder_facts import published_size
-from manyeyes.converters.encoder_sources import EncoderSources
+from manyeyes.converters.encoder_sources import EncoderSources, published_size
 from manyeyes.converters.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint

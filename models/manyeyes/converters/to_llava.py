@@ -22,7 +22,7 @@ from manyeyes.converters.llava import plan_projector
 from manyeyes.converters.source import OriginalCheckpoint, open_checkpoint
 from manyeyes.converters.system import EncoderPlan
 from manyeyes.converters.tables import KeyTable, Take, join_tables
-from manyeyes.converters.writing import Planned, write_tensors
+from manyeyes.converters.tensor_files import Planned, write_tensors
 from manyeyes.encoders import encoder_row
 from manyeyes.errors import CheckpointError
 from manyeyes.model import ManyEyesConfig, checkpoint_digest

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from manyeyes.converters.clip import escaped, exact_ratio, plan_clip
-from manyeyes.converters.encoder_facts import (
+from manyeyes.converters.encoder_sources import (
     EPSILON,
     HEADS,
     IMAGE_SIZE,
+    FoundEncoder,
     changed,
     count_numbered,
     outside_shapes,
@@ -26,13 +27,12 @@ from manyeyes.converters.encoder_facts import (
     told_or_published,
     weights_file,
 )
-from manyeyes.converters.encoder_sources import FoundEncoder
 from manyeyes.converters.system import EncoderPlan
 from manyeyes.converters.tables import KeyTable, Leave, Shape, Take
 from manyeyes.encoders import encoder_row
 from manyeyes.encoders.dinov2 import dinov2_keys
-from manyeyes.encoders.positions import resample_positions
 from manyeyes.encoders.siglip import siglip_keys
+from manyeyes.encoders.vit import resample_positions
 
 _CLASS = "embeddings.class_embedding"
 

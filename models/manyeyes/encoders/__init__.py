@@ -26,8 +26,7 @@ from manyeyes.encoders import (
     supervised,
     vit,
 )
-from manyeyes.encoders.blocks import BlockEncoder
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap
 from manyeyes.encoders.weights import read_parts, read_tensors
 from manyeyes.errors import RecipeError, SourceError, did_you_mean
 from manyeyes.runtime.preprocess import ImageTransform

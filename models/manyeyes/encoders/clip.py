@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import from_transformers_clip, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import from_transformers_clip, strip_prefix
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

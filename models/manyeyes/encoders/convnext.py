@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from manyeyes.encoders.clip import MEAN, STD
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import strip_prefix
+from manyeyes.encoders.weights import strip_prefix
 
 _FIRST_STRIDE, _LAST_STRIDE = 4, 32
 

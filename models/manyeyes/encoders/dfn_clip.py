@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from manyeyes.encoders.clip import MEAN, STD
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import rename, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import rename, strip_prefix
 
 _BLOCK = r"transformer\.resblocks\.(\d+)\."
 _RULES = [

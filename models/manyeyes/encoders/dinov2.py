@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import join, join_qkv, rename, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import join, join_qkv, rename, strip_prefix
 
 _RULES = [
     (r"embeddings\.cls_token", "cls_token"),

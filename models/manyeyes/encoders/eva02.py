@@ -13,11 +13,10 @@ from functools import partial
 from timm.models.eva import Eva
 from torch import Tensor
 
-from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import strip_prefix
-from manyeyes.encoders.positions import resample_positions
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.vit import resample_positions
+from manyeyes.encoders.weights import strip_prefix
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import strip_prefix
-from manyeyes.encoders.positions import resample_positions
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.vit import resample_positions
+from manyeyes.encoders.weights import strip_prefix
 
 # Shape suffixes: B batch (times windows inside one), H W rows and columns, N tokens, C channels, D channels of a head.
 

@@ -18,10 +18,9 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from manyeyes.encoders.blocks import BlockEncoder
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import VIT_RULES, from_transformers_vit, join, rename, strip_prefix
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import VIT_RULES, from_transformers_vit, join, rename, strip_prefix
 
 # Of transformers' DPT and BEiT, which Cambrian-1 ran; timm's, which the weights come from, is 1e-6.
 _EPSILON = 1e-12

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
-from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import strip_prefix
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap
+from manyeyes.encoders.weights import strip_prefix
 
 # Shape suffixes: B batch, N patches, C channels, H W pixels, G patches a side, P pixels a side of a patch.
 

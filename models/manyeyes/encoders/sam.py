@@ -21,11 +21,10 @@ from torch.nn import functional
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-from manyeyes.encoders.blocks import BlockEncoder
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import strip_prefix
-from manyeyes.encoders.positions import resample_positions
+from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.vit import resample_positions
+from manyeyes.encoders.weights import strip_prefix
 
 _NECK_CHANNELS = 256
 _NECK_SEED = 0

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import from_transformers_vit, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import from_transformers_vit, strip_prefix
 
 _LEFT_OUT = ("decoder_", "mask_token")
 

@@ -11,8 +11,8 @@ left over. Cambrian-1 pads with CLIP's mean colour, not with grey.
 from __future__ import annotations
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap
-from manyeyes.encoders.keys import from_transformers_clip, strip_prefix
 from manyeyes.encoders.vit import build_vit, fit_vit
+from manyeyes.encoders.weights import from_transformers_clip, strip_prefix
 
 
 def siglip_keys(tensors: TensorMap) -> TensorMap:

@@ -29,7 +29,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
-from manyeyes.encoders.keys import strip_prefix
+from manyeyes.encoders.weights import strip_prefix
 from manyeyes.errors import SourceError
 
 if TYPE_CHECKING:

@@ -5,15 +5,18 @@ Every figure is the second model minus the first, paired by item and clustered b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.benchmarks.benchmark import Unit
+from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
+from manyeyes.evaluation.benchmarks.items import RowReader
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.results import ANSWERS, AskedScore, Results
@@ -231,3 +234,33 @@ def _model(results: Results) -> ComparedModel:
 
 def _rounded(value: float) -> float:
     return round(value, 4)
+
+
+def read_images(snapshot: Snapshot, wanted: Mapping[str, Collection[str]]) -> dict[tuple[str, str], bytes]:
+    """Image files by benchmark and sha256; those that the snapshot lacks are left out.
+
+    A data set is read until all of its images are found.
+
+    Args:
+        snapshot: Has the benchmarks' data sets.
+        wanted: sha256s by benchmark.
+
+    Raises:
+        SnapshotError: The snapshot lacks a data set.
+        EvaluationError: A column is missing.
+    """
+    found: dict[tuple[str, str], bytes] = {}
+    for name, sha256s in wanted.items():
+        left = set(sha256s)
+        row = find_benchmark(name)
+        rows = RowReader(snapshot.shards(row.dataset), columns=row.columns, name=name) if left else ()
+        for number, parquet_row in enumerate(rows):
+            asked = row.unfold(parquet_row)[0]
+            for data in row.images(CheckedRow(asked, row.columns, f"{name} row {number}")):
+                sha256 = hashlib.sha256(data).hexdigest()
+                if sha256 in left:
+                    left.remove(sha256)
+                    found[name, sha256] = data
+            if not left:
+                break
+    return found

@@ -23,8 +23,7 @@ from manyeyes.evaluation.benchmarks import Benchmark, Graded, MultipleChoice, lo
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import Interval
-from manyeyes.evaluation.statistics.interval import score_interval
-from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores, holm
+from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores, holm, score_interval
 from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe
 

@@ -25,7 +25,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     refuse_hidden,
 )
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.statistics.interval import score_interval
+from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.storage import check_out
 

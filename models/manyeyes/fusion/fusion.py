@@ -54,7 +54,7 @@ class Fusion(nn.Module, ABC):
 
 @runtime_checkable
 class BlockwiseEncoder(Protocol):
-    """What a fusion needs of an encoder to reach between its blocks; ``manyeyes.encoders.blocks`` has it.
+    """What a fusion needs of an encoder to reach between its blocks; ``manyeyes.encoders.encoder`` has it.
 
     Attributes:
         num_prefix_tokens: Tokens in front of the patches.

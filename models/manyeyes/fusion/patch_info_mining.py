@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyeyes.errors import ShapeError
-from manyeyes.fusion.cross_attention import attend_windows, split_windows
+from manyeyes.fusion.cross_attention import attend_windows, resample_map, split_windows
 from manyeyes.fusion.fusion import Fusion, FusionOptions, FusionRow, check_features, join_maps, resample_to_grid
-from manyeyes.fusion.vision_sampler import resample_map
 
 
 class MiningOptions(FusionOptions):

@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError, ShapeError
-from manyeyes.fusion.cross_attention import split_windows
+from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows, image_cells, resample_map, split_windows
 from manyeyes.fusion.fusion import Fusion, FusionOptions, FusionRow, check_features
-from manyeyes.fusion.vision_sampler import VisionSampler, VisualWindows, image_cells, resample_map
 
 
 class AggregatorOptions(FusionOptions):

@@ -2,32 +2,125 @@
 
 A step is a pure function with plain values and paths in and a ``StepResult`` out. ``run_step`` calls it the same way
 from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
+
+Kubeflow 2.17 retries a failed task whatever its exit code was: ``retryPolicy`` has a count and pauses
+(backend/src/v2/compiler/argocompiler of kubeflow/pipelines), and its launcher turns every exit code into 1. So a step
+that fails with an error that only the user can fix leaves a note beside the running checkpoints, and a further attempt
+at the same task ends at once with the same error, before anything is imported or fetched. Attempts at one task share
+the addresses of its outputs, which nothing else has.
+
+A step also ends with the runner that started it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, NoReturn, Protocol
 
 from manyeyes.errors import ManyEyesError, PreflightError, StorageError
-from manyeyes.harness.events import ErrorReport, Problem, emit, error_line
-from manyeyes.harness.refusals import earlier_refusal, remember_refusal
-from manyeyes.harness.runner_death import die_with_runner
-from manyeyes.harness.traces import ERROR_TAG, error_as_tag, pipeline_tags, result_tags
+from manyeyes.harness.events import (
+    ERROR_TAG,
+    ErrorReport,
+    Problem,
+    emit,
+    error_as_tag,
+    error_line,
+    pipeline_tags,
+    result_tags,
+)
 from manyeyes.pages import markdown_table, step_page
 from manyeyes.terminal import replace_unknown_characters
+
+# Seconds that a note counts; a profile with retries sets it. A run that somebody retries by hand later starts afresh.
+WINDOW = "MANYEYES_RETRY_WINDOW_S"
+
+
+def remember_refusal(address: str, report: ErrorReport) -> None:
+    """Leave a note for further attempts at the task whose output has this address; do nothing where none will come."""
+    note = _note(address)
+    if note is None or not report.user_error or report.retry:
+        return
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+    temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(note)
+
+
+def earlier_refusal(address: str) -> ErrorReport | None:
+    """What an earlier attempt at the same task failed with, when only the user can mend that."""
+    note = _note(address)
+    if note is None or not note.is_file():
+        return None
+    if time.time() - note.stat().st_mtime > float(os.environ[WINDOW]):
+        note.unlink(missing_ok=True)
+        return None
+    return ErrorReport.model_validate_json(note.read_text(encoding="utf-8"))
+
+
+def _note(address: str) -> Path | None:
+    workdir = os.environ.get("MANYEYES_WORKDIR")
+    if not address or not workdir or not os.environ.get(WINDOW):
+        return None
+    return Path(workdir) / "refusals" / f"{hashlib.sha256(address.encode()).hexdigest()[:32]}.json"
+
+
+# How long a step may take to end in order, once its runner is gone.
+_GRACE_S = 5.0
+
+
+def die_with_runner(*, exit_code: int) -> None:
+    """End this process as soon as the runner that started it is gone, even after kill -9.
+
+    The step's parent is a shell, so the parent's pid says nothing. The runner holds an exclusive lock on the file
+    ``MANYEYES_RUN_LOCK`` as long as it lives; the kernel frees it in any case, and the thread that waits for it then
+    wakes up.
+
+    Args:
+        exit_code: Of a process that does not end in order.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    lock = os.environ.get("MANYEYES_RUN_LOCK")
+    if lock:
+        end = partial(_end, exit_code)
+        threading.Thread(target=wait_for_runner_death, args=(Path(lock), end), daemon=True).start()
+
+
+def wait_for_runner_death(lock: Path, then: Callable[[], None]) -> None:
+    """Block until the process that holds ``lock`` is gone, then call ``then``."""
+    descriptor = os.open(lock, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    then()
+
+
+def _end(exit_code: int) -> None:
+    sys.stderr.write("the runner is gone: this step ends\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os._exit(exit_code)
+
+
+def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
+    # As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED.
+    raise KeyboardInterrupt
+
 
 USER_ERROR = 2
 OTHER_ERROR = 1

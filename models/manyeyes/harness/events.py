@@ -3,13 +3,15 @@
 Steps append ``started``, ``progress``, ``finished`` and ``failed``. The process that runs the pipeline appends
 ``cached`` and ``completed`` (a task came out of the cache, or ended well, with its outputs) and ``broken`` (a task
 ended badly, whether its step could say so or not).
+
+What a step leaves on its MLflow run, as tags for the run's summary, is here too.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -155,3 +157,38 @@ class EventReader:
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return [Event.model_validate_json(line) for line in complete.splitlines()]
+
+
+FIGURE_TAG, ERROR_TAG = "manyeyes.figure", "manyeyes.error"
+
+# MLflow takes so many in a tag.
+_CHARACTERS = 5000
+
+
+def pipeline_tags() -> dict[str, str]:
+    """What marks a step's run as one of this pipeline run, where no parent run does.
+
+    ``MANYEYES_PIPELINE_RUN`` is the pipeline run's id; on a cluster it comes from the pod's label.
+    """
+    run = os.environ.get("MANYEYES_PIPELINE_RUN")
+    return {"manyeyes.pipeline_run": run} if run else {}
+
+
+def result_tags(figure: str, metadata: Mapping[str, str | int | float]) -> dict[str, str]:
+    """The figure that matters, and each digest and location, as ``manyeyes.<name>``."""
+    facts = {f"manyeyes.{name}": _cut(str(value), _CHARACTERS) for name, value in metadata.items()}
+    return {FIGURE_TAG: _cut(figure, _CHARACTERS), **facts}
+
+
+def error_as_tag(record: ErrorReport) -> str:
+    """``error.json`` as a tag can hold it: long texts are cut, and then the single problems are left out."""
+    text = record.model_dump_json()
+    if len(text) <= _CHARACTERS:
+        return text
+    short = {name: _cut(getattr(record, name), _CHARACTERS // 8) for name in ("found", "needed", "do")}
+    text = record.model_copy(update={**short, "problems": ()}).model_dump_json()
+    return text if len(text) <= _CHARACTERS else ""
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"

@@ -1,7 +1,8 @@
 """The only module of the package that knows kfp: compiles pipelines and runs a compiled one on this machine.
 
-``manyeyes run`` starts this module in a child process (``python -m manyeyes.kubeflow.pipeline RUN_DIR``), because kfp.local
-prints pages, replaces ``builtins.print`` and changes the root logger: here all of that goes to ``pipeline.log``.
+``manyeyes run`` starts this module in a child process (``python -m manyeyes.kubeflow.pipeline RUN_DIR``), because
+kfp.local prints pages, replaces ``builtins.print`` and changes the root logger: here all of that goes to
+``pipeline.log``.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
-from manyeyes.harness.base import OTHER_ERROR, USER_ERROR, describe_failure
+from manyeyes.harness.base import OTHER_ERROR, USER_ERROR, describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
-from manyeyes.harness.runner_death import wait_for_runner_death
 from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes
 from manyeyes.terminal import replace_unknown_characters
@@ -104,7 +104,7 @@ def compile_pipeline(
     if digest:
         _put_image(documents[0], image, digest)
     if profile is not None:
-        from manyeyes.kubeflow.profile_compiler import apply_profile
+        from manyeyes.kubeflow.profiles import apply_profile
 
         documents = apply_profile(documents, profile)
     comments = [line for line in text.splitlines() if line.startswith("#")]

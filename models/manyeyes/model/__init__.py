@@ -15,9 +15,8 @@ from manyeyes.model.checkpoint import (
     write_manifest,
 )
 from manyeyes.model.configuration import ManyEyesConfig
-from manyeyes.model.modeling import ManyEyesForConditionalGeneration
+from manyeyes.model.modeling import ManyEyesForConditionalGeneration, build_encoders
 from manyeyes.model.outputs import BranchAnswers, BranchOutput, ManyEyesOutput
-from manyeyes.model.parts import build_encoders
 from manyeyes.processor import ManyEyesProcessor
 
 __all__ = [

@@ -30,8 +30,7 @@ from manyeyes.model.language_model import (
     resolve_language_model,
 )
 from manyeyes.model.matching import Difference, find_differences
-from manyeyes.model.modeling import ManyEyesForConditionalGeneration
-from manyeyes.model.parts import build_encoders
+from manyeyes.model.modeling import ManyEyesForConditionalGeneration, build_encoders
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
 from manyeyes.runtime.tokenizer import library_errors

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.fusion import Fusion, SpatialVisionAggregator, build_fusion
+from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.fusion.patch_info_mining import PatchInfoMining
-from manyeyes.fusion.vision_sampler import VisualWindows
 from manyeyes.model.projector import AnyProjector, build_projector
 from manyeyes.model.reinjection import Reinjection, VisualContext, reinjected_layers
 from manyeyes.runtime.tiling import NEWLINE, TokenLayout

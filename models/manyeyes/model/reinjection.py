@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from manyeyes.errors import RecipeError
-from manyeyes.fusion.vision_sampler import VisionSampler, VisualWindows
+from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows
 
 VISUAL_CONTEXT = "visual_context"
 """The keyword argument that carries a ``VisualContext`` to decoder layers."""

@@ -4,16 +4,6 @@ A recipe is data. ``load_recipe`` reads the YAML, follows one ``extends:`` paren
 checks every field; ``Recipe.digest`` is stamped on every artifact.
 """
 
-from manyeyes.recipe.gate import (
-    ContaminationRule,
-    FloorRule,
-    GateRule,
-    ImageAddsRule,
-    NonInferiorityRule,
-    ParityRule,
-    ValidationRule,
-)
-from manyeyes.recipe.judge import JudgeSpec
 from manyeyes.recipe.loading import (
     change_recipe,
     list_recipes,
@@ -34,12 +24,20 @@ from manyeyes.recipe.model import (
     SharedSpec,
 )
 from manyeyes.recipe.recipe import (
+    ContaminationRule,
     ContaminationSpec,
     DataSpec,
     EvaluationSpec,
     ExportSpec,
+    FloorRule,
+    GateRule,
+    ImageAddsRule,
+    JudgeSpec,
+    NonInferiorityRule,
+    ParityRule,
     Recipe,
     RegistrySpec,
+    ValidationRule,
 )
 from manyeyes.recipe.stages import (
     STAGE_NAMES,

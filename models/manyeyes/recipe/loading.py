@@ -10,10 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.gate import GATE_RULES
-from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.reading import MAX_BYTES, check_values, read_file, read_json, read_yaml
-from manyeyes.recipe.recipe import Recipe
+from manyeyes.recipe.recipe import GATE_RULES, Recipe, apply_override
 
 # Of a wrong value, in a message.
 _SHOWN_CHARACTERS = 200

@@ -1,21 +1,182 @@
-"""A whole recipe, and its parts that have one field each in it."""
+"""A whole recipe, and its parts that have one field each in it.
+
+Also the gate's rules, the judge, and one value of a recipe by its dotted path.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manyeyes.errors import did_you_mean
-from manyeyes.recipe.gate import GateRule
-from manyeyes.recipe.judge import JudgeSpec
+from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.model import ModelSpec
-from manyeyes.recipe.overrides import apply_override
 from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
 from manyeyes.recipe.strict import MAX_BATCH, MAX_COUNT, Strict
+
+# Beyond the maximum of any benchmark.
+_MAX_POINTS = 1e6
+
+
+class FloorRule(Strict):
+    """The score is at least so much."""
+
+    rule: Literal["floor"]
+    benchmark: str
+    at_least: float = Field(ge=0, le=_MAX_POINTS, description="Points of the benchmark's own figure.")
+
+
+class NonInferiorityRule(Strict):
+    """The lower end of challenger minus champion (paired, clustered by image, 95%) is above a margin."""
+
+    rule: Literal["non-inferiority"]
+    benchmark: str
+    margin: float = Field(
+        ge=-_MAX_POINTS, le=0, description="Points of the benchmark's own figure (MME: of 2,000); 0 or below."
+    )
+
+
+class ImageAddsRule(Strict):
+    """The score with the image is so many points above the score without."""
+
+    rule: Literal["image-adds"]
+    benchmark: str
+    at_least: float = Field(ge=0, le=_MAX_POINTS, description="Points of the benchmark's own figure.")
+
+
+class ParityRule(Strict):
+    """The bundle answers as torch does."""
+
+    rule: Literal["parity"]
+    token_match: float = Field(default=1.0, ge=0, le=1)
+    max_abs_logit: float = Field(default=1e-3, gt=0, le=1e6)
+    max_score_difference: float = Field(
+        default=0.1,
+        ge=0,
+        le=100,
+        description="Points between torch's and bundle's score, each as percent of its maximum.",
+    )
+
+
+class ValidationRule(Strict):
+    """The data passed validation."""
+
+    rule: Literal["validation"]
+
+
+class ContaminationRule(Strict):
+    """No more than so many training images are also in an evaluation set: exact sha256, and near duplicates."""
+
+    rule: Literal["contamination"]
+    max_images: int = Field(
+        default=0, ge=0, le=MAX_COUNT, description="Exact duplicates, and near ones that training does not leave out."
+    )
+    max_texts: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_COUNT,
+        description="Samples with a text of an evaluation set that training does not leave out; null does not judge.",
+    )
+
+
+GateRule = Annotated[
+    FloorRule | NonInferiorityRule | ImageAddsRule | ParityRule | ValidationRule | ContaminationRule,
+    Field(discriminator="rule"),
+]
+
+# Every rule by the name that a recipe writes; the union above is the one list of them.
+GATE_RULES: dict[str, type[Strict]] = {
+    get_args(rule.model_fields["rule"].annotation)[0]: rule for rule in get_args(get_args(GateRule)[0])
+}
+
+
+API_KEY = "MANYEYES_JUDGE_KEY"
+"""Environment variable that holds the key, unless ``key_from`` names another."""
+
+
+class JudgeSpec(Strict):
+    """A judge behind an OpenAI-compatible endpoint; the key comes from the environment and is never written."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    endpoint: str = Field(description="Address up to the version, for instance https://judge.example/v1.")
+    model: str = Field(min_length=1, description="Name of the model there; scores compare only where it is equal.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Of the first try; what each benchmark's authors used when left out."
+    )
+    key_from: str = Field(default=API_KEY, min_length=1, description="Environment variable that holds the key.")
+    attempts: int = Field(default=4, gt=0, le=20, description="Requests for one answer until the service gives one.")
+    readings: int = Field(
+        default=3, gt=0, le=10, description="Answers to one question until one can be read; each is asked warmer."
+    )
+    timeout_s: float = Field(default=60, gt=0, le=86_400, description="Longest time for one request; seconds.")
+    concurrency: int = Field(default=4, gt=0, le=64, description="Requests at a time.")
+    requests_per_minute: float | None = Field(default=None, gt=0, le=1e9, description="Rate limit; none when left out.")
+    price_in: float | None = Field(default=None, ge=0, le=1e9, description="Price of a million prompt tokens.")
+    price_out: float | None = Field(default=None, ge=0, le=1e9, description="Price of a million answered tokens.")
+    max_unjudged: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="Share of items without a verdict up to which a score of the others is given; none by default.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")) or "@" in value or "?" in value:
+            raise ValueError("an address that begins with https:// or http://, without user, password or query")
+        return value.rstrip("/")
+
+
+# A longer index is past the end of any list.
+_INDEX_DIGITS = 9
+
+
+def apply_override(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set one value of a tree of mappings and lists.
+
+    Args:
+        tree: Changed in place; mappings that are missing on the way are made.
+        path: Dotted; list items by index.
+        value: The new value.
+
+    Raises:
+        RecipeError: The path goes below a plain value, or past the end of a list.
+    """
+    node: Any = tree
+    keys = path.split(".")
+    # Group names such as encoders.vit hold a dot: everything after "train" is one key.
+    if "train" in keys[:-1]:
+        at = keys.index("train")
+        keys = [*keys[: at + 1], ".".join(keys[at + 1 :])]
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not (key.isascii() and key.isdigit()) or int(key[:_INDEX_DIGITS]) >= len(node):
+                needed = f"an index from 0 to {len(node) - 1}" if node else "a list with something in it"
+                raise RecipeError(
+                    f'override "{path}" has "{key}" at a list of {len(node)}', needed, "Replace the list as a whole."
+                )
+            if last:
+                node[int(key)] = value
+                return
+            child = node[int(key)]
+        elif last:
+            node[key] = value
+            return
+        else:
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
+        if not isinstance(child, dict | list):
+            raise RecipeError(
+                f'override "{path}" goes below "{key}", which is {child!r}', "a field with fields", "Shorten the path."
+            )
+        node = child
 
 
 class ContaminationSpec(Strict):

@@ -11,10 +11,18 @@ from manyeyes.evaluation.answering.answerers import Answerer, BundleAnswerer
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.recipe import Recipe
-from manyeyes.registry.evidence import BUNDLE_SCORECARD, EVIDENCE_PATH, ITEMS, download
 from manyeyes.registry.gate import ChampionEvidence
 from manyeyes.registry.pull import pull
-from manyeyes.registry.references import CHAMPION, ModelReference, find_alias, find_version
+from manyeyes.registry.references import (
+    BUNDLE_SCORECARD,
+    CHAMPION,
+    EVIDENCE_PATH,
+    ITEMS,
+    ModelReference,
+    download,
+    find_alias,
+    find_version,
+)
 from manyeyes.registry.tracking import connect
 
 

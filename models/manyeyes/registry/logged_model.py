@@ -17,8 +17,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 
 from manyeyes import __version__
 from manyeyes.evaluation.scorecard import Scorecard
-from manyeyes.registry.gate import GateReport
-from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
 from manyeyes.registry.tracking import Tracking
 

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from manyeyes.errors import BundleError, RegistryError
-from manyeyes.registry.evidence import BUNDLE_PATH, download
-from manyeyes.registry.references import ModelReference, find_version, parse_model_reference
+from manyeyes.registry.references import BUNDLE_PATH, ModelReference, download, find_version, parse_model_reference
 from manyeyes.registry.tracking import connect
 from manyeyes.runtime.bundle_files import MANIFEST, check_files, digest_files, read_manifest
 from manyeyes.storage import folder_beside, replaceable, storage_errors

@@ -19,15 +19,18 @@ from mlflow.exceptions import MlflowException
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.champion import champion_evidence, comparable_champion
-from manyeyes.registry.evidence import BUNDLE_SCORECARD, GATE, ITEMS, SCORECARD
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report
 from manyeyes.registry.logged_model import log_model, log_scores
 from manyeyes.registry.mlflow_errors import create_once, registry_errors
 from manyeyes.registry.pull import pull
 from manyeyes.registry.references import (
+    BUNDLE_SCORECARD,
     CHALLENGER,
     CHAMPION,
+    GATE,
+    ITEMS,
     PREVIOUS,
+    SCORECARD,
     ModelReference,
     check_registry_name,
     find_alias,

@@ -32,8 +32,7 @@ from manyeyes.runtime.bundle_files import (
     read_manifest,
 )
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
-from manyeyes.runtime.choosing import OptionEncoder, OptionIds, check_choices
-from manyeyes.runtime.decoding import Decoder
+from manyeyes.runtime.decoding import Decoder, OptionEncoder, OptionIds, check_choices
 from manyeyes.runtime.images import ImageLike, read_images
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads

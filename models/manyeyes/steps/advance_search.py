@@ -9,8 +9,16 @@ from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import is_absent
 from manyeyes.recipe import parse_recipe
-from manyeyes.search.search import close_round, copy_trials, gains, read_search, trial_folder, write_search
-from manyeyes.search.search_page import search_html, search_markdown
+from manyeyes.search.search import (
+    close_round,
+    copy_trials,
+    gains,
+    read_search,
+    search_html,
+    search_markdown,
+    trial_folder,
+    write_search,
+)
 from manyeyes.search.trial import read_trial
 
 NOTHING = [""]

@@ -13,8 +13,7 @@ from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import duration, span
 from manyeyes.recipe import parse_recipe
-from manyeyes.search.trial import Difference, Trial, difference, read_trial
-from manyeyes.search.trial_page import Row, render_trials, short_table
+from manyeyes.search.trial import Difference, Row, Trial, difference, read_trial, render_trials, short_table
 from manyeyes.search.variant import parse_variant
 
 COMPARISON_FILE = "comparison.json"

@@ -50,8 +50,7 @@ def gate(
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
     from manyeyes.registry.champion import comparable_champion
-    from manyeyes.registry.gate import decide, write_gate_report
-    from manyeyes.registry.gate_report import render_gate_html, render_gate_markdown
+    from manyeyes.registry.gate import decide, render_gate_html, render_gate_markdown, write_gate_report
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
     bundle_scores = read_scorecard(bundle_scorecard / "scorecard.json")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import Table, step_page
-from manyeyes.pins import pin_sources
 from manyeyes.recipe import parse_recipe
 from manyeyes.search.variant import read_grid
+from manyeyes.sources import pin_sources
 
 
 def plan_ablation(

@@ -12,9 +12,9 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.inputs import locate_data
 from manyeyes.pages import facts_table, step_page
-from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
+from manyeyes.sources import pin_recipe
 
 
 def resolve_data(

@@ -17,10 +17,10 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import is_absent, mark_absent, open_inputs, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.pages import facts_table, step_page
-from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.search.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
 from manyeyes.search.variant import Variant, parse_variant
+from manyeyes.sources import pin_recipe
 from manyeyes.steps.evaluate import evaluate
 
 _WAIT_S = 2.0

@@ -28,8 +28,8 @@ from manyeyes.model import (
     match_checkpoint,
     save_checkpoint,
 )
-from manyeyes.pins import pin_recipe
 from manyeyes.recipe import Recipe, StageName, StageSpec
+from manyeyes.sources import pin_recipe
 from manyeyes.storage import new_folder
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, train

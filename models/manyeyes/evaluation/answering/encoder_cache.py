@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from manyeyes.evaluation.answering.cache_limits import GIGABYTE, Complaint, list_files, read_limit, touch
+from manyeyes.evaluation.answering.answer_cache import GIGABYTE, Complaint, list_files, read_limit, touch
 from manyeyes.runtime.vision import WINDOWS, ImageTokens
 
 MEMORY_LIMIT = "MANYEYES_ENCODER_CACHE_MEMORY_GB"

@@ -1,22 +1,186 @@
-"""Answers of a checkpoint in PyTorch."""
+"""Answers of a checkpoint in PyTorch.
+
+Multiple choice is decided from one prefill as ``runtime.decoding`` says. The visual tokens of a batch are taken apart
+into those of each image and put together again, because a cache keeps images one by one, whatever batch they came in.
+
+Shapes: I images, N visual tokens of the image that has most, D width of the language model; an image has N_i tokens,
+M_i of which look back at it from inside the language model. Q branches, L branch tokens, R prefixes, P prefix tokens, V
+vocabulary.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
 
 from manyeyes.chat import BranchGroup
 from manyeyes.evaluation.answering.answerers import AnsweredBatch, answer_in_turn
 from manyeyes.evaluation.answering.encoder_cache import EncoderCache, EncoderCacheSettings, ImageCounts
-from manyeyes.evaluation.answering.torch_choosing import choose_branches
-from manyeyes.evaluation.answering.torch_images import ShownImage, from_arrays, join_images, split_images, to_arrays
 from manyeyes.evaluation.scorecard import ModelKind
-from manyeyes.model import load_checkpoint
+from manyeyes.fusion.cross_attention import VisualWindows
+from manyeyes.model import ManyEyesForConditionalGeneration, load_checkpoint
+from manyeyes.model.connection import VisualTokens
+from manyeyes.model.language_model import compute_logits
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
-from manyeyes.runtime.choosing import OptionEncoder, OptionIds
+from manyeyes.runtime.decoding import OptionEncoder, OptionIds, leading_options
+from manyeyes.runtime.tiling import NEWLINE
+from manyeyes.runtime.vision import WINDOWS, ImageTokens
+
+
+@torch.inference_mode()
+def choose_branches(
+    model: ManyEyesForConditionalGeneration,
+    prefix_cache: Cache,
+    prefix_mask: Tensor,
+    rows: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    options: Sequence[OptionIds],
+    batch_size: int,
+) -> list[int]:
+    """Choose between the options of each branch.
+
+    Args:
+        model: Made the cache.
+        prefix_cache: From ``prefill_prefix``; not changed.
+        prefix_mask: ``[R, P]``, the prefixes' attention mask.
+        rows: ``[Q]``, each branch's prefix.
+        input_ids: ``[Q, L]``, padded on the right; they end where the model goes on.
+        attention_mask: ``[Q, L]``, 1 for real tokens.
+        options: Token ids of each branch's options; at least one each.
+        batch_size: Most options a run, where first tokens do not decide.
+
+    Returns:
+        The place of each branch's chosen option.
+    """
+    asked = model.forward_branches(prefix_cache, prefix_mask, rows, input_ids, attention_mask)
+    assert asked.logits is not None
+    assert asked.attention_mask is not None
+    firsts = [(branch, ids[0]) for branch, own in enumerate(options) for ids in own]
+    scores = iter(asked.logits[_column(firsts, 0, asked.logits), _column(firsts, 1, asked.logits)].tolist())
+    leading = [leading_options([next(scores) for _ in own], own) for own in options]
+    tied = [(branch, place) for branch, places in enumerate(leading) if len(places) > 1 for place in places]
+    sums: dict[tuple[int, int], float] = {}
+    for start in range(0, len(tied), batch_size):
+        part = tied[start : start + batch_size]
+        added = _log_probabilities(
+            model,
+            asked.past_key_values,
+            asked.attention_mask,
+            _column(part, 0, asked.logits),
+            [options[branch][place] for branch, place in part],
+        )
+        sums.update(zip(part, added, strict=True))
+    return [max(places, key=lambda place: sums.get((branch, place), 0.0)) for branch, places in enumerate(leading)]
+
+
+def _log_probabilities(
+    model: ManyEyesForConditionalGeneration, cache: Cache, mask: Tensor, rows: Tensor, options: Sequence[Sequence[int]]
+) -> list[float]:
+    """Of each option's tokens behind its first, which all of a branch's options here share; added up."""
+    width = max(len(ids) for ids in options)
+    ids = torch.zeros((len(options), width), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for row, own in enumerate(options):
+        ids[row, : len(own)] = torch.tensor(own)
+        real[row, : len(own)] = 1
+    ids, real = ids.to(mask.device), real.to(mask.device)
+    output = model.forward_branches(cache, mask, rows, ids[:, :-1], real[:, :-1])
+    assert output.last_hidden_state is not None
+    logits = compute_logits(model.language_model, output.last_hidden_state)
+    log_probabilities = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    sums: list[float] = (log_probabilities * real[:, 1:]).sum(1).tolist()
+    return sums
+
+
+def _column(pairs: Sequence[tuple[int, int]], place: int, like: Tensor) -> Tensor:
+    return torch.tensor([pair[place] for pair in pairs], dtype=torch.long, device=like.device)
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """One image as the language model takes it.
+
+    Attributes:
+        tokens: ``[N_i, D]``.
+        looks: ``[M_i]``, which of the tokens look back.
+        windows: What those look at, M_i of them; ``None`` in a model that does not look back.
+    """
+
+    tokens: Tensor
+    looks: Tensor
+    windows: VisualWindows | None
+
+
+def split_images(visual: Tensor | VisualTokens, lengths: Sequence[int]) -> list[ShownImage]:
+    """Take a batch apart.
+
+    Args:
+        visual: ``[I, N, D]``.
+        lengths: N_i of each image.
+    """
+    if not isinstance(visual, VisualTokens):
+        nothing = torch.zeros(0, dtype=torch.long, device=visual.device)
+        return [ShownImage(tokens[:length], nothing, None) for tokens, length in zip(visual, lengths, strict=True)]
+    images = []
+    for tokens, cells, length in zip(visual.tokens, visual.cells, lengths, strict=True):
+        looks = (cells[:length] != NEWLINE).nonzero().squeeze(1)
+        images.append(ShownImage(tokens[:length], looks, visual.windows.select(cells[looks])))
+    return images
+
+
+def join_images(images: Sequence[ShownImage]) -> Tensor | VisualTokens:
+    """Put images together, ``[I, N, D]``; shorter ones end with zeros that stand nowhere.
+
+    Args:
+        images: At least one; all of one model.
+    """
+    tokens = torch.nn.utils.rnn.pad_sequence([image.tokens for image in images], batch_first=True)
+    windows = [image.windows for image in images if image.windows is not None]
+    if not windows:
+        return tokens
+    cells = torch.full(tokens.shape[:2], NEWLINE, dtype=torch.long, device=tokens.device)
+    first = 0
+    for row, image in zip(cells, images, strict=True):
+        row[image.looks] = torch.arange(first, first + len(image.looks), device=tokens.device)
+        first += len(image.looks)
+    joined = VisualWindows(
+        keys=torch.cat([own.keys for own in windows]),
+        mask=torch.cat([own.mask for own in windows]),
+        overall=torch.cat([own.overall for own in windows]),
+    )
+    return VisualTokens(tokens=tokens, windows=joined, cells=cells)
+
+
+def to_arrays(image: ShownImage) -> ImageTokens:
+    """In host memory, as a cache keeps it and as a bundle has it."""
+    windows = {}
+    if image.windows is not None:
+        values = (image.windows.keys, image.windows.mask, image.windows.overall)
+        windows = {name: value.cpu().numpy() for name, value in zip(WINDOWS, values, strict=True)}
+    return ImageTokens(image.tokens.cpu().numpy(), image.looks.cpu().numpy(), windows)
+
+
+def from_arrays(image: ImageTokens, device: torch.device) -> ShownImage:
+    """Back on a device; bit for bit what ``to_arrays`` was given."""
+
+    def load(array: np.ndarray) -> Tensor:
+        # Copied: memory of a cache is not to be written, and torch warns of arrays that cannot be.
+        return torch.tensor(array, device=device)
+
+    windows = None
+    if image.windows:
+        windows = VisualWindows(*(load(np.asarray(image.windows[name])) for name in WINDOWS))
+    return ShownImage(load(image.tokens), load(image.looks), windows)
+
 
 Disturb = Callable[[dict[str, torch.Tensor], Sequence[int]], dict[str, torch.Tensor]]
 

@@ -8,10 +8,9 @@ from manyeyes.evaluation.benchmarks.ai2d import AI2D
 from manyeyes.evaluation.benchmarks.benchmark import BenchmarkRow, Graded, Row
 from manyeyes.evaluation.benchmarks.chartqa import CHARTQA
 from manyeyes.evaluation.benchmarks.cv_bench import CV_BENCH
-from manyeyes.evaluation.benchmarks.docvqa import DOCVQA
+from manyeyes.evaluation.benchmarks.docvqa import DOCVQA, INFOVQA
 from manyeyes.evaluation.benchmarks.easy_vqa import EASY_VQA
 from manyeyes.evaluation.benchmarks.gqa import GQA
-from manyeyes.evaluation.benchmarks.infovqa import INFOVQA
 from manyeyes.evaluation.benchmarks.items import Benchmark, Item, MultipleChoice, load_benchmark
 from manyeyes.evaluation.benchmarks.llava_bench import LLAVA_BENCH_COCO, LLAVA_BENCH_WILD
 from manyeyes.evaluation.benchmarks.mathvista import MATHVISTA

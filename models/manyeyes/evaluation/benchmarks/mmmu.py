@@ -3,6 +3,8 @@
 Upstream answers at random where it reads no letter. Here such an answer is wrong and counted, unless a seed is given.
 
 Source: Yue et al., arXiv:2311.16502; hub copy by lmms-lab, where options and some answers are lists written as text.
+
+Source of the open questions' rule: MMMU, eval/eval_utils.py, parse_open_response and eval_open.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import mmmu_open, option_letters
+from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, BenchmarkRow, Graded, Row, by_item, image_bytes
 from manyeyes.evaluation.benchmarks.multiple_choice import (
     LETTER_SUFFIX,
@@ -130,10 +132,10 @@ def _grade_open(row: Row, prediction: str, variant: str) -> tuple[str | None, bo
         # VLMEvalKit makes it a choice between the reference and "Other Answers" once the model has answered.
         parsed = option_letters.vlmevalkit(prediction, {"A": gold, "B": "Other Answers"})
         return parsed, parsed == (gold if gold in tuple(option_letters.LETTERS) else "A")
-    found = mmmu_open.candidates(prediction)
+    found = candidates(prediction)
     # lmms-eval takes a list of references, written as text, for one text; MMMU's own answer file has lists.
     golds = [gold] if variant == "lmms" else _golds(row)
-    return unless(prediction.strip()) and str(found), mmmu_open.is_right(found, golds)
+    return unless(prediction.strip()) and str(found), is_right(found, golds)
 
 
 def _within_five_percent(answer: str, gold: str) -> bool:
@@ -211,3 +213,61 @@ MMMU = BenchmarkRow(
     group=lambda row: str(row["question_type"]),
     guess=guess,
 )
+
+
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_TRIVIAL = (":", ",", ".", "!", "?", ";", "'")
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+
+Candidate = str | float
+
+
+def candidates(response: str) -> list[Candidate]:
+    """Ends of the sentences that announce an answer (the whole response without one), and the numbers in them."""
+    tails = _tails(response)
+    texts = tails + [number for tail in tails for pattern in _NUMBERS for number in pattern.findall(tail)]
+    return list(dict.fromkeys(part for text in texts for part in normalise(text)))
+
+
+def is_right(found: Sequence[Candidate], golds: Sequence[str]) -> bool:
+    """Whether a reference's text occurs in a candidate's, or a number of both is equal."""
+    normalised = [part for gold in golds for part in normalise(gold)]
+    for candidate in found:
+        if isinstance(candidate, float):
+            if candidate in normalised:
+                return True
+        elif any(isinstance(gold, str) and gold in candidate for gold in normalised):
+            return True
+    return False
+
+
+def normalise(text: str) -> list[Candidate]:
+    """A number to two decimals, or the text in lower case; one character becomes two texts, with a space on a side."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def _tails(response: str) -> list[str]:
+    response = response.strip().strip(".").lower()
+    # The lookahead never matches, as the text is in lower case by now: upstream's oversight, kept.
+    sentences = re.split(r"\.\s(?=[A-Z])|\n", response)
+    tails = []
+    for number, sentence in enumerate(sentences, start=1):
+        marks = (*_INDICATORS, "=") if number == len(sentences) else _INDICATORS
+        shortest = ""
+        for mark in marks:
+            if mark in sentence:
+                tail = sentence.split(mark)[-1].strip()
+                if not shortest or len(tail) < len(shortest):
+                    shortest = tail
+        if shortest and shortest not in _TRIVIAL:
+            tails.append(shortest)
+    return tails or [response]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from manyeyes.evaluation.report import looking
 from manyeyes.evaluation.report import tables as report_tables
-from manyeyes.evaluation.report import words as report_words
+from manyeyes.evaluation.report import tables as report_words
 from manyeyes.evaluation.report.comparison import SYSTEM_TITLES
 from manyeyes.evaluation.report.contents import Report
 from manyeyes.evaluation.scorecard import BenchmarkScore, Interval

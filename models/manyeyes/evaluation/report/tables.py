@@ -8,9 +8,33 @@ from pydantic import BaseModel
 
 from manyeyes.evaluation.report.comparison import GROUP_TITLES, SYSTEM_TITLES
 from manyeyes.evaluation.report.contents import Cell, ComparisonRow, Example, Report
-from manyeyes.evaluation.report.words import CONDITION_TITLES, NOTHING, unit_mark, verdict
 from manyeyes.evaluation.scorecard import BenchmarkScore, ConditionScore
 from manyeyes.pages import NONE, Table, Text, figure, short_count, span
+
+CONDITION_TITLES = {
+    "image-on": "with the image",
+    "image-off": "without",
+    "grey": "grey image",
+    "other-image": "another's image",
+}
+NOTHING = "(nothing)"
+
+
+def unit_mark(score: BenchmarkScore) -> str:
+    """What stands behind a figure in the benchmark's unit."""
+    return "" if score.unit == "points" else "%"
+
+
+def meaning(score: BenchmarkScore) -> str:
+    """What a figure in the benchmark's unit says."""
+    if score.unit == "relative":
+        return "of what the reference answers get"
+    return "right" if score.unit == "percent" else f"of {score.maximum:g} points"
+
+
+def verdict(score: float) -> str:
+    """A tick, a cross, or the share of right."""
+    return "✓" if score >= 1 else "✗" if score <= 0 else f"({score:.2f})"
 
 
 def facts_table(report: Report) -> Table | None:

@@ -5,20 +5,182 @@ The page and the Markdown are rendered from the JSON's contents and the images a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.report.building import build_report, read_pictures
-from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
-from manyeyes.evaluation.report.contents import Report, Reproduction, read_report
+from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion, compare_scores, weigh_cost
+from manyeyes.evaluation.report.contents import (
+    BenchmarkDetails,
+    Example,
+    ExampleAnswer,
+    Mistake,
+    Report,
+    Reproduction,
+    Unread,
+    read_report,
+)
 from manyeyes.evaluation.report.page import render_html, render_markdown
+from manyeyes.evaluation.report.reproduction import describe_reproduction
 from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
+from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render
 
 __all__ = ["NO_CHAMPION", "Champion", "Report", "build_report", "read_report", "write_report"]
+
+_SAMPLES = 6
+_QUESTIONS_A_SAMPLE = 5
+_MISTAKES = 10
+_UNREAD = 20
+_LONGEST_TEXT = 400
+KINDS = {"torch": "checkpoint in PyTorch", "bundle": "ONNX bundle"}
+
+
+def build_report(
+    scorecard: Scorecard,
+    outcomes: Sequence[Outcome],
+    benchmarks: Sequence[Benchmark],
+    *,
+    recipe: Recipe | None = None,
+    champion: Champion = NO_CHAMPION,
+    reproduction: Reproduction | None = None,
+) -> Report:
+    """Gather everything.
+
+    Args:
+        scorecard: The figures.
+        outcomes: Every item's answer.
+        benchmarks: For titles and prompts; those without a score are left out.
+        recipe: What was asked, for the chat template and for whoever repeats it.
+        champion: What the registry has.
+        reproduction: Where other processes answered; this one did when left out.
+    """
+    by_name = {benchmark.row.name: benchmark for benchmark in benchmarks}
+    scored = {name: by_name[name] for name in scorecard.benchmarks if name in by_name}
+    answers: dict[str, list[Outcome]] = {name: [] for name in scored}
+    for outcome in outcomes:
+        if outcome.benchmark in answers:
+            answers[outcome.benchmark].append(outcome)
+    comparison = compare_scores(
+        scorecard, prompts={name: benchmark.style for name, benchmark in scored.items()}, champion=champion
+    )
+    return Report(
+        title=f"{scorecard.recipe}: {KINDS[scorecard.model.kind]}",
+        scorecard=scorecard,
+        comparison=comparison,
+        trade_off=weigh_cost(comparison),
+        details={name: _details(benchmark, answers[name], recipe) for name, benchmark in scored.items()},
+        reproduction=reproduction
+        or describe_reproduction(
+            scorecard.model.kind, benchmarks=list(scored), recipe=recipe, data_md5=scorecard.data_md5
+        ),
+    )
+
+
+def read_pictures(report: Report, benchmarks: Sequence[Benchmark]) -> dict[str, bytes]:
+    """The image files that a report's examples show, by sha256."""
+    pictures: dict[str, bytes] = {}
+    for benchmark in benchmarks:
+        details = report.details.get(benchmark.row.name)
+        if details is None:
+            continue
+        wanted = {example.image_sha256 for example in (*details.worst, *details.best)}
+        records = {item.image_sha256s[0]: item.record for item in benchmark.items if item.image_sha256s}
+        for sha256 in sorted(wanted & set(records)):
+            pictures[sha256] = benchmark.read_images(records[sha256])[0]
+    return pictures
+
+
+def _details(benchmark: Benchmark, outcomes: Sequence[Outcome], recipe: Recipe | None) -> BenchmarkDetails:
+    row = benchmark.row
+    by_image: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.image_sha256:
+            by_image.setdefault(outcome.image_sha256, []).append(outcome)
+    wrong = {image: sum(outcome.correct < 1 for outcome in members) for image, members in by_image.items()}
+    gained = {
+        image: sum(outcome.correct - outcome.correct_image_off for outcome in members)
+        for image, members in by_image.items()
+    }
+    worst = [image for image in sorted(by_image, key=lambda image: (-wrong[image], image)) if wrong[image]]
+    best = [image for image in sorted(by_image, key=lambda image: (-gained[image], image)) if not wrong[image]]
+    prompt, whole = _read_prompt(benchmark, recipe)
+    return BenchmarkDetails(
+        title=row.title,
+        metric=row.metric,
+        dataset=f"{row.hub_id}, {row.config}, {row.split}" if row.hub_id else row.dataset,
+        prompts=benchmark.style,
+        prompt=prompt,
+        prompt_is_whole=whole,
+        images=len(by_image),
+        images_with_mistakes=len(worst),
+        wrong=sum(outcome.correct < 1 for outcome in outcomes),
+        mistakes=_mistakes(outcomes),
+        unread=[
+            Unread(
+                item=outcome.id, question=_shorten(outcome.question), prediction=_shorten(outcome.prediction.strip())
+            )
+            for outcome in [outcome for outcome in outcomes if outcome.parsed is None][:_UNREAD]
+        ],
+        worst=[_example(by_image[image]) for image in worst[:_SAMPLES]],
+        best=[_example(by_image[image]) for image in best[:_SAMPLES]],
+    )
+
+
+def _read_prompt(benchmark: Benchmark, recipe: Recipe | None) -> tuple[str, bool]:
+    item = benchmark.items[0]
+    asked = f"{IMAGE_PLACEHOLDER}\n" * len(item.image_sha256s) + item.prompt
+    if recipe is None or recipe.model.chat.template == TOKENIZER_TEMPLATE:
+        return asked, False
+    chat = recipe.model.chat
+    template = get_chat_template(chat.template)
+    return render(template, [("human", asked)], system=chat.system, generation_prompt=True), True
+
+
+def _mistakes(outcomes: Sequence[Outcome]) -> list[Mistake]:
+    wrong = Counter(
+        (_shorten(outcome.reference), _shorten(outcome.prediction.strip()))
+        for outcome in outcomes
+        if outcome.correct < 1
+    )
+    frequent = sorted(wrong.items(), key=lambda entry: (-entry[1], entry[0]))[:_MISTAKES]
+    return [Mistake(reference=right, prediction=said, times=times) for (right, said), times in frequent]
+
+
+def _example(outcomes: Sequence[Outcome]) -> Example:
+    # Wrong answers first, then those that are right only with the image.
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.correct, outcome.correct_image_off))
+    shown = ordered[:_QUESTIONS_A_SAMPLE]
+    return Example(
+        item=outcomes[0].id,
+        image_sha256=outcomes[0].image_sha256,
+        answers=[_answer(outcome) for outcome in shown],
+        left_out=len(ordered) - len(shown),
+    )
+
+
+def _answer(outcome: Outcome) -> ExampleAnswer:
+    said: Mapping[str, tuple[str | None, float | None]] = {
+        "image-on": (outcome.prediction, outcome.correct),
+        "image-off": (outcome.prediction_image_off, outcome.correct_image_off),
+        "grey": (outcome.prediction_grey, outcome.correct_grey),
+        "other-image": (outcome.prediction_other_image, outcome.correct_other_image),
+    }
+    return ExampleAnswer(
+        question=_shorten(outcome.question),
+        reference=_shorten(outcome.reference),
+        answers={condition: _shorten(text.strip()) for condition, (text, _) in said.items() if text is not None},
+        scores={condition: round(score, 4) for condition, (_, score) in said.items() if score is not None},
+    )
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    return f"{text[:_LONGEST_TEXT]}… ({len(text):,} characters)"
 
 
 def write_report(

@@ -3,6 +3,9 @@
 Source: Miller, arXiv:2411.00640, sections 3.2 (paired differences) and 4 (power); Holm, Scandinavian Journal of
 Statistics 6 (1979), 65-70. Holm's correction is six lines here: scipy has none, and statsmodels would be a dependency
 for these alone.
+
+Also the 95% interval of a benchmark's score, in the score's own unit; items of one image or document go together.
+Means have a closed form (``scoring``), all else is resampled (``bootstrap``).
 """
 
 from __future__ import annotations
@@ -16,8 +19,15 @@ from scipy import special
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import BenchmarkRow, Graded
-from manyeyes.evaluation.statistics.bootstrap import DRAWS, Clusters, seeded, standard_error
-from manyeyes.evaluation.statistics.scoring import CONFIDENCE, clustered_error, student_quantile
+from manyeyes.evaluation.statistics.bootstrap import (
+    DRAWS,
+    Clusters,
+    percentile_interval,
+    score_draws,
+    seeded,
+    standard_error,
+)
+from manyeyes.evaluation.statistics.scoring import CONFIDENCE, clustered_error, clustered_mean, student_quantile
 
 POWER = 0.8
 
@@ -169,3 +179,42 @@ def two_sided(t: float, degrees: float) -> float:
         degrees: Degrees of freedom, above 0.
     """
     return float(2 * special.stdtr(degrees, -abs(t)))
+
+
+def score_interval(row: BenchmarkRow, graded: Sequence[Graded], variant: str) -> tuple[float, float]:
+    """Lower and upper end of the 95% interval of ``row.aggregate(graded, variant)["score"]``.
+
+    Where every item scores alike no draw differs from another; each cluster then counts as one item of a mean, so that
+    all right still leaves doubt.
+
+    Args:
+        row: The benchmark.
+        graded: Its items.
+        variant: Whose scoring.
+    """
+    outcomes = [item.score for item in graded]
+    alike = len(set(outcomes)) == 1 and row.aggregate(graded, variant)["score"] in (0, row.maximum)
+    if row.mean_scale is not None or alike:
+        scale = (row.mean_scale or row.maximum) / 100
+        estimate = clustered_mean(outcomes, [item.cluster for item in graded])
+        return estimate.low * scale, estimate.high * scale
+    low, high = percentile_interval(score_draws(row, graded, variant), clusters=Clusters(graded).count)
+    score = row.aggregate(graded, variant)["score"]
+    # A score relative to a reference may be above its maximum, but an interval of one cluster is not endless.
+    top = max(high, score) if row.unit == "relative" and np.isfinite(high) else max(row.maximum, score)
+    return max(0.0, min(low, score)), min(top, max(high, score))
+
+
+def added_interval(
+    row: BenchmarkRow, graded: Sequence[Graded], baseline: Sequence[Graded], variant: str
+) -> tuple[float, float]:
+    """The 95% interval of one score minus another on the same items in the same order, paired by cluster.
+
+    Args:
+        row: The benchmark.
+        graded: Its items, answered in one way.
+        baseline: The same items, answered in another.
+        variant: Whose scoring.
+    """
+    test = compare_scores(row, baseline, graded, variant)
+    return test.low, test.high

@@ -1,7 +1,8 @@
-"""The processor: what is saved and loaded beside the model."""
+"""From images and conversations to one batch for the model; saved and loaded beside it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,161 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from manyeyes.chat import BranchGroup, find_chat_template, question_with_images, split_branches
+from manyeyes.chat import IGNORE_INDEX, BranchGroup, find_chat_template, labels_of, question_with_images, split_branches
 from manyeyes.errors import RecordError
-from manyeyes.processor.matching import Conversation, Image, Images, count_placeholders, flatten, from_questions
-from manyeyes.processor.padding import pad_branch_groups, pad_conversations
-from manyeyes.runtime.chat import ChatTemplate, Encoded, encode_conversation, render, stop_token_ids
+from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, render, stop_token_ids
 from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels
 from manyeyes.runtime.tiling import TokenLayout, arrange_images, arrange_tokens, tile_image
+
+Image = bytes | NDArray[np.uint8]
+"""An image file's bytes, or decoded pixels ``[H, W, 3]``."""
+
+Images = Sequence[Image] | Sequence[Sequence[Image]] | Image | None
+"""Images of a batch: a list per conversation, one flat list, one image, or none."""
+
+Conversation = Sequence[tuple[str, str]]
+"""Speaker (``human`` or ``gpt``) and text of each turn."""
+
+
+def count_placeholders(conversation: Conversation) -> int:
+    """How many images a conversation asks for."""
+    return sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in conversation if speaker == "human")
+
+
+def from_questions(questions: Sequence[str], images: Images) -> tuple[list[Conversation], Images]:
+    """Questions as conversations, and their images, with a placeholder for each.
+
+    Raises:
+        RecordError: Several questions, and not as many lists of images.
+    """
+    if any(IMAGE_PLACEHOLDER in question for question in questions):
+        return [[("human", question)] for question in questions], images
+    nested = _nest(images)
+    if len(questions) == 1:
+        nested = [[image for own in nested for image in own]]
+    elif not nested:
+        nested = [[] for _ in questions]
+    if len(nested) != len(questions):
+        raise RecordError(
+            f"{len(questions)} questions and images for {len(nested)}",
+            "as many lists of images as questions are needed",
+            "Give each question its own list of images, or put <image> into the questions.",
+        )
+    turns: list[Conversation] = [
+        [("human", question_with_images(question, num_images=len(own)))]
+        for question, own in zip(questions, nested, strict=True)
+    ]
+    return turns, nested
+
+
+def _nest(images: Images) -> list[list[Image]]:
+    """One list a conversation; an image alone stands in a list of its own."""
+    if images is None:
+        return []
+    if isinstance(images, bytes | np.ndarray):
+        return [[images]]
+    return [[image] if isinstance(image, bytes | np.ndarray) else list(image) for image in images]
+
+
+def flatten(images: Images, counts: Sequence[int]) -> list[Image]:
+    """All images in order.
+
+    Args:
+        images: As the processor takes them.
+        counts: Placeholders of each conversation.
+
+    Raises:
+        RecordError: Placeholders and images differ in number.
+    """
+    nested = _nest(images)
+    flat = [image for own in nested for image in own]
+    # Lists of images belong to their conversations; a flat list goes by placeholders.
+    own_lists = isinstance(images, list | tuple) and bool(images) and isinstance(images[0], list | tuple)
+    if len(flat) != sum(counts) or (own_lists and [len(own) for own in nested] != list(counts)):
+        found = [len(own) for own in nested] if own_lists else len(flat)
+        raise RecordError(
+            f"conversations have {list(counts)} {IMAGE_PLACEHOLDER} and {found} images",
+            "one placeholder per image is needed",
+            "Mend the conversations or the images.",
+        )
+    return flat
+
+
+def pad_conversations(
+    encoded: Sequence[Encoded], *, pad_id: int, side: Literal["left", "right"], labels: bool
+) -> dict[str, Tensor]:
+    """Pad conversations to one length.
+
+    Args:
+        encoded: Tokenised conversations.
+        pad_id: Stands where nothing is.
+        side: Where padding goes.
+        labels: Whether to make ``labels``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if asked for, ``labels``, ``[B, T]``; ``image_spans`` ``[I, 4]``.
+    """
+    input_ids, attention_mask = pad_rows([conversation.input_ids for conversation in encoded], pad_id, side=side)
+    width = input_ids.shape[1]
+    spans = [
+        (row, start + (width - len(conversation.input_ids) if side == "left" else 0), length)
+        for row, conversation in enumerate(encoded)
+        for start, length in conversation.image_spans
+    ]
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "image_spans": span_tensor(spans)}
+    if labels:
+        rows = [labels_of(conversation) for conversation in encoded]
+        batch["labels"] = pad_rows(rows, IGNORE_INDEX, side=side)[0]
+    return batch
+
+
+def pad_branch_groups(groups: Sequence[BranchGroup], *, pad_id: int) -> dict[str, Tensor]:
+    """Pad groups towards their meeting point: prefixes on the left, branches on the right.
+
+    Args:
+        groups: Tokenised questions about the same images.
+        pad_id: Stands where nothing is.
+
+    Returns:
+        As ``ManyEyesProcessor.pad_groups``.
+    """
+    prefix_ids, prefix_mask = pad_rows([group.prefix_ids for group in groups], pad_id, side="left")
+    width = prefix_ids.shape[1]
+    spans = [
+        (row, width - len(group.prefix_ids) + start, length)
+        for row, group in enumerate(groups)
+        for start, length in group.image_spans
+    ]
+    branches = [(row, branch) for row, group in enumerate(groups) for branch in group.branches]
+    input_ids, attention_mask = pad_rows([branch.input_ids for _, branch in branches], pad_id, side="right")
+    labels, _ = pad_rows([branch.labels for _, branch in branches], IGNORE_INDEX, side="right")
+    return {
+        "prefix_ids": prefix_ids,
+        "prefix_mask": prefix_mask,
+        "image_spans": span_tensor(spans),
+        "rows": torch.tensor([row for row, _ in branches], dtype=torch.long),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+    }
+
+
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Values and the mask of what is real, ``[B, T]`` each."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    width = int(lengths.max(initial=0))
+    columns = np.arange(width)
+    real = columns >= width - lengths[:, None] if side == "left" else columns < lengths[:, None]
+    values = np.full((len(rows), width), fill, np.int64)
+    values[real] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, count=int(lengths.sum()))
+    return torch.from_numpy(values), torch.from_numpy(real.astype(np.int64))
+
+
+def span_tensor(spans: Sequence[tuple[int, int, int]]) -> Tensor:
+    """``[I, 4]``: row, start, length and image, images counted in order."""
+    rows = [(row, start, length, image) for image, (row, start, length) in enumerate(spans)]
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, 4)
+
 
 PIXELS = "pixel_values."
 SHARED = "shared"

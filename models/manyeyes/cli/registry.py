@@ -1,4 +1,4 @@
-"""``manyeyes ask``: one question to a bundle, and the pictures that its answer asks for."""
+"""The verbs of the registry: ask, pull, promote, rollback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,37 @@ from pathlib import Path
 
 import click
 
+from manyeyes.harness.inputs import cache_dir
+from manyeyes.registry.versions import RegisteredVersion, describe, parse_model_reference, promote, pull, rollback
 from manyeyes.storage import is_there
+
+
+def pulled_bundle(reference: str) -> Path:
+    """Folder of a registered model's bundle on this machine, fetched when it is not there yet."""
+    version = describe(parse_model_reference(reference))
+    return pull(
+        f"{version.name}/{version.version}", out_dir=cache_dir() / "bundles" / f"{version.name}-{version.version}"
+    )
+
+
+def pull_model(reference: str, out: Path) -> Path:
+    """Fetch a bundle into ``out``."""
+    return pull(reference, out_dir=out)
+
+
+def promote_model(reference: str, *, force: bool) -> str:
+    """Make a version the champion; says what the registry holds now."""
+    return _in_words(promote(reference, force=force))
+
+
+def rollback_model(reference: str) -> str:
+    """Make the previous champion the champion again; says what the registry holds now."""
+    return _in_words(rollback(reference))
+
+
+def _in_words(version: RegisteredVersion) -> str:
+    return f"{version.name} version {version.version} is now {' and '.join(version.aliases)} (gate: {version.verdict})"
+
 
 ANSWER_TOKENS = 32
 DRAWING_TOKENS = 512  # Mini-Gemini's own; a prompt for a picture has some 30 words
@@ -75,6 +105,6 @@ def ask_command(
 def _find_bundle(model: str) -> Path:
     if model.strip() and is_there(Path(model) / "manifest.json"):  # Path("") is the working directory
         return Path(model)
-    from manyeyes.cli.models import pulled_bundle
+    from manyeyes.cli.registry import pulled_bundle
 
     return pulled_bundle(model)
