@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--peer-python", type=Path, help="A Python that has lmms-eval; made under runs/ if left out.")
     parser.add_argument("--sides", default="lmms-eval,generate,manyeyes,bundle", help="Which to run.")
     parser.add_argument("--sets", default="30,8,1", help="Questions an image.")
-    parser.add_argument("--images", help="Images of each set; by default so many that a set has 24 to 30 questions.")
+    parser.add_argument("--images", help="Images of each set; by default N that a set has 24 to 30 questions.")
     parser.add_argument("--max-new-tokens", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=32, help="Images a batch on our sides, as in a recipe.")
     parser.add_argument("--image-size", type=int, default=224, choices=(224, 336))

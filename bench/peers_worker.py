@@ -99,7 +99,7 @@ def _grouped(answerer: Any) -> Answer:
     from manyeyes.runtime.bundle import Group
 
     def answer(requests: Requests, max_new_tokens: int, batch_size: int) -> list[str]:
-        # As evaluate plans its batches: the questions of an image together, so many images at once.
+        # As evaluate plans its batches: the questions of an image together, this many images at once.
         by_image: dict[bytes, list[int]] = {}
         for number, (image, _) in enumerate(requests):
             by_image.setdefault(image, []).append(number)

@@ -95,7 +95,7 @@ def random_answers_around(draw: random.Random, answers: list[str], *, count: int
 
 
 def cases(*, random_answers: int = RANDOM_ANSWERS) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    """By benchmark its rows, each with every written answer and so many random ones."""
+    """By benchmark its rows, each with every written answer and this many random ones."""
     people = ["red", "red", "Red.", "dark red", "the red", "2", "two", "red", "don't know", "1,000"]
     same = ["Pepsi Cola"] * 6 + ["pepsi", "pepsi cola", "unanswerable", "cola"]
     free = free_answers(["red", "Pepsi Cola", "2", "1,000", "50%", "it's", "x²+1", "Main St."])

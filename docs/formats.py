@@ -6,6 +6,7 @@ Run ``make docs`` after changing a model; a test compares.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from typing import Any
 
 # (file, module, class, who writes it)
@@ -100,24 +101,46 @@ def table(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     return lines
 
 
+def section(name: str, definition: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """A type that is part of a file: its heading, what it is and its fields."""
+    summary = (definition.get("description") or "").splitlines()[:1]
+    return ["", f"### {name}", "", *summary, *([""] if summary else []), *table(definition, definitions)]
+
+
 def render() -> str:
-    """The whole document."""
+    """The whole document.
+
+    Raises:
+        ValueError: Two types of one name differ: a link could not tell them apart.
+    """
     lines = [
         "# JSON files",
         "",
         "Every file below is written and read through one pydantic model: an unknown or missing field is an error that",
-        "names it. This page is generated from those models by `make docs`.",
+        "names it. A type that several files share stands once, at the end. The page is generated from those models by",
+        "`make docs`.",
     ]
+    files = []
+    sections: dict[str, list[str]] = {}
+    users: Counter[str] = Counter()
     for title, module, class_name, writer in FORMATS:
         model = getattr(importlib.import_module(module), class_name)
         schema = model.model_json_schema(mode="serialization")
-        definitions = schema.get("$defs", {})
-        lines += ["", f"## {title}", "", f"Written by {writer}. {schema.get('description', '').splitlines()[0]}", ""]
-        lines += table(schema, definitions)
+        definitions = {name: part for name, part in schema.get("$defs", {}).items() if "properties" in part}
+        files.append((title, writer, schema, list(definitions)))
         for name, definition in definitions.items():
-            if "properties" in definition:
-                summary = (definition.get("description") or "").splitlines()[:1]
-                lines += ["", f"### {name}", "", *summary, *([""] if summary else []), *table(definition, definitions)]
+            text = section(name, definition, schema["$defs"])
+            if sections.setdefault(name, text) != text:
+                raise ValueError(f"two types are called {name}, and they differ; rename one of them")
+            users[name] += 1
+    for title, writer, schema, names in files:
+        lines += ["", f"## {title}", "", f"Written by {writer}. {schema.get('description', '').splitlines()[0]}", ""]
+        lines += table(schema, schema.get("$defs", {}))
+        for name in names:
+            lines += sections[name] if users[name] == 1 else []
+    lines += ["", "## Shared types", "", "Parts of several of the files above."]
+    for name in sorted(name for name, count in users.items() if count > 1):
+        lines += sections[name]
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ from components.validate_data.component import validate_data
 # A pipeline of its own, because kfp.local 2.17 replaces every upstream parameter of a loop by the loop's item, and can
 # loop over a task's output only when it is called Output (kfp/local/orchestrator/task_spec_utils.py and
 # enhanced_dag_orchestrator.py). A nested pipeline's parameters are no upstream parameters. Fold it into train when that
-# is mended.
+# is fixed.
 @dsl.pipeline(name="stages")
 def stages(
     encoders: list,

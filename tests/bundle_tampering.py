@@ -181,7 +181,7 @@ def _ask_for_memory(rng: random.Random, bundle: Path) -> str:
 
 
 def ask_for_memory(bundle: Path, rows: int) -> None:
-    """Make the embedding table one of so many rows, which the graph fills itself."""
+    """Make the embedding table one of this many rows, which the graph fills itself."""
     width = onnx.load(bundle / EMBED).graph.output[0].type.tensor_type.shape.dim[2].dim_value
     shape = numpy_helper.from_array(np.array([rows, width], np.int64), "shape")
     graph = helper.make_graph(

@@ -51,7 +51,7 @@ def make_record(number: int) -> Record:
 
 
 def make_snapshot(folder: Path, *, images: int) -> Snapshot:
-    """A snapshot whose easy-vqa-test has so many images, four questions each."""
+    """A snapshot whose easy-vqa-test has this many images, four questions each."""
     write_shards([make_record(number) for number in range(images)], folder / "easy-vqa", "test")
     write_manifest(folder, provenance={"easy-vqa-test": Provenance("MIT", "made for a test")})
     return open_folder(folder)
@@ -88,7 +88,7 @@ class RuleAnswerer:
 
 
 def right_answers(images: int) -> dict[tuple[bytes, str], str]:
-    """The reference of every question on the first so many images."""
+    """The reference of every question on the first this many images."""
     answers = {}
     for number in range(images):
         record = make_record(number)

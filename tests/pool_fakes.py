@@ -24,7 +24,7 @@ class PoolSpec:
     Attributes:
         folder: Gets one file a process, named by its id, with a line a question that it began to answer.
         pause_s: Before each batch.
-        together: Waits until so many processes are there, so that none answers all before the others are ready.
+        together: Waits until N processes are there, so that none answers all before the others are ready.
         broken: Refuses to be built with an error; ``killed`` ends the process instead.
     """
 

@@ -35,7 +35,7 @@ def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
-    """A folder that is a bundle as far as checksums go; ``decoder.onnx`` has so many bytes at least."""
+    """A folder that is a bundle as far as checksums go; ``decoder.onnx`` has this many bytes at least."""
     folder.mkdir(parents=True)
     files = {}
     for name in REQUIRED_FILES:

@@ -30,7 +30,7 @@ def preflight(
         registry_model: Name in the registry; empty: the recipe's own.
         metrics: Scalars.
         report: For people.
-        notes: One table of everything that is wrong and how to mend it.
+        notes: One table of everything that is wrong and how to fix it.
     """
     from manyeyes.harness.base import run_step
     from manyeyes.steps.preflight import STEP

@@ -32,7 +32,7 @@ from typing import Any
 
 
 class ManyEyesError(Exception):
-    """Something that the user can mend; says what was found, what was needed and what to do.
+    """Something that the user can fix; says what was found, what was needed and what to do.
 
     Args:
         found: What was found, naming the field, file or value.
@@ -153,7 +153,7 @@ class PreflightError(PipelineError):
 
     Args:
         problems: All of it, each as ``subject``, ``found``, ``needed`` and ``do``.
-        retry: Whether waiting may mend some of it.
+        retry: Whether waiting may fix some of it.
     """
 
     def __init__(self, problems: Sequence[Mapping[str, str]], *, retry: bool) -> None:

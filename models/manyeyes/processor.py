@@ -90,7 +90,7 @@ def flatten(images: Images, counts: Sequence[int]) -> list[Image]:
         raise RecordError(
             f"conversations have {list(counts)} {IMAGE_PLACEHOLDER} and {found} images",
             "one placeholder per image is needed",
-            "Mend the conversations or the images.",
+            "Fix the conversations or the images.",
         )
     return flat
 

@@ -319,7 +319,7 @@ def test_more_or_fewer_placeholders_than_images(placeholders: int, images: int, 
     assert message(RecordError, lambda: processor(images=toy_images(images), conversations=[turns])) == (
         f"conversations have [{placeholders}] <image> and {images} images",
         "one placeholder per image is needed",
-        "Mend the conversations or the images.",
+        "Fix the conversations or the images.",
     )
     tokenizer = processor.tokenizer.backend_tokenizer
     template = CHAT_TEMPLATES["vicuna_v1"]
@@ -330,5 +330,5 @@ def test_more_or_fewer_placeholders_than_images(placeholders: int, images: int, 
     assert message(RecordError, encode) == (
         f"conversation has {placeholders} <image> and {images} images",
         "one placeholder per image is needed",
-        "Mend the record.",
+        "Fix the record.",
     )

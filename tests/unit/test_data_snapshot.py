@@ -84,7 +84,7 @@ def test_a_damaged_object_is_refused_and_nothing_is_left_under_its_name(
         open_snapshot(md5=md5, remote=url, cache_dir=cache)
     assert not (cache / "snapshots" / md5).exists()
     assert not list(cache.rglob("*test-00000.parquet*"))
-    # Once the remote is mended, the same call succeeds, with what was good already.
+    # Once the remote is fixed, the same call succeeds, with what was good already.
     damaged.write_bytes((folder / "toy/test-00000.parquet").read_bytes())
     assert hash_folder(open_snapshot(md5=md5, remote=url, cache_dir=cache).path) == md5
 

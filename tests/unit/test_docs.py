@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "infra" / "README.md"]
+ROOMS = sorted((ROOT / "models" / "manyeyes").glob("*/README.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "infra" / "README.md", *ROOMS]
 
 
 def test_formats_page_is_current() -> None:
@@ -17,7 +19,40 @@ def test_formats_page_is_current() -> None:
     assert (ROOT / "docs" / "formats.md").read_text(encoding="utf-8") == rendered, "run: make docs"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def architecture() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+
+
+def test_architecture_page_is_current() -> None:
+    rendered = architecture()["render"]()
+    assert (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8") == rendered, "run: make docs"
+
+
+def test_every_package_has_a_readme_that_says_what_it_may_import() -> None:
+    layers = architecture()["read_layers"]()
+    packages = [
+        path.name for path in sorted((ROOT / "models" / "manyeyes").iterdir()) if (path / "__init__.py").is_file()
+    ]
+    assert [page.parent.name for page in ROOMS] == packages
+    for page in ROOMS:
+        place = next(number for number, layer in enumerate(layers) if page.parent.name in layer)
+        below = ", ".join(f"`{room}`" for layer in layers[place + 1 :] for room in layer)
+        assert f"**May import:** {below}." in page.read_text(encoding="utf-8"), page
+
+
+def test_every_environment_variable_of_the_code_is_in_the_table_and_the_other_way_round() -> None:
+    files = [
+        path
+        for folder in ("models", "components", "pipelines", "infra")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".yaml", ".md", ""} and path.is_file() and "dvc-remote" not in path.parts
+    ]
+    used = {name for path in files for name in re.findall(r"MANYEYES_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))}
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(MANYEYES_[A-Z_]+)` \|", page, flags=re.MULTILINE)) == used

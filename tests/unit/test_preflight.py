@@ -239,7 +239,7 @@ def test_table_begins_with_what_is_wrong() -> None:
     rows = [
         Check("a", "ok", "good"),
         Check("b", "warning", "so"),
-        Check("c", "problem", "bad | worse", "good", "Mend."),
+        Check("c", "problem", "bad | worse", "good", "Fix."),
     ]
     assert [line.split("|")[2].strip() for line in as_table(rows).markdown().splitlines()[2:]] == ["c", "b", "a"]
     assert "bad \\| worse" in as_table(rows).markdown()

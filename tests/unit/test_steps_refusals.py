@@ -53,7 +53,7 @@ def attempt(calls: list[str], folder: Path, *, error: Exception | None, address:
     return 0
 
 
-BAD = DataError("nine bad rows", "good rows", "Mend them.")
+BAD = DataError("nine bad rows", "good rows", "Fix them.")
 
 
 @pytest.mark.usefixtures("_cluster")

@@ -47,7 +47,7 @@ def start(folder: Path, **options: object) -> StepResult:
 
 
 def run_round(before: Path, candidates: list[str], snapshot: Snapshot, wrong: dict[str, int]) -> StepResult:
-    """Close a round whose models are wrong about so many images, by set; the new search lies beside the old one."""
+    """Close a round whose models are wrong about this many images, by set; the new search lies beside the old one."""
     after = before.with_name(f"{before.name}-next")
     trials = []
     for text in candidates:

@@ -141,12 +141,12 @@ def _read_turns(record: Any) -> tuple[list[tuple[str, str]], int]:
             or not isinstance(entry.get("from"), str)
             or not isinstance(entry.get("value"), str)
         ):
-            raise RecordError(f"turn {place} is {entry!r:.60}", "from and value, both text", "Mend the record.")
+            raise RecordError(f"turn {place} is {entry!r:.60}", "from and value, both text", "Fix the record.")
         if entry["from"] not in SPEAKERS:
             raise RecordError(
                 f'turn {place} is from "{entry["from"]}"',
                 f"one of {', '.join(SPEAKERS)}",
-                did_you_mean(entry["from"], SPEAKERS) or "Mend the record.",
+                did_you_mean(entry["from"], SPEAKERS) or "Fix the record.",
             )
         turns.append((entry["from"], entry["value"]))
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
@@ -155,7 +155,7 @@ def _read_turns(record: Any) -> tuple[list[tuple[str, str]], int]:
         raise RecordError(
             f"conversation has {placeholders} {IMAGE_PLACEHOLDER} and {num_images} images",
             "one placeholder per image is needed",
-            "Mend the record.",
+            "Fix the record.",
         )
     return turns, num_images
 

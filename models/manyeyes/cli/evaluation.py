@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", default="tiny", show_default=True, help="Says what is asked, and how.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe.")
 @click.option("--benchmarks", default="", metavar="A,B", help="Ask these; the recipe's own by default.")
-@click.option("--max-items", type=click.IntRange(min=1), help="First so many questions of each benchmark only.")
+@click.option("--max-items", type=click.IntRange(min=1), help="First N questions of each benchmark only.")
 @click.option(
     "--variant",
     "variants",

@@ -127,7 +127,7 @@ def run_command(
 ) -> None:
     """Start pipeline NAME on the endpoint.
 
-    With --follow the exit code is 0 for a run that succeeded, 2 for an error that you can mend, else 1.
+    With --follow the exit code is 0 for a run that succeeded, 2 for an error that you can fix, else 1.
     """
     from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters, start_run
 
@@ -210,7 +210,7 @@ def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float) -> None:
 
 
 def _show_failures(endpoint: Endpoint, run: Any) -> bool:
-    """Print why a run failed; whether a user can mend all of it."""
+    """Print why a run failed; whether a user can fix all of it."""
     from manyeyes.kubeflow.endpoint_runs import failures_of
 
     reports = failures_of(endpoint, run)

@@ -149,7 +149,7 @@ def _plan_encoders(
             f"mm_vision_tower_aux_list names {len(published)} encoders, "
             f"mm_vision_tower_aux_token_len_list has {len(token_sides)} entries",
             "one number of tokens an encoder",
-            "Mend config.json.",
+            "Fix config.json.",
         )
     kinds = [_kind(name) for name in published]
     select_layer = int(config.get("mm_vision_select_layer", -2))
@@ -227,14 +227,14 @@ def _plan_aggregator(config: Mapping[str, Any], *, grid: int, token_sides: Seque
         raise CheckpointError(
             f"config.json has vision_hidden_size {width}",
             f"a multiple of {_NUM_HEADS}, the published number of heads",
-            "Mend config.json.",
+            "Fix config.json.",
         )
     odd = [side for side in token_sides if side % grid]
     if odd:
         raise CheckpointError(
             f"mm_vision_tower_aux_token_len_list has {odd[0] ** 2}",
             f"squares of multiples of {grid}, the side of image_token_len",
-            "Mend config.json.",
+            "Fix config.json.",
         )
     options = {
         "channels": width,
@@ -308,7 +308,7 @@ def _check_supported(config: Mapping[str, Any]) -> None:
 def _side(count: Any, field: str) -> int:
     side = math.isqrt(int(count))
     if side * side != int(count):
-        raise CheckpointError(f"config.json has {field} {count}", "the square of a whole number", "Mend it.")
+        raise CheckpointError(f"config.json has {field} {count}", "the square of a whole number", "Fix it.")
     return side
 
 

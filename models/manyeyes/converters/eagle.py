@@ -327,7 +327,7 @@ def _canvas(experts: list[_Expert]) -> int:
     size = int(stated(found, INPUT_SIZE) or own_image_size(found, default=_CANVAS))
     if size % _LAST_STRIDE:
         raise CheckpointError(
-            f'encoder "{found.name}" has image_size {size}', f"a multiple of {_LAST_STRIDE}", "Mend --encoder-config."
+            f'encoder "{found.name}" has image_size {size}', f"a multiple of {_LAST_STRIDE}", "Fix --encoder-config."
         )
     return size
 

@@ -104,9 +104,7 @@ def save_logits(logits: NDArray[np.float32], path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror})", "space and permission", "Mend it."
-        ) from error
+        raise StorageError(f"{path} cannot be written ({error.strerror})", "space and permission", "Fix it.") from error
 
 
 def is_whole(prompt: str, template: ChatTemplate) -> bool:

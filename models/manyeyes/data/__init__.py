@@ -1,0 +1,1 @@
+"""Snapshots, records and mixtures."""

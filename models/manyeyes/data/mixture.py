@@ -65,7 +65,7 @@ def ask_briefly(record: Record, *, draw: int) -> Record:
     return replace(record, turns=(Turn("human", text), record.turns[1]))
 
 
-# Samples are shuffled within windows of so many row groups, and the row groups among themselves: reading stays local
+# Samples are shuffled within windows of this many row groups, and the row groups among themselves: reading stays local
 # however large a data set is. 64 groups of 100 rows are more than all of easy-VQA, whose shuffle is therefore complete.
 WINDOW_GROUPS = 64
 _ALGORITHM = "splitmix64-windows-1"

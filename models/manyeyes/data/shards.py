@@ -67,8 +67,8 @@ class ShardWriter:
     Args:
         out_dir: Folder for the shards; made when missing.
         prefix: Start of their names; the split, for instance ``train``.
-        rows_per_shard: A new shard starts after so many records,
-        bytes_per_shard: or after so many bytes of images.
+        rows_per_shard: A new shard starts after N records,
+        bytes_per_shard: or after N bytes of images.
     """
 
     def __init__(
@@ -186,8 +186,8 @@ def write_shards(
         records: In the order in which they are stored.
         out_dir: Folder for the shards; made when missing.
         prefix: Start of their names; the split.
-        rows_per_shard: A new shard starts after so many records,
-        bytes_per_shard: or after so many bytes of images.
+        rows_per_shard: A new shard starts after N records,
+        bytes_per_shard: or after N bytes of images.
 
     Returns:
         The shards, in order.

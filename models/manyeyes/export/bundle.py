@@ -16,10 +16,10 @@ from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle_contents import (
     BundleFile,
     BundleManifest,
+    BundleParity,
     ChatFile,
     EncoderPixels,
     ImageLayout,
-    ParitySummary,
     PreprocessFile,
     SharedInput,
     TemplateText,
@@ -109,7 +109,7 @@ def record_parity(bundle: Path, report: ParityReport) -> BundleManifest:
     Raises:
         BundleError: No bundle there.
     """
-    summary = ParitySummary(
+    summary = BundleParity(
         items=report.items,
         token_match=report.token_match,
         max_abs_logit=report.max_abs_logit,

@@ -22,7 +22,7 @@ class MiningOptions(FusionOptions):
     image_grid: int = Field(
         default=1,
         ge=1,
-        description="2 and more: the first encoder sees the image as a whole, then as so many times so many tiles; the "
+        description="2 and more: the first encoder sees the image as a whole, then as N times N tiles; the "
         "others see it once, at full size, and each tile mines its own part of their map (Mini-Gemini HD).",
     )
 

@@ -65,7 +65,7 @@ def remember_refusal(address: str, report: ErrorReport) -> None:
 
 
 def earlier_refusal(address: str) -> ErrorReport | None:
-    """What an earlier attempt at the same task failed with, when only the user can mend that."""
+    """What an earlier attempt at the same task failed with, when only the user can fix that."""
     note = _note(address)
     if note is None or not note.is_file():
         return None
@@ -271,7 +271,7 @@ def run_step(
         What the function returned.
 
     Raises:
-        SystemExit: With code 2 after an error that the user can mend; ``error.json`` says which.
+        SystemExit: With code 2 after an error that the user can fix; ``error.json`` says which.
     """
     name = f"{step.name}[{label}]" if label else step.name
     outputs = dict(outputs or {})
@@ -374,7 +374,7 @@ def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArti
 
 
 def _stop_if_refused(*, metrics: OutputArtifact, notes: OutputArtifact) -> None:
-    """Fail as an earlier attempt did, when only the user can mend what that one failed with."""
+    """Fail as an earlier attempt did, when only the user can fix what that one failed with."""
     record = earlier_refusal(getattr(metrics, "uri", ""))
     if record is not None:
         _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
@@ -411,7 +411,7 @@ def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -
 
 
 def describe_failure(name: str, error: Exception) -> ErrorReport:
-    """``error.json`` for ``error``, whether a user can mend it or not."""
+    """``error.json`` for ``error``, whether a user can fix it or not."""
     mendable = as_user_error(error)
     if mendable is not None:
         problems = mendable.problems if isinstance(mendable, PreflightError) else ()
@@ -433,14 +433,14 @@ def describe_failure(name: str, error: Exception) -> ErrorReport:
 
 
 def as_user_error(error: BaseException) -> ManyEyesError | None:
-    """The error that a user can mend behind ``error``, or None when it is a defect."""
+    """The error that a user can fix behind ``error``, or None when it is a defect."""
     if isinstance(error, ManyEyesError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return StorageError(
             f"{error.filename or 'a file'} could not be written ({error.strerror})",
             "space and permission to write there",
-            "Free some space or mend the permission, then run the same command again.",
+            "Free some space or fix the permission, then run the same command again.",
         )
     return None
 

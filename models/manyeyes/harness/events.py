@@ -45,7 +45,7 @@ class ErrorReport(BaseModel):
     needed: str = Field(description="What was needed instead.")
     do: str = Field(description="What to do about it.")
     retry: bool = Field(description="Whether the same call may succeed later without any change.")
-    user_error: bool = Field(description="True: the user can mend it, exit code 2. False: exit code 1.")
+    user_error: bool = Field(description="True: the user can fix it, exit code 2. False: exit code 1.")
     problems: tuple[Problem, ...] = Field(default=(), description="Each by itself, where preflight found several.")
 
 
@@ -161,7 +161,7 @@ class EventReader:
 
 FIGURE_TAG, ERROR_TAG = "manyeyes.figure", "manyeyes.error"
 
-# MLflow takes so many in a tag.
+# MLflow takes this many in a tag.
 _CHARACTERS = 5000
 
 

@@ -197,7 +197,7 @@ def load_profile(name_or_path: str, *, root: Path = Path()) -> Profile:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise PipelineError(f"{path} is not YAML ({error})", "a YAML file", "Mend the line that it names.") from error
+        raise PipelineError(f"{path} is not YAML ({error})", "a YAML file", "Fix the line that it names.") from error
     if not isinstance(tree, dict):
         raise PipelineError(f"{path} holds no fields", "a map of fields", "See infra/profiles/laptop.yaml.")
     try:

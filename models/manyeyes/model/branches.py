@@ -327,7 +327,7 @@ def decode_branches(
         rows: ``[Q]``, each branch's prefix.
         input_ids: ``[Q, L]``, padded on the right; they end where the model goes on.
         attention_mask: ``[Q, L]``, 1 for real tokens.
-        max_new_tokens: At most so many, at least 1.
+        max_new_tokens: At most N, at least 1.
         stop_token_ids: Ids that end an answer.
 
     Returns:
@@ -380,7 +380,7 @@ def summed_loss(language_model: PreTrainedModel, hidden_BTD: Tensor, labels_BT: 
         hidden_BTD: The decoder's last hidden state.
         labels_BT: Not shifted, -100 where the loss does not count.
     """
-    # Only supervised positions reach the head: with a large vocabulary it is the dearest layer of all.
+    # Only supervised positions reach the head: with a large vocabulary it is the most expensive layer of all.
     targets = labels_BT[:, 1:]
     counted = targets != IGNORE_INDEX
     logits = compute_logits(language_model, hidden_BTD[:, :-1][counted]).float()

@@ -89,7 +89,7 @@ def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, A
             raise RecipeError(
                 f'model.layout.whole names "{name}"',
                 f"the encoders are {', '.join(names)}",
-                f"{did_you_mean(name, names)}Mend it.",
+                f"{did_you_mean(name, names)}Fix it.",
             )
     tiled = [entry for entry in chosen if entry.name not in spec.layout.whole]
     if not tiled:
@@ -119,7 +119,7 @@ def _shared_size(spec: ModelSpec) -> int:
     if spec.shared is not None and spec.shared.image_size is not None:
         return spec.shared.image_size
     layout = spec.layout or LayoutSpec()
-    # A fixed grid of tiles is cut from the whole image, which then has to be so many times as large.
+    # A fixed grid of tiles is cut from the whole image, which then has to be this many times as large.
     grid = layout.image_grid if layout.tiling == "grid" else 1
     return max(_encoder_size(entry) * (1 if entry.name in layout.whole else grid) for entry in spec.encoders)
 

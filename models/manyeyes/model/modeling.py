@@ -52,7 +52,7 @@ class SharedPixels:
         align_corners: Corner pixels keep the place of their centres.
         antialias: Widen the filter when shrinking.
         image_grid: 2 and more: the tensor shows a whole image, and encoders but those of ``whole`` see it as a whole
-            and as so many times so many tiles.
+            and as N times N tiles.
         whole: Encoders, by name, that see whole images.
     """
 
@@ -413,7 +413,7 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
             window_index: ``[B, T]``, each position's place in ``visual_windows``; -1 for none.
             labels: ``[B, T]``, not shifted, -100 where the loss does not count; with labels no logits are returned.
             use_cache: Whether to return the cache.
-            logits_to_keep: Logits of the last so many positions only, or of these positions; 0 for all.
+            logits_to_keep: Logits of the last N positions only, or of these positions; 0 for all.
             num_items_in_batch: Divides the summed loss instead of the number of supervised tokens; 1 gives the sum.
             return_dict: False for a tuple.
             kwargs: Passed on to the language model.

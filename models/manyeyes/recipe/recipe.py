@@ -40,7 +40,7 @@ class NonInferiorityRule(Strict):
 
 
 class ImageAddsRule(Strict):
-    """The score with the image is so many points above the score without."""
+    """The score with the image is this many points above the score without."""
 
     rule: Literal["image-adds"]
     benchmark: str
@@ -68,7 +68,7 @@ class ValidationRule(Strict):
 
 
 class ContaminationRule(Strict):
-    """No more than so many training images are also in an evaluation set: exact sha256, and near duplicates."""
+    """No more than this many training images are also in an evaluation set: exact sha256, and near duplicates."""
 
     rule: Literal["contamination"]
     max_images: int = Field(
@@ -207,7 +207,7 @@ class EvaluationSpec(Strict):
         default=None, gt=0, le=1_000_000, description="Longest answer; each benchmark's own when left out."
     )
     batch_size: int = Field(default=32, gt=0, le=MAX_BATCH, description="Images a batch.")
-    max_items: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="First so many items only; for trials.")
+    max_items: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="First N items only; for trials.")
     prompts: Literal["default", "llava", "cambrian", "eagle", "mini-gemini"] = Field(
         default="default", description="Whose paper's prompts."
     )

@@ -70,9 +70,9 @@ class StageSpec(Strict):
     encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
     epochs: int = Field(default=1, gt=0, le=100_000)
-    max_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="Stop after so many optimizer steps.")
+    max_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="Stop after N optimizer steps.")
     max_samples: int | None = Field(
-        default=None, gt=0, le=MAX_COUNT, description="Stop after so many records, epochs counted."
+        default=None, gt=0, le=MAX_COUNT, description="Stop after N records, epochs counted."
     )
     batch_size: int = Field(gt=0, le=MAX_BATCH, description="Records (images) an optimizer step, over all processes.")
     micro_batch_size: int | None = Field(

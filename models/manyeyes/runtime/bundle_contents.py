@@ -65,7 +65,7 @@ class GraphSignature(_Strict):
     outputs: list[GraphTensor] = Field(description="Outputs, in the graph's order.")
 
 
-class ParitySummary(_Strict):
+class BundleParity(_Strict):
     """How closely the bundle follows torch; parity.json has the rest."""
 
     items: int = Field(ge=0, description="Questions compared.")
@@ -107,7 +107,7 @@ class BundleManifest(_Strict):
     graphs: dict[FileName, GraphSignature] = Field(description="Inputs and outputs of each graph, by file name.")
     digest: str = Field(description="Digest of the bundle: sha256 over the names and sha256s of its files.")
     model: ModelFacts | None = Field(default=None, description="Size and cost of the model; null in older bundles.")
-    parity: ParitySummary | None = Field(default=None, description="Comparison with torch; null until it is measured.")
+    parity: BundleParity | None = Field(default=None, description="Comparison with torch; null until it is measured.")
 
 
 class EncoderPixels(_Strict):

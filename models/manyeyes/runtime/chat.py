@@ -148,7 +148,7 @@ def encode_conversation(
         raise RecordError(
             f"conversation has {num_slots} {IMAGE_PLACEHOLDER} and {len(image_tokens)} images",
             "one placeholder per image is needed",
-            "Mend the record.",
+            "Fix the record.",
         )
     encoded = Encoded()
     leading = _leading_ids(tokenizer) if template.adds_bos else []
@@ -311,19 +311,19 @@ def _check_turns(turns: Turns, *, generation_prompt: bool) -> None:
             raise RecordError(
                 f'turn {position} is by "{speaker}"',
                 f'"{expected}" is needed there: turns alternate and human speaks first',
-                "Mend the record.",
+                "Fix the record.",
             )
         if speaker == "gpt" and IMAGE_PLACEHOLDER in text:
             raise RecordError(
                 f"turn {position} is an answer with {IMAGE_PLACEHOLDER}",
                 "placeholders belong to human turns",
-                "Mend the record.",
+                "Fix the record.",
             )
     last_is_human = len(turns) % 2 == 1
     if not turns or last_is_human != generation_prompt:
         ends = f'ends with "{turns[-1][0]}"' if turns else "is empty"
         needed = "a question to answer" if generation_prompt else "an answer to every question"
-        raise RecordError(f"conversation {ends}", f"{needed} is needed", "Mend the turns.")
+        raise RecordError(f"conversation {ends}", f"{needed} is needed", "Fix the turns.")
 
 
 def _append_chunk(encoded: Encoded, tokenizer: Tokenizer, chunk: Sequence[_Text]) -> None:

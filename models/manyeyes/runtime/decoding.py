@@ -96,7 +96,7 @@ def check_choices(questions: Sequence[str], choices: Sequence[Sequence[str]]) ->
         raise RecordError(
             f"{len(questions)} questions have {len(choices)} lists of options",
             "one list a question (an empty one where the answer is free), or none at all",
-            "Mend choices.",
+            "Fix choices.",
         )
     for question, options in zip(questions, choices, strict=False):
         stripped = [option.strip() for option in options]
@@ -104,7 +104,7 @@ def check_choices(questions: Sequence[str], choices: Sequence[Sequence[str]]) ->
             raise RecordError(
                 f"question {question[:60]!r} has the options {list(options)}",
                 "options that are not empty and that differ",
-                "Mend choices.",
+                "Fix choices.",
             )
 
 

@@ -58,7 +58,7 @@ class ImageTransform:
         problem = self._problem()
         if problem is not None:
             found, needed = problem
-            raise BundleError(f"image transform has {found}", needed, "Mend the encoder's row or preprocess.json.")
+            raise BundleError(f"image transform has {found}", needed, "Fix the encoder's row or preprocess.json.")
         object.__setattr__(self, "fill", self.fill_colour)
 
     @property

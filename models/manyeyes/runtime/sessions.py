@@ -72,7 +72,7 @@ def choose_threads(threads: int | None = None) -> int:
     value = str(threads) if threads is not None else os.environ.get("MANYEYES_THREADS") or "0"
     if not value.isdecimal():
         raise BundleError(
-            f"number of threads is {value!r}", "a whole number of at least 0 is needed", "Mend MANYEYES_THREADS."
+            f"number of threads is {value!r}", "a whole number of at least 0 is needed", "Fix MANYEYES_THREADS."
         )
     return int(value)
 

@@ -19,7 +19,7 @@ from manyeyes.search.trial import Difference, Trial, by_name, difference, read_t
 from manyeyes.search.variant import Variant
 
 SEARCH_FILE = "search.json"
-# A Kubeflow pipeline cannot grow while it runs: it has so many rounds, and those after the end do nothing.
+# A Kubeflow pipeline cannot grow while it runs: it has a fixed number of rounds, and those after the end do nothing.
 MAX_ROUNDS = 5
 
 

@@ -92,7 +92,7 @@ def keep_encoders(recipe: Recipe, names: Sequence[str]) -> Recipe:
                 f'encoder is "{name}"', f"the recipe has {', '.join(known)}", did_you_mean(name, known) or "Name one."
             )
     if len(set(names)) != len(names) or not names:
-        raise RecipeError(f"encoders are {list(names)}", "one name at least, each once", "Mend the list.")
+        raise RecipeError(f"encoders are {list(names)}", "one name at least, each once", "Fix the list.")
     changes: dict[str, Any] = {
         "model.encoders": [
             encoder.model_dump(mode="json") for encoder in recipe.model.encoders if encoder.name in names

@@ -496,7 +496,7 @@ class _Findings:
 
     @contextmanager
     def collecting(self, subject: str) -> Iterator[None]:
-        """Turn an error that a user can mend into a row, and go on behind the block."""
+        """Turn an error that a user can fix into a row, and go on behind the block."""
         try:
             yield
         except ManyEyesError as error:

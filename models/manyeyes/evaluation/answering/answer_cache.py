@@ -120,7 +120,7 @@ DEFAULT_ANSWER_GB = 1.0
 _OPEN = ".open.jsonl"
 _CLOSED = ".jsonl"
 _MANY = 8
-"""From so many closed files on, they become one."""
+"""From this many closed files on, they become one."""
 
 _DEAD_S = 24 * 3600.0
 """A file that did not grow for so long belongs to a process that was killed."""

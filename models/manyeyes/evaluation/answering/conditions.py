@@ -30,7 +30,7 @@ CONDITIONS: tuple[Condition, ...] = ("image-on", "image-off", "grey", "other-ima
 GREY = (128, 128, 128)
 """Middle of the eight-bit range."""
 
-# A question without an image, or on one that many share, is cheap: so many weigh about as much as one image with its
+# A question without an image, or on one that many share, is cheap: this many weigh about as much as one image with its
 # questions.
 _QUESTIONS_PER_IMAGE = 8
 

@@ -30,7 +30,7 @@ DEFAULT_MEMORY_GB = 2.0
 DEFAULT_DISK_GB = 20.0
 
 _TRIAL = 32
-"""So many images are written before it is asked whether writing pays."""
+"""This many images are written before it is asked whether writing pays."""
 
 _MOST_FILES = 100_000
 
@@ -231,7 +231,7 @@ class _TokenFiles:
         return self._written < _TRIAL or 2 * self._writing_s < self._encoding_s
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes may be written; removes what was used longest ago.
+        """Whether this many bytes may be written; removes what was used longest ago.
 
         The end of the disk is left to what matters more than a cache: checkpoints lie on the same one.
         """

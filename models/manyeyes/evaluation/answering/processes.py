@@ -35,9 +35,9 @@ from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 
-# An image costs about as much as so many questions without one; the same figure as where batches are planned.
+# An image costs about as much as this many questions without one; the same figure as where batches are planned.
 _QUESTIONS_PER_IMAGE = 8
-# So many pieces a process at the end: what the slowest still has to do then is half of its share at most.
+# This many pieces a process at the end: what the slowest still has to do then is half of its share at most.
 _PIECES_PER_PROCESS = 2
 
 

@@ -94,7 +94,7 @@ def load_benchmarks(spec: EvaluationSpec, *, snapshot: Snapshot, max_items: int 
     Args:
         spec: The recipe's ``evaluation``.
         snapshot: Has the data sets.
-        max_items: First so many questions of each; the recipe's own limit for ``None``.
+        max_items: First N questions of each; the recipe's own limit for ``None``.
 
     Raises:
         EvaluationError: Unknown benchmark or variant, or a data set without questions or with other columns.

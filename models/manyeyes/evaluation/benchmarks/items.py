@@ -136,7 +136,7 @@ def load_benchmark(
     Args:
         row: The benchmark.
         snapshot: Has the data set.
-        max_items: First so many questions only; ``None`` for all.
+        max_items: First N questions only; ``None`` for all.
         variant: Whose scoring; the row's default for ``None``.
         style: Whose prompt.
         multiple_choice: ``prefill`` to have answers chosen where the row has options.

@@ -57,7 +57,7 @@ class Reply:
 
 
 class AskAgainError(Exception):
-    """Worth another request, after a wait of so many seconds where the service says so."""
+    """Worth another request, after a wait of this many seconds where the service says so."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -236,7 +236,7 @@ class Judge:
     Args:
         spec: Where and how.
         cache: Folder for answers; nothing is kept for ``None``.
-        wait: Sleeps for so many seconds; ``stop`` ends the sleep when left out.
+        wait: Sleeps for N seconds; ``stop`` ends the sleep when left out.
 
     Raises:
         JudgeError: (from ``ask``) The service does not answer, wants another key, or knows no such model.

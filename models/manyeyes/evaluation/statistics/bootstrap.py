@@ -32,7 +32,7 @@ DRAWS = 1000
 _CELLS = 4_000_000
 _REDRAWS = 100
 _MANY_ITEMS, _MANY_CLUSTERS = 1000, 100
-"""From so many items on, on so many clusters or more, what each kind of item adds takes the aggregate's place."""
+"""From this many items on, on this many clusters or more, what each kind of item adds takes the aggregate's place."""
 
 Floats = NDArray[np.float64]
 Aggregate = Callable[[Sequence[Graded], str], dict[str, float]]
@@ -264,7 +264,7 @@ class Clusters:
             graded: Its items.
             variant: Whose scoring.
             names: The figures.
-            most_kinds: Beyond so many kinds it is not worth it.
+            most_kinds: Beyond N kinds it is not worth it.
 
         Returns:
             ``[clusters, names]``; ``None`` with more kinds, or where a kind cannot be missing or a figure is not

@@ -77,7 +77,7 @@ def correlate(scores: Table, *, groups: int = 4) -> BenchmarkCorrelation:
     """Correlations between benchmarks, their groups and principal components.
 
     Correlations take every model that has both benchmarks; components those that have all, each benchmark scaled to
-    variance 1. Groups join what correlates most on average until so many are left.
+    variance 1. Groups join what correlates most on average until N are left.
 
     Args:
         scores: By model and benchmark.
@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         return _read_json(path, text) if path.suffix == ".json" else _read_csv(text)
     except ValueError as error:
-        raise EvaluationError(f"{path} is no table of scores ({error})", _NEEDED, "Mend the file.") from error
+        raise EvaluationError(f"{path} is no table of scores ({error})", _NEEDED, "Fix the file.") from error
 
 
 def _read_json(path: Path, text: str) -> dict[str, dict[str, float]]:
