@@ -203,6 +203,30 @@ def test_broken_configuration_is_named(tmp_path: Path, toy: LlavaToy) -> None:
     assert "config.json cannot be read" in _refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", "wide"),
+        ("num_hidden_layers", []),
+        ("num_hidden_layers", 10**12),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -1),
+        ("model_type", []),
+        ("mm_vision_select_layer", "last"),
+        ("mm_vision_tower", 7),
+        ("mm_projector_type", []),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_configuration_that_makes_no_sense_is_refused(tmp_path: Path, toy: LlavaToy, field: str, value: object) -> None:
+    toy.write()
+    file = toy.folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, field: value}), encoding="utf-8")
+    assert _refusal(tmp_path, ManyEyesError)
+
+
 def test_settings_without_a_vocabulary_are_no_tokenizer(tmp_path: Path, toy: LlavaToy) -> None:
     toy.write()
     (toy.folder / "tokenizer.model").unlink()

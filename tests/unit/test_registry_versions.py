@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.errors import BundleError, RegistryError
+from manyeyes.errors import BundleError, RecordError, RegistryError
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.registry import versions
 from manyeyes.registry.gate import ChampionEvidence
@@ -30,6 +32,7 @@ from manyeyes.registry.versions import (
 )
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.bundle_files import REQUIRED_FILES
+from manyeyes.runtime.preprocess import decode_image
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 
@@ -344,6 +347,26 @@ def test_a_small_image_as_base64_is_no_name_of_a_file() -> None:
     for size in (3, 150, 300, 3000, 300_000):
         row = {"image": base64.b64encode(bytes(size)).decode(), "question": "How large?"}
         assert answer_rows(FakeBundle(), [row], max_new_tokens=8) == [f"{size} bytes"]
+
+
+def test_rows_take_pictures_and_pixels_and_name_the_row_of_what_is_none() -> None:
+    from manyeyes.registry.pyfunc_model import answer_rows
+
+    class FakeBundle:
+        def answer_groups(self, groups: list[Group], *, max_new_tokens: int) -> list[list[GeneratedAnswer]]:
+            assert max_new_tokens == 8
+            shapes = [str([decode_image(image).shape for image in group.images]) for group in groups]
+            return [
+                [GeneratedAnswer(own, ())] * len(group.questions) for own, group in zip(shapes, groups, strict=True)
+            ]
+
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    rows = [{"image": image, "question": "?"} for image in (pixels, Image.fromarray(pixels), None, float("nan"), "")]
+    shown = answer_rows(FakeBundle(), rows, max_new_tokens=8)
+    assert shown == ["[(2, 3, 3)]"] * 2 + ["[]"] * 3
+    for wrong in (pixels / 255, [[0, 1]], 7, {"bytes": b""}, "no file, no base64"):
+        with pytest.raises(RecordError, match="row 1"):
+            answer_rows(FakeBundle(), [rows[0], {"image": wrong, "question": "?"}], max_new_tokens=8)
 
 
 def test_versions_belong_to_the_run_that_made_them(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ from manyeyes.converters.tables import Resolution, Shape
 from manyeyes.converters.tensor_files import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights
 from manyeyes.encoders.skeleton import meta_device
-from manyeyes.errors import CheckpointError, RecipeError, did_you_mean
+from manyeyes.errors import BundleError, CheckpointError, RecipeError, did_you_mean
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration, write_manifest
 from manyeyes.model.language_model import check_vocabulary, find_image_token_id
 from manyeyes.processor import SHARED, ManyEyesProcessor
@@ -92,17 +94,20 @@ def convert(
     folder = _local(source)
     _check_out(out, folder)
     checkpoint = open_checkpoint(folder, base=None if base is None else _local(base))
-    system = recognise(checkpoint)
+    with _sensible(folder / "config.json"):
+        system = recognise(checkpoint)
     configs = read_encoder_configs(encoder_configs) if encoder_configs is not None else {}
     found = EncoderSources(encoders, configs, folder)
-    plan = system.plan(checkpoint, found)
-    found.check_configs()
-    name = _choose_template(template, plan)
-    tokenizer, notes = _load_tokenizer(checkpoint, plan)
-    text_config = AutoConfig.for_model(**plan.text_config)
-    config = configure(plan, image_token_id=find_image_token_id(tokenizer, text_config))
-    with meta_device():
-        model = ManyEyesForConditionalGeneration(config)
+    with _sensible(folder / "config.json"):
+        plan = system.plan(checkpoint, found)
+        _check_layers(plan, checkpoint)
+        found.check_configs()
+        name = _choose_template(template, plan)
+        tokenizer, notes = _load_tokenizer(checkpoint, plan)
+        text_config = AutoConfig.for_model(**plan.text_config)
+        config = configure(plan, image_token_id=find_image_token_id(tokenizer, text_config))
+        with meta_device():
+            model = ManyEyesForConditionalGeneration(config)
     brought = {entry.name: entry for entry in plan.encoders if entry.weights is not None}
     wanted = _shapes(model)
     ours = {key: shape for key, shape in wanted.items() if _owner(key) not in brought}
@@ -244,6 +249,38 @@ def _choose_template(template: str | None, plan: Plan) -> str:
             f'--template is "{name}"', "no such template", did_you_mean(name, CHAT_TEMPLATES) or "See docs/chat.md."
         )
     return name
+
+
+@contextmanager
+def _sensible(config: Path) -> Iterator[None]:
+    """A published ``config.json`` has no schema: what a value that makes no sense does depends on its field."""
+    try:
+        yield
+    except BundleError as error:
+        raise CheckpointError(f"{config}: {error.found}", error.needed, "Fetch it again.") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"{config} makes no sense ({type(error).__name__}: {error})",
+            "the configuration that was published with these weights",
+            "Fetch it again.",
+        ) from error
+
+
+def _check_layers(plan: Plan, checkpoint: OriginalCheckpoint) -> None:
+    # Even on the meta device each layer takes time and memory.
+    layers, stored = plan.text_config.get("num_hidden_layers"), len(checkpoint.shapes())
+    if isinstance(layers, int) and layers > stored:
+        raise CheckpointError(
+            f"config.json has num_hidden_layers {layers}", f"the files hold {stored} tensors", "Fetch it again."
+        )
 
 
 def _load_tokenizer(checkpoint: OriginalCheckpoint, plan: Plan) -> tuple[PreTrainedTokenizerBase, list[str]]:
