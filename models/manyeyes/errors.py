@@ -1,4 +1,4 @@
-"""The errors that a user of ManyEyes can cause.
+"""The errors that a user of ManyEyes can cause, and what a command exits with.
 
 ::
 
@@ -29,6 +29,41 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+__all__ = [
+    "INTERRUPTED",
+    "NOT_PROMOTED",
+    "OTHER_ERROR",
+    "USER_ERROR",
+    "BundleError",
+    "CheckpointError",
+    "DataError",
+    "DrawingError",
+    "EndpointError",
+    "EvaluationError",
+    "LockedError",
+    "ManyEyesError",
+    "PipelineError",
+    "PreflightError",
+    "ProcessLostError",
+    "RecipeError",
+    "RecordError",
+    "RegistryError",
+    "RegistryUnreachableError",
+    "ShapeError",
+    "SnapshotError",
+    "SourceError",
+    "StorageError",
+    "ValidationError",
+    "did_you_mean",
+]
+
+# What a command exits with. 0: it did what it was asked.
+OTHER_ERROR = 1
+USER_ERROR = 2
+NOT_PROMOTED = 3
+INTERRUPTED = 130
+"""As shells write the end by Ctrl-C: 128 and the signal's number."""
 
 
 class ManyEyesError(Exception):

@@ -25,14 +25,16 @@ from manyeyes.cli.group import OutPath
 from manyeyes.cli.pipeline import pipeline as pipeline_group
 from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.registry import ask_command
-from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
+from manyeyes.errors import (
+    INTERRUPTED,
+    NOT_PROMOTED,
+    OTHER_ERROR,
+    USER_ERROR,
+    ManyEyesError,
+    PipelineError,
+    did_you_mean,
+)
 from manyeyes.terminal import replace_unknown_characters
-
-USER_ERROR = 2
-OTHER_ERROR = 1
-NOT_PROMOTED = 3
-INTERRUPTED = 130
-
 
 # Which extra of this package brings which import.
 EXTRAS = {

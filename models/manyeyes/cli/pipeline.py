@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from manyeyes.cli.group import Group, OutPath
-from manyeyes.errors import PipelineError, did_you_mean
+from manyeyes.errors import INTERRUPTED, OTHER_ERROR, USER_ERROR, PipelineError, did_you_mean
 
 if TYPE_CHECKING:
     from manyeyes.kubeflow.endpoint import Endpoint
 
-USER_ERROR = 2
-OTHER_ERROR = 1
-INTERRUPTED = 130
 COMPILED = Path("pipelines/compiled")
 # For what names an image or a profile: the committed files name neither.
 COMPILED_FOR_CLUSTER = Path("runs/compiled")

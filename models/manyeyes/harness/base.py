@@ -35,7 +35,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from manyeyes.errors import ManyEyesError, PreflightError, StorageError
+from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PreflightError, StorageError
 from manyeyes.harness.events import (
     ERROR_TAG,
     ErrorReport,
@@ -121,9 +121,6 @@ def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
     # As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED.
     raise KeyboardInterrupt
 
-
-USER_ERROR = 2
-OTHER_ERROR = 1
 
 # Between two progress events of one step.
 _PROGRESS_INTERVAL_S = 1.0

@@ -25,8 +25,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyeyes.errors import ManyEyesError, PipelineError, did_you_mean
-from manyeyes.harness.base import OTHER_ERROR, USER_ERROR, describe_failure, wait_for_runner_death
+from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
+from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes

@@ -9,7 +9,7 @@ import click
 
 from manyeyes.data.builders import BUILDERS, add_pretrained
 from manyeyes.data.snapshot import open_folder
-from manyeyes.errors import ManyEyesError, SnapshotError, did_you_mean
+from manyeyes.errors import USER_ERROR, ManyEyesError, SnapshotError, did_you_mean
 from manyeyes.terminal import replace_unknown_characters
 
 
@@ -34,7 +34,7 @@ def main(name: str, out: Path, pretrained: Path | None) -> None:
         snapshot = open_folder(out)
     except ManyEyesError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
     for dataset, entry in snapshot.manifest.datasets.items():
         click.echo(f"{dataset}: {entry.rows} records, {entry.images} images, {len(entry.shards)} shards")
     click.echo(f"{out}: md5 {snapshot.md5}")
