@@ -22,7 +22,7 @@ from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.model import build_model, save_checkpoint
 from manyeyes.recipe import load_recipe
-from manyeyes.runtime.bundle import Group
+from manyeyes.runtime import Group
 from manyeyes.runtime.chat import encode_answers
 
 IMAGES = 8

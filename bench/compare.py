@@ -14,7 +14,7 @@ from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe
-from manyeyes.runtime.bundle import Group
+from manyeyes.runtime import Group
 from manyeyes.training.batches import BatchBuilder
 
 Parts = tuple[str, Callable[[], object], Callable[[], object], Callable[[object, object], tuple[str, bool]]]

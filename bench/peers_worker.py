@@ -96,7 +96,7 @@ def bundle_answerer(checkpoint: str) -> Answer:
 
 
 def _grouped(answerer: Any) -> Answer:
-    from manyeyes.runtime.bundle import Group
+    from manyeyes.runtime import Group
 
     def answer(requests: Requests, max_new_tokens: int, batch_size: int) -> list[str]:
         # As evaluate plans its batches: the questions of an image together, this many images at once.

@@ -21,7 +21,7 @@ from manyeyes.data.snapshot import Snapshot, open_snapshot, read_default_remote,
 from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec
 from manyeyes.evaluation.answering.opening import open_answerer
 from manyeyes.harness.base import num_cores
-from manyeyes.runtime.bundle import Group
+from manyeyes.runtime import Group
 
 MOST_TOKENS = 8
 # Above this change of the probe, the figures say more about the machine than about the processes.

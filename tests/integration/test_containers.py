@@ -268,7 +268,7 @@ def test_pulled_bundle_answers_in_the_runtime_image_without_network(finished_run
     (tmp_path / "answer.py").write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from manyeyes.runtime.bundle import load_bundle\n"
+        "from manyeyes.runtime import load_bundle\n"
         "folder = Path(sys.argv[1])\n"
         "bundle = load_bundle(folder / 'bundle', threads=1)\n"
         "image = (folder / 'image.png').read_bytes()\n"
