@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.export import Dim
 from transformers import (
@@ -31,6 +32,8 @@ from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.reinjection import VisualContext
+from manyeyes.recipe import LoraSpec
+from manyeyes.training.lora import add_adapters, merge_adapters
 
 ROWS, WIDTH, TOKENS = 2, 24, 16
 LLAMA: dict[str, Any] = {
@@ -270,6 +273,22 @@ def test_every_block_learns_and_belongs_to_the_fusion_group() -> None:
     assert model.reinjection is not None
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.reinjection.parameters())
     assert "reinjection.samplers.1.mlp.2.weight" in dict(model.parameter_groups()["fusion"])
+
+
+def test_blocks_look_as_before_through_adapters_and_after_they_are_merged() -> None:
+    model = _model()
+    keys = list(model.state_dict())
+    before = model(**_batch()).logits
+    add_adapters(model, LoraSpec(rank=2, alpha=4), seed=1)
+    assert torch.equal(model(**_batch()).logits, before)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+    adapted = model(**_batch()).logits
+    assert (adapted - before).abs().max() > 1e-2
+    merge_adapters(model)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(**_batch()).logits, adapted, rtol=0, atol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedConfig
 
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import open_folder
@@ -14,8 +16,9 @@ from manyeyes.errors import CheckpointError, RecipeError
 from manyeyes.model import build_model, build_skeleton, load_checkpoint
 from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
+from manyeyes.training import loop
 from manyeyes.training.batches import processor_of_stage
-from manyeyes.training.lora import AdaptedLinear, adapters_alone, add_adapters, merge_adapters
+from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import build_optimizer, freeze_others
 from manyeyes.training.stage import read_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
@@ -41,7 +44,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sft(folder: Path, name: str, **changes: object) -> Path:
+def sft(
+    folder: Path, name: str, *, on_progress: Callable[[loop.Progress], None] | None = None, **changes: object
+) -> Path:
     run_toy_stage(
         "sft",
         recipe=change_recipe(toy_recipe(), {f"stages.sft.{field}": value for field, value in changes.items()}),
@@ -49,6 +54,7 @@ def sft(folder: Path, name: str, **changes: object) -> Path:
         inputs=folder,
         out=folder / name,
         work_dir=folder / f"work-{name}",
+        on_progress=on_progress,
     )
     return folder / name
 
@@ -59,11 +65,11 @@ def test_fresh_adapters_change_nothing_and_merged_ones_change_nothing_either(pre
     before = model(input_ids=ids).logits
     names = set(model.state_dict())
     add_adapters(model, LoraSpec(rank=4, alpha=8), seed=1)
-    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert len(adapted) == 7 * model.config.text_config.num_hidden_layers
     assert torch.equal(model(input_ids=ids).logits, before)
     for module in adapted:
-        torch.nn.init.normal_(module.up.weight, std=0.1)
+        torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
     moved = model(input_ids=ids).logits
     assert (moved - before).abs().max() > 1e-2
     merge_adapters(model)
@@ -76,10 +82,10 @@ def test_only_adapters_train_and_the_head_has_none(pretrained: Path) -> None:
     add_adapters(model.requires_grad_(False), LoraSpec(rank=4, alpha=8), seed=1)
     groups = adapters_alone(model.parameter_groups())
     trained = freeze_others(groups, {"language_model": 1e-3})
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in trained} == {"down", "up"}
+    assert {name.split(".")[-3] for name in trained} == {"lora_A", "lora_B"}
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(trained)
     inside = {
-        name for name, module in decoder_of(model.language_model).named_modules() if isinstance(module, AdaptedLinear)
+        name for name, module in decoder_of(model.language_model).named_modules() if isinstance(module, LoraLayer)
     }
     assert not any("lm_head" in name for name in inside)
 
@@ -91,6 +97,50 @@ def test_a_stage_with_lora_changes_linear_layers_alone_and_saves_a_plain_checkpo
     changed = {name for name in before if not torch.equal(before[name], after[name]) and "language_model" in name}
     assert changed
     assert all("_proj.weight" in name for name in changed)
+
+
+def test_adapters_are_drawn_from_the_seed_alone(pretrained: Path) -> None:
+    def drawn(seed: int) -> list[torch.Tensor]:
+        model, _ = load_checkpoint(pretrained / "pretrain")
+        torch.rand(seed)
+        before = torch.get_rng_state()
+        add_adapters(model, LoraSpec(rank=4, alpha=8), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [module.lora_A["default"].weight for module in model.modules() if isinstance(module, LoraLayer)]
+
+    assert all(map(torch.equal, drawn(1), drawn(1)))
+    assert not any(map(torch.equal, drawn(1), drawn(2)))
+
+
+def test_a_killed_stage_with_lora_goes_on_to_the_same_weights(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PROGRESS_EVERY_S", 0)
+
+    def kill(progress: loop.Progress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    changes = {"lora": LORA, "epochs": 3, "max_steps": 5, "checkpoint_every_s": 1e-6}
+    whole = sft(pretrained, "whole", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        sft(pretrained, "killed", on_progress=kill, **changes)
+    resumed = read_report(sft(pretrained, "killed", **changes))
+    assert resumed.resumed_from_step == 2
+    assert resumed.checkpoint_digest == read_report(whole).checkpoint_digest
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=300), "no linear layer"),
+        (MambaConfig(hidden_size=8, state_size=2, num_hidden_layers=1, vocab_size=300), "peft cannot adapt it"),
+    ],
+)
+def test_a_family_that_takes_no_adapters_is_refused(config: PreTrainedConfig, reason: str) -> None:
+    model = build_skeleton(toy_recipe().model, text_config=config)
+    with pytest.raises(RecipeError, match=reason):
+        add_adapters(model, LoraSpec(rank=4, alpha=8), seed=1)
 
 
 def test_lora_without_a_rate_is_refused() -> None:
