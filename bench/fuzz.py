@@ -105,7 +105,7 @@ def fuzz_images(number: int) -> tuple[Counter[str], list[str]]:
         How many ended how, and a line for each that ended otherwise than it may.
     """
     from manyeyes.data.contamination.fingerprints import make_thumbnail
-    from manyeyes.data.records import ImageFile, Problem, find_decoding_problem, read_image_file
+    from manyeyes.data.records import ImageFile, SampleProblem, find_decoding_problem, read_image_file
     from manyeyes.runtime.preprocess import ImageTransform, decode_image, transform_image
 
     transform = ImageTransform(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -122,7 +122,7 @@ def fuzz_images(number: int) -> tuple[Counter[str], list[str]]:
         for name, call in callers.items():
             try:
                 result = call(data)
-                ended = "refused" if isinstance(result, Problem) else "read"
+                ended = "refused" if isinstance(result, SampleProblem) else "read"
             except RecordError as error:
                 ended = "refused" if error.__cause__ is None else f"refused ({type(error.__cause__).__name__})"
             except Exception as error:  # noqa: BLE001  (the subject of the search)

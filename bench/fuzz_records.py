@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.contamination.search import find_contamination
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.profile import build_profile
@@ -137,7 +137,7 @@ def write_odd_snapshot(folder: Path, rows: list[dict[str, Any]], *, language_mod
         )
     shutil.copytree(language_model, folder / "pretrained" / "lm")
     made = Provenance("CC0-1.0", "made by bench.fuzz")
-    write_manifest(folder, provenance={DATASET: made, "lm": made})
+    write_snapshot_manifest(folder, provenance={DATASET: made, "lm": made})
     return open_folder(folder)
 
 

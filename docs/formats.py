@@ -54,7 +54,7 @@ FORMATS = [
     ("conversion.json", "manyeyes.converters.convert", "ConversionReport", "`manyeyes convert`, in the checkpoint"),
     ("trial.json", "manyeyes.search.trial", "Trial", "the step `train_trial`"),
     ("search.json", "manyeyes.search.search", "Search", "the steps `start_search` and `advance_search`"),
-    ("comparison.json", "manyeyes.steps.compare_trials", "Comparison", "the step `compare_trials`"),
+    ("comparison.json", "manyeyes.steps.compare_trials", "AblationComparison", "the step `compare_trials`"),
     ("error.json", "manyeyes.harness.events", "ErrorReport", "any step that fails"),
     ("estimate", "manyeyes.estimate", "RecipeEstimate", "`manyeyes recipe show NAME --json`, beside recipe and digest"),
     ("webhook", "manyeyes.steps.summarise_run", "RunNotice", "the step `summarise_run`, to `MANYEYES_WEBHOOK_URL`"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.records import ImageFile, Record, Turn
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
@@ -53,7 +53,7 @@ def make_record(number: int) -> Record:
 def make_snapshot(folder: Path, *, images: int) -> Snapshot:
     """A snapshot whose easy-vqa-test has this many images, four questions each."""
     write_shards([make_record(number) for number in range(images)], folder / "easy-vqa", "test")
-    write_manifest(folder, provenance={"easy-vqa-test": Provenance("MIT", "made for a test")})
+    write_snapshot_manifest(folder, provenance={"easy-vqa-test": Provenance("MIT", "made for a test")})
     return open_folder(folder)
 
 

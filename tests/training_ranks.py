@@ -53,8 +53,8 @@ def _defect(*_: Any, **__: Any) -> None:
 FAULTS = {
     "none": (0, "save_running", loop.save_running),
     "full disk": (0, "save_running", _full_disk),
-    "killed": (1, "summed_loss", _die),
-    "defect": (1, "summed_loss", _defect),
+    "killed": (1, "batch_loss", _die),
+    "defect": (1, "batch_loss", _defect),
 }
 
 

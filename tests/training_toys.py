@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
@@ -41,7 +41,7 @@ def toy_snapshot(folder: Path, *, count: int = 12) -> Snapshot:
     write_shards([toy_record(number) for number in range(count)], folder / "toy", "train", rows_per_shard=100)
     write_language_model(folder / "pretrained" / "lm")
     made = Provenance("CC0-1.0", "made for a test")
-    write_manifest(folder, provenance={"toy-train": made, "lm": made})
+    write_snapshot_manifest(folder, provenance={"toy-train": made, "lm": made})
     return open_folder(folder)
 
 

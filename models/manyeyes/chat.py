@@ -20,7 +20,7 @@ from manyeyes.runtime.chat import (
     Encoded,
     Turns,
     get_chat_template,
-    render,
+    render_turns,
 )
 
 IGNORE_INDEX = -100
@@ -229,7 +229,7 @@ def _first_difference(template: ChatTemplate, tokenizer: TemplatedTokenizer) -> 
     for turns, system in probes:
         asks = turns[-1][0] == "human"
         expected = _render_own(tokenizer, turns, system=system, generation_prompt=asks)
-        found = render(template, turns, system=system, generation_prompt=asks)
+        found = render_turns(template, turns, system=system, generation_prompt=asks)
         if expected is None:
             return f"it refuses a conversation of {len(turns)} turns"
         if found != expected:

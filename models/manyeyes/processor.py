@@ -17,7 +17,14 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from manyeyes.chat import IGNORE_INDEX, BranchGroup, find_chat_template, labels_of, question_with_images, split_branches
 from manyeyes.errors import RecordError
-from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, render, stop_token_ids
+from manyeyes.runtime.chat import (
+    IMAGE_PLACEHOLDER,
+    ChatTemplate,
+    Encoded,
+    encode_conversation,
+    render_turns,
+    stop_token_ids,
+)
 from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels
 from manyeyes.runtime.tiling import TokenLayout, arrange_images, arrange_tokens, tile_image
 
@@ -242,7 +249,7 @@ class ManyEyesProcessor(ProcessorMixin):
             before, after = self.image_marks
             self._template = replace(self._template, image_prefix=before, image_suffix=after)
         # A system text that the template has no place for is refused here, before any record is read.
-        render(self._template, [("human", "")], system=system, generation_prompt=True)
+        render_turns(self._template, [("human", "")], system=system, generation_prompt=True)
         self._transforms = {name: ImageTransform.from_dict(values) for name, values in self.transforms.items()}
 
     @property

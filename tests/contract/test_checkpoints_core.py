@@ -24,7 +24,7 @@ from transformers import (
 
 from manyeyes.cli.main import cli
 from manyeyes.converters import llava
-from manyeyes.converters.convert import configure, convert
+from manyeyes.converters.convert import config_of_plan, convert
 from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.logits import prompt_logits
 from manyeyes.converters.source import OriginalCheckpoint
@@ -78,7 +78,7 @@ def test_published_size_of_llava_1_5_needs_nothing_but_its_own_files(tmp_path: P
     assert plan.encoders[0].image_size == 336
     assert plan.fusion["grid"] == 24
     with torch.device("meta"):
-        model = ManyEyesForConditionalGeneration(configure(plan, image_token_id=0))
+        model = ManyEyesForConditionalGeneration(config_of_plan(plan, image_token_id=0))
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     resolution = plan.keys.resolve(ours, shapes, name="llava-v1.5-7b")
     assert set(resolution.assignments) == set(ours)

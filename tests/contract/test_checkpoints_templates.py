@@ -13,7 +13,7 @@ from manyeyes.converters import cambrian, eagle, mini_gemini
 from manyeyes.converters.logits import _encode_prompt
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.processor import ManyEyesProcessor
-from manyeyes.runtime.chat import render
+from manyeyes.runtime.chat import render_turns
 from manyeyes.runtime.preprocess import ImageTransform
 from tests.unit.test_runtime_templates import MARKS, make_tokenizer
 
@@ -60,7 +60,7 @@ def test_a_whole_prompt_begins_its_sequence_once_with_and_without_the_literal(na
     processor = ManyEyesProcessor(
         tokenizer, {"toy": grey}, template=name, num_image_tokens=4, image_token_id=0, max_length=200
     )
-    text = render(processor.conversation_template, [("human", "<image>\nQ")], generation_prompt=True)
+    text = render_turns(processor.conversation_template, [("human", "<image>\nQ")], generation_prompt=True)
     for prompt in (text, text.removeprefix(bos)):
         ids = _encode_prompt(prompt, processor, num_images=1, sizes=[]).input_ids
         assert ids.count(MARKS[bos]) == (0 if name == "vicuna_v1" and not adds else 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
@@ -26,7 +26,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     )
     records = [Record(id=str(number), source="toy", images=(image,), turns=turns) for number in range(220)]
     write_shards(records, folder / "toy", "train", rows_per_shard=150)
-    write_manifest(folder, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
+    write_snapshot_manifest(folder, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
     return open_folder(folder)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
@@ -25,7 +25,7 @@ from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Group
 from manyeyes.training import batches
 from manyeyes.training.batches import BatchBuilder
-from manyeyes.training.loop import Progress, summed_loss
+from manyeyes.training.loop import Progress, batch_loss
 from tests.model_toys import write_language_model
 from tests.pretended_cuda import pretended_cuda
 from tests.training_toys import run_toy_stage, toy_recipe
@@ -95,7 +95,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards([record(number) for number in range(8)], folder / "toy", "train", rows_per_shard=100)
     write_language_model(folder / "pretrained" / "lm")
     made = Provenance("CC0-1.0", "made for a test")
-    write_manifest(folder, provenance={"toy-train": made, "lm": made})
+    write_snapshot_manifest(folder, provenance={"toy-train": made, "lm": made})
     return folder
 
 
@@ -145,7 +145,7 @@ def test_loss_of_a_batch_is_the_sum_over_its_conversations_one_by_one(parts: Par
     assert batch.prefixes is not None
     assert batch.chains is not None
     lengths = {int(length) for part in (batch.prefixes, batch.chains) for length in part["image_spans"][:, 2]}
-    together = summed_loss(model, batch, device=torch.device("cpu")).item()
+    together = batch_loss(model, batch, device=torch.device("cpu")).item()
     alone, counted = 0.0, 0
     for position in range(12):
         sample = mixture.sample(0, position)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.records import ImageFile, Record, Turn
 from manyeyes.data.shards import write_shards
@@ -25,7 +25,7 @@ from tests.training_toys import toy_recipe, toy_record
 def processor(tmp_path_factory: pytest.TempPathFactory) -> ManyEyesProcessor:
     folder = tmp_path_factory.mktemp("model")
     write_language_model(folder / "pretrained" / "lm")
-    write_manifest(folder, provenance={"lm": Provenance("CC0-1.0", "made for a test")})
+    write_snapshot_manifest(folder, provenance={"lm": Provenance("CC0-1.0", "made for a test")})
     return build_model(toy_recipe().model, snapshot_path=folder, seed=0)[1]
 
 
@@ -64,7 +64,7 @@ def test_the_record_is_named(
     records = [toy_record(number) for number in range(3)]
     records[1] = spoil(records[1])  # type: ignore[operator]
     write_shards(records, tmp_path / "toy", "train")
-    write_manifest(tmp_path, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
+    write_snapshot_manifest(tmp_path, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
     mixture = Mixture([MixturePart.model_validate({"dataset": "toy-train", **part})], open_folder(tmp_path), seed=0)
     with pytest.raises(RecordError, match=said) as caught:
         BatchBuilder(mixture, processor).build(range(3))

@@ -18,7 +18,7 @@ from torch import distributed, nn
 from manyeyes.recipe import Recipe
 from manyeyes.training import loop, stage
 from manyeyes.training.processes import Processes, training_processes
-from manyeyes.training.stage import StageReport, read_report
+from manyeyes.training.stage import StageReport, read_stage_report
 from tests.pretended_cuda import CUDA, DevicesMeetError, pretended_cuda
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
@@ -155,5 +155,5 @@ def test_two_gpus_learn_what_one_process_learns(tmp_path: Path) -> None:
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
-    one, two = read_report(tmp_path / "one"), read_report(tmp_path / "two")
+    one, two = read_stage_report(tmp_path / "one"), read_stage_report(tmp_path / "two")
     assert [point.loss for point in two.history] == pytest.approx([point.loss for point in one.history], rel=1e-4)

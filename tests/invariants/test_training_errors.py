@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.records import Turn
 from manyeyes.data.shards import write_shards
 from manyeyes.errors import PipelineError, RecordError
@@ -54,7 +54,7 @@ def spoil(folder: Path, bad: str) -> None:
     records = [dataclasses.replace(record, turns=long) if record.id == bad else record for record in records]
     write_shards(records, folder / "data" / "toy", "train", rows_per_shard=100)
     made = Provenance("CC0-1.0", "made for a test")
-    write_manifest(folder / "data", provenance={"toy-train": made, "lm": made})
+    write_snapshot_manifest(folder / "data", provenance={"toy-train": made, "lm": made})
 
 
 def trained_in(folder: Path) -> dict[str, int]:

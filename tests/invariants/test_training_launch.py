@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import RecipeError
 from manyeyes.training.launch import launch_stage
-from manyeyes.training.stage import read_report
+from manyeyes.training.stage import read_stage_report
 from tests.training_toys import toy_recipe, toy_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def test_started_processes_learn_what_one_learns(tmp_path: Path, capfd: pytest.C
     log = "".join(capfd.readouterr())
     assert "Fatal" not in log, "each ends in order"
     assert "Traceback" not in log
-    losses = [[point.loss for point in read_report(path).history] for path in (one, two)]
+    losses = [[point.loss for point in read_stage_report(path).history] for path in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     alone, together = (load_file(path / "encoder.safetensors") for path in (one, two))
     differences = torch.cat([(alone[name] - together[name]).abs().flatten() for name in alone])

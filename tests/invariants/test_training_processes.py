@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from manyeyes.training.stage import read_report
+from manyeyes.training.stage import read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 
@@ -42,7 +42,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    one, two = read_report(tmp_path / "one"), read_report(tmp_path / "two")
+    one, two = read_stage_report(tmp_path / "one"), read_stage_report(tmp_path / "two")
     assert [point.loss for point in two.history] == pytest.approx([point.loss for point in one.history], rel=1e-4)
     alone, together = (load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two"))
     # Adam turns rounding differences of tiny gradients into steps of the learning rate's size; most stay tiny.

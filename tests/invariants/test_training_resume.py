@@ -12,7 +12,7 @@ import pytest
 
 from manyeyes.errors import LockedError
 from manyeyes.recipe import StageName
-from manyeyes.training.stage import read_report
+from manyeyes.training.stage import read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 # Many short steps: there is time to kill between them.
@@ -79,7 +79,7 @@ def test_killed_twice_equals_never_killed(stage: StageName, result: str, unbroke
     process = start(stage, unbroken, tmp_path / "work", tmp_path / "out")
     process.join()
     assert process.exitcode == 0
-    found, expected = read_report(tmp_path / "out"), read_report(unbroken / result)
+    found, expected = read_stage_report(tmp_path / "out"), read_stage_report(unbroken / result)
     assert found.resumed_from_step is not None
     assert step <= found.resumed_from_step < STEPS
     assert found.checkpoint_digest == expected.checkpoint_digest

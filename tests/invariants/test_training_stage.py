@@ -20,8 +20,8 @@ from manyeyes.errors import CheckpointError, RecipeError, StorageError
 from manyeyes.model import build_model, load_checkpoint
 from manyeyes.recipe import MixturePart, Recipe, StageName
 from manyeyes.training.batches import BatchBuilder
-from manyeyes.training.loop import Progress, summed_loss
-from manyeyes.training.stage import StageReport, encoder_digest, read_report
+from manyeyes.training.loop import Progress, batch_loss
+from manyeyes.training.stage import StageReport, encoder_digest, read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 
@@ -119,7 +119,7 @@ def test_shared_prefix_gives_the_loss_of_whole_conversations(folder: Path) -> No
         mixture = FirstPairs(Mixture([part.model_copy(update={"turns": turns})], snapshot, seed=3))
         batch = BatchBuilder(mixture, processor).build(range(12))  # type: ignore[arg-type]
         assert (batch.chains is None) == (turns == "independent")
-        losses.append(summed_loss(model, batch, device=torch.device("cpu")).item())
+        losses.append(batch_loss(model, batch, device=torch.device("cpu")).item())
         counts.append(batch.num_supervised)
     assert counts[0] == counts[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -137,8 +137,8 @@ def test_mixed_batch_gives_each_sample_its_own_image(folder: Path) -> None:
     assert together.chains is not None
     assert together.prefixes is not None
     device = torch.device("cpu")
-    alone = sum(summed_loss(model, builder.build([position]), device=device).item() for position in positions)
-    assert summed_loss(model, together, device=device).item() == pytest.approx(alone, rel=1e-5)
+    alone = sum(batch_loss(model, builder.build([position]), device=device).item() for position in positions)
+    assert batch_loss(model, together, device=device).item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_step_without_any_image_trains_on(folder: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_quarantined_sample_is_left_out(folder: Path, tmp_path: Path) -> None:
 
 def test_result_without_pretrain_is_built_from_the_recipe(folder: Path, tmp_path: Path) -> None:
     run(folder, "sft", tmp_path / "sft", checkpoint=None, encoder_checkpoints={"left": folder / "left"})
-    assert read_report(tmp_path / "sft").stage == "sft"
+    assert read_stage_report(tmp_path / "sft").stage == "sft"
 
 
 def test_nan_stops_the_stage_with_advice(folder: Path, tmp_path: Path) -> None:

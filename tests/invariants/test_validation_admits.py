@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bench.fuzz_records import check_recipe, fuzz_records, odd_recipes
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.profile import build_profile
 from manyeyes.data.quarantine import row_name
@@ -46,7 +46,7 @@ def make_snapshot(folder: Path, records: list[Record]) -> Snapshot:
     write_shards(records, folder / "toy", "train")
     write_language_model(folder / "pretrained" / "lm")
     made = Provenance("CC0-1.0", "made for a test")
-    write_manifest(folder, provenance={"toy-train": made, "lm": made})
+    write_snapshot_manifest(folder, provenance={"toy-train": made, "lm": made})
     return open_folder(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from manyeyes.cli import main as command_line
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.shards import RecordReader, write_shards
 from manyeyes.data.snapshot import open_folder, open_snapshot, read_dvc_file
 from manyeyes.kubeflow import uploading
@@ -44,10 +44,10 @@ def make_snapshot(folder: Path, *, cache: Path, sizes: dict[str, int]) -> Path:
         **{f"easy-vqa-{split}": Provenance("MIT", "the first records of easy-VQA") for split in sizes},
         "toy-lm": Provenance("Apache-2.0", "made by a test"),
     }
-    write_manifest(folder, provenance=provenance)
+    write_snapshot_manifest(folder, provenance=provenance)
     plan = LanguageModelPlan(steps=2)
     pretrain_language_model(folder / "pretrained" / "toy-lm", snapshot=open_folder(folder), seed=0, plan=plan)
-    write_manifest(folder, provenance=provenance)
+    write_snapshot_manifest(folder, provenance=provenance)
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from manyeyes.harness.events import ErrorReport
 from manyeyes.kubeflow.endpoint import Endpoint
-from manyeyes.kubeflow.endpoint_runs import find_version, start_run
+from manyeyes.kubeflow.endpoint_runs import find_pipeline_version, start_run
 from tests.pipelines.kfp_server import EPOCH, Kubeflow
 
 DIGEST = "0123456789ab" + "c" * 52
@@ -80,5 +80,5 @@ def started_run(endpoint: Endpoint, state: Kubeflow, **options: Any) -> Any:
     """A run of the pipeline ``train``, which is made when it is not there."""
     if not state.pipelines:
         add_version(state)
-    version = find_version(endpoint, "train")
+    version = find_pipeline_version(endpoint, "train")
     return start_run(endpoint, version, pipeline="train", parameters={"recipe": "tiny"}, **options)

@@ -9,7 +9,7 @@ import pytest
 
 from manyeyes.errors import PipelineError
 from manyeyes.kubeflow.endpoint import Endpoint
-from manyeyes.kubeflow.endpoint_runs import find_version
+from manyeyes.kubeflow.endpoint_runs import find_pipeline_version
 from manyeyes.kubeflow.uploading import create_schedule, delete_schedule, make_trigger
 from tests.pipelines.endpoint_toys import Answer, add_version
 from tests.pipelines.kfp_server import Fault, Kubeflow, check_model
@@ -49,14 +49,14 @@ def test_schedule_whose_answer_is_lost_is_made_once(endpoint: Endpoint, kubeflow
     kubeflow.sleep_s = 0.8
     kubeflow.faults = [Fault("POST", "/recurringruns$", kind, takes_effect=True)]
     options = {"name": "weekly", "trigger": make_trigger(every="1w"), "parameters": {}}
-    create_schedule(endpoint, find_version(endpoint, "train"), **options)
+    create_schedule(endpoint, find_pipeline_version(endpoint, "train"), **options)
     assert [each["display_name"] for each in kubeflow.schedules] == ["weekly"]
     assert kubeflow.schedules[0]["trigger"] == {"periodic_schedule": {"interval_second": "604800"}}
 
 
 def test_delete_whose_answer_is_lost_is_no_error(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     add_version(kubeflow)
-    version = find_version(endpoint, "train")
+    version = find_pipeline_version(endpoint, "train")
     create_schedule(endpoint, version, name="weekly", trigger=make_trigger(every="30m"), parameters={})
     kubeflow.faults = [Fault("DELETE", "/recurringruns/", "drop", takes_effect=True)]
     delete_schedule(endpoint, "weekly")

@@ -10,7 +10,7 @@ import pytest
 from manyeyes.errors import EndpointError
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
-from manyeyes.kubeflow.endpoint_runs import failures_of, find_version, start_run
+from manyeyes.kubeflow.endpoint_runs import failures_of, find_pipeline_version, start_run
 from tests.pipelines.endpoint_toys import REFUSAL, SECRET, Answer, add_version, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow
 
@@ -128,7 +128,7 @@ def test_endpoint_that_stays_broken_is_given_up_with_a_hint(endpoint: Endpoint, 
 
 def test_only_the_first_line_of_the_backends_message_is_shown(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     add_version(kubeflow)
-    version = find_version(endpoint, "train")
+    version = find_pipeline_version(endpoint, "train")
     version.pipeline_version_id = "unknown"
     with pytest.raises(EndpointError) as caught:
         start_run(endpoint, version, pipeline="train", parameters={})

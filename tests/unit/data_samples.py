@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.records import ImageFile, Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
@@ -36,7 +36,9 @@ def make_snapshot(folder: Path, splits: Mapping[str, Sequence[Record]], *, rows_
     """Each split becomes the data set ``toy-<split>``."""
     for split, records in splits.items():
         write_shards(records, folder / "toy", split, rows_per_shard=rows_per_shard)
-    write_manifest(folder, provenance={f"toy-{split}": Provenance("CC0-1.0", "made for a test") for split in splits})
+    write_snapshot_manifest(
+        folder, provenance={f"toy-{split}": Provenance("CC0-1.0", "made for a test") for split in splits}
+    )
     return open_folder(folder)
 
 

@@ -11,7 +11,7 @@ from manyeyes.chat import find_chat_template, read_tokenizer_template
 from manyeyes.errors import RecipeError, RecordError, SourceError
 from manyeyes.model import build_model
 from manyeyes.processor import ManyEyesProcessor
-from manyeyes.runtime.chat import CHAT_TEMPLATES, ChatTemplate, encode_conversation, render
+from manyeyes.runtime.chat import CHAT_TEMPLATES, ChatTemplate, encode_conversation, render_turns
 from manyeyes.tokenizer_files import load_tokenizer
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model, write_tokenizer
 
@@ -83,7 +83,7 @@ def test_text_is_what_the_tokenizer_writes(folder: Path, template: str, count: i
     asks = count % 2 == 1
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     read = read_tokenizer_template(tokenizer)
-    assert render(read, TURNS[:count], system=system, generation_prompt=asks) == expected
+    assert render_turns(read, TURNS[:count], system=system, generation_prompt=asks) == expected
 
 
 def test_ids_are_the_tokenizers_own_with_answers_and_ends_counted(folder: Path) -> None:
@@ -102,7 +102,7 @@ def test_ids_are_the_tokenizers_own_with_answers_and_ends_counted(folder: Path) 
 def test_template_that_refuses_a_system_text_has_no_place_for_one(folder: Path) -> None:
     read = read_tokenizer_template(tokenizer_with(folder, GEMMA))
     with pytest.raises(RecipeError, match="no place"):
-        render(read, TURNS, system="Be kind.")
+        render_turns(read, TURNS, system="Be kind.")
 
 
 def test_what_is_read_are_fields_of_a_template(folder: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from bench.contamination import CHANGES, encode, photographs
 from manyeyes.data.contamination.findings import read_contamination
 from manyeyes.data.quarantine import read_quarantine
-from manyeyes.data.records import Problem, Record, Turn, read_image_file
+from manyeyes.data.records import Record, SampleProblem, Turn, read_image_file
 from manyeyes.errors import ValidationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.harness.base import Reporter, StepResult
@@ -56,8 +56,8 @@ class _Refusing:
         assert recipe.name == "tiny"
         assert (snapshot_path / "manifest.json").is_file()
 
-    def find_problem(self, record: Record, **_: object) -> Problem | None:
-        return Problem("too long", "less") if record.id == "train/long" else None
+    def find_problem(self, record: Record, **_: object) -> SampleProblem | None:
+        return SampleProblem("too long", "less") if record.id == "train/long" else None
 
 
 def test_what_a_stage_would_refuse_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import make_image, make_record, make_snapshot
 
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.contamination.search import find_contamination
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.quarantine import (
@@ -37,7 +37,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Snapshot:
     """A snapshot of rows as they are, nulls and all."""
     (folder / "toy").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "toy" / "train-00000.parquet", row_group_size=4)
-    write_manifest(folder, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
+    write_snapshot_manifest(folder, provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
     return open_folder(folder)
 
 
@@ -164,7 +164,7 @@ def test_text_that_is_not_utf8_does_not_end_a_search_for_contamination(tmp_path:
         pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0\6\0\0\0"), pa.py_buffer(b"ab\xff\xfeef")]
     )
     pq.write_table(table.set_column(0, table.schema.field("id"), ids), path)
-    write_manifest(tmp_path / "data", provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
+    write_snapshot_manifest(tmp_path / "data", provenance={"toy-train": Provenance("CC0-1.0", "made for a test")})
     snapshot = open_folder(tmp_path / "data")
     report = find_contamination(
         snapshot,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot, write_remote
 
-from manyeyes.data.builders.manifest import add_pretrained, write_manifest
+from manyeyes.data.builders.manifest import add_pretrained, write_snapshot_manifest
 from manyeyes.data.download import list_files
 from manyeyes.data.remote import FolderRemote, open_remote
 from manyeyes.data.shards import RecordReader
@@ -225,7 +225,7 @@ def test_pretrained_parts_travel_with_the_snapshot(folder: Path, tmp_path: Path)
 def test_data_without_a_licence_is_refused(folder: Path) -> None:
     (folder / "toy").rename(folder / "found-somewhere")
     with pytest.raises(SnapshotError, match="licence"):
-        write_manifest(folder)
+        write_snapshot_manifest(folder)
 
 
 def test_a_dvc_file_is_read(tmp_path: Path) -> None:

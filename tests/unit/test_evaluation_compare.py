@@ -13,7 +13,7 @@ from manyeyes.cli.main import cli
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation import compare
-from manyeyes.evaluation.compare import ModelComparison, compare_results, read_images
+from manyeyes.evaluation.compare import ModelComparison, compare_results, read_compared_images
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes, write_outcomes
 from manyeyes.evaluation.results import read_results
@@ -218,7 +218,7 @@ def test_items_of_another_evaluation_are_refused(folders: tuple[Path, Path], tmp
 def test_the_images_of_a_comparison_are_found_by_their_bytes(snapshot: Snapshot, folders: tuple[Path, Path]) -> None:
     outcomes = read_results(folders[0]).items.of("easy-vqa")
     wanted = {outcomes[0].image_sha256, outcomes[-1].image_sha256}
-    found = read_images(snapshot, {"easy-vqa": {*wanted, "0" * 64}})
+    found = read_compared_images(snapshot, {"easy-vqa": {*wanted, "0" * 64}})
     assert set(found) == {("easy-vqa", sha256) for sha256 in wanted}
     assert all(data.startswith(b"\x89PNG") for data in found.values())
 

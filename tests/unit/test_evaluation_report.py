@@ -12,7 +12,7 @@ import pytest
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.groups import GROUPS
-from manyeyes.evaluation.report.comparison import Champion, Published, compare_scores, load_published, weigh_cost
+from manyeyes.evaluation.report.comparison import Champion, Published, compare_scorecard, load_published, weigh_cost
 from manyeyes.evaluation.report.contents import Report
 from manyeyes.evaluation.report.page import render_html, render_markdown
 from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
@@ -156,17 +156,17 @@ def test_a_cut_or_chosen_benchmark_is_not_set_beside_published_ones_in_silence()
         ({"multiple_choice": "prefill"}, "Answers were written there, and chosen after one prefill here."),
     ):
         changed = card.model_copy(update={"benchmarks": {"gqa": score.model_copy(update=changes)}})
-        compared = compare_scores(changed, prompts={"gqa": "llava"})
+        compared = compare_scorecard(changed, prompts={"gqa": "llava"})
         (row,) = [row for row in compared.rows if row.name == "LLaVA-1.5-7B"]
         assert [compared.notes[number - 1] for number in row.cells["gqa"].notes] == [note]
 
 
 def test_the_champion_itself_and_no_champion_are_sentences() -> None:
     card, _, _ = make_evaluation(["gqa"])
-    itself = compare_scores(card, prompts={}, champion=Champion(CHAMPION, scorecard=card))
+    itself = compare_scorecard(card, prompts={}, champion=Champion(CHAMPION, scorecard=card))
     assert itself.champion == f"This model is the champion: {CHAMPION}."
     assert [row.kind for row in itself.rows if row.kind != "published"] == ["this"]
-    none = compare_scores(card, prompts={}, champion=Champion(reason="toy has no champion yet."))
+    none = compare_scorecard(card, prompts={}, champion=Champion(reason="toy has no champion yet."))
     assert none.champion == "toy has no champion yet."
 
 
@@ -192,7 +192,7 @@ def test_a_registry_that_fails_is_a_sentence(error: Exception, sentence: str, mo
 
 def test_score_against_cost_takes_benchmarks_that_all_models_shown_have() -> None:
     card, _, _ = make_evaluation(["gqa", "mme", "easy-vqa"])
-    compared = compare_scores(card, prompts={})
+    compared = compare_scorecard(card, prompts={})
     found = weigh_cost(compared)
     assert found is not None
     # easy-VQA is published by nobody; with MME beside GQA there are as many models as with GQA alone.
@@ -200,7 +200,7 @@ def test_score_against_cost_takes_benchmarks_that_all_models_shown_have() -> Non
     (llava,) = [point for point in found.points if point.name == "LLaVA-1.5-7B"]
     assert llava.score == pytest.approx((62.0 + 1510.7 / 20) / 2)
     assert all(point.visual_tokens for point in found.points)
-    assert weigh_cost(compare_scores(make_evaluation(["easy-vqa"])[0], prompts={})) is None
+    assert weigh_cost(compare_scorecard(make_evaluation(["easy-vqa"])[0], prompts={})) is None
 
 
 def test_the_recipe_in_a_report_is_the_one_that_was_asked(report: Report, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from bench.fuzz import fuzz_images, whole_images
-from manyeyes.data.records import Problem, find_decoding_problem, read_image_file
+from manyeyes.data.records import SampleProblem, find_decoding_problem, read_image_file
 from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image, read_image_size
 
@@ -67,4 +67,4 @@ def test_the_file_is_opened_once_more_without_a_fault_after_it_was_decoded() -> 
         images.append(read_image_file(data, path="x"))
     assert len(images) > 10
     assert find_decoding_problem(images) is None
-    assert isinstance(find_decoding_problem([read_image_file(files[0][:-20], path="x")]), Problem)
+    assert isinstance(find_decoding_problem([read_image_file(files[0][:-20], path="x")]), SampleProblem)

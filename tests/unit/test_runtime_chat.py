@@ -10,7 +10,7 @@ from manyeyes.runtime.chat import (
     Encoded,
     encode_conversation,
     get_chat_template,
-    render,
+    render_turns,
     stop_token_ids,
 )
 
@@ -57,25 +57,28 @@ ONE = [("human", "<image>\nwhat colour is the circle?"), ("gpt", "red")]
 
 def test_vicuna_reads_as_llava_wrote_it() -> None:
     system = CHAT_TEMPLATES["vicuna_v1"].system
-    assert render(CHAT_TEMPLATES["vicuna_v1"], [*ONE, ("human", "sure?"), ("gpt", "yes")]) == (
+    assert render_turns(CHAT_TEMPLATES["vicuna_v1"], [*ONE, ("human", "sure?"), ("gpt", "yes")]) == (
         f"{system} USER: <image>\nwhat colour is the circle? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>"
     )
 
 
 def test_chatml_reads_as_published() -> None:
-    assert render(CHAT_TEMPLATES["chatml"], ONE[:1], generation_prompt=True) == (
+    assert render_turns(CHAT_TEMPLATES["chatml"], ONE[:1], generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\nwhat colour is the circle?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_plain_keeps_only_the_image_of_a_question() -> None:
-    assert render(CHAT_TEMPLATES["plain"], [("human", "Describe this.\n<image>"), ("gpt", "a cat")]) == "<image>a cat\n"
+    assert (
+        render_turns(CHAT_TEMPLATES["plain"], [("human", "Describe this.\n<image>"), ("gpt", "a cat")])
+        == "<image>a cat\n"
+    )
 
 
 def test_empty_system_text_takes_its_marks_along() -> None:
-    assert render(CHAT_TEMPLATES["vicuna_v1"], ONE, system="").startswith("USER: ")
-    assert render(CHAT_TEMPLATES["chatml"], ONE, system="").startswith("<|im_start|>user")
+    assert render_turns(CHAT_TEMPLATES["vicuna_v1"], ONE, system="").startswith("USER: ")
+    assert render_turns(CHAT_TEMPLATES["chatml"], ONE, system="").startswith("<|im_start|>user")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
@@ -107,7 +110,7 @@ def test_generation_prompt_is_the_beginning_of_the_training_tokens(
 def test_every_token_of_one_chunk_is_that_of_the_whole_text(byte_level: Tokenizer) -> None:
     turns = [("human", "what shape?"), ("gpt", "circle")]
     encoded = encode_conversation(byte_level, CHAT_TEMPLATES["vicuna_v1"], turns, image_tokens=[], image_token_id=IMAGE)
-    assert encoded.input_ids == byte_level.encode(render(CHAT_TEMPLATES["vicuna_v1"], turns)).ids
+    assert encoded.input_ids == byte_level.encode(render_turns(CHAT_TEMPLATES["vicuna_v1"], turns)).ids
     assert encoded.prefix_length == 0
 
 
@@ -171,7 +174,7 @@ def test_bad_conversation_is_refused(
 
 def test_generation_prompt_after_an_answer_is_refused(byte_level: Tokenizer) -> None:
     with pytest.raises(RecordError, match="a question to answer"):
-        render(CHAT_TEMPLATES["vicuna_v1"], ONE, generation_prompt=True)
+        render_turns(CHAT_TEMPLATES["vicuna_v1"], ONE, generation_prompt=True)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])

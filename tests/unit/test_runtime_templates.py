@@ -14,7 +14,7 @@ from manyeyes.runtime.chat import (
     Turns,
     encode_answers,
     encode_conversation,
-    render,
+    render_turns,
     render_with_spans,
     stop_token_ids,
 )
@@ -278,16 +278,16 @@ def test_generation_stops_at_the_end_of_a_turn(name: str) -> None:
 def test_question_is_asked_as_it_was_trained(name: str) -> None:
     template = CHAT_TEMPLATES[name]
     for count in (1, 3):
-        asked = render(template, TURNS[:count], generation_prompt=True)
-        assert render(template, TURNS).startswith(asked + template.gpt_lead + TURNS[count][1])
+        asked = render_turns(template, TURNS[:count], generation_prompt=True)
+        assert render_turns(template, TURNS).startswith(asked + template.gpt_lead + TURNS[count][1])
 
 
 def test_llava_v0_was_asked_with_another_text_than_it_was_trained_on() -> None:
     template = CHAT_TEMPLATES["llava_v0"]
-    asked = render(template, TURNS[:1], system="S", generation_prompt=True)
+    asked = render_turns(template, TURNS[:1], system="S", generation_prompt=True)
     assert asked == "S###Human: <image>\nQ###Assistant:"
-    assert render(template, TURNS[:2], system="S") == "S\n\n### Human: <image>\nQ\n### Assistant: A\n### "
-    tagged = render(CHAT_TEMPLATES["llava_v0_mmtag"], TURNS[:1], system="S", generation_prompt=True)
+    assert render_turns(template, TURNS[:2], system="S") == "S\n\n### Human: <image>\nQ\n### Assistant: A\n### "
+    tagged = render_turns(CHAT_TEMPLATES["llava_v0_mmtag"], TURNS[:1], system="S", generation_prompt=True)
     assert tagged == "S###Human: <Image><image></Image>\nQ###Assistant:"
 
 
@@ -352,7 +352,7 @@ PUBLISHED: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_text_is_the_published_one(name: str) -> None:
-    assert PUBLISHED[name](render(CHAT_TEMPLATES[name], TURNS))
+    assert PUBLISHED[name](render_turns(CHAT_TEMPLATES[name], TURNS))
 
 
 def test_spans_in_the_text_are_the_supervised_ones() -> None:
@@ -362,15 +362,15 @@ def test_spans_in_the_text_are_the_supervised_ones() -> None:
 
 def test_white_space_around_a_turn_goes_where_the_template_trims() -> None:
     turns = [("human", " Q\n"), ("gpt", "\nA ")]
-    assert "Q<end_of_turn>\n<start_of_turn>model\nA<end_of" in render(CHAT_TEMPLATES["gemma"], turns)
-    assert " Q\n<|eot_id|>" in render(CHAT_TEMPLATES["eagle_llama_3"], turns)
+    assert "Q<end_of_turn>\n<start_of_turn>model\nA<end_of" in render_turns(CHAT_TEMPLATES["gemma"], turns)
+    assert " Q\n<|eot_id|>" in render_turns(CHAT_TEMPLATES["eagle_llama_3"], turns)
 
 
 @pytest.mark.parametrize("name", ["gemma", "mini_gemini_gemma"])
 def test_system_text_without_a_place_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="no place"):
-        render(CHAT_TEMPLATES[name], TURNS, system="S")
-    assert render(CHAT_TEMPLATES[name], TURNS, system="") == render(CHAT_TEMPLATES[name], TURNS)
+        render_turns(CHAT_TEMPLATES[name], TURNS, system="S")
+    assert render_turns(CHAT_TEMPLATES[name], TURNS, system="") == render_turns(CHAT_TEMPLATES[name], TURNS)
 
 
 @pytest.mark.parametrize(

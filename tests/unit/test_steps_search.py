@@ -22,7 +22,7 @@ from manyeyes.search.search import MAX_ROUNDS, has_ended, read_search
 from manyeyes.search.trial import difference, mean_score, read_trial
 from manyeyes.search.variant import Variant, parse_variant
 from manyeyes.steps.advance_search import NOTHING, advance_search
-from manyeyes.steps.compare_trials import Comparison, compare_trials
+from manyeyes.steps.compare_trials import AblationComparison, compare_trials
 from manyeyes.steps.start_search import start_search
 from tests.evaluation_fakes import make_snapshot
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark, make_trial
@@ -216,7 +216,7 @@ def test_comparison_puts_every_variant_beside_the_first(
         trials=trials[::-1],
         comparison=out,
     )
-    written = Comparison.model_validate_json((out / "comparison.json").read_text(encoding="utf-8"))
+    written = AblationComparison.model_validate_json((out / "comparison.json").read_text(encoding="utf-8"))
     assert [row.label for row in written.trials] == [f"fusion.strategy={name}" for name in wrong]
     assert [row.difference for row in written.trials] == [None, pytest.approx(100 * 4 / IMAGES, abs=1e-3), 0.0]
     assert result.figure.startswith("best of 3: fusion.strategy=append")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import RecordError
-from manyeyes.harness.base import Reporter, StepResult, telling_why
+from manyeyes.harness.base import Reporter, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags
 from manyeyes.registry.run_history import step_records
 from manyeyes.registry.tracking import connect, start_parent_run, step_run
@@ -47,7 +47,7 @@ def finish(name: str, tags: dict[str, str]) -> None:
 
 
 def fail(name: str) -> None:
-    with pytest.raises(RecordError), step_run(name, tags=pipeline_tags()) as run, telling_why(name, run):
+    with pytest.raises(RecordError), step_run(name, tags=pipeline_tags()) as run, tagging_failure(name, run):
         raise RecordError("a pear", "an apple", "Buy apples.")
 
 
@@ -149,7 +149,7 @@ def test_recipe_that_travels_as_text_is_shown_by_its_name() -> None:
 
 def test_reason_too_long_for_a_tag_is_cut_and_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run("long"))
-    with pytest.raises(RecordError), step_run("sft") as run, telling_why("sft", run):
+    with pytest.raises(RecordError), step_run("sft") as run, tagging_failure("sft", run):
         raise RecordError("pear " * 5000, "apple " * 5000, "Buy.")
     result = say("FAILED")
     assert "- do: Buy." in result.markdown

@@ -20,7 +20,7 @@ from manyeyes.training import loop
 from manyeyes.training.batches import processor_of_stage
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import build_optimizer, freeze_others
-from manyeyes.training.stage import read_report
+from manyeyes.training.stage import read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
@@ -125,9 +125,9 @@ def test_a_killed_stage_with_lora_goes_on_to_the_same_weights(
     whole = sft(pretrained, "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
         sft(pretrained, "killed", on_progress=kill, **changes)
-    resumed = read_report(sft(pretrained, "killed", **changes))
+    resumed = read_stage_report(sft(pretrained, "killed", **changes))
     assert resumed.resumed_from_step == 2
-    assert resumed.checkpoint_digest == read_report(whole).checkpoint_digest
+    assert resumed.checkpoint_digest == read_stage_report(whole).checkpoint_digest
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_lora_without_a_rate_is_refused() -> None:
 
 
 def test_a_stage_stops_after_max_samples(pretrained: Path) -> None:
-    report = read_report(sft(pretrained, "capped", max_samples=6, epochs=3))
+    report = read_stage_report(sft(pretrained, "capped", max_samples=6, epochs=3))
     assert (report.samples, report.steps) == (6, 2)
 
 

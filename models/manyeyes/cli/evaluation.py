@@ -233,12 +233,12 @@ def compare_command(
     """
     from manyeyes.evaluation.compare import COMPARE_FILE, compare_results, write_comparison
     from manyeyes.evaluation.output import write_file
-    from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text, shown_images
+    from manyeyes.evaluation.report.compare_page import images_to_show, render_comparison, render_comparison_text
 
     ours, theirs = _results(first), _results(second)
     comparison = compare_results(ours, theirs)
     names = list(comparison.benchmarks)
-    wanted = shown_images(ours, theirs, names, examples=examples)
+    wanted = images_to_show(ours, theirs, names, examples=examples)
     read_image, missing = _images(wanted, comparison.data_md5, data_folder, data_remote)
     html = render_comparison(comparison, ours, theirs, read_image=read_image, images_missing=missing, examples=examples)
     text = render_comparison_text(comparison)
@@ -288,14 +288,14 @@ def _results(given: str) -> Results:
 
 def _images(wanted: dict[str, set[str]], data_md5: str, data_folder: str, data_remote: str) -> tuple[ReadImage, str]:
     """What reads the pictures, and why there are none."""
-    from manyeyes.evaluation.compare import read_images
+    from manyeyes.evaluation.compare import read_compared_images
     from manyeyes.harness.inputs import open_data
 
     found: dict[tuple[str, str], bytes] = {}
     missing = ""
     if any(wanted.values()):
         try:
-            found = read_images(open_data(data_folder, data_md5=data_md5, data_remote=data_remote), wanted)
+            found = read_compared_images(open_data(data_folder, data_md5=data_md5, data_remote=data_remote), wanted)
         except ManyEyesError as error:
             # The figures stand without the snapshot; the page and the command say that its pictures are missing.
             missing = f"{error.found}. Pass --data FOLDER with the snapshot {data_md5[:12]}."

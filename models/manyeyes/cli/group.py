@@ -12,7 +12,7 @@ from manyeyes.errors import did_you_mean
 from manyeyes.storage import check_out
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """Offers the nearest spelling of an unknown command."""
 
     def resolve_command(

@@ -20,7 +20,7 @@ from manyeyes.cli.evaluation import (
     reliance_command,
     score_command,
 )
-from manyeyes.cli.group import Group as _Group
+from manyeyes.cli.group import CommandGroup as _Group
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.pipeline import pipeline as pipeline_group
 from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command

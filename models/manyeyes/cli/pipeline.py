@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from manyeyes.cli.group import Group, OutPath
+from manyeyes.cli.group import CommandGroup, OutPath
 from manyeyes.errors import INTERRUPTED, OTHER_ERROR, USER_ERROR, PipelineError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ COMPILED_FOR_CLUSTER = Path("runs/compiled")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@click.group(cls=Group)
+@click.group(cls=CommandGroup)
 def pipeline() -> None:
     """Compile pipelines; upload, run and schedule them on a Kubeflow endpoint.
 
@@ -126,10 +126,10 @@ def run_command(
 
     With --follow the exit code is 0 for a run that succeeded, 2 for an error that you can fix, else 1.
     """
-    from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters, start_run
+    from manyeyes.kubeflow.endpoint_runs import find_pipeline_version, pipeline_parameters, run_parameters, start_run
 
     with _connect(url) as endpoint:
-        chosen = find_version(endpoint, name, version)
+        chosen = find_pipeline_version(endpoint, name, version)
         parameters = run_parameters(pipeline_parameters(chosen), given=given, assignments=assignments, recipe=recipe)
         started, new = start_run(
             endpoint,
@@ -221,7 +221,7 @@ def _show_failures(endpoint: Endpoint, run: Any) -> bool:
 # --- recurring runs ------------------------------------------------------------------------------------------------
 
 
-@pipeline.group("schedule", cls=Group)
+@pipeline.group("schedule", cls=CommandGroup)
 def schedule() -> None:
     """Runs that start by themselves."""
 
@@ -256,12 +256,12 @@ def schedule_create(
     url: str,
 ) -> None:
     """Run pipeline NAME again and again, always the same version."""
-    from manyeyes.kubeflow.endpoint_runs import find_version, pipeline_parameters, run_parameters
-    from manyeyes.kubeflow.uploading import create_schedule, in_words, make_trigger
+    from manyeyes.kubeflow.endpoint_runs import find_pipeline_version, pipeline_parameters, run_parameters
+    from manyeyes.kubeflow.uploading import create_schedule, make_trigger, schedule_in_words
 
     trigger = make_trigger(cron=cron, every=every)
     with _connect(url) as endpoint:
-        chosen = find_version(endpoint, name, version)
+        chosen = find_pipeline_version(endpoint, name, version)
         found, new = create_schedule(
             endpoint,
             chosen,
@@ -273,18 +273,18 @@ def schedule_create(
             experiment=experiment,
             service_account=service_account,
         )
-        click.echo(f"{found.display_name}  {in_words(found)}  {'created' if new else 'was there already'}")
+        click.echo(f"{found.display_name}  {schedule_in_words(found)}  {'created' if new else 'was there already'}")
 
 
 @schedule.command("list")
 @_endpoint_options
 def schedule_list(url: str) -> None:
     """Names, when they run, and whether they are on."""
-    from manyeyes.kubeflow.uploading import in_words, list_schedules
+    from manyeyes.kubeflow.uploading import list_schedules, schedule_in_words
 
     with _connect(url) as endpoint:
         for found in list_schedules(endpoint):
-            click.echo(f"{found.display_name:<28} {in_words(found)}")
+            click.echo(f"{found.display_name:<28} {schedule_in_words(found)}")
 
 
 @schedule.command("disable")

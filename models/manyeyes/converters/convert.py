@@ -105,7 +105,7 @@ def convert(
         name = _choose_template(template, plan)
         tokenizer, notes = _load_tokenizer(checkpoint, plan)
         text_config = AutoConfig.for_model(**plan.text_config)
-        config = configure(plan, image_token_id=find_image_token_id(tokenizer, text_config))
+        config = config_of_plan(plan, image_token_id=find_image_token_id(tokenizer, text_config))
         with meta_device():
             model = ManyEyesForConditionalGeneration(config)
     brought = {entry.name: entry for entry in plan.encoders if entry.weights is not None}
@@ -303,7 +303,7 @@ def _load_tokenizer(checkpoint: OriginalCheckpoint, plan: Plan) -> tuple[PreTrai
     return tokenizer, notes
 
 
-def configure(plan: Plan, *, image_token_id: int) -> ManyEyesConfig:
+def config_of_plan(plan: Plan, *, image_token_id: int) -> ManyEyesConfig:
     """The configuration of our model for a plan."""
     text_config = AutoConfig.for_model(**plan.text_config)
     return ManyEyesConfig(

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import (
     PLACEHOLDER,
-    Problem,
     Record,
+    SampleProblem,
     find_checksum_problem,
     find_drawing_problem,
     find_id_problem,
@@ -43,7 +43,7 @@ class FitCheck(Protocol):
 
     def __call__(
         self, record: Record, *, dataset: str, row: int, image_sizes: Sequence[tuple[int, int]]
-    ) -> Problem | None:
+    ) -> SampleProblem | None:
         """The first thing in the way.
 
         Args:
@@ -229,7 +229,7 @@ def _look_at(
     placeholder_problem = find_placeholder_problem(turns, num_images=len(images))
     checksum_problem = find_checksum_problem(images)
     measured = measure_images(images)
-    decoding_problem = measured if isinstance(measured, Problem) else None
+    decoding_problem = measured if isinstance(measured, SampleProblem) else None
     problem = (
         find_id_problem(record.id)
         or role_problem
@@ -238,7 +238,7 @@ def _look_at(
         or checksum_problem
         or decoding_problem
     )
-    if problem is None and find_misfit is not None and not isinstance(measured, Problem):
+    if problem is None and find_misfit is not None and not isinstance(measured, SampleProblem):
         problem = find_misfit(record, dataset=dataset, row=row, image_sizes=measured)
     num_contaminated = sum(digest in eval_hashes for digest in hashes)
     width, height = (images[0].width, images[0].height) if images else (0, 0)

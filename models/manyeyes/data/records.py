@@ -112,7 +112,7 @@ def check_record(record: Record) -> None:
 
 
 @dataclass(frozen=True)
-class Problem:
+class SampleProblem:
     """Something wrong with a sample.
 
     Attributes:
@@ -127,12 +127,12 @@ class Problem:
         return f"{self.found}; needed: {self.needed}"
 
 
-def find_id_problem(record_id: str) -> Problem | None:
+def find_id_problem(record_id: str) -> SampleProblem | None:
     """An id that nobody could look up."""
-    return None if record_id.strip() else Problem("it has no id", "an id that is unique in the snapshot")
+    return None if record_id.strip() else SampleProblem("it has no id", "an id that is unique in the snapshot")
 
 
-def find_encoding_problem(record: Record) -> Problem | None:
+def find_encoding_problem(record: Record) -> SampleProblem | None:
     """The first text that no file can hold: half of a surrogate pair, from a careless JSON or an odd file name."""
     texts = [
         ("id", record.id),
@@ -144,30 +144,34 @@ def find_encoding_problem(record: Record) -> Problem | None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            return Problem(f"{name} has {text[error.start]!r}, half of a surrogate pair", "text that UTF-8 can hold")
+            return SampleProblem(
+                f"{name} has {text[error.start]!r}, half of a surrogate pair", "text that UTF-8 can hold"
+            )
     return None
 
 
-def find_role_problem(turns: Sequence[Turn]) -> Problem | None:
+def find_role_problem(turns: Sequence[Turn]) -> SampleProblem | None:
     """The first thing wrong with who speaks when, and whether something is said."""
     if not turns:
-        return Problem("it has no turns", "at least one question and its answer")
+        return SampleProblem("it has no turns", "at least one question and its answer")
     for index, turn in enumerate(turns):
         expected = "human" if index % 2 == 0 else "gpt"
         if turn.speaker not in ("human", "gpt"):
-            return Problem(f'turn {index} is from "{turn.speaker}"', 'speakers are "human" and "gpt"')
+            return SampleProblem(f'turn {index} is from "{turn.speaker}"', 'speakers are "human" and "gpt"')
         if turn.speaker != expected and index == 0:
-            return Problem("it starts with gpt", "human speaks first")
+            return SampleProblem("it starts with gpt", "human speaks first")
         if turn.speaker != expected:
-            return Problem(f"turns {index - 1} and {index} are both from {turn.speaker}", "human and gpt take turns")
+            return SampleProblem(
+                f"turns {index - 1} and {index} are both from {turn.speaker}", "human and gpt take turns"
+            )
         if not turn.text.strip():
-            return Problem(f"turn {index} ({turn.speaker}) is empty", "every turn says something")
+            return SampleProblem(f"turn {index} ({turn.speaker}) is empty", "every turn says something")
     if len(turns) % 2:
-        return Problem(f"it has {len(turns)} turns and ends with human", "every question has an answer")
+        return SampleProblem(f"it has {len(turns)} turns and ends with human", "every question has an answer")
     return None
 
 
-def find_placeholder_problem(turns: Sequence[Turn], *, num_images: int) -> Problem | None:
+def find_placeholder_problem(turns: Sequence[Turn], *, num_images: int) -> SampleProblem | None:
     """The first thing wrong with where ``<image>`` stands and how often.
 
     Args:
@@ -176,16 +180,16 @@ def find_placeholder_problem(turns: Sequence[Turn], *, num_images: int) -> Probl
     """
     for index, turn in enumerate(turns):
         if turn.speaker == "gpt" and PLACEHOLDER in turn.text:
-            return Problem(f"turn {index} (gpt) holds {PLACEHOLDER}", f"{PLACEHOLDER} stands in human turns only")
+            return SampleProblem(f"turn {index} (gpt) holds {PLACEHOLDER}", f"{PLACEHOLDER} stands in human turns only")
     placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
     if placeholders != num_images:
-        return Problem(
+        return SampleProblem(
             f"it has {placeholders} {PLACEHOLDER} and {num_images} images", f"one {PLACEHOLDER} for each image"
         )
     return None
 
 
-def find_drawing_problem(turns: Sequence[Turn]) -> Problem | None:
+def find_drawing_problem(turns: Sequence[Turn]) -> SampleProblem | None:
     """The first answer to a request that ends with ``<GEN>`` that could not be drawn.
 
     Other answers may hold what they like: a page of HTML is not a drawing.
@@ -195,30 +199,30 @@ def find_drawing_problem(turns: Sequence[Turn]) -> Problem | None:
             continue
         prompts = find_prompts(turn.text)
         if prompts.problems:
-            return Problem(f"turn {index} (gpt): {prompts.problems[0]}", "each prompt between <h> and </h>")
+            return SampleProblem(f"turn {index} (gpt): {prompts.problems[0]}", "each prompt between <h> and </h>")
         if not prompts.prompts:
-            return Problem(
+            return SampleProblem(
                 f"turn {index} (gpt) answers {REQUEST} without a prompt", "what to draw, between <h> and </h>"
             )
     return None
 
 
-def find_checksum_problem(images: Sequence[ImageFile]) -> Problem | None:
+def find_checksum_problem(images: Sequence[ImageFile]) -> SampleProblem | None:
     """The first image whose bytes do not have the recorded sha256."""
     for index, image in enumerate(images):
         found = hashlib.sha256(image.data).hexdigest()
         if found != image.sha256:
-            return Problem(f"image {index} has sha256 {found}", f"{image.sha256}, as recorded")
+            return SampleProblem(f"image {index} has sha256 {found}", f"{image.sha256}, as recorded")
     return None
 
 
-def find_decoding_problem(images: Sequence[ImageFile]) -> Problem | None:
+def find_decoding_problem(images: Sequence[ImageFile]) -> SampleProblem | None:
     """The first image that cannot be decoded whole, or has another size than recorded."""
     measured = measure_images(images)
-    return measured if isinstance(measured, Problem) else None
+    return measured if isinstance(measured, SampleProblem) else None
 
 
-def measure_images(images: Sequence[ImageFile]) -> tuple[tuple[int, int], ...] | Problem:
+def measure_images(images: Sequence[ImageFile]) -> tuple[tuple[int, int], ...] | SampleProblem:
     """Decode every image.
 
     Returns:
@@ -230,9 +234,11 @@ def measure_images(images: Sequence[ImageFile]) -> tuple[tuple[int, int], ...] |
             decoded = decode_image(image.data)
             width, height = read_image_size(image.data)
         except RecordError as error:
-            return Problem(f"image {index} cannot be decoded: {error.found}", error.needed.removesuffix(" is needed"))
+            return SampleProblem(
+                f"image {index} cannot be decoded: {error.found}", error.needed.removesuffix(" is needed")
+            )
         if (width, height) != (image.width, image.height):
-            return Problem(
+            return SampleProblem(
                 f"image {index} is {width}x{height} pixels", f"{image.width}x{image.height} pixels, as recorded"
             )
         sizes.append((decoded.shape[1], decoded.shape[0]))

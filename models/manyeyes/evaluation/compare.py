@@ -236,7 +236,7 @@ def _rounded(value: float) -> float:
     return round(value, 4)
 
 
-def read_images(snapshot: Snapshot, wanted: Mapping[str, Collection[str]]) -> dict[tuple[str, str], bytes]:
+def read_compared_images(snapshot: Snapshot, wanted: Mapping[str, Collection[str]]) -> dict[tuple[str, str], bytes]:
     """Image files by benchmark and sha256; those that the snapshot lacks are left out.
 
     A data set is read until all of its images are found.

@@ -72,7 +72,7 @@ class ScoreReport(BaseModel):
     per_item: str = Field(description="Path of the JSON Lines with each item's outcome; empty when not written.")
 
 
-class Line(dict[str, Any]):
+class JsonLine(dict[str, Any]):
     """One line of a file.
 
     Args:
@@ -151,7 +151,9 @@ def score_predictions(
     if out is not None:
         check_out(out)
     matched = match_predictions(row, references, predictions)
-    return summarise(row, variant, matched, _grade(row, matched.known, matched.answers, variant, seed), out=out)
+    return build_score_report(
+        row, variant, matched, _grade(row, matched.known, matched.answers, variant, seed), out=out
+    )
 
 
 def match_predictions(
@@ -191,7 +193,7 @@ def match_predictions(
     )
 
 
-def summarise(
+def build_score_report(
     row: BenchmarkRow,
     variant: str,
     matched: Matched,
@@ -283,7 +285,7 @@ def read_json_lines(path: Path, *, needed: str) -> list[dict[str, Any]]:
             raise EvaluationError(f"{where} is no object", needed, "Fix the line.")
         if line.count("{") + line.count("[") > DEEPEST and _is_deeper(row, DEEPEST):
             raise EvaluationError(f"{where} is nested more than {DEEPEST} levels deep", needed, "Fix the line.")
-        rows.append(Line(row, where))
+        rows.append(JsonLine(row, where))
     return rows
 
 
@@ -370,7 +372,7 @@ def _read_prediction(prediction: Mapping[str, Any], number: int) -> tuple[str, s
 
 
 def _where(row: Mapping[str, Any], otherwise: str) -> str:
-    return row.where if isinstance(row, Line) else otherwise
+    return row.where if isinstance(row, JsonLine) else otherwise
 
 
 def _read_id(value: object, where: str) -> str:

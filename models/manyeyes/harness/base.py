@@ -331,12 +331,12 @@ def _tracking(step: Step, name: str) -> Iterator[StepLog | None]:
         return
     from manyeyes.registry import tracking
 
-    with tracking.step_run(name, tags=pipeline_tags()) as run, telling_why(name, run):
+    with tracking.step_run(name, tags=pipeline_tags()) as run, tagging_failure(name, run):
         yield run
 
 
 @contextmanager
-def telling_why(name: str, run: StepLog) -> Iterator[None]:
+def tagging_failure(name: str, run: StepLog) -> Iterator[None]:
     """Leave the reason of a failure on a step's MLflow run, where the run's summary finds it."""
     finished = False
     try:

@@ -125,7 +125,7 @@ class UnknownOutcomeError(EndpointError):
 
 
 @dataclass
-class Reply:
+class HttpReply:
     """What the SDK's generated client needs of an answer."""
 
     status: int
@@ -159,25 +159,25 @@ class Transport:
         self._pool.clear()
 
     # The generated client calls these by the name of the HTTP method.
-    def GET(self, url: str, **call: Any) -> Reply:  # noqa: N802
+    def GET(self, url: str, **call: Any) -> HttpReply:  # noqa: N802
         """Read; repeated until it works or all attempts are spent."""
         return self._repeat("GET", url, **call)
 
-    def DELETE(self, url: str, **call: Any) -> Reply:  # noqa: N802
+    def DELETE(self, url: str, **call: Any) -> HttpReply:  # noqa: N802
         """Remove; repeated like reading."""
         return self._repeat("DELETE", url, **call)
 
-    def POST(self, url: str, **call: Any) -> Reply:  # noqa: N802
+    def POST(self, url: str, **call: Any) -> HttpReply:  # noqa: N802
         """Make or switch; what makes something is repeated only when it surely did not take effect."""
         # Switching something on or off twice is the same as once; creating is not.
         if re.search(r":(enable|disable|terminate)$", url):
             return self._repeat("POST", url, **call)
         return self._send("POST", url, repeat_broken=False, **call)
 
-    def _repeat(self, method: str, url: str, **call: Any) -> Reply:
+    def _repeat(self, method: str, url: str, **call: Any) -> HttpReply:
         return self._send(method, url, repeat_broken=True, **call)
 
-    def _send(self, method: str, url: str, *, repeat_broken: bool, **call: Any) -> Reply:
+    def _send(self, method: str, url: str, *, repeat_broken: bool, **call: Any) -> HttpReply:
         attempt = 1
         while True:
             last = attempt >= self._settings.attempts
@@ -218,7 +218,7 @@ class Transport:
         post_params: Any = None,
         body: Any = None,
         **_unused: Any,
-    ) -> Reply:
+    ) -> HttpReply:
         """One request, whatever its status."""
         headers = dict(headers or {})
         if query_params:
@@ -261,9 +261,9 @@ class Transport:
             )
             outcome.timed_out = timed_out
             raise outcome from error
-        return Reply(answer.status, answer.reason or "", answer.data, answer.headers)
+        return HttpReply(answer.status, answer.reason or "", answer.data, answer.headers)
 
-    def _explain(self, method: str, url: str, reply: Reply) -> AnsweredError:
+    def _explain(self, method: str, url: str, reply: HttpReply) -> AnsweredError:
         host = urlsplit(url).netloc
         message = _message_of(reply)
         settings = self._settings
@@ -301,7 +301,7 @@ class _NotSentError(EndpointError):
     """The request did not leave this machine."""
 
 
-def _message_of(reply: Reply) -> str:
+def _message_of(reply: HttpReply) -> str:
     try:
         parsed = json.loads(reply.data)
     except ValueError:

@@ -31,7 +31,7 @@ _MAX_VALUE_BYTES = 65_536
 _PATIENCE_S = 600.0
 
 
-def find_version(endpoint: Endpoint, name: str, version: str = "") -> models.V2beta1PipelineVersion:
+def find_pipeline_version(endpoint: Endpoint, name: str, version: str = "") -> models.V2beta1PipelineVersion:
     """A version of a pipeline on the endpoint, the newest by default.
 
     Raises:

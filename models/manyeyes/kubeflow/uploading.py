@@ -219,7 +219,7 @@ def create_schedule(
         ) from error
     if not new and not _same(found, body):
         raise PipelineError(
-            f'schedule "{name}" is there and does something else ({in_words(found)})',
+            f'schedule "{name}" is there and does something else ({schedule_in_words(found)})',
             "one schedule for each name",
             f"Delete it (manyeyes pipeline schedule delete {name}) or give another --name.",
         )
@@ -248,7 +248,7 @@ def _when(schedule: models.V2beta1RecurringRun) -> str:
     return "never"
 
 
-def in_words(schedule: models.V2beta1RecurringRun) -> str:
+def schedule_in_words(schedule: models.V2beta1RecurringRun) -> str:
     """One line: when it runs, and whether it is on."""
     status = str(schedule.status or schedule.mode or "unknown").lower().removesuffix("d")
     return f"{_when(schedule)}, {'on' if status == 'enable' else 'off'}"

@@ -29,7 +29,7 @@ from manyeyes.model.language_model import (
     load_language_model_config,
     resolve_language_model,
 )
-from manyeyes.model.matching import Difference, find_differences
+from manyeyes.model.matching import FieldDifference, find_differences
 from manyeyes.model.modeling import ManyEyesForConditionalGeneration, build_encoders
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
@@ -260,7 +260,7 @@ def match_checkpoint(path: Path, specs: Sequence[ModelSpec], *, snapshot_path: P
     with _sensible(path):
         config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
         processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
-    first: list[Difference] | None = None
+    first: list[FieldDifference] | None = None
     for spec in specs:
         text_config = None
         # What a language model was made from need not be at hand where it is trained on.

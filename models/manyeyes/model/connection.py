@@ -159,7 +159,7 @@ def _check_layout(layout: TokenLayout, fusion: Fusion, projector: AnyProjector) 
         )
 
 
-def connect(
+def make_visual_tokens(
     features: Sequence[Tensor],
     connection: Connection,
     *,

@@ -29,7 +29,7 @@ _CHECKPOINTS_OWN = ("architecture",)
 
 
 @dataclass(frozen=True)
-class Difference:
+class FieldDifference:
     """A field that a recipe and a checkpoint have otherwise.
 
     Attributes:
@@ -53,7 +53,7 @@ def find_differences(
     config: ManyEyesConfig,
     processor: ManyEyesProcessor,
     text_config: PreTrainedConfig | None,
-) -> list[Difference]:
+) -> list[FieldDifference]:
     """Fields in which a checkpoint is another model than a recipe's; weights and the tokenizer are not looked at.
 
     Args:
@@ -68,7 +68,7 @@ def find_differences(
     names = [entry.name for entry in spec.encoders]
     saved = [entry["name"] for entry in config.encoders]
     if names != saved:
-        return [Difference("model.encoders", names, saved)]
+        return [FieldDifference("model.encoders", names, saved)]
     wanted = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
     pairs: list[tuple[str, Any, Any]] = [
         *((f"model.encoders.{i}", ours, config.encoders[i]) for i, ours in enumerate(wanted.encoders)),
@@ -104,10 +104,10 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _differ(place: str, recipe: Any, checkpoint: Any) -> Iterator[Difference]:
+def _differ(place: str, recipe: Any, checkpoint: Any) -> Iterator[FieldDifference]:
     if isinstance(recipe, dict) and isinstance(checkpoint, dict):
         for key in dict.fromkeys([*recipe, *checkpoint]):
             if key not in _CHECKPOINTS_OWN:
                 yield from _differ(f"{place}.{key}", recipe.get(key), checkpoint.get(key))
     elif recipe != checkpoint:
-        yield Difference(place, recipe, checkpoint)
+        yield FieldDifference(place, recipe, checkpoint)

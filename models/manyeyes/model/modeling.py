@@ -31,7 +31,7 @@ from manyeyes.model.connection import (
     Connection,
     VisualTokens,
     build_connection,
-    connect,
+    make_visual_tokens,
     place_visual_tokens,
     visual_context,
     window_index,
@@ -279,7 +279,7 @@ class ManyEyesParts(PreTrainedModel, ABC):
             ``[I, N, D]``, visual tokens; with reinjection together with what they can look at.
         """
         maps = [features[name] for name in self.encoders]
-        return connect(maps, self.connection, image_sizes=image_sizes, layout=layout)
+        return make_visual_tokens(maps, self.connection, image_sizes=image_sizes, layout=layout)
 
     def encode_images(
         self,

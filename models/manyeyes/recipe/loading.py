@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.reading import MAX_BYTES, check_values, read_file, read_json, read_yaml
+from manyeyes.recipe.reading import MAX_BYTES, check_values, parse_recipe_json, read_recipe_file, read_yaml
 from manyeyes.recipe.recipe import GATE_RULES, Recipe, apply_override
 
 # Of a wrong value, in a message.
@@ -42,7 +42,7 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         RecipeError: Not a recipe.
     """
-    return _check(read_json(text, where="recipe text"), where="recipe")
+    return _check(parse_recipe_json(text, where="recipe text"), where="recipe")
 
 
 def read_recipe_text(text: str, *, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -90,7 +90,7 @@ def _read_tree(name_or_path: str, *, folder: Path, seen: tuple[str, ...]) -> dic
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         path = folder / path
-        return _parse_tree(read_file(path), where=str(path), folder=path.parent, seen=seen)
+        return _parse_tree(read_recipe_file(path), where=str(path), folder=path.parent, seen=seen)
     names = list_recipes()
     if name_or_path not in names:
         raise RecipeError(

@@ -30,7 +30,7 @@ _MAX_VALUES = 10_000
 _MAX_INTEGER = 2**63 - 1
 
 
-def read_file(path: Path) -> str:
+def read_recipe_file(path: Path) -> str:
     """The text of a recipe's file.
 
     Raises:
@@ -84,7 +84,7 @@ def read_yaml(text: str, *, where: str) -> Any:
     return tree
 
 
-def read_json(text: str, *, where: str) -> Any:
+def parse_recipe_json(text: str, *, where: str) -> Any:
     """Read JSON as plain values; arguments and errors as for ``read_yaml``."""
     try:
         tree = json.loads(text)

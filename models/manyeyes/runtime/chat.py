@@ -28,7 +28,7 @@ __all__ = [
     "encode_answers",
     "encode_conversation",
     "get_chat_template",
-    "render",
+    "render_turns",
     "render_with_spans",
     "stop_token_ids",
 ]
@@ -70,7 +70,9 @@ class _ImageSlot:
     """An image goes here."""
 
 
-def render(template: ChatTemplate, turns: Turns, *, system: str | None = None, generation_prompt: bool = False) -> str:
+def render_turns(
+    template: ChatTemplate, turns: Turns, *, system: str | None = None, generation_prompt: bool = False
+) -> str:
     """The conversation as one text, ``<image>`` where an image goes.
 
     Args:
@@ -200,7 +202,7 @@ def encode_answers(
         RecipeError: The tokenizer joins an answer with the prompt's end or with the end of the turn, or drops it.
     """
     # Tokens of a chunk depend on that chunk alone, and the last one begins behind the last image.
-    prompt = render(template, turns, system=system, generation_prompt=True).rpartition(IMAGE_PLACEHOLDER)[2]
+    prompt = render_turns(template, turns, system=system, generation_prompt=True).rpartition(IMAGE_PLACEHOLDER)[2]
     asked = _asked_template(template)
     prompt_ids = encode_text(tokenizer, prompt).ids
     encoded = []

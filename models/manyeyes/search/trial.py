@@ -194,7 +194,7 @@ class Row:
 
 def render_trials(template: str, **values: object) -> str:
     """A page or note whose template calls functions of this module."""
-    shared = (score_bars, difference_bars, reach, short_table, normalised, flops, image_off, verdict, row_name)
+    shared = (score_bars, difference_bars, reach, short_table, normalised, flops, image_off, tone_of, marked_name)
     return render(template, **values, **{function.__name__: function for function in shared})
 
 
@@ -202,7 +202,7 @@ def score_bars(rows: Sequence[Row]) -> list[Bar]:
     """A bar of the mean score for each trial, with its interval; the winner is blue, the others grey."""
     return [
         Bar(
-            row_name(row),
+            marked_name(row),
             f"{row.trial.mean:.2f}%",
             row.trial.mean,
             "on" if row.wins else "off",
@@ -218,13 +218,13 @@ def difference_bars(rows: Sequence[Row]) -> list[Bar]:
     end = reach(rows)
     return [
         Bar(
-            row_name(row),
+            marked_name(row),
             f"{row.difference.mean:+.2f}",
             interval=row.difference.ci95,
             dashed=0.0,
             marks=[Mark(row.difference.mean, "on")],
             title=f"{span(row.difference.ci95)} points",
-            value_kind=verdict(row.difference),
+            value_kind=tone_of(row.difference),
             scale=(-end, end),
         )
         for row in rows
@@ -271,12 +271,12 @@ def image_off(trial: Trial) -> float:
     return sum(score.image_off for score in scores) / len(scores)
 
 
-def row_name(row: Row) -> str:
+def marked_name(row: Row) -> str:
     """The trial's name; the best has a tick."""
     return f"{row.name} ✓" if row.wins else row.name
 
 
-def verdict(difference: Difference) -> str:
+def tone_of(difference: Difference) -> str:
     """The colour of a difference."""
     return "quiet" if not difference.is_certain else "good" if difference.mean > 0 else "bad"
 

@@ -32,7 +32,7 @@ class ComparedTrial(_Strict):
     difference_ci95: tuple[float, float] | None = Field(description="Its 95% interval, paired; points.")
 
 
-class Comparison(_Strict):
+class AblationComparison(_Strict):
     """``comparison.json``: the trials of an ablation."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
@@ -77,7 +77,7 @@ def compare_trials(
         shutil.copytree(folder, comparison / "trials" / f"{number:02d}-{variant.key}", dirs_exist_ok=True)
     best = max(range(len(rows)), key=lambda index: rows[index].trial.mean)
     rows[best] = Row(rows[best].name, rows[best].trial, rows[best].difference, wins=True)
-    written = Comparison(
+    written = AblationComparison(
         recipe=recipe.name,
         recipe_digest=recipe.digest,
         trials=tuple(

@@ -29,7 +29,7 @@ from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
 from manyeyes.errors import ManyEyesError, PreflightError, SnapshotError, SourceError, did_you_mean
 from manyeyes.estimate import RecipeEstimate
-from manyeyes.harness.base import Reporter, Step, StepResult, telling_why
+from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.pages import Table, Text, step_page
@@ -544,7 +544,7 @@ def preflight(
 
             # The step's own run, and with it the first thing that MLflow has to take.
             log = runs.enter_context(step_run(reporter.step, tags=pipeline_tags()))
-            runs.enter_context(telling_why(reporter.step, log))
+            runs.enter_context(tagging_failure(reporter.step, log))
             found.checks += _mlflow_rows(probe(log))
         _look(found, reporter, recipe_text or recipe, recipe_overrides, data_md5, data_remote, registry_model)
         sys.stderr.write(_as_text(found.checks))

@@ -186,7 +186,7 @@ class _Job:
         encoder_checkpoints: dict[str, Path] | None = None,
         checkpoint: Path | None = None,
     ) -> Path:
-        from manyeyes.training.stage import read_report
+        from manyeyes.training.stage import read_stage_report
 
         out = self.folder / (f"{stage}-{encoder}" if encoder else stage)
         _when_free(
@@ -203,7 +203,7 @@ class _Job:
             ),
             self.reporter,
         )
-        report = read_report(out)
+        report = read_stage_report(out)
         self.stages.append(
             TrialStage(
                 stage=stage,

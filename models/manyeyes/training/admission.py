@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manyeyes.data.mixture import draw_sample
-from manyeyes.data.records import Problem, Record
+from manyeyes.data.records import Record, SampleProblem
 from manyeyes.errors import RecordError
 from manyeyes.model import build_processor
 from manyeyes.processor import ManyEyesProcessor
@@ -86,7 +86,7 @@ class Admission:
 
     def find_problem(
         self, record: Record, *, dataset: str, row: int, image_sizes: Sequence[tuple[int, int]]
-    ) -> Problem | None:
+    ) -> SampleProblem | None:
         """The first thing that a stage would refuse; None where every stage takes the record as often as it comes.
 
         Args:
@@ -108,7 +108,7 @@ class Admission:
                         tried.add(shown)
                 except RecordError as error:
                     needed = error.needed.removesuffix(" are allowed").removesuffix(" is needed")
-                    return Problem(f"stage {use.stage} refuses it: {error.found}", needed)
+                    return SampleProblem(f"stage {use.stage} refuses it: {error.found}", needed)
         return None
 
 

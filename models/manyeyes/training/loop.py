@@ -101,7 +101,7 @@ def train(
         step_loss = torch.zeros(1, device=processes.device)
         for batch in batches:
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-                loss = summed_loss(model, batch, device=processes.device) / max(1.0, total)
+                loss = batch_loss(model, batch, device=processes.device) / max(1.0, total)
             if loss.requires_grad:  # not where only encoders train and no sample shows its image
                 loss.backward()
             step_loss += loss.detach()
@@ -150,7 +150,7 @@ def train(
     return state, begin
 
 
-def summed_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device) -> Tensor:
+def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device) -> Tensor:
     """Loss summed over the supervised tokens of a batch.
 
     Images run through the encoders once. Independent samples share the prefix that ends with their images; chained

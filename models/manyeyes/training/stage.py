@@ -135,10 +135,10 @@ def run_stage(
             drop_running(folder)
             _copy(done, out)
         processes.wait()
-        return read_report(done)
+        return read_stage_report(done)
 
 
-def read_report(path: Path) -> StageReport:
+def read_stage_report(path: Path) -> StageReport:
     """Read ``stage.json`` of a stage's result.
 
     Raises:

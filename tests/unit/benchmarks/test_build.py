@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from manyeyes.cli.main import cli
-from manyeyes.data.builders.manifest import Provenance, write_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.errors import EvaluationError, PipelineError, SourceError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -198,7 +198,7 @@ def test_two_items_of_one_id_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match='vqav2 row 1 has the id of row 0, "1"'):
         build_benchmark(BENCHMARKS["vqav2"], tmp_path / "s", parquet=write(tmp_path / "a.parquet", rows))
     write(tmp_path / "s" / "vqav2" / "validation-00000.parquet", rows)
-    write_manifest(tmp_path / "s", provenance={"vqav2-validation": Provenance("MIT", "a test", layout="hub")})
+    write_snapshot_manifest(tmp_path / "s", provenance={"vqav2-validation": Provenance("MIT", "a test", layout="hub")})
     with pytest.raises(EvaluationError, match=r'two items "1" \(rows 0 and 1\)'):
         load_benchmark(BENCHMARKS["vqav2"], snapshot=open_folder(tmp_path / "s"))
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
-from manyeyes.data.builders.manifest import write_manifest
+from manyeyes.data.builders.manifest import write_snapshot_manifest
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import EvaluationError, SourceError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -249,6 +249,6 @@ def test_a_snapshot_with_hidden_answers_is_not_asked(subjects: Path, tmp_path: P
         build_benchmark(BENCHMARKS["mmmu"], tmp_path / "s", parquet=source)
     build_benchmark(BENCHMARKS["mmmu"], tmp_path / "s", parquet=subjects)
     write(next((tmp_path / "s" / "mmmu").iterdir()), table)
-    write_manifest(tmp_path / "s")
+    write_snapshot_manifest(tmp_path / "s")
     with pytest.raises(EvaluationError, match=r"mmmu row 2: .* hides the answer"):
         load_benchmark(BENCHMARKS["mmmu"], snapshot=open_folder(tmp_path / "s"))

@@ -32,4 +32,4 @@ def test_yes_and_no_as_four_evaluators_read_them(
     assert yes_no.pope_official(response) == pope
     assert yes_no.mme_official(response) == mme
     assert yes_no.mme_lmms(response) == mme_lmms
-    assert yes_no.vlmevalkit(response) == vlmevalkit
+    assert yes_no.vlmevalkit_yes_no(response) == vlmevalkit

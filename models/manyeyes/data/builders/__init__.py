@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from manyeyes.data.builders.easy_vqa import build_easy_vqa
-from manyeyes.data.builders.manifest import add_pretrained, write_manifest
+from manyeyes.data.builders.manifest import add_pretrained, write_snapshot_manifest
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "easy-vqa": build_easy_vqa,
 }
 
-__all__ = ["BUILDERS", "add_pretrained", "build_easy_vqa", "write_manifest"]
+__all__ = ["BUILDERS", "add_pretrained", "build_easy_vqa", "write_snapshot_manifest"]

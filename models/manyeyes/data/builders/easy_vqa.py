@@ -17,7 +17,7 @@ from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from manyeyes.data.builders.manifest import Provenance, replace_folder, write_manifest
+from manyeyes.data.builders.manifest import Provenance, replace_folder, write_snapshot_manifest
 from manyeyes.data.records import PLACEHOLDER, Record, Turn, check_record, read_image_file
 from manyeyes.data.shards import ShardWriter
 from manyeyes.errors import SourceError
@@ -45,7 +45,7 @@ def build_easy_vqa(out: Path) -> None:
     replace_folder(out / "easy-vqa", lambda folder: _write(folder, package=package))
     held_out = f"; the {NUM_VALIDATION_IMAGES} training images with the lowest sha256 of easy-vqa-val/<number>"
     others = f"; all training images but the {NUM_VALIDATION_IMAGES} of easy-vqa-val"
-    write_manifest(
+    write_snapshot_manifest(
         out,
         provenance={
             "easy-vqa-train": Provenance(_LICENCE, _SOURCE + others),

@@ -52,7 +52,7 @@ PRETRAINED_PROVENANCE: dict[str, Provenance] = {
 }
 
 
-def write_manifest(folder: Path, *, provenance: Mapping[str, Provenance] | None = None) -> SnapshotManifest:
+def write_snapshot_manifest(folder: Path, *, provenance: Mapping[str, Provenance] | None = None) -> SnapshotManifest:
     """Write ``manifest.json`` for what is in a folder.
 
     ``<source>/<split>-00000.parquet`` becomes a shard of the data set ``<source>-<split>``; each folder below
@@ -115,7 +115,7 @@ def add_pretrained(
         )
     for name in names:
         replace_folder(folder / "pretrained" / name, functools.partial(_copy_files, parts / name))
-    return write_manifest(folder, provenance=provenance)
+    return write_snapshot_manifest(folder, provenance=provenance)
 
 
 def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
@@ -170,7 +170,7 @@ def _find(known: Mapping[str, Provenance], name: str, folder: Path) -> Provenanc
         raise SnapshotError(
             f'nothing says under which licence "{name}" in {folder} is',
             "a licence",
-            "Give provenance to write_manifest.",
+            "Give provenance to write_snapshot_manifest.",
         )
     return known[name]
 

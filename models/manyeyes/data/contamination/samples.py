@@ -19,7 +19,7 @@ _ANSWERS = ("answer", "answers", "label", "caption")
 
 
 @dataclass(frozen=True)
-class Sample:
+class ComparedSample:
     """What is compared of one row.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sample:
 
 def read_samples(
     path: Path, *, rows: Collection[int] | None = None, images: bool = True, texts: bool = True
-) -> Iterator[list[Sample]]:
+) -> Iterator[list[ComparedSample]]:
     """Read a Parquet file, one row group in memory at a time.
 
     Images are the columns that hold the hub's struct (``bytes``, ``path``), lists of it, or bytes. Texts are the pairs
@@ -72,7 +72,7 @@ def read_samples(
                     table = file.read_row_group(group, columns=columns, use_threads=False)
                     picked = _plain_rows(table.take([row - start for row in wanted]))
                     yield [
-                        Sample(
+                        ComparedSample(
                             row=row,
                             id=_name(values.get(id_column or ""), default=f"{path.stem}#{row}"),
                             images=tuple(data for name in image_columns for data in _image_files(values[name])),

@@ -93,7 +93,7 @@ class Complaint:
         )
 
 
-def list_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+def cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
     """Time of change, bytes and path of every file; those that another process removes meanwhile are left out."""
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -287,7 +287,7 @@ class AnswerCache:
         now = time.time()
         closed = [
             path
-            for changed, _, path in list_files(self._own)
+            for changed, _, path in cached_files(self._own)
             if path.name.endswith(_CLOSED) and (not path.name.endswith(_OPEN) or now - changed > _DEAD_S)
         ]
         if len(closed) < _MANY:
@@ -307,7 +307,7 @@ class AnswerCache:
             path.unlink(missing_ok=True)
 
     def _keep_to_bound(self) -> None:
-        files = sorted(list_files(self._folder))
+        files = sorted(cached_files(self._folder))
         total = sum(size for _, size, _ in files)
         # A model is as old as the last evaluation that asked for it, this one's is the youngest.
         asked = {path.parent: 0.0 for _, _, path in files}

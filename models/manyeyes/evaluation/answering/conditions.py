@@ -60,7 +60,7 @@ Batch = tuple[list[Group], list[Question]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConditionPlan:
     """What is asked under a condition.
 
     Attributes:
@@ -105,7 +105,7 @@ class Plan:
             yield groups, asked
 
 
-def plan_questions(benchmark: Benchmark, condition: Condition) -> Plan:
+def plan_questions(benchmark: Benchmark, condition: Condition) -> ConditionPlan:
     """What to ask so that every item of a benchmark has an answer under a condition.
 
     Args:
@@ -122,19 +122,21 @@ def plan_questions(benchmark: Benchmark, condition: Condition) -> Plan:
         return benchmark.read_images(records[images]) if images else ()
 
     if condition == "image-on":
-        return Plan(_distinct(benchmark.items, {images: images for images in records}), read_images, whole=True)
+        return ConditionPlan(
+            _distinct(benchmark.items, {images: images for images in records}), read_images, whole=True
+        )
     if condition == "image-off":
-        return Plan(_distinct(benchmark.items, {}), read_images, whole=False)
+        return ConditionPlan(_distinct(benchmark.items, {}), read_images, whole=False)
     if condition == "grey":
         grey, files = _grey_images(benchmark)
-        return Plan(
+        return ConditionPlan(
             _distinct(benchmark.items, grey), lambda images: tuple(files[sha256] for sha256 in images), whole=False
         )
     # The last come first: a cache that is smaller than the benchmark still has the images that image-on ended with.
     place = {images: number for number, images in enumerate(records)}
     questions = _distinct(benchmark.items, other_images(benchmark))
     ordered = tuple(sorted(questions, key=lambda question: place.get(question.images, len(place))))
-    return Plan(ordered, read_images, whole=True)
+    return ConditionPlan(ordered, read_images, whole=True)
 
 
 def is_possible(benchmark: Benchmark, condition: Condition) -> bool:

@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from manyeyes.evaluation.answering.answer_cache import GIGABYTE, Complaint, list_files, read_limit, touch
+from manyeyes.evaluation.answering.answer_cache import GIGABYTE, Complaint, cached_files, read_limit, touch
 from manyeyes.runtime.vision import WINDOWS, ImageTokens
 
 MEMORY_LIMIT = "MANYEYES_ENCODER_CACHE_MEMORY_GB"
@@ -246,7 +246,7 @@ class _TokenFiles:
         return disk.free >= size + max(disk.total // 20, GIGABYTE)
 
     def _evict(self, size: int) -> None:
-        found = sorted(list_files(self._folder))
+        found = sorted(cached_files(self._folder))
         total, count = sum(bytes_ for _, bytes_, _ in found), len(found)
         if total + size > self._most_bytes or count >= _MOST_FILES:
             # A little more than is needed, so that not every image looks again.

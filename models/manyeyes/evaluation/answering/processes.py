@@ -393,7 +393,7 @@ def _describe(piece: Piece) -> str:
 # --- what a started process does -----------------------------------------------------------------------------------
 
 
-def work(descriptor: int) -> None:
+def serve_answers(descriptor: int) -> None:
     """Build the model, then answer what comes until there is no more.
 
     Args:
@@ -422,4 +422,4 @@ def _read(connection: Connection, asked: queue.SimpleQueue[tuple[tuple[Group, ..
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]))
+    serve_answers(int(sys.argv[1]))

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manyeyes.data.builders.manifest import Provenance, replace_folder, write_manifest
+from manyeyes.data.builders.manifest import Provenance, replace_folder, write_snapshot_manifest
 from manyeyes.data.shards import BYTES_PER_SHARD, ROWS_PER_GROUP
 from manyeyes.errors import EvaluationError, SourceError
 from manyeyes.evaluation.benchmarks.benchmark import (
@@ -80,7 +80,7 @@ def build_benchmark(
 
     replace_folder(out / row.name, fill)
     dataset = row.dataset if split == row.split else f"{row.name}-{split}"
-    write_manifest(out, provenance={dataset: Provenance(row.licence, source, layout="hub")})
+    write_snapshot_manifest(out, provenance={dataset: Provenance(row.licence, source, layout="hub")})
     return taken
 
 

@@ -46,7 +46,7 @@ def _parse(prediction: str, variant: str) -> str | None:
     if variant == "lmms":
         return yes_no.mme_lmms(prediction)
     if variant == "vlmevalkit":
-        return yes_no.vlmevalkit(prediction)
+        return yes_no.vlmevalkit_yes_no(prediction)
     if variant == "cambrian":
         answer = prediction.lower().rstrip(".")
         return answer if answer in ("yes", "no") else None

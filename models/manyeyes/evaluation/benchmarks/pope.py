@@ -34,7 +34,7 @@ def _parse(prediction: str, variant: str) -> str | None:
         # lmms-eval has no parser: the whole text is the answer, and one that is neither yes nor no is kept as it is.
         return prediction.lower().strip()
     if variant == "vlmevalkit":
-        return yes_no.vlmevalkit(prediction)
+        return yes_no.vlmevalkit_yes_no(prediction)
     if variant == "cambrian":
         words = prediction.lower().split()
         answer = words[0].rstrip(".:,") if words else ""

@@ -61,7 +61,7 @@ def _within_four(text: str) -> str | None:
     return "yes" if "yes" in start else "no" if "no" in start else None
 
 
-def vlmevalkit(response: str) -> str | None:
+def vlmevalkit_yes_no(response: str) -> str | None:
     """VLMEvalKit's rule: the word yes or the word no anywhere, but not both; a judge would be asked about the rest.
 
     Source:

@@ -23,7 +23,7 @@ from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_bench
 from manyeyes.evaluation.benchmarks.scienceqa import options
 from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
 from manyeyes.evaluation.judging.scoring import ask_all, enough_judged
-from manyeyes.evaluation.score import LISTED_IDS, ScoredItem, ScoreReport, match_predictions, summarise
+from manyeyes.evaluation.score import LISTED_IDS, ScoredItem, ScoreReport, build_score_report, match_predictions
 
 Scheme = Literal["complement", "judge"]
 
@@ -106,7 +106,9 @@ def score_ensemble(
         for reference, ours, theirs in zip(matched[0].known.values(), *items, strict=True)
     ]
     # Before anybody is asked: what is wrong with the rows shows here.
-    alone = [summarise(row, variant, part, graded, out=None) for part, graded in zip(matched, items, strict=True)]
+    alone = [
+        build_score_report(row, variant, part, graded, out=None) for part, graded in zip(matched, items, strict=True)
+    ]
     differing = [pair for pair in pairs if pair.differ]
     verdicts: list[Verdict[Graded]] = []
     if scheme == "judge":
@@ -124,7 +126,7 @@ def score_ensemble(
     ]
     ensemble = None
     if final and (judge is None or enough_judged(len(reasons), len(pairs), judge)):
-        ensemble = summarise(row, variant, matched[0], final, out=out)
+        ensemble = build_score_report(row, variant, matched[0], final, out=out)
     named = [(pair.ours.parsed is not None) + (pair.other.parsed is not None) for pair in pairs]
     return EnsembleReport(
         benchmark=BENCHMARK,

@@ -25,7 +25,14 @@ from manyeyes.evaluation.benchmarks import (
 )
 from manyeyes.evaluation.benchmarks.judging import Judging
 from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
-from manyeyes.evaluation.score import LISTED_IDS, ScoredItem, ScoreReport, as_missing, match_predictions, summarise
+from manyeyes.evaluation.score import (
+    LISTED_IDS,
+    ScoredItem,
+    ScoreReport,
+    as_missing,
+    build_score_report,
+    match_predictions,
+)
 
 T = TypeVar("T")
 
@@ -181,7 +188,7 @@ def judge_predictions(
             items.append(ScoredItem(as_missing(verdict.value) if prediction is None else verdict.value, prediction))
     scored = None
     if items and enough_judged(len(reasons), len(verdicts), judge):
-        scored = summarise(row, variant, matched, items, out=out, judge=name_judge(judge, judging))
+        scored = build_score_report(row, variant, matched, items, out=out, judge=name_judge(judge, judging))
     return JudgeReport(
         benchmark=name,
         score=None if scored is None else scored.score,

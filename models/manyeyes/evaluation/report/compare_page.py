@@ -80,7 +80,7 @@ def _shown(comparison: ModelComparison, *, titles: bool) -> dict[str, object]:
     }
 
 
-def shown_images(
+def images_to_show(
     first: Results, second: Results, benchmarks: Sequence[str], *, examples: int = EXAMPLES
 ) -> dict[str, set[str]]:
     """The sha256 of every image that the page shows, by benchmark."""

@@ -172,7 +172,7 @@ class _Notes:
         return self.texts.index(text) + 1
 
 
-def compare_scores(
+def compare_scorecard(
     scorecard: Scorecard,
     *,
     prompts: Mapping[str, str],

@@ -37,7 +37,7 @@ def verdict(score: float) -> str:
     return "✓" if score >= 1 else "✗" if score <= 0 else f"({score:.2f})"
 
 
-def facts_table(report: Report) -> Table | None:
+def cost_table(report: Report) -> Table | None:
     """Size and cost of the model; ``None`` where they are unknown."""
     facts = report.scorecard.model.facts
     if facts is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from manyeyes.evaluation.benchmarks import Benchmark
 from manyeyes.evaluation.outcomes import Outcome
 from manyeyes.evaluation.output import write_file
-from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion, compare_scores, weigh_cost
+from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion, compare_scorecard, weigh_cost
 from manyeyes.evaluation.report.contents import (
     BenchmarkDetails,
     Example,
@@ -27,7 +27,7 @@ from manyeyes.evaluation.report.page import render_html, render_markdown
 from manyeyes.evaluation.report.reproduction import describe_reproduction
 from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
-from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render
+from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render_turns
 
 __all__ = ["NO_CHAMPION", "Champion", "Report", "build_report", "read_report", "write_report"]
 
@@ -64,7 +64,7 @@ def build_report(
     for outcome in outcomes:
         if outcome.benchmark in answers:
             answers[outcome.benchmark].append(outcome)
-    comparison = compare_scores(
+    comparison = compare_scorecard(
         scorecard, prompts={name: benchmark.style for name, benchmark in scored.items()}, champion=champion
     )
     return Report(
@@ -137,7 +137,7 @@ def _read_prompt(benchmark: Benchmark, recipe: Recipe | None) -> tuple[str, bool
         return asked, False
     chat = recipe.model.chat
     template = get_chat_template(chat.template)
-    return render(template, [("human", asked)], system=chat.system, generation_prompt=True), True
+    return render_turns(template, [("human", asked)], system=chat.system, generation_prompt=True), True
 
 
 def _mistakes(outcomes: Sequence[Outcome]) -> list[Mistake]:
