@@ -377,7 +377,7 @@ def _set_up(task: Any, profile: Profile, settings: StepSettings) -> None:
         env.setdefault(WINDOW, str(retries.pauses_s + _POD_START_S))
     for name, value in sorted(env.items()):
         task.set_env_variable(name, value)
-    # Steps of one run find each other's traces by it; see steps/traces.py.
+    # Steps of one run find each other's traces by it; see harness/events.py.
     kubernetes.use_field_path_as_env(task, "MANYEYES_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
     if settings.timeout_s is not None:
         kubernetes.set_timeout(task, settings.timeout_s)
