@@ -149,7 +149,7 @@ def test_recipe_source_with_sentencepieces_model_alone_is_read_as_convert_reads_
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": "a"}}, "added_tokens_decoder"),
         ("added_tokens.json", {"<x>": "1"}, "whole number"),
         ("tokenizer.json", {"model": {}}, "is no tokenizer"),
-        ("tokenizer.json", {"model": "[" * 9}, "is no tokenizer"),
+        ("tokenizer.json", {"model": "[" * 9}, "has no model"),
         ("tokenizer.json", {}, "has no model"),
     ],
 )

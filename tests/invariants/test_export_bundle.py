@@ -128,7 +128,7 @@ def test_no_groups_give_no_answers(loaded_bundle: Bundle) -> None:
 ANSWERS_WITHOUT_TORCH = """
 import importlib.abc, json, sys
 
-REFUSED = {"torch", "transformers", "timm", "kfp", "mlflow", "pydantic", "pandas", "pyarrow", "onnx", "onnxscript"}
+REFUSED = {"torch", "transformers", "timm", "kfp", "mlflow", "pandas", "pyarrow", "onnx", "onnxscript"}
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

@@ -85,7 +85,7 @@ def start_hanging(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return process, [int(path.name) for path in (folder / "pids").iterdir()]
 
 
-def wait_until_gone(pids: list[int], *, seconds: float = 15) -> None:
+def wait_until_gone(pids: list[int], *, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_alive(pid)]}"
