@@ -89,7 +89,7 @@ def test_trial_that_was_scored_is_never_trained_again(
     same = Variant(changes={"stages.pretrain": None, "stages.prealign": None})
     result = run(same, "second", gate_floor=50)
     second = read_trial(tmp_path / "second")
-    assert "scored before" in result.figure
+    assert "scored before" in result.headline
     assert second.variant == same
     assert json.loads(second.recipe)["gate"][0]["at_least"] == 50
     assert (second.scorecard, second.stages) == (first.scorecard, first.stages)

@@ -104,7 +104,7 @@ def test_stages_that_a_recipe_lacks_leave_markers_and_load_nothing(tmp_path: Pat
     recipe = load_recipe("tiny", overrides={"stages.prealign": None, "stages.pretrain": None})
     pinned = {**PINNED, "recipe_json": recipe.canonical_json(), "recipe_digest": recipe.digest, "validation": tmp_path}
     result = prealign_encoder(Reporter("p"), encoder="", encoder_checkpoint=tmp_path / "encoder", **pinned)
-    assert result.figure == "not in this recipe"
+    assert result.headline == "not in this recipe"
     assert is_absent(tmp_path / "encoder")
     pretrain_projector(
         Reporter("p"), encoder_checkpoints=[tmp_path / "encoder"], checkpoint=tmp_path / "pretrained", **pinned

@@ -69,7 +69,7 @@ def test_aliases_move_with_a_reason_and_the_page_says_where(snapshot: Snapshot, 
 
     again = promote_version(REPORTER, model=NAME, version="challenger", reason="as it was")
     assert again.values["moves"] == []
-    assert "no alias moved" in again.figure
+    assert "no alias moved" in again.headline
 
 
 def test_unknown_model_or_alias_names_what_there_is(snapshot: Snapshot, tmp_path: Path) -> None:

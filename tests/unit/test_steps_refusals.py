@@ -41,7 +41,7 @@ def attempt(calls: list[str], folder: Path, *, error: Exception | None, address:
         calls.append("worked")
         if error is not None:
             raise error
-        return StepResult(figure="done")
+        return StepResult(headline="done")
 
     artifacts = {name: Artifact(folder / name, address) for name in ("metrics", "report", "notes")}
     try:

@@ -219,7 +219,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     written = AblationComparison.model_validate_json((out / "comparison.json").read_text(encoding="utf-8"))
     assert [row.label for row in written.trials] == [f"fusion.strategy={name}" for name in wrong]
     assert [row.difference for row in written.trials] == [None, pytest.approx(100 * 4 / IMAGES, abs=1e-3), 0.0]
-    assert result.figure.startswith("best of 3: fusion.strategy=append")
+    assert result.headline.startswith("best of 3: fusion.strategy=append")
     assert len(list(out.glob("trials/*/items.parquet"))) == 3
     for text in ("fusion.strategy=append ✓", "+16.67", SECOND, "2 G", "1 of 2"):
         assert text in result.html, text

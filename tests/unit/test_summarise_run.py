@@ -67,7 +67,7 @@ def test_good_run_names_score_verdict_and_version(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MANYEYES_MLFLOW_URL", "https://user:secret@mlflow.example/")
     monkeypatch.setenv("MANYEYES_KUBEFLOW_URL", "https://kubeflow.example/pipeline")
     result = say()
-    assert result.figure == (
+    assert result.headline == (
         "train of tiny succeeded, easy-vqa 98.8% (98.1 to 99.2, 9,673 questions), gate passed, "
         "m version 3 is champion, challenger"
     )
@@ -85,7 +85,7 @@ def test_failed_run_says_found_needed_and_do(monkeypatch: pytest.MonkeyPatch) ->
     finish("preflight", {"manyeyes.figure": "fine"})
     fail("validate_data")
     result = say("FAILED", "Task exit-handler-1 failed.")
-    assert result.figure == "train of tiny failed in validate_data: a pear"
+    assert result.headline == "train of tiny failed in validate_data: a pear"
     for line in ("- found: a pear", "- needed: an apple", "- do: Buy apples."):
         assert line in result.markdown
     assert "Buy apples." in result.html
@@ -98,7 +98,7 @@ def test_step_that_died_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt), step_run("sft"):
         raise KeyboardInterrupt
     result = say("FAILED", "Task exit-handler-1 failed.")
-    assert result.figure == "train of tiny failed in sft"
+    assert result.headline == "train of tiny failed in sft"
     assert "Task exit-handler-1 failed." in result.markdown
 
 
@@ -109,7 +109,7 @@ def test_run_without_traces_says_so_and_ends_well() -> None:
 def test_mlflow_that_does_not_answer_is_a_remark_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     result = say("FAILED", "sft failed with exit code 137")
-    assert result.figure == "train of tiny failed"
+    assert result.headline == "train of tiny failed"
     assert "MLflow could not be asked" in result.markdown
     assert "exit code 137" in result.markdown
 
@@ -153,7 +153,7 @@ def test_reason_too_long_for_a_tag_is_cut_and_still_read(monkeypatch: pytest.Mon
         raise RecordError("pear " * 5000, "apple " * 5000, "Buy.")
     result = say("FAILED")
     assert "- do: Buy." in result.markdown
-    assert "pear pear" in result.figure
+    assert "pear pear" in result.headline
 
 
 # --- the webhook ---------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_webhook_gets_the_whole_notice_and_never_fails_the_run(answer: int, monk
     (body,) = bodies
     notice = RunNotice.model_validate_json(body)
     assert (notice.state, notice.version, notice.steps[0].name) == ("succeeded", "3", "register")
-    assert json.loads(body)["text"] == result.figure
+    assert json.loads(body)["text"] == result.headline
     assert ("| webhook | sent to 127.0.0.1 (200) |" in result.markdown) == (answer == 200)
     assert "secret" not in result.markdown
     assert Path(url).name == "secret"

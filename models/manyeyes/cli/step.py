@@ -138,7 +138,7 @@ def run_from_files(
             outputs={key: LocalArtifact(str(out / key)) for key in step.outputs},
             **given,
         )
-    click.echo(f"{name}: {result.figure}")
+    click.echo(f"{name}: {result.headline}")
     click.echo(f"report: {out / 'report.html'}")
     return result
 

@@ -195,22 +195,22 @@ class Scorecard(_Strict):
 
     def metrics(self) -> dict[str, float]:
         """Plain figures for MLflow and Kubeflow, for instance ``easy-vqa.score``."""
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, score in self.benchmarks.items():
-            figures[f"{name}.score"] = score.score
-            figures[f"{name}.ci95_low"], figures[f"{name}.ci95_high"] = score.ci95
-            figures[f"{name}.image_off"] = score.image_off
-            figures[f"{name}.image_adds"] = score.image_adds
+            metrics[f"{name}.score"] = score.score
+            metrics[f"{name}.ci95_low"], metrics[f"{name}.ci95_high"] = score.ci95
+            metrics[f"{name}.image_off"] = score.image_off
+            metrics[f"{name}.image_adds"] = score.image_adds
             for condition, part in score.conditions.items():
-                figures[f"{name}.{condition}"] = part.score
-            figures[f"{name}.parse_failures"] = float(score.parse_failures)
-            figures[f"{name}.from_cache"] = float(score.from_cache)
+                metrics[f"{name}.{condition}"] = part.score
+            metrics[f"{name}.parse_failures"] = float(score.parse_failures)
+            metrics[f"{name}.from_cache"] = float(score.from_cache)
             if score.questions_per_s is not None:
-                figures[f"{name}.questions_per_s"] = score.questions_per_s
+                metrics[f"{name}.questions_per_s"] = score.questions_per_s
             for answer_type, type_score in score.by_type.items():
                 # MLflow takes no more than letters, digits, "_-. :/" in a metric's name.
-                figures[f"{name}.{answer_type.replace('/', '-')}.score"] = type_score.score
-        return figures
+                metrics[f"{name}.{answer_type.replace('/', '-')}.score"] = type_score.score
+        return metrics
 
 
 def write_scorecard(scorecard: Scorecard, path: Path) -> None:

@@ -131,15 +131,15 @@ class StepResult:
     """What a step function returns.
 
     Args:
-        figure: The figure that matters, in a few words, for the progress line.
+        headline: What matters most, in a few words, for the progress line.
         metrics: Scalars for Kubeflow's and MLflow's tables.
-        html: The report for people, a whole page; one with the figure alone when empty.
+        html: The report for people, a whole page; one with the headline alone when empty.
         markdown: A few lines for Kubeflow's run page.
         values: Output parameters.
         metadata: Written on each output artifact: digests and locations.
     """
 
-    figure: str
+    headline: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     html: str = ""
     markdown: str = ""
@@ -217,17 +217,17 @@ class Reporter:
 
     def progress(
         self,
-        figure: str,
+        headline: str,
         *,
         done: float | None = None,
         eta_s: float | None = None,
         optimizer_step: int | None = None,
         curves: Mapping[str, float] | None = None,
     ) -> None:
-        """Show ``figure`` on the step's line.
+        """Show ``headline`` on the step's line.
 
         Args:
-            figure: A few words, for instance ``loss 0.41, 520 samples/s``.
+            headline: A few words, for instance ``loss 0.41, 520 samples/s``.
             done: Share of the work done, 0 to 1.
             eta_s: Seconds still to go.
             optimizer_step: Where ``curves`` stand.
@@ -237,7 +237,7 @@ class Reporter:
         if now - self._last < _PROGRESS_INTERVAL_S:
             return
         self._last = now
-        emit("progress", self.step, figure=figure, done=done, eta_s=eta_s)
+        emit("progress", self.step, figure=headline, done=done, eta_s=eta_s)
         if self._log is not None and curves:
             self._log.log_metrics(curves, step=optimizer_step)
 
@@ -285,19 +285,19 @@ def run_step(
             started = time.perf_counter()
             result = step.function(Reporter(name, log), **arguments, **paths)
             seconds, ended = time.perf_counter() - started, time.time()
-            figures = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
-            _write_text(metrics, json.dumps(figures, indent=2, sort_keys=True) + "\n")
-            _write_text(report, result.html or step_page(name, result.figure, {}))
-            _write_text(notes, result.markdown or f"**{name}**: {result.figure}\n")
+            recorded = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
+            _write_text(metrics, json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+            _write_text(report, result.html or step_page(name, result.headline, {}))
+            _write_text(notes, result.markdown or f"**{name}**: {result.headline}\n")
             if log is not None:
-                log.log_metrics(figures)
-                log.set_tags(result_tags(result.figure, result.metadata))
+                log.log_metrics(recorded)
+                log.set_tags(result_tags(result.headline, result.metadata))
                 _keep_report(log, report, name)
-        metrics.metadata.update(figures)
+        metrics.metadata.update(recorded)
         for artifact in (report, *outputs.values()):
-            artifact.metadata.update({**result.metadata, "step": name, "figure": result.figure})
+            artifact.metadata.update({**result.metadata, "step": name, "figure": result.headline})
     gc.freeze()
-    emit("finished", name, figure=result.figure, seconds=seconds, ended=ended, import_seconds=import_seconds)
+    emit("finished", name, figure=result.headline, seconds=seconds, ended=ended, import_seconds=import_seconds)
     return result
 
 

@@ -159,7 +159,7 @@ class EventReader:
         return [Event.model_validate_json(line) for line in complete.splitlines()]
 
 
-FIGURE_TAG, ERROR_TAG = "manyeyes.figure", "manyeyes.error"
+HEADLINE_TAG, ERROR_TAG = "manyeyes.figure", "manyeyes.error"
 
 # MLflow takes this many in a tag.
 _CHARACTERS = 5000
@@ -174,10 +174,10 @@ def pipeline_tags() -> dict[str, str]:
     return {"manyeyes.pipeline_run": run} if run else {}
 
 
-def result_tags(figure: str, metadata: Mapping[str, str | int | float]) -> dict[str, str]:
-    """The figure that matters, and each digest and location, as ``manyeyes.<name>``."""
+def result_tags(headline: str, metadata: Mapping[str, str | int | float]) -> dict[str, str]:
+    """What matters most, and each digest and location, as ``manyeyes.<name>``."""
     facts = {f"manyeyes.{name}": _cut(str(value), _CHARACTERS) for name, value in metadata.items()}
-    return {FIGURE_TAG: _cut(figure, _CHARACTERS), **facts}
+    return {HEADLINE_TAG: _cut(headline, _CHARACTERS), **facts}
 
 
 def error_as_tag(record: ErrorReport) -> str:

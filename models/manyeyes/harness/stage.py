@@ -92,7 +92,7 @@ def train_stage(
     rate = Curve("learning rate", [(point.step, point.learning_rate) for point in report.history], "off")
     name = f"{stage} of {encoder}" if encoder else stage
     return StepResult(
-        figure=f"loss {report.first_loss:.3f} to {report.final_loss:.3f}, {speed:,.0f} samples/s",
+        headline=f"loss {report.first_loss:.3f} to {report.final_loss:.3f}, {speed:,.0f} samples/s",
         metrics={
             "first_loss": report.first_loss,
             "final_loss": report.final_loss,

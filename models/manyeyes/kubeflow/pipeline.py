@@ -206,12 +206,12 @@ def _watched_tasks(pipeline_root: Path, failed: list[str]) -> Iterator[None]:
         parameters = {key: value for key, value in outputs.items() if key not in artifacts}
         # A task that ran wrote its executor's output after it began; a cached one has no folder in this run.
         ran = (root / component / "executor_output.json").exists()
-        figure = str(getattr(outputs.get("report"), "metadata", {}).get("figure", ""))
+        headline = str(getattr(outputs.get("report"), "metadata", {}).get("figure", ""))
         emit(
             "completed" if ran else "cached",
             name,
             task=task,
-            figure=figure,
+            figure=headline,
             seconds=time.time() - began,
             parameters=parameters,
             artifacts=artifacts,

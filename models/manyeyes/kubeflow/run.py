@@ -40,7 +40,7 @@ class _Line:
     state: str
     began: float
     elapsed: float | None = None
-    figure: str = ""
+    headline: str = ""
     eta_s: float | None = None
     logged: float = 0.0
 
@@ -105,24 +105,24 @@ class ProgressView:
             return
         if event.kind == "progress":
             if event.done is not None or event.eta_s is not None:
-                line.figure, line.eta_s = event.figure, event.eta_s
+                line.headline, line.eta_s = event.figure, event.eta_s
             return
         if event.kind in ("finished", "cached"):
             line.state = "done" if event.kind == "finished" else "cached"
             line.elapsed = event.time - line.began
-            line.figure, line.eta_s = event.figure, None
+            line.headline, line.eta_s = event.figure, None
         elif event.kind in ("failed", "broken"):
             if line.state in ("failed", "stopped"):
                 return
             line.state, line.elapsed, line.eta_s = "failed", event.time - line.began, None
-            line.figure = event.error.error if event.error else line.figure
+            line.headline = event.error.error if event.error else line.headline
         else:
             return
         if self._live is None:
             self._log(next(name for name, row in self._lines.items() if row is line), line)
 
     def _log(self, step: str, line: _Line) -> None:
-        text = f"{step:<32} {line.state:<8} {_clock(self._elapsed(line)):>6}  {self._figure(line)}".rstrip()
+        text = f"{step:<32} {line.state:<8} {_clock(self._elapsed(line)):>6}  {self._headline(line)}".rstrip()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
@@ -130,7 +130,7 @@ class ProgressView:
         for step, line in self._lines.items():
             colour = _COLOURS[line.state]
             state = f"[{colour}]{line.state}[/{colour}]"
-            table.add_row(step.replace("[", r"\["), state, _clock(self._elapsed(line)), self._figure(line))
+            table.add_row(step.replace("[", r"\["), state, _clock(self._elapsed(line)), self._headline(line))
         return table
 
     @staticmethod
@@ -138,8 +138,8 @@ class ProgressView:
         return time.time() - line.began if line.elapsed is None else line.elapsed
 
     @staticmethod
-    def _figure(line: _Line) -> str:
-        return f"{line.figure}, {_clock(line.eta_s)} left" if line.eta_s is not None else line.figure
+    def _headline(line: _Line) -> str:
+        return f"{line.headline}, {_clock(line.eta_s)} left" if line.eta_s is not None else line.headline
 
 
 def _is_running(name: str, line: _Line, step: str) -> bool:

@@ -8,7 +8,7 @@ from manyeyes.pages.charts import Bar, Box, Curve, Drawing, Label, Line, Mark, P
 from manyeyes.pages.pictures import Picture, make_picture
 from manyeyes.pages.rendering import render, step_page
 from manyeyes.pages.tables import Table, Text, facts_table, markdown_table
-from manyeyes.pages.words import NONE, amount, duration, figure, readable, short_count, span
+from manyeyes.pages.words import NONE, amount, duration, readable, short_count, span, two_decimals
 
 __all__ = [
     "NONE",
@@ -28,7 +28,6 @@ __all__ = [
     "draw_curves",
     "duration",
     "facts_table",
-    "figure",
     "make_picture",
     "markdown_table",
     "readable",
@@ -37,4 +36,5 @@ __all__ = [
     "short_count",
     "span",
     "step_page",
+    "two_decimals",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from manyeyes.pages.charts import Drawing
 from manyeyes.pages.tables import Table
-from manyeyes.pages.words import amount, duration, figure, short_count, span
+from manyeyes.pages.words import amount, duration, short_count, span, two_decimals
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,7 +56,7 @@ def _environment(html: bool) -> Environment:
         "amount": amount,
         "count": "{:,}".format,
         "duration": duration,
-        "figure": figure,
+        "two_decimals": two_decimals,
         "short_count": short_count,
         "span": span,
         "signed": "{:+.2f}".format,

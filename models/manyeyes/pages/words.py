@@ -5,7 +5,7 @@ from __future__ import annotations
 NONE = "-"
 
 
-def figure(value: float | None) -> str:
+def two_decimals(value: float | None) -> str:
     """A score with two decimals; a dash for none."""
     return NONE if value is None else f"{value:.2f}"
 

@@ -315,7 +315,7 @@ def _set_tags(tracking: Tracking, version: ModelVersion, tags: Mapping[str, str]
 
 def _tags(manifest: Mapping[str, Any], score: Scorecard, report: GateReport) -> dict[str, str]:
     lineage = ("recipe", "recipe_digest", "data_md5", "code_digest", "checkpoint_digest")
-    scores = {f"score.{name}": f"{figure.score:.2f}" for name, figure in score.benchmarks.items()}
+    scores = {f"score.{name}": f"{scored.score:.2f}" for name, scored in score.benchmarks.items()}
     return {
         "bundle_digest": str(manifest["digest"]),
         **{key: str(manifest[key]) for key in lineage},

@@ -70,7 +70,7 @@ def advance_search(
     candidates = NOTHING if state.ended else [variant.text() for variant in state.next_sets(winner.encoders)]
     recipe = parse_recipe(recipe_json)
     return StepResult(
-        figure=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"
+        headline=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"
         + (f"; ended: {state.ended}" if state.ended else ""),
         metrics={
             "mean_score": winner.mean,

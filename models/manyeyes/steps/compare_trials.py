@@ -93,7 +93,7 @@ def compare_trials(
     (comparison / COMPARISON_FILE).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
     winner = rows[best]
     return StepResult(
-        figure=f"best of {len(rows)}: {winner.name}, {winner.trial.mean:.1f}%",
+        headline=f"best of {len(rows)}: {winner.name}, {winner.trial.mean:.1f}%",
         metrics={"trials": float(len(rows)), "mean_score": winner.trial.mean},
         html=comparison_html(recipe.name, rows),
         markdown=short_table(rows, "variant", "the first").markdown() + "\n",

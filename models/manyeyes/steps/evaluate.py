@@ -89,7 +89,7 @@ def evaluate(
             champion=find_champion(registry_model),
         )
     _keep_example(inputs, scorecard)
-    figure = ", ".join(
+    headline = ", ".join(
         [
             f"{name} {score.score:.1f}{score.mark}, without image {score.image_off:.1f}{score.mark}"
             for name, score in card.benchmarks.items()
@@ -97,7 +97,7 @@ def evaluate(
         + [f"{name} skipped" for name in card.skipped]
     )
     return StepResult(
-        figure=figure,
+        headline=headline,
         metrics=card.metrics(),
         html=(scorecard / "report.html").read_text(encoding="utf-8"),
         markdown=(scorecard / "report.md").read_text(encoding="utf-8") + _difference(card, other_scorecard),

@@ -82,7 +82,7 @@ def export_onnx(
     ]
     files: list[tuple[str, object]] = [(name, file.bytes) for name, file in sorted(manifest.files.items())]
     return StepResult(
-        figure=f"{size / 1e6:.1f} MB, {report.token_match:.1%} of {report.items} answers token-equal to torch",
+        headline=f"{size / 1e6:.1f} MB, {report.token_match:.1%} of {report.items} answers token-equal to torch",
         metrics={
             "bytes": float(size),
             "token_match": report.token_match,

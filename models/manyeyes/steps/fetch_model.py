@@ -38,7 +38,7 @@ def fetch_model(
     size = sum(path.stat().st_size for path in fetched.rglob("*") if path.is_file())
     rows: list[tuple[str, object]] = [("model", model), ("kind", kind), ("digest", model_digest), ("bytes", size)]
     return StepResult(
-        figure=f"{size / 1e6:,.1f} MB from {model}",
+        headline=f"{size / 1e6:,.1f} MB from {model}",
         metrics={"bytes": float(size)},
         html=step_page("Model", "Fetched, and every file checked against its manifest.", {"": facts_table(rows)}),
         markdown=facts_table(rows).markdown() + "\n",

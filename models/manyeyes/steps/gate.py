@@ -78,7 +78,7 @@ def gate(
     met = sum(rule.passed for rule in report.rules)
     against = f"champion version {report.champion}" if report.champion is not None else "no champion yet"
     return StepResult(
-        figure=f"{report.verdict}: {met} of {len(report.rules)} rules met, {against}",
+        headline=f"{report.verdict}: {met} of {len(report.rules)} rules met, {against}",
         metrics={
             "passed": float(report.verdict == "passed"),
             "rules": float(len(report.rules)),

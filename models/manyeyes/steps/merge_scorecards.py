@@ -73,7 +73,7 @@ def merge_scorecards(
     )
     write_scorecard(card, scorecard / "scorecard.json")
     return StepResult(
-        figure=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),
+        headline=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),
         metrics=card.metrics(),
         html=(scorecard / "report.html").read_text(encoding="utf-8"),
         markdown=(scorecard / "report.md").read_text(encoding="utf-8"),

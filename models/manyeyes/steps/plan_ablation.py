@@ -50,7 +50,7 @@ def plan_ablation(
     rows = [[str(number), variant.label] for number, variant in enumerate(variants, start=1)]
     table = Table(("", "variant"), rows, numbers=(0,))
     return StepResult(
-        figure=f"{len(variants)} variants of {recipe.name}",
+        headline=f"{len(variants)} variants of {recipe.name}",
         html=step_page(
             f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.", {"": table}
         ),

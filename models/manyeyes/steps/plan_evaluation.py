@@ -66,7 +66,7 @@ def plan_evaluation(
         *((f"records of {name}", count) for name, count in counts.items()),
     ]
     return StepResult(
-        figure=f"{location.kind} {location.digest[:8]}, {', '.join(benchmarks)}",
+        headline=f"{location.kind} {location.digest[:8]}, {', '.join(benchmarks)}",
         metrics={"benchmarks": float(len(benchmarks)), "records": float(sum(counts.values()))},
         html=step_page(
             f"To score: {evaluate_model.strip()}", "Which model, and on which benchmarks.", {"": facts_table(shown)}

@@ -50,7 +50,7 @@ def prealign_encoder(
         encoder=encoder,
     )
     return StepResult(
-        figure=result.figure,
+        headline=result.headline,
         metrics=result.metrics,
         html=result.html,
         markdown=result.markdown,

@@ -552,13 +552,13 @@ def preflight(
         if problems:
             rows = [{name: getattr(check, name) for name in ("subject", "found", "needed", "do")} for check in problems]
             raise PreflightError(rows, retry=found.retry)
-        figure = f"{len(found.checks)} checks, nothing wrong"
+        headline = f"{len(found.checks)} checks, nothing wrong"
         if warnings:
-            figure += f", {len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
+            headline += f", {len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
         if log is not None:
-            log.set_tags(result_tags(figure, {}))
+            log.set_tags(result_tags(headline, {}))
     return StepResult(
-        figure=figure,
+        headline=headline,
         metrics={"checks": float(len(found.checks)), "warnings": float(len(warnings))},
         html=step_page("Preflight", "What this run needs, and whether it is there.", {"": as_table(found.checks)}),
         markdown=as_table(found.checks).markdown() + "\n",

@@ -64,7 +64,7 @@ def alias_report(
     moves = [f"{alias} from {old} to {new}" for alias, old, new, what in rows if what == "moved"]
     aliases, facts = Table(["alias", "before", "now", ""], rows), facts_table(about)
     return StepResult(
-        figure=f"{title}; " + (", ".join(moves) if moves else "no alias moved"),
+        headline=f"{title}; " + (", ".join(moves) if moves else "no alias moved"),
         html=step_page(
             title, "; ".join(moves) or "No alias moved: it was so already.", {"Aliases": aliases, "About": facts}
         ),

@@ -94,7 +94,7 @@ def register(
     )
     name = f"{registered.name} version {registered.version}"
     return StepResult(
-        figure=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
+        headline=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
         metrics={"version": float(registered.version)},
         html=step_page(f"Registered: {name}", "What the registry holds now.", {"": facts_table(rows)}),
         markdown=facts_table(rows).markdown() + "\n",

@@ -68,7 +68,7 @@ def resolve_data(
         ("registered as", model),
     ]
     return StepResult(
-        figure=f"recipe {resolved.name} {resolved.digest[:8]}, data {md5[:8]}, code {digest[:8]}",
+        headline=f"recipe {resolved.name} {resolved.digest[:8]}, data {md5[:8]}, code {digest[:8]}",
         html=step_page(
             f"Recipe {resolved.name}",
             "What this run trains, on which data, with which code.",

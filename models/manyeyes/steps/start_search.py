@@ -71,7 +71,7 @@ def start_search(
         ("benchmarks", ", ".join(recipe.evaluation.benchmarks)),
     ]
     return StepResult(
-        figure=f"from {' + '.join(begun.start)}, {len(remaining)} to add, {search_rounds} rounds at most",
+        headline=f"from {' + '.join(begun.start)}, {len(remaining)} to add, {search_rounds} rounds at most",
         html=step_page(
             f"Search in recipe {recipe.name}", "Which of its encoders belong together.", {"": facts_table(rows)}
         ),

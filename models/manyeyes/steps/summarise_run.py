@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyeyes.errors import ManyEyesError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.events import ERROR_TAG, FIGURE_TAG, ErrorReport
+from manyeyes.harness.events import ERROR_TAG, HEADLINE_TAG, ErrorReport
 from manyeyes.pages import Table, Text, facts_table, render
 
 _TIMEOUT_S = 10.0
@@ -126,7 +126,7 @@ def summarise_run(
         told = post_json(url, notice.model_dump_json())
     rows = _rows(notice, remark=remark, told=told)
     return StepResult(
-        figure=notice.text,
+        headline=notice.text,
         metrics={"succeeded": float(notice.state == "succeeded"), "steps": float(len(notice.steps))},
         html=render_notice("run.html", notice, rows),
         markdown=render_notice("run.md", notice, rows),
@@ -148,7 +148,7 @@ def _read_history(pipeline: str, subject: str, run_id: str, state: str, message:
                     name=record.step,
                     state=record.state,
                     seconds=record.seconds,
-                    figure=record.tags.get(FIGURE_TAG, ""),
+                    figure=record.tags.get(HEADLINE_TAG, ""),
                     link=record.url,
                 )
             )

@@ -107,7 +107,7 @@ def train_trial(
         ("recipe digest", result.recipe_digest),
     ]
     return StepResult(
-        figure=f"{result.mean:.1f}% ({result.mean_ci95[0]:.1f} to {result.mean_ci95[1]:.1f})"
+        headline=f"{result.mean:.1f}% ({result.mean_ci95[0]:.1f} to {result.mean_ci95[1]:.1f})"
         + (", scored before" if found else ""),
         metrics={
             "mean_score": result.mean,

@@ -74,7 +74,7 @@ def validate_data(
         )
     found = [] if contamination is None else contamination.datasets
     return StepResult(
-        figure=f"{report.verdict}: {report.rows:,} samples, {report.quarantined} quarantined",
+        headline=f"{report.verdict}: {report.rows:,} samples, {report.quarantined} quarantined",
         metrics={
             "samples": float(report.rows),
             "quarantined": float(report.quarantined),

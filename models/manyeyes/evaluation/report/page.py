@@ -10,7 +10,7 @@ from manyeyes.evaluation.report import tables as report_words
 from manyeyes.evaluation.report.comparison import SYSTEM_TITLES
 from manyeyes.evaluation.report.contents import Report
 from manyeyes.evaluation.scorecard import BenchmarkScore, Interval
-from manyeyes.pages import Bar, Drawing, Mark, Point, figure, make_picture, render, scatter, short_count, span
+from manyeyes.pages import Bar, Drawing, Mark, Point, make_picture, render, scatter, short_count, span, two_decimals
 from manyeyes.runtime.preprocess import decode_image
 
 SIGNS = {"llava": "●", "eagle": "▲", "cambrian": "■", "mini-gemini": "◆"}
@@ -67,13 +67,15 @@ def _score_bars(report: Report) -> list[Bar]:
             Mark(
                 cell.score,
                 row.system if row.kind == "published" else row.kind,
-                f"{row.name}: {figure(cell.score)}" + ("" if cell.ci95 is None else f" ({span(cell.ci95)})"),
+                f"{row.name}: {two_decimals(cell.score)}" + ("" if cell.ci95 is None else f" ({span(cell.ci95)})"),
                 SIGNS[row.system] if row.kind == "published" else "",
             )
             for row in sorted(comparison.rows, key=lambda row: _DRAWN_LAST[row.kind])
             if (cell := row.cells.get(name)) is not None
         ]
-        bars.append(Bar(column.title, figure(ours.score), interval=ours.ci95, marks=marks, scale=(0.0, column.maximum)))
+        bars.append(
+            Bar(column.title, two_decimals(ours.score), interval=ours.ci95, marks=marks, scale=(0.0, column.maximum))
+        )
     return bars
 
 
@@ -93,7 +95,7 @@ def _trade_off_plots(report: Report) -> list[Drawing]:
                 cost,
                 point.score,
                 str(number),
-                f"{point.name}: {figure(point.score)}, {short_count(cost)}",
+                f"{point.name}: {two_decimals(point.score)}, {short_count(cost)}",
                 point.system if point.kind == "published" else point.kind,
                 SIGNS[point.system] if point.kind == "published" else "",
             )

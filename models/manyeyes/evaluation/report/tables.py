@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from manyeyes.evaluation.report.comparison import GROUP_TITLES, SYSTEM_TITLES
 from manyeyes.evaluation.report.contents import Cell, ComparisonRow, Example, Report
 from manyeyes.evaluation.scorecard import BenchmarkScore, ConditionScore
-from manyeyes.pages import NONE, Table, Text, figure, short_count, span
+from manyeyes.pages import NONE, Table, Text, short_count, span, two_decimals
 
 CONDITION_TITLES = {
     "image-on": "with the image",
@@ -21,12 +21,12 @@ NOTHING = "(nothing)"
 
 
 def unit_mark(score: BenchmarkScore) -> str:
-    """What stands behind a figure in the benchmark's unit."""
+    """What stands behind a two_decimals in the benchmark's unit."""
     return "" if score.unit == "points" else "%"
 
 
 def meaning(score: BenchmarkScore) -> str:
-    """What a figure in the benchmark's unit says."""
+    """What a two_decimals in the benchmark's unit says."""
     if score.unit == "relative":
         return "of what the reference answers get"
     return "right" if score.unit == "percent" else f"of {score.maximum:g} points"
@@ -77,7 +77,7 @@ def comparison_table(report: Report) -> Table:
                 NONE if row.visual_tokens is None else f"{row.visual_tokens:,}",
                 short_count(row.parameters),
                 short_count(row.flops_per_sample),
-                figure(row.questions_per_s),
+                two_decimals(row.questions_per_s),
             ]
         )
     strong = frozenset(place for place, row in enumerate(comparison.rows) if row.kind != "published")
@@ -98,7 +98,7 @@ def trade_off_table(report: Report) -> Table | None:
         [
             str(number),
             point.name,
-            figure(point.score),
+            two_decimals(point.score),
             f"{point.visual_tokens:,}",
             short_count(point.flops_per_sample),
         ]
@@ -117,7 +117,7 @@ def groups_table(report: Report) -> Table | None:
     rows: list[list[str | Text]] = [
         [
             GROUP_TITLES.get(name, name),
-            figure(group.score),
+            two_decimals(group.score),
             "" if group.ci95 is None else span(group.ci95),
             ", ".join(f"{benchmark} {percent:.2f}" for benchmark, percent in group.parts.items()),
             ", ".join(group.missing),
@@ -135,8 +135,8 @@ def overview_table(report: Report) -> Table:
         [
             report.details[name].title,
             f"{score.n:,}",
-            Text(figure(score.score), span(score.ci95)),
-            Text(figure(score.image_off), span(score.image_off_ci95)),
+            Text(two_decimals(score.score), span(score.ci95)),
+            Text(two_decimals(score.image_off), span(score.image_off_ci95)),
             Text(f"{score.image_adds:+.2f}", span(score.image_adds_ci95, signed=True)),
             f"{score.parse_failures:,}",
         ]
@@ -145,15 +145,17 @@ def overview_table(report: Report) -> Table:
     scores = list(card.benchmarks.values())
     mean = sum(100 * score.score / score.maximum for score in scores) / len(scores)
     mean_off = sum(100 * score.image_off / score.maximum for score in scores) / len(scores)
-    rows.append(["Mean, % of the maximum", "", figure(mean), figure(mean_off), f"{mean - mean_off:+.2f}", ""])
+    rows.append(
+        ["Mean, % of the maximum", "", two_decimals(mean), two_decimals(mean_off), f"{mean - mean_off:+.2f}", ""]
+    )
     header = ("", "questions", "score", "no image", "image adds", "not understood")
     return Table(header, rows, numbers=(1, 2, 3, 4, 5), strong=frozenset({len(rows) - 1}))
 
 
 def conditions_table(score: BenchmarkScore) -> Table:
-    """A benchmark's figure under every condition."""
+    """A benchmark's two_decimals under every condition."""
     rows: list[list[str | Text]] = [
-        ["with the image", Text(figure(score.score), span(score.ci95)), "", f"{score.parse_failures:,}"]
+        ["with the image", Text(two_decimals(score.score), span(score.ci95)), "", f"{score.parse_failures:,}"]
     ]
     off = ConditionScore(
         score=score.image_off,
@@ -166,7 +168,7 @@ def conditions_table(score: BenchmarkScore) -> Table:
         rows.append(
             [
                 CONDITION_TITLES.get(name, name),
-                Text(figure(shown.score), span(shown.ci95)),
+                Text(two_decimals(shown.score), span(shown.ci95)),
                 Text(f"{shown.image_adds:+.2f}", span(shown.image_adds_ci95, signed=True)),
                 f"{shown.parse_failures:,}",
             ]
@@ -182,11 +184,11 @@ def types_table(score: BenchmarkScore) -> Table:
         [
             name,
             f"{part.n:,}",
-            figure(part.score),
+            two_decimals(part.score),
             span(part.ci95),
-            figure(part.image_off),
+            two_decimals(part.image_off),
             span(part.image_off_ci95),
-            figure(part.chance),
+            two_decimals(part.chance),
         ]
         for name, part in score.by_type.items()
     ]
@@ -201,9 +203,9 @@ def sub_scores_table(score: BenchmarkScore) -> Table | None:
     rows: list[list[str | Text]] = [
         [
             name,
-            figure(value),
+            two_decimals(value),
             span(score.scores_ci95[name]) if name in score.scores_ci95 else "",
-            figure(score.scores_image_off.get(name)),
+            two_decimals(score.scores_image_off.get(name)),
         ]
         for name, value in score.scores.items()
     ]
@@ -312,7 +314,7 @@ def examples_table(examples: Sequence[Example]) -> Table:
 def _cell(cell: Cell | None) -> str | Text:
     if cell is None:
         return NONE
-    return Text(figure(cell.score), "" if cell.ci95 is None else span(cell.ci95), tuple(cell.notes))
+    return Text(two_decimals(cell.score), "" if cell.ci95 is None else span(cell.ci95), tuple(cell.notes))
 
 
 def _origin(row: ComparisonRow) -> str:

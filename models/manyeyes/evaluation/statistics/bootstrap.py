@@ -278,8 +278,8 @@ class Clusters:
             kinds.setdefault(tuple(sorted(map(repr, (_kind(graded[place]) for place in places)))), []).append(places)
         if len(kinds) > most_kinds:
             return None
-        figures = aggregate(graded, variant)
-        scores = np.array([figures[name] for name in names])
+        aggregated = aggregate(graded, variant)
+        scores = np.array([aggregated[name] for name in names])
         influence: Floats = np.zeros((self.count, len(names)))
         for alike in kinds.values():
             one = set(alike[0])
