@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from manyeyes.errors import DrawingError, did_you_mean
-from manyeyes.storage import storage_errors
+from manyeyes.storage import new_file, storage_errors
 
 REQUEST = "<GEN>"
 OPEN, CLOSE = "<h>", "</h>"
@@ -259,8 +259,7 @@ def save_images(drawn: DrawnAnswer, out: Path) -> list[Path]:
             facts.add_itxt("prompt", prompt)
             facts.add_text("seed", str(seed))
             path = out / f"drawing-{sha256(f'{seed} {prompt}'.encode()).hexdigest()[:12]}.png"
-            partial = path.with_suffix(".partial")
-            image.save(partial, format="PNG", pnginfo=facts)
-            partial.replace(path)
+            with new_file(path) as file:
+                image.save(file, format="PNG", pnginfo=facts)
             paths.append(path)
     return paths

@@ -93,6 +93,43 @@ def new_folder(out: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def new_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """A file that appears under its name only when it is complete; an older one of that name is replaced.
+
+    Args:
+        path: The file's final name; its folder is made when missing.
+        flush: Whether it is on the disk before it has its name. Not for what is noticed and made again when a power
+            failure cuts it.
+
+    Yields:
+        An empty temporary file beside ``path`` to write into.
+
+    Raises:
+        StorageError: No space, no permission, or no place for a file. ``path`` is as it was before.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:_SHOWN_CHARACTERS]}-", dir=path.parent)
+        os.close(descriptor)
+        file = Path(name)
+        try:
+            yield file
+            file.chmod(0o644)
+            if flush:
+                sync(file)
+            file.replace(path)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+
+
+def write_file(path: Path, content: str | bytes, *, flush: bool = True) -> None:
+    """Write a file that is whole or as it was before; ``new_file`` says the rest. A text is written as UTF-8."""
+    with new_file(path, flush=flush) as file:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def replaceable(out: Path) -> Path:
     """Where a folder that is written as a whole goes: absolute, and behind links.
 
@@ -237,11 +274,8 @@ def _file_digest(path: Path) -> str:
     after = path.stat()
     if settled and facts == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
         # Where nothing can be written, the file is read again next time.
-        with suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="ascii") as temporary:
-                temporary.write(digest)
-            Path(temporary.name).replace(kept)
+        with suppress(OSError, StorageError):
+            write_file(kept, digest, flush=False)
     return digest
 
 

@@ -12,8 +12,7 @@ import pytest
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.main import cli
 from manyeyes.errors import StorageError
-from manyeyes.evaluation.output import write_file
-from manyeyes.storage import check_out, is_there, new_folder, replaceable
+from manyeyes.storage import check_out, is_there, new_folder, replaceable, write_file
 
 
 @pytest.fixture(autouse=True)

@@ -232,8 +232,8 @@ def compare_command(
     image, and corrected for the number of benchmarks.
     """
     from manyeyes.evaluation.compare import COMPARE_FILE, compare_results, write_comparison
-    from manyeyes.evaluation.output import write_file
     from manyeyes.evaluation.report.compare_page import images_to_show, render_comparison, render_comparison_text
+    from manyeyes.storage import write_file
 
     ours, theirs = _results(first), _results(second)
     comparison = compare_results(ours, theirs)
@@ -243,8 +243,8 @@ def compare_command(
     html = render_comparison(comparison, ours, theirs, read_image=read_image, images_missing=missing, examples=examples)
     text = render_comparison_text(comparison)
     write_comparison(comparison, out / COMPARE_FILE)
-    write_file(out / "compare.html", html.encode())
-    write_file(out / "compare.md", text.encode())
+    write_file(out / "compare.html", html)
+    write_file(out / "compare.md", text)
     if as_json:
         click.echo(comparison.model_dump_json(indent=2))
         return
@@ -351,13 +351,13 @@ def correlate_command(tables: tuple[Path, ...], groups: int, out: Path) -> None:
     TABLES: CSV with a column of models and one a benchmark, JSON {model: {benchmark: score}}, or folders that
     `manyeyes evaluate` wrote, a model each. Writes correlation.json and correlation.html into --out.
     """
-    from manyeyes.evaluation.output import write_file
     from manyeyes.evaluation.report.correlation_page import render_correlation
     from manyeyes.evaluation.statistics.correlation import CORRELATION_FILE, correlate, read_scores
+    from manyeyes.storage import write_file
 
     found = correlate(read_scores(tables), groups=groups)
-    write_file(out / "correlation.html", render_correlation(found).encode())
-    write_file(out / CORRELATION_FILE, found.model_dump_json(indent=2).encode() + b"\n")
+    write_file(out / "correlation.html", render_correlation(found))
+    write_file(out / CORRELATION_FILE, found.model_dump_json(indent=2) + "\n")
     for number in sorted(set(found.groups.values())):
         click.echo(f"group {number + 1}: {', '.join(name for name, group in found.groups.items() if group == number)}")
     click.echo(f"page: {out / 'correlation.html'}")

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manyeyes.errors import RecordError, ShapeError, StorageError
+from manyeyes.errors import RecordError, ShapeError
 from manyeyes.model import ManyEyesForConditionalGeneration, load_checkpoint
 from manyeyes.processor import PIXELS, ManyEyesProcessor, from_questions
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, get_chat_template
+from manyeyes.storage import new_file
 
 IMAGE_ID = -200
 """In ids that were made elsewhere: an image goes here. LLaVA's own convention."""
@@ -97,14 +98,8 @@ def save_logits(logits: NDArray[np.float32], path: Path) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, logits)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({error.strerror})", "space and permission", "Fix it.") from error
+    with new_file(path) as file, file.open("wb") as stream:
+        np.save(stream, logits)
 
 
 def is_whole(prompt: str, template: ChatTemplate) -> bool:

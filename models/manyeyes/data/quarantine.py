@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from manyeyes.data.snapshot import write_json_atomically
 from manyeyes.errors import DataError
+from manyeyes.storage import write_file
 
 QUARANTINE_FILE, CONTAMINATED_FILE = "quarantine.jsonl", "contaminated.jsonl"
 
@@ -45,7 +45,7 @@ def write_quarantine(path: Path, samples: Iterable[QuarantinedSample]) -> None:
     Raises:
         StorageError: No space or no permission.
     """
-    write_json_atomically(path, "".join(sample.model_dump_json() + "\n" for sample in samples))
+    write_file(path, "".join(sample.model_dump_json() + "\n" for sample in samples))
 
 
 def read_quarantine(folder: Path) -> frozenset[str]:

@@ -274,24 +274,6 @@ def read_default_remote(repository: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def write_json_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that it is whole or not there.
-
-    Raises:
-        StorageError: No space or no permission.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise storage_error(error, path) from error
-
-
 def _look_up(table: dict[str, _Entry], name: str, *, what: str) -> _Entry:
     if name not in table:
         raise SnapshotError(

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.data.profile import FitCheck, build_profile
 from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
-from manyeyes.data.shards import storage_error
-from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
+from manyeyes.data.snapshot import Snapshot, hash_file
 from manyeyes.data.validation_page import render_validation
 from manyeyes.data.validation_report import ExpectationOutcome, Severity, ValidationReport
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
+from manyeyes.storage import new_file, write_file
 
 _EXAMPLES = 5
 
@@ -82,17 +82,12 @@ def validate_snapshot(
         QuarantinedSample(dataset=row.dataset, row=row.row, id=row.id, reason=row.problem)
         for row in bad.itertuples(index=False)
     ]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        partial = out_dir / ".profile.parquet.partial"
-        profile.to_parquet(partial, index=False)
-        partial.replace(out_dir / "profile.parquet")
-    except OSError as error:
-        raise storage_error(error, out_dir) from error
+    with new_file(out_dir / "profile.parquet") as file:
+        profile.to_parquet(file, index=False)
     write_quarantine(out_dir / QUARANTINE_FILE, quarantine)
     page = render_validation(report, profile=profile, quarantine=quarantine, snapshot=snapshot)
-    write_json_atomically(out_dir / "validation.html", page)
-    write_json_atomically(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
+    write_file(out_dir / "validation.html", page)
+    write_file(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
     return report
 
 

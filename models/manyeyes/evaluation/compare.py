@@ -18,10 +18,10 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
 from manyeyes.evaluation.benchmarks.items import RowReader
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile
-from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.results import ANSWERS, AskedScore, Results
 from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.statistics.significance import POWER, PairedTest, average_difference, compare_scores, holm
+from manyeyes.storage import write_file
 
 LEVEL = 0.05
 COMPARE_FILE = "compare.json"
@@ -169,7 +169,7 @@ def write_comparison(comparison: ModelComparison, path: Path) -> None:
     Raises:
         StorageError: No space, or no permission.
     """
-    write_file(path, comparison.model_dump_json(indent=2).encode() + b"\n")
+    write_file(path, comparison.model_dump_json(indent=2) + "\n")
 
 
 def _common(first: Results, second: Results) -> tuple[list[str], dict[str, str]]:

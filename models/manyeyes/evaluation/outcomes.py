@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Graded
-from manyeyes.evaluation.output import write_file
+from manyeyes.storage import write_file
 
 _METADATA = b"manyeyes"
 

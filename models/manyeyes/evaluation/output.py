@@ -1,16 +1,13 @@
-"""Output files that are whole or not there, and reading them back."""
+"""Reading back the files that an evaluation writes."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import EvaluationError
-from manyeyes.storage import storage_errors
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -40,25 +37,3 @@ def read_checked(path: Path, model: type[Checked], *, what: str, needed: str, do
             "what `manyeyes evaluate` writes",
             "Evaluate the model again.",
         ) from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to disk, rename.
-
-    Raises:
-        StorageError: No space, or no permission; the file is then as it was before.
-    """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

@@ -21,11 +21,11 @@ from manyeyes.evaluation.answering.conditions import plan_questions
 from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, MultipleChoice, load_benchmarks
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores, holm, score_interval
 from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe
+from manyeyes.storage import write_file
 
 How = Literal["zeroed", "shuffled"]
 HOWS: tuple[How, ...] = ("zeroed", "shuffled")
@@ -180,9 +180,9 @@ def write_reliance(report: RelianceReport, folder: Path) -> None:
     Raises:
         StorageError: No space, or no permission.
     """
-    write_file(folder / "reliance.html", render_reliance(report).encode())
-    write_file(folder / "reliance.md", render_reliance_text(report).encode())
-    write_file(folder / RELIANCE_FILE, report.model_dump_json(indent=2).encode() + b"\n")
+    write_file(folder / "reliance.html", render_reliance(report))
+    write_file(folder / "reliance.md", render_reliance_text(report))
+    write_file(folder / RELIANCE_FILE, report.model_dump_json(indent=2) + "\n")
 
 
 _HEADER = ("encoder", "features", "score", "lost", "95%", "p, Holm")

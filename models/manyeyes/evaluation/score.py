@@ -24,10 +24,9 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     is_of_type,
     refuse_hidden,
 )
-from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
-from manyeyes.storage import check_out
+from manyeyes.storage import check_out, write_file
 
 LISTED_IDS = 20
 DEEPEST = 64
@@ -247,7 +246,7 @@ def build_score_report(
         per_item=path,
     )
     if out is not None:
-        write_file(out / SCORE_FILE, report.model_dump_json(indent=2).encode() + b"\n")
+        write_file(out / SCORE_FILE, report.model_dump_json(indent=2) + "\n")
     return report
 
 
@@ -442,7 +441,7 @@ def _write_items(path: Path, row: BenchmarkRow, matched: Matched, items: Sequenc
         )
         for item in items
     ]
-    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_file(path, ("\n".join(lines) + "\n"))
     return path
 
 

@@ -17,8 +17,9 @@ from pydantic import (
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
 from manyeyes.evaluation.judging.judge import JudgeUse
-from manyeyes.evaluation.output import read_checked, write_file
+from manyeyes.evaluation.output import read_checked
 from manyeyes.export.model_facts import ModelFacts
+from manyeyes.storage import write_file
 
 ModelKind = Literal["torch", "bundle"]
 Interval = tuple[float, float]
@@ -219,7 +220,7 @@ def write_scorecard(scorecard: Scorecard, path: Path) -> None:
     Raises:
         StorageError: No space, or no permission.
     """
-    write_file(path, scorecard.model_dump_json(indent=2).encode() + b"\n")
+    write_file(path, scorecard.model_dump_json(indent=2) + "\n")
 
 
 def read_scorecard(path: Path) -> Scorecard:

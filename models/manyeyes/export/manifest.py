@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from pydantic import BaseModel
 
 from manyeyes.runtime.bundle_contents import BundleManifest, read_file
 from manyeyes.runtime.bundle_files import MANIFEST
+from manyeyes.storage import write_file
 
 
 def load_manifest(bundle: Path) -> BundleManifest:
@@ -31,15 +30,4 @@ def write_json(model: BaseModel, file: Path) -> None:
         file: Where; its folder exists.
     """
     content: dict[str, Any] = model.model_dump(mode="json")
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -47,6 +47,7 @@ from manyeyes.harness.events import (
     result_tags,
 )
 from manyeyes.pages import markdown_table, step_page
+from manyeyes.storage import write_file
 from manyeyes.terminal import replace_unknown_characters
 
 # Seconds that a note counts; a profile with retries sets it. A run that somebody retries by hand later starts afresh.
@@ -58,10 +59,7 @@ def remember_refusal(address: str, report: ErrorReport) -> None:
     note = _note(address)
     if note is None or not report.user_error or report.retry:
         return
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(note)
+    write_file(note, report.model_dump_json(indent=2) + "\n")
 
 
 def earlier_refusal(address: str) -> ErrorReport | None:
@@ -317,11 +315,8 @@ def _import_all(modules: Sequence[str]) -> float:
 
 
 def _write_text(artifact: OutputArtifact, text: str) -> None:
-    path = Path(artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    # Not flushed: whoever runs the step reads these once it has ended, and keeps its own copies.
+    write_file(Path(artifact.path), text, flush=False)
 
 
 @contextmanager
@@ -385,7 +380,7 @@ def _report_failure(name: str, error: Exception, *, metrics: OutputArtifact, not
     sys.stderr.write(f"{name} failed: {error}\n")
     if record.user_error:
         traceback.print_exception(error)
-        with suppress(OSError):  # the disk that made the step fail
+        with suppress(OSError, StorageError):  # the disk that made the step fail
             remember_refusal(getattr(metrics, "uri", ""), record)
         sys.exit(USER_ERROR)
 
@@ -401,7 +396,7 @@ def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -
     try:
         _write_text(LocalArtifact(str(folder / "error.json")), record.model_dump_json(indent=2) + "\n")
         _write_text(notes, text)
-    except OSError as writing:
+    except (OSError, StorageError) as writing:
         # The disk that made the step fail may refuse this, too; the event and the log have said it.
         sys.stderr.write(f"error.json could not be written: {writing}\n")
     sys.stderr.write(error_line(record))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.harness.events import ErrorReport
+from manyeyes.storage import write_file
 
 SUMMARY_FILE = "summary.json"
 EXAMPLE_FILE = "example.json"
@@ -117,9 +118,7 @@ class RunSummary(_Strict):
 def write_summary(summary: RunSummary, run_dir: Path) -> Path:
     """Write ``summary.json`` into the run's folder, whole or not at all."""
     path = run_dir / SUMMARY_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, summary.model_dump_json(indent=2) + "\n")
     return path
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -30,6 +31,7 @@ from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes
+from manyeyes.storage import write_file
 from manyeyes.terminal import replace_unknown_characters
 
 REQUEST_FILE = "request.json"
@@ -95,10 +97,10 @@ def compile_pipeline(
     if str(root.resolve()) not in sys.path:
         sys.path.insert(0, str(root.resolve()))
     module, _, function = PIPELINES[name].partition(":")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.stem}.tmp.yaml")
-    compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(temporary))
-    text = temporary.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(compiled))
+        text = compiled.read_text(encoding="utf-8")
     documents = list(yaml.load_all(text, Loader=_LOADER))
     _inject_literals(documents[0], {"recipe": list_recipes()})
     if digest:
@@ -109,8 +111,7 @@ def compile_pipeline(
         documents = apply_profile(documents, profile)
     comments = [line for line in text.splitlines() if line.startswith("#")]
     body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
-    temporary.write_text("\n".join(comments) + "\n" + body, encoding="utf-8")
-    temporary.replace(out)
+    write_file(out, "\n".join(comments) + "\n" + body)
     return out
 
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
-from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
 from manyeyes.pages import Table, Text, render
@@ -30,6 +29,7 @@ from manyeyes.recipe import (
     ParityRule,
     ValidationRule,
 )
+from manyeyes.storage import write_file
 
 if TYPE_CHECKING:
     from manyeyes.data.contamination.findings import ContaminationReport
@@ -243,7 +243,7 @@ def write_gate_report(report: GateReport, path: Path) -> None:
     Raises:
         StorageError: No space, or no permission.
     """
-    write_file(path, report.model_dump_json(indent=2).encode() + b"\n")
+    write_file(path, report.model_dump_json(indent=2) + "\n")
 
 
 def read_gate_report(path: Path) -> GateReport:

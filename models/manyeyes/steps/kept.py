@@ -14,7 +14,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from manyeyes.errors import StorageError
 from manyeyes.harness.code_digest import code_digest
+from manyeyes.storage import write_file
 
 _PACKAGES = ("torch", "transformers", "timm")
 _MOST_FILES = 200  # of a kind; a changed library leaves those of the old one behind
@@ -46,7 +48,7 @@ def kept(kind: str, *made_of: str, make: Callable[[], str]) -> str:
         return make()
     if text is None:
         text = make()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             _write(path, text)
     return text
 
@@ -63,10 +65,7 @@ def _read(path: Path) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"sha256": _sha256(text), "text": text}), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps({"sha256": _sha256(text), "text": text}), flush=False)
     files = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
     for file in files[:-_MOST_FILES]:
         file.unlink(missing_ok=True)

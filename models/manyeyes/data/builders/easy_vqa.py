@@ -17,10 +17,11 @@ from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from manyeyes.data.builders.manifest import Provenance, replace_folder, write_snapshot_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.records import PLACEHOLDER, Record, Turn, check_record, read_image_file
 from manyeyes.data.shards import ShardWriter
 from manyeyes.errors import SourceError
+from manyeyes.storage import new_folder
 
 NUM_VALIDATION_IMAGES = 200
 # Two shards for the training set: small enough to look at, more than one so that nothing relies on there being one.
@@ -42,7 +43,8 @@ def build_easy_vqa(out: Path) -> None:
         StorageError: No space or no permission.
     """
     package = _open_package()
-    replace_folder(out / "easy-vqa", lambda folder: _write(folder, package=package))
+    with new_folder(out / "easy-vqa") as folder:
+        _write(folder, package=package)
     held_out = f"; the {NUM_VALIDATION_IMAGES} training images with the lowest sha256 of easy-vqa-val/<number>"
     others = f"; all training images but the {NUM_VALIDATION_IMAGES} of easy-vqa-val"
     write_snapshot_manifest(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from manyeyes.data.shards import read_shard_metadata, storage_error
+from manyeyes.data.shards import read_shard_metadata
 from manyeyes.data.snapshot import (
     MANIFEST,
     DatasetEntry,
@@ -23,9 +21,9 @@ from manyeyes.data.snapshot import (
     ShardEntry,
     SnapshotManifest,
     hash_file,
-    write_json_atomically,
 )
 from manyeyes.errors import SnapshotError
+from manyeyes.storage import new_folder, write_file
 
 _SHARD = re.compile(r"(?P<split>[a-z0-9-]+)-\d{5}\.parquet")
 
@@ -88,7 +86,7 @@ def write_snapshot_manifest(folder: Path, *, provenance: Mapping[str, Provenance
             if part.is_dir()
         },
     )
-    write_json_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    write_file(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 
@@ -114,33 +112,9 @@ def add_pretrained(
             "Make them: manyeyes step pretrain_language_model, manyeyes step pretrain_encoder",
         )
     for name in names:
-        replace_folder(folder / "pretrained" / name, functools.partial(_copy_files, parts / name))
+        with new_folder(folder / "pretrained" / name) as new:
+            _copy_files(parts / name, new)
     return write_snapshot_manifest(folder, provenance=provenance)
-
-
-def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a folder beside ``path`` and put it in its place once it is whole.
-
-    Args:
-        path: The folder to make or to replace.
-        fill: Writes the content into the empty folder that it is given.
-
-    Raises:
-        StorageError: No space or no permission; ``path`` is as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        fill(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from manyeyes.data.contamination.samples import read_samples
 from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image
-from manyeyes.storage import storage_errors
+from manyeyes.storage import new_file
 
 VERSION = 1
 THUMBNAIL = 64
@@ -106,12 +106,8 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
                 rows["sha256"][place], rows["hash"][place], rows["mirrored"][place], rows["entropy"][place] = facts
             parts.append(rows)
     found = np.concatenate(parts) if parts else np.zeros(0, DTYPE)
-    with storage_errors(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f".{kept.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, found)
-        partial.replace(kept)
+    with new_file(kept) as file, file.open("wb") as stream:
+        np.save(stream, found)
     return found
 
 

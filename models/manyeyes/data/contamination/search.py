@@ -17,10 +17,10 @@ from manyeyes.data.contamination.findings import ContaminationReport, DatasetFin
 from manyeyes.data.contamination.fingerprints import fingerprint_shard
 from manyeyes.data.contamination.samples import read_samples
 from manyeyes.data.quarantine import CONTAMINATED_FILE, QuarantinedSample, write_quarantine
-from manyeyes.data.snapshot import Snapshot, hash_file, write_json_atomically
+from manyeyes.data.snapshot import Snapshot, hash_file
 from manyeyes.errors import SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
-from manyeyes.storage import storage_errors
+from manyeyes.storage import storage_errors, write_file
 
 _EXAMPLES = 6  # of each kind, in the report
 
@@ -129,11 +129,11 @@ def find_contamination(
         )
     else:
         (out_dir / CONTAMINATED_FILE).unlink(missing_ok=True)
-    write_json_atomically(out_dir / "pairs.jsonl", "".join(pair.model_dump_json() + "\n" for pair in pairs))
+    write_file(out_dir / "pairs.jsonl", "".join(pair.model_dump_json() + "\n" for pair in pairs))
     pictures = _read_pictures(report.examples, [*trained, *judged])
-    write_json_atomically(out_dir / "contamination.html", render_contamination(report, pictures=pictures))
-    write_json_atomically(out_dir / "contamination.md", report.as_markdown())
-    write_json_atomically(out_dir / "contamination.json", report.model_dump_json(indent=2) + "\n")
+    write_file(out_dir / "contamination.html", render_contamination(report, pictures=pictures))
+    write_file(out_dir / "contamination.md", report.as_markdown())
+    write_file(out_dir / "contamination.json", report.model_dump_json(indent=2) + "\n")
     return report
 
 

@@ -32,7 +32,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 from manyeyes.errors import EvaluationError, StorageError
-from manyeyes.evaluation.output import write_file
+from manyeyes.storage import write_file
 
 GIGABYTE = 1 << 30
 

@@ -16,13 +16,14 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from manyeyes.errors import StorageError
 from manyeyes.evaluation.answering.answer_cache import GIGABYTE, Complaint, cached_files, read_limit, touch
 from manyeyes.runtime.vision import WINDOWS, ImageTokens
+from manyeyes.storage import write_file
 
 MEMORY_LIMIT = "MANYEYES_ENCODER_CACHE_MEMORY_GB"
 DISK_LIMIT = "MANYEYES_ENCODER_CACHE_DISK_GB"
@@ -206,19 +207,16 @@ class _TokenFiles:
             return
         started = time.perf_counter()
         path = self._path(sha256)
-        temporary = path.with_name(f".{path.name}-{uuid4().hex}")
         try:
             content = _pack(tokens)
             if not self._make_room(len(content)):
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed: a file that a power failure cuts is found damaged, and made again.
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
+            write_file(path, content, flush=False)
+        except (OSError, StorageError) as error:
             self._closed = True
-            self._refused.say(f"no more is written, {error.strerror}", path)
-            _remove(temporary)
+            reason = error.strerror if isinstance(error, OSError) else error.found
+            self._refused.say(f"no more is written, {reason}", path)
             return
         self._encoding_s += seconds
         self._writing_s += time.perf_counter() - started

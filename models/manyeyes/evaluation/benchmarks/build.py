@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manyeyes.data.builders.manifest import Provenance, replace_folder, write_snapshot_manifest
+from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.shards import BYTES_PER_SHARD, ROWS_PER_GROUP
 from manyeyes.errors import EvaluationError, SourceError
 from manyeyes.evaluation.benchmarks.benchmark import (
@@ -28,6 +28,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
 )
 from manyeyes.evaluation.benchmarks.items import check_columns
 from manyeyes.evaluation.benchmarks.source_files import find_files
+from manyeyes.storage import new_folder
 
 _SPLIT = re.compile(r"[a-z0-9-]+")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -74,11 +75,9 @@ def build_benchmark(
         taken, tables = found.describe(parquet), _read_parquet(found.files)
     apart = None if images is None else find_files(row, images, split=split, config=row.images_config).files
 
-    def fill(folder: Path) -> None:
+    with new_folder(out / row.name) as folder:
         joined = _with_images(row, tables, apart, split=split, from_hub=parquet is None)
         _write(folder, row, _checked(row, joined, is_scored=split == row.split), split=split)
-
-    replace_folder(out / row.name, fill)
     dataset = row.dataset if split == row.split else f"{row.name}-{split}"
     write_snapshot_manifest(out, provenance={dataset: Provenance(row.licence, source, layout="hub")})
     return taken

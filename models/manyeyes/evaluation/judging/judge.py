@@ -32,8 +32,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.output import write_file
 from manyeyes.recipe.recipe import JudgeSpec
+from manyeyes.storage import write_file
 
 _LONGEST_REPLY = 4 << 20
 _THOUGHTS = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
@@ -462,4 +462,4 @@ class Judge:
     def _keep(self, key: str, reply: Reply) -> None:
         if self._cache is not None:
             kept = _Kept(text=reply.text, model=reply.model)
-            write_file(self._cache / key[:2] / f"{key}.json", kept.model_dump_json().encode())
+            write_file(self._cache / key[:2] / f"{key}.json", kept.model_dump_json())

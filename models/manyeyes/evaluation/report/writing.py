@@ -11,7 +11,6 @@ from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark
 from manyeyes.evaluation.outcomes import Outcome
-from manyeyes.evaluation.output import write_file
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion, compare_scorecard, weigh_cost
 from manyeyes.evaluation.report.contents import (
     BenchmarkDetails,
@@ -28,6 +27,7 @@ from manyeyes.evaluation.report.reproduction import describe_reproduction
 from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render_turns
+from manyeyes.storage import write_file
 
 __all__ = ["NO_CHAMPION", "Champion", "Report", "build_report", "read_report", "write_report"]
 
@@ -212,7 +212,7 @@ def write_report(
         StorageError: No space, or no permission.
     """
     report = build_report(scorecard, outcomes, benchmarks, recipe=recipe, champion=champion, reproduction=reproduction)
-    write_file(folder / "report.html", render_html(report, read_pictures(report, benchmarks)).encode())
-    write_file(folder / "report.md", render_markdown(report).encode())
-    write_file(folder / "report.json", report.model_dump_json(indent=2).encode() + b"\n")
+    write_file(folder / "report.html", render_html(report, read_pictures(report, benchmarks)))
+    write_file(folder / "report.md", render_markdown(report))
+    write_file(folder / "report.json", report.model_dump_json(indent=2) + "\n")
     return report
