@@ -14,7 +14,6 @@ snapshot or a package has its digest already.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
@@ -23,7 +22,7 @@ from typing import Any
 
 from manyeyes.errors import RecipeError, SourceError, did_you_mean
 from manyeyes.recipe import Recipe, change_recipe
-from manyeyes.storage import content_digest
+from manyeyes.storage import content_digest, hash_file
 
 SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
 
@@ -207,8 +206,7 @@ def _resolve_package(source: str, rest: str) -> Path:
             f'source "{source}" needs it',
             did_you_mean(file, [str(entry) for entry in distribution.files or []]),
         )
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = hash_file(path)
     if found != digest:
         raise SourceError(
             f"{path} has sha256 {found}",

@@ -16,11 +16,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
-from manyeyes.errors import SourceError, StorageError
+from manyeyes.errors import LockedError, SourceError, StorageError
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 # A file where a folder must be, a folder where a file must be, a name that is too long, a circle of links, a mount.
@@ -150,6 +151,67 @@ def folder_beside(out: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{out.name[:_SHOWN_CHARACTERS]}-", dir=out.parent))
 
 
+@contextmanager
+def file_lock(path: Path, *, taken: Callable[[str], LockedError] | None = None) -> Iterator[None]:
+    """Own a file among processes; the system lets go when this process ends, however it ends.
+
+    Args:
+        path: The lock file, which stays; its folder is made when missing.
+        taken: Makes the refusal from the owner's process id, which the file then holds. None to wait instead.
+
+    Raises:
+        LockedError: Another process owns it, and ``taken`` was given.
+        StorageError: No space or no permission.
+    """
+    import fcntl  # Windows has none, and bundles run there
+
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if taken is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            assert taken is not None
+            raise taken(os.pread(descriptor, 32, 0).decode().strip() or "unknown") from error
+        if taken is not None:
+            with storage_errors(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def wait_for_release(path: Path) -> None:
+    """Block until no process owns the lock file."""
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where that cannot be; for files that nobody edits in place.
+
+    Args:
+        source: The file, or a link to it.
+        target: Replaced when it is there.
+    """
+    source, target = Path(source).resolve(), Path(target)
+    if target.exists() and target.samefile(source):
+        return
+    # Never written into: it may be a second name of something else.
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def check_out(out: Path, *, file: bool = False) -> None:
     """That something can be written there, before hours of work go into it; makes nothing.
 
@@ -261,7 +323,7 @@ def _raise(error: OSError) -> None:
 def _file_digest(path: Path) -> str:
     before = path.stat()
     if before.st_size < _LARGE_BYTES:
-        return _read(path)
+        return hash_file(path)
     facts = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
     key = hashlib.sha256(f"{path.resolve()} {facts}".encode(errors="surrogateescape")).hexdigest()
     kept = cache_dir() / "contents" / key[:2] / key
@@ -270,7 +332,7 @@ def _file_digest(path: Path) -> str:
         if re.fullmatch(r"[0-9a-f]{64}", known):
             return known
     settled = time.time() - max(before.st_mtime, before.st_ctime) > _SETTLED_S
-    digest = _read(path)
+    digest = hash_file(path)
     after = path.stat()
     if settled and facts == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
         # Where nothing can be written, the file is read again next time.
@@ -279,6 +341,7 @@ def _file_digest(path: Path) -> str:
     return digest
 
 
-def _read(path: Path) -> str:
+def hash_file(path: Path, algorithm: Literal["md5", "sha256"] = "sha256") -> str:
+    """Hexadecimal digest of a file's bytes, which are read each time."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 
+import manyeyes
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.main import cli
-from manyeyes.errors import StorageError
-from manyeyes.storage import check_out, is_there, new_folder, replaceable, write_file
+from manyeyes.errors import LockedError, StorageError
+from manyeyes.storage import (
+    check_out,
+    file_lock,
+    is_there,
+    link_or_copy,
+    new_file,
+    new_folder,
+    replaceable,
+    wait_for_release,
+    write_file,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +208,67 @@ def test_there_is_a_case_for_every_command_with_an_out() -> None:
         if any(isinstance(parameter.type, OutPath) for parameter in command.params)
     }
     assert checked == set(COMMANDS)
+
+
+def test_a_text_is_written_as_utf_8_and_others_may_read_it(place: Path) -> None:
+    write_file(place / "new" / "x.json", "ö\n", flush=False)
+    assert (place / "new" / "x.json").read_bytes() == b"\xc3\xb6\n"
+    assert (place / "new" / "x.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_interrupted_file_leaves_what_was_there(place: Path) -> None:
+    def interrupted() -> None:
+        with new_file(place / "file") as file:
+            file.write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (place / "file").read_text(encoding="utf-8") == "a file"
+    assert not list(place.glob(".*"))
+
+
+def test_a_taken_lock_is_refused_with_its_owner_until_the_owner_ends(place: Path) -> None:
+    def taken(owner: str) -> LockedError:
+        return LockedError(f"process {owner}", "one", "Wait.")
+
+    script = (
+        "import sys, pathlib\nfrom manyeyes.errors import LockedError\nfrom manyeyes.storage import file_lock\n"
+        "with file_lock(pathlib.Path('new/lock'), taken=lambda owner: LockedError(owner, '', '')):\n"
+        "    print('mine', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"mine\n"
+        with pytest.raises(LockedError, match=f"process {owner.pid};"), file_lock(Path("new/lock"), taken=taken):
+            pytest.fail("two own it")
+        owner.kill()
+    wait_for_release(Path("new/lock"))
+    with file_lock(Path("new/lock"), taken=taken):
+        assert (place / "new" / "lock").read_text(encoding="utf-8") == f"{os.getpid()}\n"
+
+
+def test_a_linked_file_takes_no_second_space_and_what_lay_there_keeps_its_other_name(place: Path) -> None:
+    (place / "kept").hardlink_to(place / "file")
+    link_or_copy(place / "to-full" / "thesis.txt", place / "file")
+    link_or_copy(place / "to-full" / "thesis.txt", place / "file")
+    assert (place / "file").samefile(place / "full" / "thesis.txt")
+    assert (place / "kept").read_text(encoding="utf-8") == "a file"
+
+
+def test_a_file_is_copied_where_it_cannot_be_linked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr("manyeyes.storage.os.link", refuse)
+    link_or_copy(place / "file", place / "copy")
+    assert (place / "copy").read_text(encoding="utf-8") == "a file"
+    assert not (place / "copy").samefile(place / "file")
+
+
+@pytest.mark.parametrize("call", ["fcntl.", "os.link(", "mkstemp(", "file_digest("])
+def test_no_other_module_does_what_is_done_in_one_place(call: str) -> None:
+    found = {
+        path.name for path in Path(manyeyes.__file__).parent.rglob("*.py") if call in path.read_text(encoding="utf-8")
+    }
+    assert found == {"storage.py"}

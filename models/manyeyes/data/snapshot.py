@@ -8,13 +8,10 @@ keeps the folder under ``<cache>/snapshots/<md5>``. A broken-off download goes o
 from __future__ import annotations
 
 import configparser
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -27,6 +24,7 @@ from manyeyes.data.download import download_folder, normalise_md5
 from manyeyes.data.remote import open_remote
 from manyeyes.data.shards import storage_error
 from manyeyes.errors import SnapshotError, did_you_mean
+from manyeyes.storage import file_lock, hash_file
 
 _Entry = TypeVar("_Entry")
 
@@ -150,8 +148,7 @@ def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
     path = cache_dir / "snapshots" / md5
     if not path.is_dir():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.parent / f"{md5}.lock"):
+            with file_lock(path.parent / f"{md5}.lock"):
                 if not path.is_dir():
                     download_folder(md5, remote=open_remote(remote), path=path)
         except OSError as error:
@@ -187,12 +184,6 @@ def hash_folder(path: Path) -> str:
         hashes = pool.map(lambda relpath: hash_file(path / relpath, "md5"), files)
         listing = [{"md5": md5, "relpath": relpath} for relpath, md5 in zip(files, hashes, strict=True)]
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
-
-
-def hash_file(path: Path, algorithm: Literal["md5", "sha256"]) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def read_dvc_file(path: Path) -> DvcOutput:
@@ -308,10 +299,3 @@ def _check_size(path: Path, expected: int) -> None:
             f"{expected} bytes, as the manifest says" + (": it is truncated" if found and found < expected else ""),
             "Delete the snapshot's folder and run again to fetch it anew, or build it again.",
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from manyeyes.data.profile import FitCheck, build_profile
 from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
-from manyeyes.data.snapshot import Snapshot, hash_file
+from manyeyes.data.snapshot import Snapshot
 from manyeyes.data.validation_page import render_validation
 from manyeyes.data.validation_report import ExpectationOutcome, Severity, ValidationReport
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
-from manyeyes.storage import new_file, write_file
+from manyeyes.storage import hash_file, new_file, write_file
 
 _EXAMPLES = 5
 
@@ -274,7 +274,7 @@ def _explain_missing_column(expectation: SuiteExpectation, column: str, profile:
 def _check_shards(snapshot: Snapshot, dataset: str) -> None:
     for shard in snapshot.dataset(dataset).shards:
         path = snapshot.path / shard.path
-        found = hash_file(path, "sha256")
+        found = hash_file(path)
         if found != shard.sha256:
             raise SnapshotError(
                 f"shard {path} has sha256 {found}",

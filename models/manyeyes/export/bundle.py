@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -26,7 +25,7 @@ from manyeyes.runtime.bundle_contents import (
     read_part,
 )
 from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
-from manyeyes.storage import new_folder
+from manyeyes.storage import hash_file, new_folder
 
 
 def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str, code_digest: str) -> BundleManifest:
@@ -138,6 +137,4 @@ def _save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
 
 
 def _describe_file(file: Path) -> BundleFile:
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return BundleFile(sha256=sha256, bytes=file.stat().st_size)
+    return BundleFile(sha256=hash_file(file), bytes=file.stat().st_size)

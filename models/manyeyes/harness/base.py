@@ -15,7 +15,6 @@ A step also ends with the runner that started it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
 import hashlib
 import importlib
@@ -47,7 +46,7 @@ from manyeyes.harness.events import (
     result_tags,
 )
 from manyeyes.pages import markdown_table, step_page
-from manyeyes.storage import write_file
+from manyeyes.storage import wait_for_release, write_file
 from manyeyes.terminal import replace_unknown_characters
 
 # Seconds that a note counts; a profile with retries sets it. A run that somebody retries by hand later starts afresh.
@@ -103,8 +102,7 @@ def die_with_runner(*, exit_code: int) -> None:
 
 def wait_for_runner_death(lock: Path, then: Callable[[], None]) -> None:
     """Block until the process that holds ``lock`` is gone, then call ``then``."""
-    descriptor = os.open(lock, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    wait_for_release(lock)
     then()
 
 

@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from manyeyes.storage import hash_file
+
 _SUFFIXES = (".py", ".json", ".typed")
 
 
@@ -30,7 +32,7 @@ def code_digest(*, constraints: Path = Path("constraints.txt")) -> str:
     total = hashlib.sha256()
     for path in files:
         total.update(path.relative_to(package).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(path.read_bytes()).digest())
+        total.update(bytes.fromhex(hash_file(path)))
     if constraints.is_file():
         total.update(b"constraints\0" + constraints.read_bytes())
     return total.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from manyeyes.harness.events import ErrorReport, Event, EventReader
 from manyeyes.harness.summary import RunSummary, write_summary
 from manyeyes.kubeflow.pipeline import REQUEST_FILE, RunRequest
 from manyeyes.kubeflow.summarise import summarise
+from manyeyes.storage import file_lock
 from manyeyes.telemetry import OFF
 from manyeyes.terminal import UTF8_CHILD, replace_unknown_characters
 
@@ -288,8 +288,7 @@ def _run_child(
         view.update(new)
 
     # Held as long as this process lives: the steps end when the kernel frees it.
-    with lock.open("wb") as held, (run_dir / "pipeline.log").open("ab") as log, _signals_noted() as signals:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with file_lock(lock), (run_dir / "pipeline.log").open("ab") as log, _signals_noted() as signals:
         # A process group of its own: Ctrl-C reaches this process alone, which then ends the steps in order.
         child = subprocess.Popen(
             [sys.executable, "-m", "manyeyes.kubeflow.pipeline", str(run_dir)],
@@ -363,24 +362,15 @@ def _find_error(events: list[Event], run_dir: Path, code: int) -> ErrorReport:
     )
 
 
-@contextmanager
-def _checkout_lock(runs: Path) -> Iterator[None]:
-    path = runs / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise LockedError(
-                f"another run, process {owner}, works in {runs.parent}",
-                "one run at a time in a checkout",
-                f"Wait for it, end it with: kill {owner}, or use another checkout.",
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def _checkout_lock(runs: Path) -> AbstractContextManager[None]:
+    def taken(owner: str) -> LockedError:
+        return LockedError(
+            f"another run, process {owner}, works in {runs.parent}",
+            "one run at a time in a checkout",
+            f"Wait for it, end it with: kill {owner}, or use another checkout.",
+        )
+
+    return file_lock(runs / ".lock", taken=taken)
 
 
 def _make_run_dir(runs: Path, name: str, began: float) -> Path:

@@ -5,7 +5,6 @@ A version of a pipeline is named after code and image and uploaded once; a recur
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint
 from manyeyes.kubeflow.endpoint_runs import EXPERIMENT
 from manyeyes.kubeflow.pipeline import compile_pipeline, image_digest
 from manyeyes.kubeflow.profiles import load_profile
+from manyeyes.storage import hash_file
 
 # What a compiled pipeline is made of.
 _SOURCES = ("pipelines", "components", "models", "infra/profiles")
@@ -66,7 +66,7 @@ def upload_pipeline(endpoint: Endpoint, name: str, *, image: str, profile: str =
     settings = load_profile(profile, root=root) if profile else None
     with tempfile.TemporaryDirectory() as folder:
         file = compile_pipeline(name, Path(folder) / f"{name}.yaml", root=root, image=image, profile=settings)
-        content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        content = hash_file(file)[:16]
         commit, dirty = code_state(root)
         version = version_name(commit, digest, changed=content if dirty else "")
         pipeline_id = _pipeline_id(endpoint, name)

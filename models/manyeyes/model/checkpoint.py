@@ -35,7 +35,7 @@ from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
 from manyeyes.runtime.tokenizer import library_errors
 from manyeyes.sources import resolve_source
-from manyeyes.storage import new_folder
+from manyeyes.storage import hash_file, new_folder
 from manyeyes.tokenizer_files import load_tokenizer
 
 MANIFEST = "checkpoint.json"
@@ -200,7 +200,7 @@ def write_manifest(folder: Path) -> str:
     Returns:
         The checkpoint's digest.
     """
-    files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {str(file.relative_to(folder)): hash_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     manifest = CheckpointManifest(files=files, digest=_digest(files))
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest.digest
@@ -308,7 +308,7 @@ def checkpoint_digest(path: Path) -> str:
     absent = [name for name in manifest.files if not (path / name).is_file()]
     if absent:
         raise CheckpointError(f"{path} lacks {', '.join(absent)}", "all its files are needed", "Copy it again, whole.")
-    found = {name: _sha256(path / name) for name in manifest.files}
+    found = {name: hash_file(path / name) for name in manifest.files}
     changed = [name for name, digest in manifest.files.items() if found[name] != digest]
     if changed or _digest(found) != manifest.digest:
         raise CheckpointError(
@@ -354,11 +354,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(files: dict[str, str]) -> str:

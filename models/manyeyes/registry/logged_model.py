@@ -20,6 +20,7 @@ from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
 from manyeyes.registry.tracking import Tracking
+from manyeyes.storage import link_or_copy
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -56,10 +57,10 @@ def log_model(
     with tempfile.TemporaryDirectory(prefix="manyeyes-register-") as name:
         staging = Path(name)
         # MLflow names artifact folders after their last path component, and follows no symbolic link out of them.
-        shutil.copytree(bundle, staging / "bundle", copy_function=_link_or_copy)
+        shutil.copytree(bundle, staging / "bundle", copy_function=link_or_copy)
         (staging / "evidence").mkdir()
         for target, path in evidence.items():
-            _link_or_copy(path, staging / "evidence" / target)
+            link_or_copy(path, staging / "evidence" / target)
         (staging / "evidence" / "gate.html").write_text(render_gate_html(report), encoding="utf-8")
         (staging / "evidence" / "gate.md").write_text(render_gate_markdown(report), encoding="utf-8")
         with registry_errors(), _quiet_mlflow() as pyfunc:
@@ -114,13 +115,6 @@ def _quiet_mlflow() -> Iterator[Any]:
     finally:
         if injected is not None:
             os.environ["MLFLOW_RUN_ID"] = injected
-
-
-def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def log_scores(tracking: Tracking, run_id: str, model_id: str, score: Scorecard) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any, Literal
 
 from manyeyes.data.remote import Remote, open_remote
 from manyeyes.errors import BundleError, CheckpointError, SnapshotError
-from manyeyes.storage import is_there, new_folder
+from manyeyes.storage import is_there, link_or_copy, new_folder
 
 BUNDLE_MANIFEST, CHECKPOINT_MANIFEST = "manifest.json", "checkpoint.json"
 Kind = Literal["torch", "bundle"]
@@ -138,10 +136,7 @@ def _copy(place: str, name: str, target: Path) -> None:
             raise CheckpointError(
                 f"{place} lacks {name}", "every file that its manifest names", "Copy it again, whole."
             )
-        try:
-            os.link(source.resolve(), target)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(source, target)
+        link_or_copy(source, target)
         return
     with _opened(place) as remote, target.open("wb") as file:
         for chunk in remote.stream(name, offset=0, what=name):

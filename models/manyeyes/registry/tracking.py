@@ -9,7 +9,6 @@ joins that run and leaves its life to Kubeflow.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -18,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from manyeyes.errors import RegistryError
+from manyeyes.errors import RegistryError, StorageError
 from manyeyes.registry.mlflow_errors import (
     REQUEST,
     asked_once,
@@ -41,6 +40,7 @@ from manyeyes.registry.mlflow_errors import (
     unreachable,
     without_password,
 )
+from manyeyes.storage import file_lock
 
 EXPERIMENT = "manyeyes"
 PROBE_TIMEOUT_S = 5
@@ -281,13 +281,11 @@ def _create_run(tracking: Tracking, run_name: str, tags: dict[str, str]) -> str:
 @contextmanager
 def _initialising(database: Path) -> Iterator[None]:
     """One process at a time: two that create the tables at once fail each other."""
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        lock = (database.parent / f".{database.name}.lock").open("wb")
-    except OSError as error:
-        raise unreachable(f"sqlite:///{database}", str(error)) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(database.parent / f".{database.name}.lock"))
+        except (OSError, StorageError) as error:
+            raise unreachable(f"sqlite:///{database}", str(error.__cause__ or error)) from error
         if database.exists():
             _probe_sqlite(database)
         yield

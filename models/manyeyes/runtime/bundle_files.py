@@ -9,6 +9,7 @@ from typing import Any
 
 from manyeyes.errors import BundleError
 from manyeyes.runtime.bundle_contents import FORMAT_VERSION, BundleManifest, read_object, read_part
+from manyeyes.storage import hash_file
 
 VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
 TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
@@ -70,8 +71,7 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: b
             )
         if not sha256:
             continue
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hash_file(file)
         if digest != expected.get("sha256"):
             raise BundleError(
                 f"{name} has sha256 {digest}", f"{MANIFEST} says {expected.get('sha256')}", "Pull or export it again."

@@ -6,7 +6,6 @@ its authors did not foresee, and for some files it ends the process. So a file i
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tokenizers import Encoding, Tokenizer
 from manyeyes.errors import ManyEyesError, RecordError
 from manyeyes.runtime.json_files import read_json_file
 from manyeyes.runtime.memory import memory_limit
+from manyeyes.storage import hash_file
 
 _TRIAL_S = 120
 # Arguments: the file, and the most memory to take, in bytes.
@@ -59,8 +59,7 @@ def read_tokenizer(file: Path, *, error: type[ManyEyesError]) -> Tokenizer:
     values = read_json_file(file, error=error)
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise error(f"{file} has no model", "a tokenizer.json of the library tokenizers", "Fetch it again.")
-    with file.open("rb") as stream:
-        problem = _try_in_a_process(file, hashlib.file_digest(stream, "sha256").hexdigest())
+    problem = _try_in_a_process(file, hash_file(file))
     if problem:
         raise error(f"{file} {problem}", "a tokenizer that can be read is needed", "Do not use it; fetch it again.")
     with library_errors(error, found=f"{file} is no tokenizer"):

@@ -40,6 +40,7 @@ from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
 from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.kept import kept
 from manyeyes.steps.resolve_data import read_recipe
+from manyeyes.storage import hash_file
 
 if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRun
@@ -328,7 +329,7 @@ def kept_estimate(recipe: Recipe, data: RemoteData | None) -> RecipeEstimate:
             return estimate(recipe, snapshot_path=folder).model_dump_json()
 
         # A file that is not there is refused where it is read.
-        digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else "none"
+        digest = hash_file(config) if config.is_file() else "none"
         return RecipeEstimate.model_validate_json(kept("estimates", recipe.digest, digest, make=make))
 
 

@@ -12,6 +12,7 @@ from manyeyes.harness.inputs import is_absent
 from manyeyes.harness.stage import HEAVY, train_stage
 from manyeyes.recipe import parse_recipe
 from manyeyes.steps.pretrain_projector import by_encoder
+from manyeyes.storage import link_or_copy
 
 
 def sft(
@@ -51,7 +52,7 @@ def sft(
             raise RecipeError(
                 f'recipe "{recipe.name}" has neither pretrain nor sft', "a stage that makes a model", "Add stages.sft."
             )
-        shutil.copytree(pretrained, checkpoint, dirs_exist_ok=True)
+        shutil.copytree(pretrained, checkpoint, copy_function=link_or_copy, dirs_exist_ok=True)
         return StepResult("not in this recipe", markdown="This recipe has no sft stage; pretrain's model is kept.\n")
     return train_stage(
         reporter,

@@ -6,10 +6,8 @@ once the stage is complete, ``done`` with its result.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from manyeyes.errors import LockedError, StorageError
-from manyeyes.storage import new_folder, storage_errors
+from manyeyes.storage import file_lock, new_folder, storage_errors
 
 KEPT = 2
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -60,27 +58,19 @@ def stage_lock(folder: Path) -> Iterator[None]:
         LockedError: Another process trains this stage.
         StorageError: No space or no permission.
     """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
-            raise LockedError(
-                f"process {owner} trains this stage in {folder}",
-                "one process at a time",
-                f"Wait for it, or stop it with: kill {owner}",
-            ) from error
+
+    def taken(owner: str) -> LockedError:
+        return LockedError(
+            f"process {owner} trains this stage in {folder}",
+            "one process at a time",
+            f"Wait for it, or stop it with: kill {owner}",
+        )
+
+    with file_lock(folder / "lock", taken=taken):
         with storage_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             for half_written in folder.glob(".*"):  # by an owner that was killed
                 shutil.rmtree(half_written)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def save_running(

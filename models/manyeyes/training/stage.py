@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from manyeyes.model import (
 )
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.sources import pin_recipe
-from manyeyes.storage import new_folder
+from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
@@ -381,7 +380,7 @@ def _load_encoder(model: ManyEyesForConditionalGeneration, name: str, path: Path
 def _read_encoder_facts(path: Path) -> EncoderFacts:
     try:
         facts = EncoderFacts.model_validate_json((path / ENCODER_FACTS).read_text(encoding="utf-8"))
-        found = hashlib.sha256((path / ENCODER_WEIGHTS).read_bytes()).hexdigest()
+        found = hash_file(path / ENCODER_WEIGHTS)
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"{path} is not a prealigned encoder ({error})", f"{ENCODER_FACTS} and {ENCODER_WEIGHTS}", "Run prealign."
@@ -399,4 +398,4 @@ def _copy(source: Path, out: Path) -> None:
             if file.is_file():
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+                link_or_copy(file, target)

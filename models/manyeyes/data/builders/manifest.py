@@ -20,10 +20,9 @@ from manyeyes.data.snapshot import (
     PretrainedEntry,
     ShardEntry,
     SnapshotManifest,
-    hash_file,
 )
 from manyeyes.errors import SnapshotError
-from manyeyes.storage import new_folder, write_file
+from manyeyes.storage import hash_file, new_folder, write_file
 
 _SHARD = re.compile(r"(?P<split>[a-z0-9-]+)-\d{5}\.parquet")
 
@@ -154,7 +153,7 @@ def _describe_dataset(paths: list[Path], *, folder: Path, provenance: Provenance
     shards = tuple(
         ShardEntry(
             path=path.relative_to(folder).as_posix(),
-            sha256=hash_file(path, "sha256"),
+            sha256=hash_file(path),
             rows=(read_shard_metadata(path) if is_records else pq.read_metadata(path)).num_rows,
             bytes=path.stat().st_size,
         )
@@ -192,7 +191,7 @@ def _count_images(path: Path) -> int:
 def _describe_part(part: Path, *, folder: Path, provenance: Provenance) -> PretrainedEntry:
     return PretrainedEntry(
         path=part.relative_to(folder).as_posix(),
-        files={file.name: hash_file(file, "sha256") for file in sorted(part.iterdir()) if file.is_file()},
+        files={file.name: hash_file(file) for file in sorted(part.iterdir()) if file.is_file()},
         licence=provenance.licence,
         how=provenance.source,
     )

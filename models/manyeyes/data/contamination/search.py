@@ -17,10 +17,10 @@ from manyeyes.data.contamination.findings import ContaminationReport, DatasetFin
 from manyeyes.data.contamination.fingerprints import fingerprint_shard
 from manyeyes.data.contamination.samples import read_samples
 from manyeyes.data.quarantine import CONTAMINATED_FILE, QuarantinedSample, write_quarantine
-from manyeyes.data.snapshot import Snapshot, hash_file
+from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
-from manyeyes.storage import storage_errors, write_file
+from manyeyes.storage import hash_file, storage_errors, write_file
 
 _EXAMPLES = 6  # of each kind, in the report
 
@@ -50,7 +50,7 @@ def open_source(name: str, *, snapshot: Snapshot) -> Source:
         )
     if digest:
         open_pinned(f"{name}#sha256={digest}")
-    return Source(path.stem, tuple((file, hash_file(file, "sha256")) for file in files))
+    return Source(path.stem, tuple((file, hash_file(file)) for file in files))
 
 
 def find_contamination(
