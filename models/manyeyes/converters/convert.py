@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -30,6 +30,7 @@ from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.templates import CHAT_TEMPLATES
 from manyeyes.sources import resolve_source
 from manyeyes.storage import new_folder
+from manyeyes.strict import StrictModel
 from manyeyes.tokenizer_files import load_published_tokenizer
 
 REPORT = "conversion.json"
@@ -37,10 +38,8 @@ _FETCHED = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
 _ENCODER_KEY = "encoders."
 
 
-class ConversionReport(BaseModel):
+class ConversionReport(StrictModel):
     """``conversion.json``: where every tensor of a converted checkpoint came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     system: str = Field(description="Published layout that it was.")
     template: str = Field(description="Chat template; a row of CHAT_TEMPLATES.")

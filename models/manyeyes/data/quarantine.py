@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from manyeyes.errors import DataError
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 QUARANTINE_FILE, CONTAMINATED_FILE = "quarantine.jsonl", "contaminated.jsonl"
 
 
-class QuarantinedSample(BaseModel):
+class QuarantinedSample(StrictModel):
     """One line of ``quarantine.jsonl`` and of ``contaminated.jsonl``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str = Field(description="Its data set.")
     row: int = Field(ge=0, description="Its place in the data set, from 0 over all shards: what training goes by.")

@@ -18,24 +18,21 @@ from typing import Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.data.download import download_folder, normalise_md5
 from manyeyes.data.remote import open_remote
 from manyeyes.data.shards import storage_error
 from manyeyes.errors import SnapshotError, did_you_mean
 from manyeyes.storage import file_lock, hash_file
+from manyeyes.strict import StrictModel
 
 _Entry = TypeVar("_Entry")
 
 MANIFEST = "manifest.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ShardEntry(_Strict):
+class ShardEntry(StrictModel):
     """One Parquet shard."""
 
     path: str = Field(description="Relative to the snapshot, with forward slashes.")
@@ -44,7 +41,7 @@ class ShardEntry(_Strict):
     bytes: int = Field(ge=0, description="Size of the file in bytes.")
 
 
-class DatasetEntry(_Strict):
+class DatasetEntry(StrictModel):
     """One data set: the records of some shards."""
 
     shards: tuple[ShardEntry, ...] = Field(description="In order.")
@@ -57,7 +54,7 @@ class DatasetEntry(_Strict):
     )
 
 
-class PretrainedEntry(_Strict):
+class PretrainedEntry(StrictModel):
     """A pretrained part that travels with the snapshot."""
 
     path: str = Field(description="Folder, relative to the snapshot.")
@@ -66,7 +63,7 @@ class PretrainedEntry(_Strict):
     how: str = Field(description="The command that made it.")
 
 
-class SnapshotManifest(_Strict):
+class SnapshotManifest(StrictModel):
     """``manifest.json`` of a snapshot: what is in it, and the sha256 of every file that matters."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

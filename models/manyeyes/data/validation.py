@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.data.profile import FitCheck, build_profile
 from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
@@ -23,6 +23,7 @@ from manyeyes.data.validation_report import ExpectationOutcome, Severity, Valida
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
 from manyeyes.storage import hash_file, new_file, write_file
+from manyeyes.strict import StrictModel
 
 _EXAMPLES = 5
 
@@ -118,11 +119,7 @@ def read_suite(name_or_path: str) -> str:
     return resources.files("manyeyes").joinpath("data", "suites", f"{name_or_path}.json").read_text(encoding="utf-8")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SuiteExpectation(_Strict):
+class SuiteExpectation(StrictModel):
     """One expectation of a suite's JSON file."""
 
     type: str = Field(description="Of Great Expectations, for instance expect_column_values_to_be_unique.")
@@ -137,7 +134,7 @@ class SuiteExpectation(_Strict):
         return [column for column in (self.kwargs.get("column"), of_condition) if column is not None]
 
 
-class Suite(_Strict):
+class Suite(StrictModel):
     """A suite's JSON file, as Great Expectations reads it."""
 
     name: str = Field(description="Of the suite.")

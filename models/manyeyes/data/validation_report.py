@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.pages import Table, Text, render
+from manyeyes.strict import StrictModel
 
 Severity = Literal["critical", "warning", "info"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ExpectationOutcome(_Strict):
+class ExpectationOutcome(StrictModel):
     """What became of one expectation of the suite."""
 
     name: str = Field(description="Its name in the suite.")
@@ -27,7 +24,7 @@ class ExpectationOutcome(_Strict):
     explanation: str = Field(description="What is expected, in a sentence; or why it could not be checked.")
 
 
-class ValidationReport(_Strict):
+class ValidationReport(StrictModel):
     """``validation.json``: whether a snapshot is fit to train on."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

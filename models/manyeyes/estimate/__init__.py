@@ -22,16 +22,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from manyeyes.strict import StrictModel
 
 GB = 1e9
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ParameterCounts(_Strict):
+class ParameterCounts(StrictModel):
     """Parameters of the whole model, each once."""
 
     encoders: dict[str, int] = Field(description="By encoder name.")
@@ -42,7 +40,7 @@ class ParameterCounts(_Strict):
     total: int
 
 
-class StageMemory(_Strict):
+class StageMemory(StrictModel):
     """Where the memory of one stage goes, on each device, in GB (1e9 bytes)."""
 
     weights: float
@@ -53,7 +51,7 @@ class StageMemory(_Strict):
     tokens: int = Field(description="Tokens of the longest sample, visual ones included.")
 
 
-class DiskNeed(_Strict):
+class DiskNeed(StrictModel):
     """Disk space of a run, in GB (1e9 bytes)."""
 
     running: float = Field(description="Two running checkpoints of the stage that trains most.")
@@ -62,7 +60,7 @@ class DiskNeed(_Strict):
     total: float
 
 
-class RecipeEstimate(_Strict):
+class RecipeEstimate(StrictModel):
     """What a recipe needs."""
 
     parameters: ParameterCounts

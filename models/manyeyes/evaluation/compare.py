@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
@@ -22,6 +22,7 @@ from manyeyes.evaluation.results import ANSWERS, AskedScore, Results
 from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.statistics.significance import POWER, PairedTest, average_difference, compare_scores, holm
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 LEVEL = 0.05
 COMPARE_FILE = "compare.json"
@@ -29,11 +30,7 @@ COMPARE_FILE = "compare.json"
 Verdict = Literal["better", "worse", "not shown"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ComparedModel(_Strict):
+class ComparedModel(StrictModel):
     """One side of a comparison."""
 
     name: str = Field(description="As given: a folder, or a registered model.")
@@ -42,7 +39,7 @@ class ComparedModel(_Strict):
     recipe: str = Field(description="Name of the recipe; empty for answers.")
 
 
-class ComparedBenchmark(_Strict):
+class ComparedBenchmark(StrictModel):
     """One benchmark, the second model against the first."""
 
     title: str = Field(description="For people.")
@@ -69,7 +66,7 @@ class ComparedBenchmark(_Strict):
     neither: int = Field(ge=0, description="Items on which both score 0.")
 
 
-class AverageDifference(_Strict):
+class AverageDifference(StrictModel):
     """The mean over the compared benchmarks, each as percent of its maximum."""
 
     difference: float = Field(description="Second minus first; points.")
@@ -78,7 +75,7 @@ class AverageDifference(_Strict):
     detectable: float | None = Field(description="As for a benchmark; points.")
 
 
-class ModelComparison(_Strict):
+class ModelComparison(StrictModel):
     """``compare.json``: two models on the same questions."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

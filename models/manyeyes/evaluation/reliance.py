@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from manyeyes.data.snapshot import Snapshot
@@ -26,17 +26,14 @@ from manyeyes.evaluation.statistics.significance import PairedTest, compare_scor
 from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 How = Literal["zeroed", "shuffled"]
 HOWS: tuple[How, ...] = ("zeroed", "shuffled")
 RELIANCE_FILE = "reliance.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EncoderReliance(_Strict):
+class EncoderReliance(StrictModel):
     """One encoder, disturbed in one way."""
 
     encoder: str = Field(description="Its name in the recipe.")
@@ -48,7 +45,7 @@ class EncoderReliance(_Strict):
     p_holm: float = Field(ge=0, le=1, description="The same, corrected for the number of rows (Holm).")
 
 
-class BenchmarkReliance(_Strict):
+class BenchmarkReliance(StrictModel):
     """One benchmark."""
 
     title: str = Field(description="For people.")
@@ -63,7 +60,7 @@ class BenchmarkReliance(_Strict):
     encoders: tuple[EncoderReliance, ...] = Field(description="Each encoder, zeroed and shuffled.")
 
 
-class RelianceReport(_Strict):
+class RelianceReport(StrictModel):
     """``reliance.json``: what a model loses with each encoder."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark
@@ -27,6 +27,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
 from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.storage import check_out, write_file
+from manyeyes.strict import StrictModel
 
 LISTED_IDS = 20
 DEEPEST = 64
@@ -37,10 +38,8 @@ _REFERENCES = 'one object a line: {"id": ..., the benchmark\'s columns}'
 _PREDICTIONS = 'one object a line: {"id": ..., "prediction": "..."}'
 
 
-class ScoreReport(BaseModel):
+class ScoreReport(StrictModel):
     """``score.json``, and what ``manyeyes score --json`` prints."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str = Field(description="Row of BENCHMARKS.")
     variant: str = Field(description="Whose scoring: official, lmms, vlmevalkit or cambrian.")

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -20,16 +18,13 @@ from manyeyes.evaluation.judging.judge import JudgeUse
 from manyeyes.evaluation.output import read_checked
 from manyeyes.export.model_facts import ModelFacts
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 ModelKind = Literal["torch", "bundle"]
 Interval = tuple[float, float]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ScoredModel(_Strict):
+class ScoredModel(StrictModel):
     """Which model was scored."""
 
     digest: str = Field(description="Digest of the checkpoint (torch) or of the bundle.")
@@ -39,7 +34,7 @@ class ScoredModel(_Strict):
     )
 
 
-class TypeScore(_Strict):
+class TypeScore(StrictModel):
     """One answer type of a benchmark."""
 
     n: int = Field(gt=0, description="Questions of this type.")
@@ -50,7 +45,7 @@ class TypeScore(_Strict):
     chance: float = Field(ge=0, le=100, description="What blind guessing gets; percent.")
 
 
-class ConditionScore(_Strict):
+class ConditionScore(StrictModel):
     """One benchmark with something else in the image's place."""
 
     score: float = Field(ge=0, description="The benchmark's figure; in the benchmark's unit.")
@@ -60,7 +55,7 @@ class ConditionScore(_Strict):
     parse_failures: int = Field(ge=0, description="Answers that none could be read from.")
 
 
-class ImageCacheUse(_Strict):
+class ImageCacheUse(StrictModel):
     """Where the visual tokens of the images that were shown came from; an image counts once a batch."""
 
     encoded: int = Field(ge=0, description="Ran through the encoders.")
@@ -68,7 +63,7 @@ class ImageCacheUse(_Strict):
     from_disk: int = Field(ge=0, description="Were in the cache on disk.")
 
 
-class BenchmarkScore(_Strict):
+class BenchmarkScore(StrictModel):
     """One benchmark."""
 
     n: int = Field(gt=0, description="Questions that were asked.")
@@ -151,7 +146,7 @@ class BenchmarkScore(_Strict):
         return self
 
 
-class GroupAverage(_Strict):
+class GroupAverage(StrictModel):
     """The average of one of Cambrian-1's groups of four benchmarks."""
 
     score: float | None = Field(ge=0, le=100, description="Mean percent of the maximum; null where one is missing.")
@@ -160,7 +155,7 @@ class GroupAverage(_Strict):
     missing: list[str] = Field(description="Benchmarks of the group without a score.")
 
 
-class Scorecard(_Strict):
+class Scorecard(StrictModel):
     """The JSON result of a benchmark evaluation, with confidence intervals."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

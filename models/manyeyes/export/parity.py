@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import BundleError, EvaluationError
 from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
+from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:  # the gate reads reports and needs no torch
     from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
@@ -25,10 +26,8 @@ if TYPE_CHECKING:  # the gate reads reports and needs no torch
 _MAX_MISMATCHES = 20
 
 
-class Mismatch(BaseModel):
+class Mismatch(StrictModel):
     """A question that torch and the bundle answer differently."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     group: int = Field(ge=0, description="Which group of questions, from 0.")
     question: str = Field(description="The question.")
@@ -38,10 +37,8 @@ class Mismatch(BaseModel):
     bundle_ids: list[int] = Field(description="The bundle's tokens, without the stop token.")
 
 
-class ParityReport(BaseModel):
+class ParityReport(StrictModel):
     """``parity.json``: how closely a bundle follows torch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     items: int = Field(ge=0, description="Questions compared.")
     token_match: float = Field(ge=0, le=1, description="Share of questions whose whole token sequence is equal.")

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from manyeyes.errors import RecipeError, ShapeError, did_you_mean
+from manyeyes.strict import StrictModel
 
 OptionsType = TypeVar("OptionsType", bound=BaseModel)
 
@@ -97,10 +98,8 @@ class InjectingFusion(Fusion):
         """
 
 
-class FusionOptions(BaseModel):
+class FusionOptions(StrictModel):
     """What a recipe may say under ``model.fusion.options``; each strategy has its own fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ResampleOptions(FusionOptions):

@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from manyeyes.strict import StrictModel
 
 EVENTS_FILE = "events.jsonl"
 
 EventKind = Literal["started", "progress", "finished", "failed", "cached", "completed", "broken"]
 
 
-class Problem(BaseModel):
+class Problem(StrictModel):
     """One of several things that are wrong."""
-
-    model_config = ConfigDict(extra="forbid")
 
     subject: str = Field(description="What was looked at.")
     found: str = Field(description="What was found.")
@@ -34,10 +34,8 @@ class Problem(BaseModel):
     do: str = Field(description="What to do about it.")
 
 
-class ErrorReport(BaseModel):
+class ErrorReport(StrictModel):
     """``error.json``: why a step failed."""
-
-    model_config = ConfigDict(extra="forbid")
 
     step: str = Field(description="The step that failed, with its encoder or model in brackets where it has one.")
     error: str = Field(description="Name of the error class.")
@@ -70,19 +68,15 @@ def find_error_line(log: str) -> ErrorReport | None:
     return None
 
 
-class Artifact(BaseModel):
+class Artifact(StrictModel):
     """One output of a task."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(description="Where it lies.")
     metadata: dict[str, Any] = Field(description="What Kubeflow shows beside it.")
 
 
-class Event(BaseModel):
+class Event(StrictModel):
     """One line of ``events.jsonl``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: EventKind
     step: str = Field(description="Step name, or the task's name where the step could not say its own.")

@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.harness.events import ErrorReport
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 SUMMARY_FILE = "summary.json"
 EXAMPLE_FILE = "example.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class StepSummary(_Strict):
+class StepSummary(StrictModel):
     """One step of a run."""
 
     name: str = Field(description="Step name, with its encoder or model in brackets where it has one.")
@@ -29,7 +26,7 @@ class StepSummary(_Strict):
     report: str | None = Field(default=None, description="Path of its HTML report.")
 
 
-class ScoreSummary(_Strict):
+class ScoreSummary(StrictModel):
     """One benchmark's result, image on and off."""
 
     n: int = Field(description="Questions.")
@@ -39,14 +36,14 @@ class ScoreSummary(_Strict):
     parse_failures: int = Field(description="Answers that could not be read as an answer.")
 
 
-class ParitySummary(_Strict):
+class ParitySummary(StrictModel):
     """How the bundle's answers differ from torch's."""
 
     max_abs_logit: float = Field(description="Largest absolute difference of a logit.")
     token_match: float = Field(description="Fraction of questions whose whole token sequence is equal.")
 
 
-class GateRuleSummary(_Strict):
+class GateRuleSummary(StrictModel):
     """One rule of the gate."""
 
     rule: str
@@ -56,14 +53,14 @@ class GateRuleSummary(_Strict):
     passed: bool
 
 
-class GateSummary(_Strict):
+class GateSummary(StrictModel):
     """The gate's decision."""
 
     verdict: Literal["passed", "failed"]
     rules: list[GateRuleSummary]
 
 
-class ModelSummary(_Strict):
+class ModelSummary(StrictModel):
     """What the registry holds now."""
 
     name: str
@@ -71,14 +68,14 @@ class ModelSummary(_Strict):
     aliases: list[str]
 
 
-class BundleSummary(_Strict):
+class BundleSummary(StrictModel):
     """The ONNX bundle."""
 
     path: str
     bytes: int = Field(description="Size of all its files.")
 
 
-class ExampleSummary(_Strict):
+class ExampleSummary(StrictModel):
     """One question of the benchmark, for a person to try."""
 
     image: str = Field(description="Path of the image.")
@@ -86,7 +83,7 @@ class ExampleSummary(_Strict):
     reference: str = Field(description="The right answer.")
 
 
-class RunSummary(_Strict):
+class RunSummary(StrictModel):
     """``summary.json`` of one run."""
 
     run_id: str

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
@@ -32,6 +32,7 @@ from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 from manyeyes.terminal import replace_unknown_characters
 
 REQUEST_FILE = "request.json"
@@ -49,10 +50,8 @@ PIPELINES: dict[str, str] = {
 }
 
 
-class RunRequest(BaseModel):
+class RunRequest(StrictModel):
     """``request.json``: what the child process is to run."""
-
-    model_config = ConfigDict(extra="forbid")
 
     pipeline: str = Field(description="Path of the compiled YAML.")
     name: str = Field(description="Pipeline name.")

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import yaml
 from google.protobuf import json_format
 from kfp import dsl, kubernetes
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from manyeyes.errors import PipelineError, did_you_mean
 from manyeyes.harness.base import WINDOW
+from manyeyes.strict import StrictModel
 
 FOLDER = Path("infra") / "profiles"
 _QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
@@ -24,18 +25,14 @@ _NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 _SECRET_WORDS = re.compile(r"(^|_)(PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIALS?|WEBHOOK_URL)(_|$)")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Gpu(_Strict):
+class Gpu(StrictModel):
     """Accelerators of a step."""
 
     resource: str = Field(default="nvidia.com/gpu", description="The extended resource's name on the cluster.")
     count: int = Field(ge=0, description="How many each pod of the step gets; 0 for none.")
 
 
-class SecretEnv(_Strict):
+class SecretEnv(StrictModel):
     """A Kubernetes secret or config map whose keys become environment variables."""
 
     name: str = Field(pattern=_NAME, description="Name of the secret or config map; its values never stand here.")
@@ -49,7 +46,7 @@ class SecretEnv(_Strict):
         return self
 
 
-class Volume(_Strict):
+class Volume(StrictModel):
     """A folder of every pod: an existing claim, or a disk that lives as long as the pod."""
 
     path: str = Field(pattern=r"^/", description="Where it is mounted.")
@@ -65,7 +62,7 @@ class Volume(_Strict):
         return self
 
 
-class Toleration(_Strict):
+class Toleration(StrictModel):
     """A taint of nodes that pods put up with."""
 
     key: str = Field(description="The taint's key.")
@@ -76,7 +73,7 @@ class Toleration(_Strict):
     )
 
 
-class Retries(_Strict):
+class Retries(StrictModel):
     """How often Kubernetes starts a failed step again."""
 
     count: int = Field(ge=0, le=10, description="Further attempts after the first.")
@@ -89,7 +86,7 @@ class Retries(_Strict):
         return sum(self.backoff_s * self.factor**attempt for attempt in range(self.count))
 
 
-class StepSettings(_Strict):
+class StepSettings(StrictModel):
     """What the pods of one step get. A field that a step leaves out is taken from ``defaults``."""
 
     cpu_request: str | None = Field(default=None, pattern=_QUANTITY, description="CPU cores asked for.")
@@ -110,14 +107,14 @@ class StepSettings(_Strict):
     env: dict[str, str] = Field(default_factory=dict, description="Further environment variables.")
 
 
-class KeepRuns(_Strict):
+class KeepRuns(StrictModel):
     """How long a finished run's pods and workflow stay, in seconds; Kubeflow's own record stays."""
 
     success_s: int | None = Field(default=None, ge=0, description="After a run that succeeded.")
     failure_s: int | None = Field(default=None, ge=0, description="After a run that failed: logs go with the pods.")
 
 
-class RunAs(_Strict):
+class RunAs(StrictModel):
     """User of the container's process."""
 
     user: int | None = Field(default=None, ge=0, description="Numeric user.")
@@ -125,7 +122,7 @@ class RunAs(_Strict):
     non_root: bool = Field(default=True, description="Refuse to start as root.")
 
 
-class Profile(_Strict):
+class Profile(StrictModel):
     """``infra/profiles/<name>.yaml``: everything that a cluster needs, and nothing of a model."""
 
     description: str = Field(description="Which cluster this is for.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
@@ -36,6 +36,7 @@ from manyeyes.recipe import ModelSpec
 from manyeyes.runtime.tokenizer import library_errors
 from manyeyes.sources import resolve_source
 from manyeyes.storage import hash_file, new_folder
+from manyeyes.strict import StrictModel
 from manyeyes.tokenizer_files import load_tokenizer
 
 MANIFEST = "checkpoint.json"
@@ -47,10 +48,8 @@ AutoModelForImageTextToText.register(ManyEyesConfig, ManyEyesForConditionalGener
 AutoProcessor.register(ManyEyesConfig, ManyEyesProcessor, exist_ok=True)
 
 
-class CheckpointManifest(BaseModel):
+class CheckpointManifest(StrictModel):
     """``checkpoint.json``: what a checkpoint is made of."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     files: dict[str, str] = Field(description="sha256 of each file of the checkpoint, by its path inside the folder.")
     digest: str = Field(description="sha256 over the sorted lines `<path> <sha256>`; names the checkpoint.")

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from timm.layers import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from manyeyes.errors import RecipeError, ShapeError, did_you_mean
+from manyeyes.strict import StrictModel
 
 ProjectorKind = Literal["linear", "mlp", "identity", "pixel-unshuffle", "resampler", "c-abstractor"]
 
@@ -70,10 +71,8 @@ class Projector(nn.Module):
         return projected
 
 
-class ProjectorOptions(BaseModel):
+class ProjectorOptions(StrictModel):
     """What a recipe may say under ``model.projector.options``; each kind has its own fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class UnshuffleOptions(ProjectorOptions):

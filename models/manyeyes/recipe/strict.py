@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
+
+from manyeyes.strict import StrictModel
 
 # Beyond what any data set, batch or image has: a slip of the keyboard.
 MAX_COUNT, MAX_BATCH, MAX_PIXELS = 10**12, 2**24, 16_384
 
 
-class Strict(BaseModel):
+class Strict(StrictModel):
     """A part of a recipe: unknown fields are refused, numbers are finite, and nothing changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

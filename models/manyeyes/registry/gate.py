@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import find_benchmark
@@ -30,6 +30,7 @@ from manyeyes.recipe import (
     ValidationRule,
 )
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:
     from manyeyes.data.contamination.findings import ContaminationReport
@@ -46,11 +47,7 @@ class _OfBenchmark(Protocol):
     def benchmark(self) -> str: ...
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RuleResult(_Strict):
+class RuleResult(StrictModel):
     """One rule of the recipe."""
 
     rule: str = Field(description="Kind of rule, as in the recipe.")
@@ -61,7 +58,7 @@ class RuleResult(_Strict):
     explanation: str = Field(description="Why the rule is there and how the figure came about.")
 
 
-class GateReport(_Strict):
+class GateReport(StrictModel):
     """``gate.json``: the verdict and every rule behind it."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

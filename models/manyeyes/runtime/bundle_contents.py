@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from manyeyes.errors import BundleError
 from manyeyes.runtime.json_files import parse_json
+from manyeyes.strict import StrictModel
 
 FORMAT_VERSION: Literal[1] = 1
 MAX_SIDE = 16_384
@@ -24,8 +25,8 @@ _LONGEST_NAME = 255  # of a file, in bytes, on every common file system
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class _Exact(StrictModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def _plain_name(name: str) -> str:
@@ -43,14 +44,14 @@ _Deviation = Annotated[float, Field(gt=0, le=255)]
 _Tiles = Annotated[int, Field(ge=1, le=16)]
 
 
-class BundleFile(_Strict):
+class BundleFile(_Exact):
     """One file of a bundle."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the file, hexadecimal.")
     bytes: int = Field(ge=0, description="Size in bytes.")
 
 
-class GraphTensor(_Strict):
+class GraphTensor(_Exact):
     """One input or output of a graph."""
 
     name: str = Field(description="Its name in the graph.")
@@ -58,14 +59,14 @@ class GraphTensor(_Strict):
     shape: list[Annotated[int, Field(ge=0)] | str] = Field(description="Sizes; a dynamic axis has a name instead.")
 
 
-class GraphSignature(_Strict):
+class GraphSignature(_Exact):
     """What a graph takes and gives."""
 
     inputs: list[GraphTensor] = Field(description="Inputs, in the graph's order.")
     outputs: list[GraphTensor] = Field(description="Outputs, in the graph's order.")
 
 
-class BundleParity(_Strict):
+class BundleParity(_Exact):
     """How closely the bundle follows torch; parity.json has the rest."""
 
     items: int = Field(ge=0, description="Questions compared.")
@@ -74,7 +75,7 @@ class BundleParity(_Strict):
     mean_abs_logit: float = Field(ge=0, description="Mean absolute difference of first-token logits.")
 
 
-class ModelFacts(_Strict):
+class ModelFacts(_Exact):
     """Size and cost of a model."""
 
     parameters: int = Field(gt=0, description="Of the whole model, each once.")
@@ -92,7 +93,7 @@ class ModelFacts(_Strict):
     text_tokens: int = Field(gt=0, description="Tokens of text in that sample.")
 
 
-class BundleManifest(_Strict):
+class BundleManifest(_Exact):
     """``manifest.json``: what a bundle is, where it comes from, and the checksum of every file."""
 
     format_version: Literal[1] = Field(default=FORMAT_VERSION, description="Version of this layout.")
@@ -110,7 +111,7 @@ class BundleManifest(_Strict):
     parity: BundleParity | None = Field(default=None, description="Comparison with torch; null until it is measured.")
 
 
-class EncoderPixels(_Strict):
+class EncoderPixels(_Exact):
     """How one encoder wants its pixels."""
 
     size: _Side = Field(description="Side of the square input, in pixels.")
@@ -127,7 +128,7 @@ class EncoderPixels(_Strict):
     )
 
 
-class ImageLayout(_Strict):
+class ImageLayout(_Exact):
     """How an image becomes tiles, and its visual tokens a sequence."""
 
     tiling: Literal["none", "anyres", "grid"] = Field(
@@ -147,7 +148,7 @@ class ImageLayout(_Strict):
     tile_size: _Side = Field(description="Side of a tile of the first tiled encoder, in pixels.")
 
 
-class SharedInput(_Strict):
+class SharedInput(_Exact):
     """How the vision graph makes each encoder's input from its one input: bilinear interpolation, in fp32."""
 
     align_corners: bool = Field(description="Whether corner pixels keep the place of their centres.")
@@ -155,7 +156,7 @@ class SharedInput(_Strict):
     encoder_sizes: dict[str, _Side] = Field(description="Side of each encoder's input in pixels, by its name.")
 
 
-class PreprocessFile(_Strict):
+class PreprocessFile(_Exact):
     """``preprocess.json``: from image files to the vision graph's inputs."""
 
     mode: Literal["independent", "shared"] = Field(
@@ -178,7 +179,7 @@ class PreprocessFile(_Strict):
         return self
 
 
-class TemplateText(_Strict):
+class TemplateText(_Exact):
     """The text around turns; ``manyeyes.runtime.templates.ChatTemplate`` says how it is put together."""
 
     name: str = Field(min_length=1, description="A row of CHAT_TEMPLATES, or tokenizer.")
@@ -205,7 +206,7 @@ class TemplateText(_Strict):
     image_suffix: str = Field(default="", description="After each image.")
 
 
-class ChatFile(_Strict):
+class ChatFile(_Exact):
     """``chat.json``: from a question to tokens."""
 
     template: TemplateText = Field(description="The text around turns.")

@@ -11,23 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from manyeyes.errors import PipelineError
 from manyeyes.pages import duration, span
 from manyeyes.search.trial import Difference, Trial, by_name, difference, read_trial, render_trials
 from manyeyes.search.variant import Variant
+from manyeyes.strict import StrictModel
 
 SEARCH_FILE = "search.json"
 # A Kubeflow pipeline cannot grow while it runs: it has a fixed number of rounds, and those after the end do nothing.
 MAX_ROUNDS = 5
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SearchRound(_Strict):
+class SearchRound(StrictModel):
     """One round."""
 
     number: int = Field(description="0 scores the start set.")
@@ -37,7 +34,7 @@ class SearchRound(_Strict):
     gain_ci95: tuple[float, float] | None = Field(description="95% interval of gain, paired; points.")
 
 
-class Search(_Strict):
+class Search(StrictModel):
     """A search as far as it is."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

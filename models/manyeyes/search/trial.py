@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from manyeyes.errors import EvaluationError, PipelineError
 from manyeyes.evaluation.benchmarks import find_benchmark
@@ -20,15 +20,12 @@ from manyeyes.evaluation.scorecard import Interval, Scorecard
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
 from manyeyes.pages import Bar, Mark, Table, Text, amount, duration, render, span
 from manyeyes.search.variant import Variant
+from manyeyes.strict import StrictModel
 
 TRIAL_FILE, ITEMS_FILE = "trial.json", "items.parquet"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TrialStage(_Strict):
+class TrialStage(StrictModel):
     """One stage of a trial's training."""
 
     stage: str = Field(description="prealign, pretrain or sft.")
@@ -38,7 +35,7 @@ class TrialStage(_Strict):
     checkpoint_digest: str = Field(description="Of what the stage made.")
 
 
-class Trial(_Strict):
+class Trial(StrictModel):
     """One variant of a recipe, trained and scored."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

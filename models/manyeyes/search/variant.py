@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from manyeyes.errors import PipelineError, RecipeError, did_you_mean
 from manyeyes.recipe import Recipe, change_recipe, parse_overrides
+from manyeyes.strict import StrictModel
 
 AS_IS = "as-is"
 # Each is a training of its own, and all of them travel in one parameter.
@@ -22,10 +23,8 @@ MAX_VARIANTS = 64
 _LABEL_CHARACTERS = 60
 
 
-class Variant(BaseModel):
+class Variant(StrictModel):
     """How one recipe is made from another; as text, it is an item of a pipeline's loop."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoders: tuple[str, ...] | None = Field(default=None, description="Encoders to keep, in the recipe's order.")
     changes: dict[str, JsonValue] = Field(default={}, description="New values by dotted path.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
@@ -15,15 +15,12 @@ from manyeyes.pages import duration, span
 from manyeyes.recipe import parse_recipe
 from manyeyes.search.trial import Difference, Row, Trial, difference, read_trial, render_trials, short_table
 from manyeyes.search.variant import parse_variant
+from manyeyes.strict import StrictModel
 
 COMPARISON_FILE = "comparison.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ComparedTrial(_Strict):
+class ComparedTrial(StrictModel):
     """One row of the table."""
 
     label: str = Field(description="The variant, for people.")
@@ -32,7 +29,7 @@ class ComparedTrial(_Strict):
     difference_ci95: tuple[float, float] | None = Field(description="Its 95% interval, paired; points.")
 
 
-class AblationComparison(_Strict):
+class AblationComparison(StrictModel):
     """``comparison.json``: the trials of an ablation."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

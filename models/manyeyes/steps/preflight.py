@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.data.download import RemoteFile, list_files, normalise_md5
 from manyeyes.data.remote import Remote, open_remote
@@ -41,6 +41,7 @@ from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.kept import kept
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.storage import hash_file
+from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRun
@@ -145,10 +146,8 @@ class RemoteData:
         return data
 
 
-class Need(BaseModel):
+class Need(StrictModel):
     """What a recipe needs of a machine, in GB (1e9 bytes)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     memory_gb: dict[str, float] = Field(description="Peak of each device by stage.")
     fixed_gb: dict[str, float] = Field(description="The part of it that no batch size changes.")

@@ -12,12 +12,13 @@ from contextlib import suppress
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from manyeyes.errors import ManyEyesError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.events import ERROR_TAG, HEADLINE_TAG, ErrorReport
 from manyeyes.pages import Table, Text, facts_table, render
+from manyeyes.strict import StrictModel
 
 _TIMEOUT_S = 10.0
 # Before the second and the third attempt.
@@ -64,11 +65,7 @@ WEBHOOK_URL = "MANYEYES_WEBHOOK_URL"
 State = Literal["succeeded", "failed", "stopped"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class NoticeStep(_Strict):
+class NoticeStep(StrictModel):
     """One step that ran."""
 
     name: str = Field(description="Step name, with its encoder or model in brackets where it has one.")
@@ -78,8 +75,11 @@ class NoticeStep(_Strict):
     link: str = Field(description="Page of its MLflow run; empty where the store is a file.")
 
 
-class RunNotice(_Strict):
+class RunNotice(StrictModel):
     """How a pipeline run went: the body that the webhook gets."""
+
+    # Filled step by step, so that what was read before MLflow fails is kept.
+    model_config = ConfigDict(frozen=False)
 
     text: str = Field(description="All of it in one line, which chat services show as it is.")
     pipeline: str

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.recipe import StageSpec
+from manyeyes.strict import StrictModel
 from manyeyes.training.batches import Batch, BatchBuilder
 from manyeyes.training.optimizer import schedule_factor, set_learning_rates
 from manyeyes.training.processes import Processes
@@ -25,10 +26,8 @@ HISTORY_POINTS = 100
 PROGRESS_EVERY_S = 1.0
 
 
-class Progress(BaseModel):
+class Progress(StrictModel):
     """How far a stage is; for people and for MLflow."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: str = Field(description="prealign, pretrain or sft.")
     encoder: str | None = Field(description="The encoder that prealign trains.")

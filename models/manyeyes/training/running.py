@@ -15,21 +15,20 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from manyeyes.errors import LockedError, StorageError
 from manyeyes.storage import file_lock, new_folder, storage_errors
+from manyeyes.strict import StrictModel
 
 KEPT = 2
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class HistoryPoint(BaseModel):
+class HistoryPoint(StrictModel):
     """What training looked like at a step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int = Field(description="Optimizer steps done.")
     loss: float = Field(description="Mean loss since the point before, nats a supervised token.")
@@ -38,10 +37,8 @@ class HistoryPoint(BaseModel):
     samples_per_s: float = Field(description="Samples a second since the point before.")
 
 
-class RunningState(BaseModel):
+class RunningState(StrictModel):
     """``progress.json`` of a running checkpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int = Field(description="Optimizer steps done.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import Snapshot
@@ -30,6 +30,7 @@ from manyeyes.model import (
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
+from manyeyes.strict import StrictModel
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
@@ -40,10 +41,8 @@ from manyeyes.training.running import HistoryPoint, drop_running, stage_lock
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 
 
-class StageReport(BaseModel):
+class StageReport(StrictModel):
     """``stage.json``: what a stage did."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: StageName = Field(description="prealign, pretrain or sft.")
     encoder: str | None = Field(description="The encoder that prealign trained; null for other stages.")
@@ -59,10 +58,8 @@ class StageReport(BaseModel):
     history: tuple[HistoryPoint, ...] = Field(description="At most about a hundred points.")
 
 
-class EncoderFacts(BaseModel):
+class EncoderFacts(StrictModel):
     """``encoder.json`` beside a prealigned encoder's ``encoder.safetensors``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Its name in the recipe.")
     encoder: str = Field(description="Row of ENCODERS.")

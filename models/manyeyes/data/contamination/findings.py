@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.pages import Table, render
+from manyeyes.strict import StrictModel
 
 Kind = Literal["exact", "near", "mirrored", "text"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Thresholds(_Strict):
+class Thresholds(StrictModel):
     """From where on two things are the same."""
 
     radius: int = Field(default=7, ge=0, le=7, description="Most bits in which two dHashes of 64 bits differ.")
@@ -36,7 +33,7 @@ class Thresholds(_Strict):
     )
 
 
-class BenchmarkFindings(_Strict):
+class BenchmarkFindings(StrictModel):
     """What of one benchmark is in the training data too."""
 
     name: str = Field(description="Data set of the snapshot, or a Parquet file's name.")
@@ -53,7 +50,7 @@ class BenchmarkFindings(_Strict):
     too_short: int = Field(ge=0, description="Texts without an n-gram that tells anything; they were not compared.")
 
 
-class DatasetFindings(_Strict):
+class DatasetFindings(StrictModel):
     """What of one training data set is in a benchmark too."""
 
     name: str = Field(description="Data set of the snapshot.")
@@ -67,7 +64,7 @@ class DatasetFindings(_Strict):
     samples: int = Field(ge=0, description="Samples with any of these findings: what there is to leave out.")
 
 
-class Pair(_Strict):
+class Pair(StrictModel):
     """One line of ``pairs.jsonl``: something of training and what it equals."""
 
     kind: Kind = Field(description="How they are alike.")
@@ -96,7 +93,7 @@ class Pair(_Strict):
         return f"{whose} {what} of {self.benchmark} ({self.benchmark_id})"
 
 
-class ContaminationReport(_Strict):
+class ContaminationReport(StrictModel):
     """``contamination.json``: what training data and benchmarks share."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

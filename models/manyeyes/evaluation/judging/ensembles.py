@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark
@@ -24,6 +24,7 @@ from manyeyes.evaluation.benchmarks.scienceqa import options
 from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
 from manyeyes.evaluation.judging.scoring import ask_all, enough_judged
 from manyeyes.evaluation.score import LISTED_IDS, ScoredItem, ScoreReport, build_score_report, match_predictions
+from manyeyes.strict import StrictModel
 
 Scheme = Literal["complement", "judge"]
 
@@ -35,10 +36,8 @@ _TASK = (
 )
 
 
-class EnsembleReport(BaseModel):
+class EnsembleReport(StrictModel):
     """What ``manyeyes judge scienceqa --other FILE --json`` prints."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str = Field(description="Row of BENCHMARKS.")
     scheme: Scheme = Field(description="How two answers were made one.")

@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.storage import write_file
+from manyeyes.strict import StrictModel
 
 _LONGEST_REPLY = 4 << 20
 _THOUGHTS = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
@@ -147,10 +148,8 @@ class JudgeError(EvaluationError):
     """The judge cannot be asked at all: no key, no such model, or no answer again and again."""
 
 
-class JudgeUse(BaseModel):
+class JudgeUse(StrictModel):
     """What a judge was asked, and what it took."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     endpoint: str = Field(description="Address of the service, without its key.")
     model: str = Field(description="Name that was asked for.")
@@ -203,10 +202,8 @@ class Verdict(Generic[T]):
     reason: str = ""
 
 
-class _Kept(BaseModel):
+class _Kept(StrictModel):
     """One answer in the cache."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str
     model: str

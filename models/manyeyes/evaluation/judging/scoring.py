@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import (
@@ -33,6 +33,7 @@ from manyeyes.evaluation.score import (
     build_score_report,
     match_predictions,
 )
+from manyeyes.strict import StrictModel
 
 T = TypeVar("T")
 
@@ -44,10 +45,8 @@ JUDGINGS: dict[str, Judging] = {
 }
 
 
-class JudgeReport(BaseModel):
+class JudgeReport(StrictModel):
     """What ``manyeyes judge --json`` prints."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str = Field(description="Row of BENCHMARKS.")
     score: float | None = Field(description="That of scored; null where too many items have no verdict.")

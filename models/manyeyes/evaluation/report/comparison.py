@@ -16,24 +16,21 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import STYLES
 from manyeyes.evaluation.groups import GROUPS
 from manyeyes.evaluation.report.contents import Cell, Column, Comparison, ComparisonRow, TradeOff, TradeOffPoint
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
+from manyeyes.strict import StrictModel
 
 _FILE = Path(__file__).with_name("published.yaml")
 
 System = Literal["llava", "eagle", "cambrian", "mini-gemini"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PublishedSource(_Strict):
+class PublishedSource(StrictModel):
     """Where scores are printed, and how they were made."""
 
     title: str = Field(description="What it is.")
@@ -54,7 +51,7 @@ class PublishedSource(_Strict):
         return self
 
 
-class PublishedScores(_Strict):
+class PublishedScores(StrictModel):
     """Scores of one model from one source."""
 
     source: str = Field(description="Key of sources.")
@@ -64,7 +61,7 @@ class PublishedScores(_Strict):
     remarks: dict[str, str] = Field(default={}, description="As the source's, for this model alone.")
 
 
-class PublishedModel(_Strict):
+class PublishedModel(StrictModel):
     """One model and what is printed of it."""
 
     name: str = Field(description="As the source names it, without the organisation.")
@@ -77,7 +74,7 @@ class PublishedModel(_Strict):
     scores: tuple[PublishedScores, ...] = Field(min_length=1, description="The first source of a benchmark counts.")
 
 
-class PublishedScore(_Strict):
+class PublishedScore(StrictModel):
     """One printed figure."""
 
     score: float = Field(ge=0, description="In the unit of the benchmark's row.")
@@ -87,7 +84,7 @@ class PublishedScore(_Strict):
     remark: str = Field(description="Why it does not quite compare; empty: nothing known.")
 
 
-class Published(_Strict):
+class Published(StrictModel):
     """All of ``published.yaml``."""
 
     sources: dict[str, PublishedSource]

@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.output import read_checked
 from manyeyes.evaluation.scorecard import Interval, Scorecard
+from manyeyes.strict import StrictModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Column(_Strict):
+class Column(StrictModel):
     """One benchmark, or one of Cambrian-1's groups, of the comparison."""
 
     title: str = Field(description="For people.")
@@ -24,7 +21,7 @@ class Column(_Strict):
     maximum: float = Field(gt=0, description="The best score there is; in unit.")
 
 
-class Cell(_Strict):
+class Cell(StrictModel):
     """One model on one benchmark."""
 
     score: float = Field(ge=0, description="In the column's unit.")
@@ -33,7 +30,7 @@ class Cell(_Strict):
     notes: list[int] = Field(default=[], description="Numbers of notes, from 1: why it does not quite compare.")
 
 
-class ComparisonRow(_Strict):
+class ComparisonRow(StrictModel):
     """One model of the comparison."""
 
     name: str = Field(description="Of the model.")
@@ -52,7 +49,7 @@ class ComparisonRow(_Strict):
     groups: dict[str, Cell] = Field(default={}, description="By group; incomplete ones are left out.")
 
 
-class Comparison(_Strict):
+class Comparison(StrictModel):
     """This model beside the champion and published models."""
 
     columns: dict[str, Column] = Field(description="The benchmarks that are scored, by name.")
@@ -63,7 +60,7 @@ class Comparison(_Strict):
     unpublished: list[str] = Field(description="Scored benchmarks of which no published score is known here.")
 
 
-class TradeOffPoint(_Strict):
+class TradeOffPoint(StrictModel):
     """One model: what it scores and what it costs."""
 
     name: str = Field(description="As in the comparison.")
@@ -74,14 +71,14 @@ class TradeOffPoint(_Strict):
     flops_per_sample: int | None = Field(description="As in the comparison; null: unknown.")
 
 
-class TradeOff(_Strict):
+class TradeOff(StrictModel):
     """Score against cost, over benchmarks that every model shown has."""
 
     benchmarks: list[str] = Field(min_length=1, description="Which ones.")
     points: list[TradeOffPoint] = Field(min_length=2, description="Models whose visual tokens are known.")
 
 
-class Mistake(_Strict):
+class Mistake(StrictModel):
     """A wrong answer that was given more or less often."""
 
     reference: str = Field(description="What counts as right.")
@@ -89,7 +86,7 @@ class Mistake(_Strict):
     times: int = Field(gt=0, description="How often.")
 
 
-class ExampleAnswer(_Strict):
+class ExampleAnswer(StrictModel):
     """One question, and what the model wrote under each condition."""
 
     question: str = Field(description="As the data set has it, cut where it is long.")
@@ -98,7 +95,7 @@ class ExampleAnswer(_Strict):
     scores: dict[str, float] = Field(description="By condition; 0 wrong to 1 right.")
 
 
-class Example(_Strict):
+class Example(StrictModel):
     """An image with questions on it."""
 
     item: str = Field(description="Id of its first question.")
@@ -107,7 +104,7 @@ class Example(_Strict):
     left_out: int = Field(ge=0, description="Questions on the image that are not shown.")
 
 
-class Unread(_Strict):
+class Unread(StrictModel):
     """A text that no answer could be read from."""
 
     item: str = Field(description="Id of the question.")
@@ -115,7 +112,7 @@ class Unread(_Strict):
     prediction: str = Field(description="What the model wrote, cut where it is long.")
 
 
-class BenchmarkDetails(_Strict):
+class BenchmarkDetails(StrictModel):
     """What stands behind a benchmark's figures."""
 
     title: str = Field(description="For people.")
@@ -133,7 +130,7 @@ class BenchmarkDetails(_Strict):
     best: list[Example] = Field(description="Images that are all right, where the image made most difference.")
 
 
-class Machine(_Strict):
+class Machine(StrictModel):
     """What answered."""
 
     system: str = Field(description="Operating system and architecture.")
@@ -143,7 +140,7 @@ class Machine(_Strict):
     accelerators: list[str] = Field(description="Models of the GPUs.")
 
 
-class Conditions(_Strict):
+class Conditions(StrictModel):
     """Where and with what some benchmarks were answered."""
 
     benchmarks: list[str] = Field(description="Which ones.")
@@ -152,7 +149,7 @@ class Conditions(_Strict):
     versions: dict[str, str] = Field(description="Of python, manyeyes and the libraries that compute.")
 
 
-class Reproduction(_Strict):
+class Reproduction(StrictModel):
     """Everything needed to get the figures again."""
 
     command: str = Field(description="Asks this model these questions, beside recipe.yaml; MODEL is its folder.")
@@ -161,7 +158,7 @@ class Reproduction(_Strict):
     runs: list[Conditions] = Field(description="Of one machine and set of versions each.")
 
 
-class Report(_Strict):
+class Report(StrictModel):
     """``report.json``: the figures, what they compare with, what is behind them, and how to get them again."""
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.cluster import hierarchy
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.strict import StrictModel
 
 FEWEST_MODELS = 3
 CORRELATION_FILE = "correlation.json"
@@ -29,10 +30,8 @@ Table = Mapping[str, Mapping[str, float]]
 """Scores by model and benchmark."""
 
 
-class BenchmarkCorrelation(BaseModel):
+class BenchmarkCorrelation(StrictModel):
     """``correlation.json``: how benchmarks go together over models."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: tuple[str, ...] = Field(description="Those of the table.")
     models_in_components: tuple[str, ...] = Field(description="Those that have every benchmark.")
