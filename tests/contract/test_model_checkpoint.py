@@ -259,14 +259,15 @@ def test_buffers_that_are_not_saved_survive_loading(
 
 def test_tensor_missing_from_the_weights_is_refused(copied: Path) -> None:
     from manyeyes.model import CheckpointManifest
-    from manyeyes.model.checkpoint import _digest, _sha256
+    from manyeyes.model.checkpoint import _digest
+    from manyeyes.storage import hash_file
 
     weights = copied / "model.safetensors"
     tensors = load_file(weights)
     del tensors["projector.layers.linear_1.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     manifest = CheckpointManifest.model_validate_json((copied / "checkpoint.json").read_text(encoding="utf-8"))
-    files = {**manifest.files, "model.safetensors": _sha256(weights)}
+    files = {**manifest.files, "model.safetensors": hash_file(weights)}
     (copied / "checkpoint.json").write_text(
         CheckpointManifest(files=files, digest=_digest(files)).model_dump_json(), encoding="utf-8"
     )
