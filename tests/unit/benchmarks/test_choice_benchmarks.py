@@ -11,7 +11,7 @@ from bench.scorer_cases import cases
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.score import ScoreReport, score_predictions
-from tests.unit.benchmarks import choice_rows as rows
+from tests import benchmark_rows as rows
 
 
 def grade(name: str, row: Mapping[str, Any], prediction: str, variant: str | None = None) -> float:

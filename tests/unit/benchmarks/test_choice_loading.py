@@ -14,7 +14,7 @@ from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from manyeyes.evaluation.benchmarks.build import build_benchmark
 from manyeyes.evaluation.score import score_predictions
-from tests.unit.benchmarks import choice_rows as rows
+from tests import benchmark_rows as rows
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 PHRASE = "\nAnswer the question using a single word or phrase."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from manyeyes.evaluation.benchmarks import BENCHMARKS, option_letters
 from manyeyes.evaluation.benchmarks.mathvista import extract
 from manyeyes.evaluation.benchmarks.mathvista_judge import JUDGING
-from tests.unit.benchmarks import choice_rows as rows
+from tests import benchmark_rows as rows
 
 
 def test_mathvista_takes_the_shortest_option_for_no_answer_at_all() -> None:

@@ -12,7 +12,7 @@ from manyeyes.data.snapshot import open_folder
 from manyeyes.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from manyeyes.evaluation.benchmarks.build import build_benchmark
 from tests.evaluation_fakes import make_snapshot
-from tests.unit.benchmarks import choice_rows as rows
+from tests import benchmark_rows as rows
 from tests.unit.benchmarks.test_choice_loading import HUB
 
 YES_NO = ("Yes", "No", "yes", "no")

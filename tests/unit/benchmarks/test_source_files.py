@@ -19,7 +19,7 @@ from manyeyes.evaluation.benchmarks.benchmark import ANSWERS, RECORDS, TEXTS, Be
 from manyeyes.evaluation.benchmarks.build import build_benchmark
 from manyeyes.evaluation.benchmarks.source_files import SourceFiles, find_files, split_of
 from manyeyes.evaluation.score import score_predictions
-from tests.unit.benchmarks import choice_rows as rows
+from tests import benchmark_rows as rows
 
 IMAGES = {f"image_{number}": None for number in range(2, 8)}
 
