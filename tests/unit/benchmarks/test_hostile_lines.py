@@ -17,6 +17,7 @@ from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError, ManyEyesError, StorageError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.score import ScoreReport, read_predictions, read_references, score_predictions
+from tests.benchmark_rows import FIXTURES
 
 ROUNDS = 15
 SEED = 0
@@ -61,7 +62,7 @@ def score(folder: Path, references: Sequence[object], predictions: Sequence[obje
 @pytest.mark.parametrize("name", [name for name, row in BENCHMARKS.items() if not row.judged and row.hub_id])
 def test_odd_values_in_any_column_are_scored_or_refused_with_their_place(name: str, tmp_path: Path) -> None:
     draw = random.Random(f"{SEED} {name}")
-    items = cases(random_answers=1)[name]
+    items = cases(random_answers=1).get(name) or FIXTURES[name].answered
     rows = [row for place, (row, _) in enumerate(items) if row not in [other for other, _ in items[:place]]]
     row = BENCHMARKS[name]
     scored = 0

@@ -11,9 +11,9 @@ import pytest
 from manyeyes.data.snapshot import open_folder
 from manyeyes.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from manyeyes.evaluation.benchmarks.build import build_benchmark
-from tests.evaluation_fakes import make_snapshot
 from tests import benchmark_rows as rows
-from tests.unit.benchmarks.test_choice_loading import HUB
+from tests.benchmark_rows import FIXTURES
+from tests.evaluation_fakes import make_snapshot
 
 YES_NO = ("Yes", "No", "yes", "no")
 FIVE = {"choices": ["a dog", "a cat", "an owl", "a fox", "a hen"], "answer": 4}
@@ -88,7 +88,7 @@ def test_easy_vqa_offers_its_13_answers_to_every_question(tmp_path: Path) -> Non
 
 def test_options_change_the_digest_and_only_where_they_are_asked_for(tmp_path: Path) -> None:
     source = tmp_path / "hub.parquet"
-    pq.write_table(pa.Table.from_pylist(HUB["mmmu"][0]), source)
+    pq.write_table(pa.Table.from_pylist(FIXTURES["mmmu"].rows), source)
     build_benchmark(BENCHMARKS["mmmu"], tmp_path / "snapshot", parquet=source)
     snapshot = open_folder(tmp_path / "snapshot")
     plain = load_benchmark(BENCHMARKS["mmmu"], snapshot=snapshot)

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.benchmarks.benchmark import STYLES, VARIANTS, is_of_type
 from manyeyes.evaluation.score import ScoreReport, read_predictions, score_predictions
 
 GQA = [
@@ -153,22 +152,6 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     )
     assert isinstance(result.exception, EvaluationError)
     assert "line 2 is not JSON" in str(result.exception)
-
-
-@pytest.mark.parametrize("name", list(BENCHMARKS))
-def test_every_row_says_what_it_is(name: str) -> None:
-    row = BENCHMARKS[name]
-    assert row.name == name
-    assert row.default_variant in row.variants
-    assert set(row.variants) <= set(VARIANTS)
-    assert row.default_reason
-    assert row.licence
-    assert name in row.scorer
-    assert set(row.reported_by) <= {"llava", "eagle", "cambrian", "mini-gemini"}
-    assert row.cambrian_group in (None, "general", "knowledge", "ocr-chart", "vision-centric")
-    for kind in row.columns.values():
-        is_of_type(None, kind)  # refuses a type that there is not
-    assert "default" in STYLES
 
 
 def test_scorers_are_told_apart() -> None:
