@@ -90,10 +90,9 @@ scorer, variant, images, prompts and columns.
 ADDING = """
 ## Add one
 
-One file with a `BenchmarkRow`, one line in `benchmarks/__init__.py`, one fixture in the hub's schema in
-`tests/unit/benchmarks/`. `grade` scores one answer and returns a `Graded`; `aggregate` makes the figures of many. What
-was answered is in `parsed` and `score` alone, `facets` describe the reference; items that are judged together share the
-facet `unit`. A `score` that is a mean says so with `mean_scale`, and gets a closed interval; all others are resampled.
+One file with a `BenchmarkRow`, two lines in `benchmarks/__init__.py`, one fixture in the hub's schema:
+[adding a benchmark](adding_a_benchmark.md). What was answered is in an item's `parsed` and `score` alone, `facets`
+describe the reference; items that are judged together share the facet `unit`.
 """
 
 
