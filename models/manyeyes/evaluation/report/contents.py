@@ -140,7 +140,7 @@ class Machine(StrictModel):
     accelerators: list[str] = Field(description="Models of the GPUs.")
 
 
-class Conditions(StrictModel):
+class EvaluationRun(StrictModel):
     """Where and with what some benchmarks were answered."""
 
     benchmarks: list[str] = Field(description="Which ones.")
@@ -155,7 +155,7 @@ class Reproduction(StrictModel):
     command: str = Field(description="Asks this model these questions, beside recipe.yaml; MODEL is its folder.")
     started_as: str = Field(description="What was typed, folders shortened; empty where a pipeline started it.")
     recipe: str = Field(description="recipe.yaml with every default filled in; empty where it was not at hand.")
-    runs: list[Conditions] = Field(description="Of one machine and set of versions each.")
+    runs: list[EvaluationRun] = Field(description="Of one machine and set of versions each.")
 
 
 class Report(StrictModel):

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from manyeyes import __version__
-from manyeyes.evaluation.report.contents import Conditions, Machine, Reproduction
+from manyeyes.evaluation.report.contents import EvaluationRun, Machine, Reproduction
 from manyeyes.recipe import Recipe
 
 _LIBRARIES = {
@@ -44,7 +44,7 @@ def describe_reproduction(
         started_as=_shorten_command(sys.argv if argv is None else argv),
         recipe=text,
         runs=[
-            Conditions(
+            EvaluationRun(
                 benchmarks=list(benchmarks),
                 finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
                 machine=describe_machine(),
@@ -54,9 +54,9 @@ def describe_reproduction(
     )
 
 
-def merge_runs(runs: Sequence[Conditions]) -> list[Conditions]:
-    """Conditions of several reports; those of one machine and the same versions become one."""
-    merged: dict[str, Conditions] = {}
+def merge_runs(runs: Sequence[EvaluationRun]) -> list[EvaluationRun]:
+    """Runs of several reports; those of one machine and the same versions become one."""
+    merged: dict[str, EvaluationRun] = {}
     for run in runs:
         key = json.dumps([run.machine.model_dump(), run.versions], sort_keys=True)
         before = merged.get(key)
