@@ -22,7 +22,8 @@ def test_a_reader_who_follows_the_page_has_two_encoders_that_pass(tmp_path: Path
     (tmp_path / "tests" / "contract").mkdir(parents=True)
     for file in (ROOT / "tests" / "contract").glob("test_encoders_*.py"):
         shutil.copy(file, tmp_path / "tests" / "contract")
-    shutil.copy(ROOT / "tests" / "pretended_cuda.py", tmp_path / "tests")
+    for name in ("page_following.py", "pretended_cuda.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     selected = []
     for block in blocks(PAGE):
