@@ -13,13 +13,11 @@ import click
 import yaml
 
 from manyeyes.errors import SnapshotError, SourceError
-from manyeyes.estimate import RecipeEstimate, as_rows
-from manyeyes.pages import readable
 from manyeyes.recipe import Recipe
-from manyeyes.steps.preflight import RemoteData, find_data, kept_estimate
 
 if TYPE_CHECKING:
     from manyeyes.encoders import EncoderRow
+    from manyeyes.estimate import RecipeEstimate
 
 
 def recipe_as_json(recipe: Recipe) -> str:
@@ -49,6 +47,9 @@ def recipe_as_text(recipe: Recipe) -> str:
 
 
 def _needs(recipe: Recipe) -> list[str]:
+    from manyeyes.estimate import as_rows
+    from manyeyes.pages import readable
+
     try:
         found = estimated(recipe)
     except (SnapshotError, SourceError) as error:
@@ -67,7 +68,9 @@ def estimated(recipe: Recipe) -> RecipeEstimate:
         RecipeError: The model cannot be built as the recipe says.
         ShapeError: Its parts do not fit together.
     """
-    data: RemoteData | None = None
+    from manyeyes.steps.preflight import find_data, kept_estimate
+
+    data = None
     if recipe.model.language_model.source.removeprefix("scratch:").startswith("snapshot:"):
         try:
             data = find_data("", "")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from manyeyes.harness.inputs import cache_dir
-from manyeyes.registry.versions import RegisteredVersion, describe, parse_model_reference, promote, pull, rollback
 from manyeyes.storage import is_there
+
+if TYPE_CHECKING:
+    from manyeyes.registry.versions import RegisteredVersion
 
 
 def pulled_bundle(reference: str) -> Path:
     """Folder of a registered model's bundle on this machine, fetched when it is not there yet."""
+    from manyeyes.harness.inputs import cache_dir
+    from manyeyes.registry.versions import describe, parse_model_reference, pull
+
     version = describe(parse_model_reference(reference))
     return pull(
         f"{version.name}/{version.version}", out_dir=cache_dir() / "bundles" / f"{version.name}-{version.version}"
@@ -22,16 +27,22 @@ def pulled_bundle(reference: str) -> Path:
 
 def pull_model(reference: str, out: Path) -> Path:
     """Fetch a bundle into ``out``."""
+    from manyeyes.registry.versions import pull
+
     return pull(reference, out_dir=out)
 
 
 def promote_model(reference: str, *, force: bool) -> str:
     """Make a version the champion; says what the registry holds now."""
+    from manyeyes.registry.versions import promote
+
     return _in_words(promote(reference, force=force))
 
 
 def rollback_model(reference: str) -> str:
     """Make the previous champion the champion again; says what the registry holds now."""
+    from manyeyes.registry.versions import rollback
+
     return _in_words(rollback(reference))
 
 
