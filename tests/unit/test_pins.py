@@ -41,13 +41,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files whose bytes were read."""
     seen: list[Path] = []
-    read = contents._read
+    read = contents.hash_file
 
     def note(path: Path) -> str:
         seen.append(path)
         return read(path)
 
-    monkeypatch.setattr(contents, "_read", note)
+    monkeypatch.setattr(contents, "hash_file", note)
     return seen
 
 

@@ -3,7 +3,7 @@
 A profile changes no code and no cache key: Kubeflow's cache looks at image, command and inputs only.
 """
 
-from __future__ import annotations
+# kfp reads the annotations themselves: no future import here.
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ class SecretEnv(StrictModel):
     optional: bool = Field(default=False, description="Whether a pod starts without it.")
 
     @model_validator(mode="after")
-    def _one_variable_a_key(self) -> SecretEnv:
+    def _one_variable_a_key(self) -> "SecretEnv":
         if len(set(self.env.values())) < len(self.env):
             raise ValueError("two variables come from one key; Kubeflow takes one variable a key")
         return self
@@ -56,7 +56,7 @@ class Volume(StrictModel):
     storage_class: str | None = Field(default=None, description="Storage class of that disk; the cluster's default.")
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Volume:
+    def _one_kind(self) -> "Volume":
         if (self.claim is None) == (self.size is None):
             raise ValueError("needs either claim (an existing one) or size (a disk for each pod)")
         return self
@@ -143,7 +143,7 @@ class Profile(StrictModel):
     steps: dict[str, StepSettings] = Field(default_factory=dict, description="By step: what differs from defaults.")
 
     @model_validator(mode="after")
-    def _sound(self) -> Profile:
+    def _sound(self) -> "Profile":
         places = {"env": self.env, **{f"steps.{name}.env": step.env for name, step in self.steps.items()}}
         for place, variables in {**places, "defaults.env": self.defaults.env}.items():
             for name in variables:
