@@ -150,7 +150,9 @@ def test_events_of_a_step_outside_a_run_go_nowhere(monkeypatch: pytest.MonkeyPat
     assert list(run_dir.iterdir()) == []
 
 
-def test_step_ends_when_the_holder_of_the_lock_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heard", [True, False])
+def test_step_ends_when_the_holder_of_the_lock_is_killed(tmp_path: Path, *, heard: bool) -> None:
+    """Also when the process that read its output was killed as well, so that nothing can be written any more."""
     lock = tmp_path / "lock"
     holder = subprocess.Popen(
         [
@@ -182,8 +184,12 @@ def test_step_ends_when_the_holder_of_the_lock_is_killed(tmp_path: Path) -> None
     assert step.stdout is not None
     assert step.stdout.readline() == "working\n"
     assert step.poll() is None
+    if not heard:
+        assert step.stderr is not None
+        step.stderr.close()
+        step.stderr = None
     holder.kill()
     holder.communicate()
     _, errors = step.communicate(timeout=10)
     assert step.returncode != 0
-    assert "the runner is gone" in errors
+    assert not heard or "the runner is gone" in errors

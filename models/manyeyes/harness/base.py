@@ -107,7 +107,8 @@ def wait_for_runner_death(lock: Path, then: Callable[[], None]) -> None:
 
 
 def _end(exit_code: int) -> None:
-    sys.stderr.write("the runner is gone: this step ends\n")
+    with suppress(OSError, ValueError):  # whoever read it may be gone, too; this thread must go on
+        sys.stderr.write("the runner is gone: this step ends\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os._exit(exit_code)
