@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from manyeyes.errors import PipelineError
+from manyeyes.kubeflow.compact import compact_source
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
 from manyeyes.recipe import list_recipes
 from tests.pipelines.checkout import ROOT
@@ -102,3 +104,31 @@ def test_components_name_the_image_of_this_version() -> None:
     spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text(encoding="utf-8"))
     images = {executor["container"]["image"] for executor in spec["deploymentSpec"]["executors"].values()}
     assert images == {f"manyeyes-steps:{__version__}"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pods_get_no_words_that_only_people_read(name: str) -> None:
+    """Six copies of a step's source and definition lie in the status of the workflow."""
+    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for executor in spec["deploymentSpec"]["executors"].values():
+        *shell, source = executor["container"]["command"]
+        assert "    " not in "".join(shell)
+        (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+        assert ast.get_docstring(function) is None
+        assert "#" not in source
+    for component in spec["components"].values():
+        assert "description" not in yaml.safe_dump(component)
+
+
+def test_source_of_a_step_is_its_component_without_docstring_and_unused_imports() -> None:
+    source = (
+        "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n\n"
+        "def step(\n    name: str,  # noqa: ARG001\n    report: dsl.Output[dsl.HTML],\n) -> NamedTuple(\n"
+        '    "Outputs", [("a", str)]\n):\n    """Do it.\n\n    Args:\n        name: A name.\n    """\n'
+        "    from pathlib import Path\n\n    return (str(Path(report.path) / name),)\n\n"
+    )
+    assert compact_source(source) == (
+        "from kfp import dsl\nfrom typing import NamedTuple\n"
+        "def step(name: str, report: dsl.Output[dsl.HTML]) -> NamedTuple('Outputs', [('a', str)]):\n"
+        "    from pathlib import Path\n    return (str(Path(report.path) / name),)\n"
+    )

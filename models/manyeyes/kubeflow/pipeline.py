@@ -29,6 +29,7 @@ from pydantic import Field
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
+from manyeyes.kubeflow.compact import compact
 from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes
 from manyeyes.storage import write_file
@@ -101,6 +102,7 @@ def compile_pipeline(
         compiler.Compiler().compile(getattr(importlib.import_module(module), function), package_path=str(compiled))
         text = compiled.read_text(encoding="utf-8")
     documents = list(yaml.load_all(text, Loader=_LOADER))
+    compact(documents[0])
     _inject_literals(documents[0], {"recipe": list_recipes()})
     if digest:
         _put_image(documents[0], image, digest)
