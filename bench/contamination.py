@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from manyeyes.data.contamination.findings import Thresholds
-from manyeyes.data.contamination.fingerprints import hash_differences, make_thumbnail, measure_entropy
-from manyeyes.data.contamination.hash_index import HashIndex
+from manyeyes.data.contamination.fingerprints import HashIndex, hash_differences, make_thumbnail, measure_entropy
 
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",

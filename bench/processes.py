@@ -19,7 +19,7 @@ from pathlib import Path
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot, open_snapshot, read_default_remote, read_dvc_file
 from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec
-from manyeyes.evaluation.answering.opening import open_answerer
+from manyeyes.evaluation.answering.asking import open_answerer
 from manyeyes.harness.base import num_cores
 from manyeyes.runtime import Group
 

@@ -18,7 +18,7 @@ FORMATS = [
     ("judge", "manyeyes.evaluation.judging.scoring", "JudgeReport", "`manyeyes judge BENCHMARK --json`, on stdout"),
     (
         "judge (ensemble)",
-        "manyeyes.evaluation.judging.ensembles",
+        "manyeyes.evaluation.judging.scoring",
         "EnsembleReport",
         "`manyeyes judge scienceqa --other FILE --json`, on stdout",
     ),

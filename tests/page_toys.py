@@ -11,19 +11,18 @@ from typing import Any, Literal, get_origin
 import pandas as pd
 from pydantic import BaseModel
 
-from manyeyes.data.contamination.contamination_page import render_contamination
 from manyeyes.data.contamination.findings import (
     BenchmarkFindings,
     ContaminationReport,
     DatasetFindings,
     Pair,
     Thresholds,
+    render_contamination,
 )
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.shards import write_shards
-from manyeyes.data.validation_page import render_validation
-from manyeyes.data.validation_report import ExpectationOutcome, ValidationReport
+from manyeyes.data.validation_report import ExpectationOutcome, ValidationReport, render_validation
 from manyeyes.evaluation.compare import (
     AverageDifference,
     ComparedBenchmark,
@@ -38,8 +37,7 @@ from manyeyes.evaluation.reliance import (
     render_reliance,
     render_reliance_text,
 )
-from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text
-from manyeyes.evaluation.report.correlation_page import render_correlation
+from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text, render_correlation
 from manyeyes.evaluation.report.page import render_html, render_markdown
 from manyeyes.evaluation.report.writing import build_report
 from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from manyeyes.converters import cambrian, convnext, transformer_encoders
+from manyeyes.converters import cambrian
+from manyeyes.converters import encoder_layouts as convnext
+from manyeyes.converters import encoder_layouts as transformer_encoders
 from manyeyes.converters.convert import convert
 from manyeyes.converters.logits import prompt_logits
 from manyeyes.errors import CheckpointError, SourceError

@@ -13,7 +13,7 @@ import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec
-from manyeyes.evaluation.answering.opening import LateAnswerer, open_answerer
+from manyeyes.evaluation.answering.asking import LateAnswerer, open_answerer
 from manyeyes.evaluation.answering.processes import AnswererPool
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import Outcome, read_outcomes

@@ -11,13 +11,13 @@ import torch
 from manyeyes.cli.evaluation import choose_benchmarks, model_folder
 from manyeyes.cli.main import main
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.answering import opening as answering
+from manyeyes.evaluation.answering import asking as answering
 from manyeyes.evaluation.answering.answerers import AnswererSpec
+from manyeyes.evaluation.answering.asking import LateAnswerer, count_processes, cuda_devices, open_answerer
 from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings
-from manyeyes.evaluation.answering.opening import LateAnswerer, count_processes, cuda_devices, open_answerer
 from manyeyes.evaluation.answering.processes import AnswererPool
 from manyeyes.harness import events
-from manyeyes.registry.model_location import ModelLocation
+from manyeyes.registry.pull import ModelLocation
 from tests.evaluation_fakes import make_recipe
 
 
@@ -131,7 +131,7 @@ def test_a_model_of_the_registry_is_fetched_once(monkeypatch: pytest.MonkeyPatch
         fetched.append(location.place)
 
     monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("manyeyes.registry.model_location.fetch_model", fetch)
+    monkeypatch.setattr("manyeyes.registry.pull.fetch_model", fetch)
     registered = ModelLocation("bundle", "models:/tiny/3", "d" * 64)
     assert model_folder(registered) == model_folder(registered) == tmp_path / "cache" / "models" / ("d" * 16)
     assert fetched == ["models:/tiny/3"]

@@ -13,13 +13,15 @@ from bench.contamination import CHANGES, FILTERS, encode, photographs, share_by_
 from manyeyes.data.contamination import fingerprints
 from manyeyes.data.contamination.findings import Thresholds
 from manyeyes.data.contamination.fingerprints import (
+    COMMON,
+    HashIndex,
+    TextIndex,
     fingerprint_shard,
     hash_differences,
+    hash_ngrams,
     make_thumbnail,
     measure_entropy,
 )
-from manyeyes.data.contamination.hash_index import HashIndex
-from manyeyes.data.contamination.texts import COMMON, TextIndex, hash_ngrams
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.errors import ShapeError

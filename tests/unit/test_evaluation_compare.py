@@ -13,10 +13,9 @@ from manyeyes.cli.main import cli
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation import compare
-from manyeyes.evaluation.compare import ModelComparison, compare_results, read_compared_images
+from manyeyes.evaluation.compare import ModelComparison, compare_results, read_compared_images, read_results
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes, write_outcomes
-from manyeyes.evaluation.results import read_results
 from manyeyes.evaluation.statistics.scoring import clustered_error
 from manyeyes.evaluation.statistics.significance import (
     average_difference,

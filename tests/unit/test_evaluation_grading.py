@@ -17,9 +17,8 @@ from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.build import build_benchmark
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.groups import GROUPS, average_groups
 from manyeyes.evaluation.judging.judge import JudgeError
-from manyeyes.evaluation.outcomes import Outcome
+from manyeyes.evaluation.outcomes import GROUPS, Outcome, average_groups
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard, TypeScore, read_scorecard
 from manyeyes.steps.merge_scorecards import merge
 from tests.evaluation_fakes import RuleAnswerer, make_recipe
@@ -212,7 +211,7 @@ FACETS = {
 
 
 def test_group_averages_divide_mme_by_20_and_ocrbench_by_10(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyeyes.evaluation.groups.average_interval", lambda parts: (float(len(parts)), 99.0))
+    monkeypatch.setattr("manyeyes.evaluation.outcomes.average_interval", lambda parts: (float(len(parts)), 99.0))
     # Cambrian-1-8B as its paper prints it (arXiv:2406.16860); scores and averages are rounded to one place.
     scores = {
         **{"mme": 1547.1, "mmbench": 75.9, "seed": 74.7, "gqa": 64.6},

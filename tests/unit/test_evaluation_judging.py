@@ -16,9 +16,8 @@ from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.benchmarks.llava_bench import read_marks
 from manyeyes.evaluation.benchmarks.mm_vet import read_correctness
-from manyeyes.evaluation.judging.ensembles import score_ensemble
 from manyeyes.evaluation.judging.judge import Judge, JudgeError
-from manyeyes.evaluation.judging.scoring import JUDGINGS, judge_items, judge_predictions
+from manyeyes.evaluation.judging.scoring import JUDGINGS, judge_items, judge_predictions, score_ensemble
 from manyeyes.evaluation.score import score_predictions
 from manyeyes.recipe.recipe import JudgeSpec
 from tests.judge_server import Say, Trouble, in_turn, judge_server

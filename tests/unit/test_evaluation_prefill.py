@@ -11,9 +11,8 @@ import pytest
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answering.conditions import plan_questions
 from manyeyes.evaluation.benchmarks import Benchmark, Item
-from manyeyes.evaluation.compare import compare_results
+from manyeyes.evaluation.compare import compare_results, read_results
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.results import read_results
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from tests.benchmark_toys import make_row

@@ -11,18 +11,17 @@ import pytest
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.groups import GROUPS
+from manyeyes.evaluation.outcomes import GROUPS
 from manyeyes.evaluation.report.comparison import Champion, Published, compare_scorecard, load_published, weigh_cost
-from manyeyes.evaluation.report.contents import Report
+from manyeyes.evaluation.report.contents import Report, describe_reproduction, merge_runs
 from manyeyes.evaluation.report.page import render_html, render_markdown
-from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
 from manyeyes.evaluation.report.tables import verdict
 from manyeyes.evaluation.report.writing import build_report, read_report, write_report
 from manyeyes.export.model_facts import count_model
 from manyeyes.harness.champion_scores import find_champion
 from manyeyes.pages import short_count
 from manyeyes.recipe import load_recipe
-from manyeyes.registry import champion as registry_champion
+from manyeyes.registry import pull as registry_champion
 from tests.report_toys import make_evaluation
 
 NAMES = ["mme", "mmbench", "seed", "gqa", "ocrbench", "easy-vqa"]

@@ -12,9 +12,8 @@ from click.testing import CliRunner
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.compare import ModelComparison, compare_results
+from manyeyes.evaluation.compare import ModelComparison, compare_results, read_results
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.results import read_results
 from manyeyes.evaluation.score import ScoreReport, score_predictions
 from manyeyes.evaluation.statistics.significance import compare_scores
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors

@@ -146,7 +146,7 @@ def test_a_table_is_the_same_in_html_and_markdown() -> None:
 
 
 def test_histograms_of_a_column_have_bins_of_whole_numbers() -> None:
-    from manyeyes.data.validation_page import _histogram
+    from manyeyes.data.validation_report import _histogram
 
     drawing = _histogram(pd.Series([1, 1, 2, 40]))
     assert [box.title for box in drawing.boxes][:2] == ["1 to 3: 3", "4 to 6: 0"]

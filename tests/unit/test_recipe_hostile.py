@@ -34,7 +34,7 @@ from manyeyes.recipe import (
     parse_recipe,
     read_recipe_text,
 )
-from manyeyes.recipe.strict import Strict
+from manyeyes.recipe.model import Strict
 
 
 def full_recipe() -> Recipe:

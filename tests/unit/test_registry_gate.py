@@ -30,8 +30,8 @@ from manyeyes.recipe import (
     ValidationRule,
     parse_recipe,
 )
+from manyeyes.recipe.model import Strict
 from manyeyes.recipe.recipe import GATE_RULES
-from manyeyes.recipe.strict import Strict
 from manyeyes.registry.gate import (
     ChampionEvidence,
     GateReport,

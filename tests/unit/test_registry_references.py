@@ -14,8 +14,7 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import ManyEyesError, RegistryError, StorageError
 from manyeyes.harness.base import Reporter
 from manyeyes.harness.champion_scores import find_champion
-from manyeyes.registry.champion import champion_evidence
-from manyeyes.registry.model_location import locate_model
+from manyeyes.registry.pull import champion_evidence, locate_model
 from manyeyes.registry.references import ModelReference, check_registry_name, parse_model_reference
 from manyeyes.registry.versions import promote, pull, read_aliases, rollback
 from manyeyes.steps.plan_evaluation import plan_evaluation

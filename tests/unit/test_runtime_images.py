@@ -12,8 +12,8 @@ from PIL import Image
 
 from manyeyes.errors import RecordError
 from manyeyes.runtime.bundle import Group
-from manyeyes.runtime.images import read_images
 from manyeyes.runtime.preprocess import decode_image
+from manyeyes.runtime.vision import read_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

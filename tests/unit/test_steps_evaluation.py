@@ -15,7 +15,7 @@ from manyeyes.evaluation.report.writing import read_report
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.harness import inputs as step_inputs
 from manyeyes.harness.base import Reporter
-from manyeyes.registry.model_location import ModelLocation, fetch_model, locate_model
+from manyeyes.registry.pull import ModelLocation, fetch_model, locate_model
 from manyeyes.steps import merge_scorecards as merging
 from manyeyes.steps.plan_evaluation import ask_benchmarks
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, CheckpointError, RegistryError
 from manyeyes.harness.base import Reporter, StepResult
-from manyeyes.registry.model_location import ModelLocation, locate_model
+from manyeyes.registry.pull import ModelLocation, locate_model
 from manyeyes.registry.versions import promote
 from manyeyes.steps.fetch_model import fetch_model
 from manyeyes.steps.plan_evaluation import plan_evaluation

@@ -15,8 +15,7 @@ import pytest
 from manyeyes.errors import RecordError
 from manyeyes.harness.base import Reporter, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags
-from manyeyes.registry.run_history import step_records
-from manyeyes.registry.tracking import connect, start_parent_run, step_run
+from manyeyes.registry.tracking import connect, start_parent_run, step_records, step_run
 from manyeyes.steps import summarise_run as summarise_module
 from manyeyes.steps.summarise_run import RunNotice, post_json, summarise_run
 from tests.registry_store import store_uri

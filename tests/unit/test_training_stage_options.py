@@ -18,8 +18,7 @@ from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
 from manyeyes.training import loop
 from manyeyes.training.batches import processor_of_stage
-from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
-from manyeyes.training.optimizer import build_optimizer, freeze_others
+from manyeyes.training.optimizer import adapters_alone, add_adapters, build_optimizer, freeze_others, merge_adapters
 from manyeyes.training.stage import read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 

@@ -28,13 +28,12 @@ from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
     from manyeyes.recipe import Recipe
-    from manyeyes.registry.model_location import ModelLocation
+    from manyeyes.registry.pull import ModelLocation
 if TYPE_CHECKING:
+    from manyeyes.evaluation.compare import Results
     from manyeyes.evaluation.report.compare_page import ReadImage
-    from manyeyes.evaluation.results import Results
 if TYPE_CHECKING:
-    from manyeyes.evaluation.judging.ensembles import EnsembleReport, Scheme
-    from manyeyes.evaluation.judging.scoring import JudgeReport
+    from manyeyes.evaluation.judging.scoring import EnsembleReport, JudgeReport, Scheme
     from manyeyes.evaluation.score import ScoreReport
     from manyeyes.recipe.recipe import JudgeSpec
 
@@ -78,7 +77,7 @@ def evaluate_command(
     """
     from manyeyes.cli.step import run_from_files
     from manyeyes.recipe import load_recipe, parse_overrides
-    from manyeyes.registry.model_location import locate_model
+    from manyeyes.registry.pull import locate_model
 
     loaded = load_recipe(recipe, overrides=parse_overrides(list(assignments)))
     asked = choose_benchmarks(loaded, names=benchmarks, max_items=max_items, variants=variants)
@@ -141,7 +140,7 @@ def model_folder(location: ModelLocation) -> Path:
         StorageError: No space, or no permission.
     """
     from manyeyes.harness.inputs import cache_dir
-    from manyeyes.registry.model_location import fetch_model
+    from manyeyes.registry.pull import fetch_model
 
     if "://" not in location.place and not location.place.startswith("models:/"):
         return Path(location.place)
@@ -255,7 +254,7 @@ def compare_command(
 
 
 def _results(given: str) -> Results:
-    from manyeyes.evaluation.results import read_results
+    from manyeyes.evaluation.compare import read_results
 
     if given.strip() and is_there(Path(given)):  # Path("") is the working directory
         return read_results(Path(given))
@@ -351,7 +350,7 @@ def correlate_command(tables: tuple[Path, ...], groups: int, out: Path) -> None:
     TABLES: CSV with a column of models and one a benchmark, JSON {model: {benchmark: score}}, or folders that
     `manyeyes evaluate` wrote, a model each. Writes correlation.json and correlation.html into --out.
     """
-    from manyeyes.evaluation.report.correlation_page import render_correlation
+    from manyeyes.evaluation.report.compare_page import render_correlation
     from manyeyes.evaluation.statistics.correlation import CORRELATION_FILE, correlate, read_scores
     from manyeyes.storage import write_file
 
@@ -416,9 +415,8 @@ def judge_command(
     """
     from manyeyes.errors import EvaluationError
     from manyeyes.evaluation.benchmarks import find_benchmark
-    from manyeyes.evaluation.judging.ensembles import BENCHMARK, score_ensemble
     from manyeyes.evaluation.judging.judge import Judge
-    from manyeyes.evaluation.judging.scoring import find_judging, judge_predictions
+    from manyeyes.evaluation.judging.scoring import BENCHMARK, find_judging, judge_predictions, score_ensemble
     from manyeyes.evaluation.score import match_predictions, read_predictions, read_references, unmatched
     from manyeyes.harness.inputs import cache_dir
 

@@ -82,7 +82,7 @@ def ask_command(
     With --draw the question ends with <GEN>, and what the answer holds between <h> and </h> is drawn into --out.
     """
     from manyeyes.runtime.bundle import load_bundle
-    from manyeyes.runtime.images import read_image
+    from manyeyes.runtime.vision import read_image
 
     images = [] if str(image) == "-" else [read_image(image, name="image")]
     if source is None:

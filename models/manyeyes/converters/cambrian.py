@@ -16,19 +16,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manyeyes.converters.clip import clip_table, plan_clip
-from manyeyes.converters.convnext import convnext_shapes, convnext_table, plan_convnext
-from manyeyes.converters.encoder_sources import IMAGE_SIZE, INPUT_SIZE, EncoderSources, FoundEncoder, stated
-from manyeyes.converters.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
-from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
-from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
-from manyeyes.converters.tables import KeyTable, Leave, Shape, Take, join_tables
-from manyeyes.converters.transformer_encoders import (
+from manyeyes.converters.encoder_layouts import (
+    convnext_shapes,
+    convnext_table,
     dinov2_table,
+    plan_convnext,
     plan_dinov2,
     plan_outside_clip,
     plan_siglip,
     siglip_table,
+)
+from manyeyes.converters.encoder_sources import IMAGE_SIZE, INPUT_SIZE, EncoderSources, FoundEncoder, stated
+from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
+from manyeyes.converters.source import OriginalCheckpoint
+from manyeyes.converters.system import EncoderPlan, Plan, System
+from manyeyes.converters.tables import (
+    KeyTable,
+    Leave,
+    Shape,
+    Take,
+    added_tokens,
+    image_factor,
+    join_tables,
+    language_table,
+    plan_text_config,
+    scale_last,
 )
 from manyeyes.errors import CheckpointError
 from manyeyes.recipe import FusionSpec, ReinjectionSpec

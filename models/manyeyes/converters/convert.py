@@ -21,7 +21,7 @@ from manyeyes.converters.system import EncoderPlan, Plan, System
 from manyeyes.converters.tables import Resolution, Shape
 from manyeyes.converters.tensor_files import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights
-from manyeyes.encoders.skeleton import meta_device
+from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import BundleError, CheckpointError, RecipeError, did_you_mean
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration, write_manifest
 from manyeyes.model.language_model import check_vocabulary, find_image_token_id

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from manyeyes.converters.clip import clip_table, escaped, plan_clip
-from manyeyes.converters.convnext import convnext_shapes, convnext_table, plan_convnext
+from manyeyes.converters.encoder_layouts import convnext_shapes, convnext_table, plan_convnext
 from manyeyes.converters.encoder_sources import (
     GLOBAL_BLOCKS,
     HEADS,
@@ -39,11 +39,19 @@ from manyeyes.converters.encoder_sources import (
     stated,
     told_or_published,
 )
-from manyeyes.converters.language import added_tokens, language_table, plan_text_config
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.converters.system import EncoderPlan, Plan, System
-from manyeyes.converters.tables import KeyTable, Leave, Shape, Take, join_tables
+from manyeyes.converters.tables import (
+    KeyTable,
+    Leave,
+    Shape,
+    Take,
+    added_tokens,
+    join_tables,
+    language_table,
+    plan_text_config,
+)
 from manyeyes.encoders.vit import resample_positions
 from manyeyes.errors import CheckpointError
 from manyeyes.recipe import FusionSpec, SharedSpec

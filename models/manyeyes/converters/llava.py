@@ -15,10 +15,18 @@ from typing import Any
 
 from manyeyes.converters.clip import clip_folder_is_here, clip_row, clip_table, escaped, plan_clip
 from manyeyes.converters.encoder_sources import EncoderSources
-from manyeyes.converters.language import added_tokens, language_table, plan_text_config
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.converters.system import EncoderPlan, Plan, System
-from manyeyes.converters.tables import KeyTable, Leave, Refuse, Take, join_tables
+from manyeyes.converters.tables import (
+    KeyTable,
+    Leave,
+    Refuse,
+    Take,
+    added_tokens,
+    join_tables,
+    language_table,
+    plan_text_config,
+)
 from manyeyes.errors import CheckpointError
 from manyeyes.recipe import FusionSpec, ProjectorSpec
 from manyeyes.runtime.tiling import TokenLayout

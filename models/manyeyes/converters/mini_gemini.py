@@ -17,14 +17,21 @@ import torch
 from torch import Tensor
 
 from manyeyes.converters.clip import clip_row, clip_table, plan_clip
-from manyeyes.converters.convnext import convnext_shapes, convnext_table, plan_convnext
+from manyeyes.converters.encoder_layouts import convnext_shapes, convnext_table, plan_convnext, plan_outside_clip
 from manyeyes.converters.encoder_sources import EncoderSources, published_size
-from manyeyes.converters.language import added_tokens, image_factor, language_table, plan_text_config, scale_last
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.converters.system import EncoderPlan, Plan, System
-from manyeyes.converters.tables import KeyTable, Take, join_tables
-from manyeyes.converters.transformer_encoders import plan_outside_clip
+from manyeyes.converters.tables import (
+    KeyTable,
+    Take,
+    added_tokens,
+    image_factor,
+    join_tables,
+    language_table,
+    plan_text_config,
+    scale_last,
+)
 from manyeyes.errors import CheckpointError
 from manyeyes.processor import SHARED
 from manyeyes.recipe import FusionSpec

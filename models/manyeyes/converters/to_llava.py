@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from manyeyes.converters.clip import clip_table
-from manyeyes.converters.language import language_table
 from manyeyes.converters.llava import plan_projector
 from manyeyes.converters.source import OriginalCheckpoint, open_checkpoint
 from manyeyes.converters.system import EncoderPlan
-from manyeyes.converters.tables import KeyTable, Take, join_tables
+from manyeyes.converters.tables import KeyTable, Take, join_tables, language_table
 from manyeyes.converters.tensor_files import Planned, write_tensors
 from manyeyes.encoders import encoder_row
 from manyeyes.errors import CheckpointError

@@ -18,8 +18,7 @@ from pydantic import Field
 from manyeyes.data.profile import FitCheck, build_profile
 from manyeyes.data.quarantine import QUARANTINE_FILE, QuarantinedSample, write_quarantine
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.data.validation_page import render_validation
-from manyeyes.data.validation_report import ExpectationOutcome, Severity, ValidationReport
+from manyeyes.data.validation_report import ExpectationOutcome, Severity, ValidationReport, render_validation
 from manyeyes.errors import RecipeError, SnapshotError, did_you_mean
 from manyeyes.sources import open_pinned, split_pin
 from manyeyes.storage import hash_file, new_file, write_file

@@ -1,12 +1,21 @@
-"""What validation found, as JSON and as Markdown."""
+"""What validation found: as JSON, as Markdown, and as ``validation.html`` with a look at the data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+import pandas as pd
 from pydantic import Field
 
-from manyeyes.pages import Table, Text, render
+from manyeyes.data.quarantine import QuarantinedSample
+from manyeyes.data.records import Record
+from manyeyes.data.shards import RecordReader
+from manyeyes.data.snapshot import Snapshot
+from manyeyes.errors import RecordError
+from manyeyes.pages import Bar, Drawing, Picture, Table, Text, draw_bars, make_picture, render
+from manyeyes.runtime.preprocess import decode_image
 from manyeyes.strict import StrictModel
 
 Severity = Literal["critical", "warning", "info"]
@@ -59,3 +68,98 @@ class ValidationReport(StrictModel):
         ]
         table = Table(("expectation", "severity", "met", "samples against it", "what it says"), rows)
         return render("validation.md", report=self, expectations=table)
+
+
+_NUM_SHOWN = 8
+_NUM_BAD_SHOWN = 24
+_NUM_BARS = 16
+
+
+def render_validation(
+    report: ValidationReport,
+    *,
+    profile: pd.DataFrame,
+    quarantine: Sequence[QuarantinedSample],
+    snapshot: Snapshot,
+) -> str:
+    """Render the page.
+
+    Args:
+        report: What was found.
+        profile: The profile that it is about.
+        quarantine: The samples that cannot be used.
+        snapshot: Where the images are.
+
+    Returns:
+        A whole HTML document; images and styles are inside.
+    """
+    bad = profile[profile["problem"] != ""].head(_NUM_BAD_SHOWN)
+    usable = profile[(profile["problem"] == "") & ~profile["is_eval"]]
+    spread = np.unique(np.linspace(0, len(usable) - 1, min(_NUM_SHOWN, len(usable))).astype(int))
+    bad_records = _read_rows(bad, snapshot=snapshot)
+    return render(
+        "validation.html",
+        title=f"Data validation: {report.verdict}",
+        report=report,
+        bad=list(zip(quarantine, bad_records, strict=False)),
+        samples=[record for record in _read_rows(usable.iloc[spread], snapshot=snapshot) if record],
+        charts=_distributions(profile),
+        entries={name: snapshot.dataset(name) for name in report.datasets},
+        show=lambda record: show_image(record.images[0].data),
+    )
+
+
+def show_image(data: bytes) -> Picture | None:
+    """An image file as a page shows it; ``None`` when it cannot be decoded."""
+    try:
+        return make_picture(decode_image(data))
+    except RecordError:
+        return None
+
+
+def _distributions(profile: pd.DataFrame) -> dict[str, list[Bar] | Drawing]:
+    if profile.empty:
+        return {}
+    sizes = (profile["width"].astype(str) + " x " + profile["height"].astype(str)).where(
+        profile["n_images"] > 0, "text only"
+    )
+    charts: dict[str, list[Bar] | Drawing] = {
+        "Samples by data set": _bars(profile["dataset"].value_counts().head(_NUM_BARS).to_dict()),
+        "Image size in pixels (first image)": _bars(sizes.value_counts().head(_NUM_BARS).to_dict()),
+        "Question-answer pairs a sample": _histogram(profile["n_turns"] // 2),
+        "Characters a sample": _histogram(profile["text_chars"]),
+    }
+    if (profile["n_tokens"] >= 0).any():
+        charts["Tokens a sample"] = _histogram(profile["n_tokens"])
+    return charts
+
+
+def _bars(counts: Mapping[object, int]) -> list[Bar]:
+    top = float(max(counts.values()))
+    return [Bar(str(label), f"{count:,}", count, scale=(0.0, top)) for label, count in counts.items()]
+
+
+def _histogram(values: pd.Series) -> Drawing:
+    """Equal bins, with the range and the median written below."""
+    low, high = int(values.min()), int(values.max())
+    # Whole numbers: every bin is as many of them wide, so none looks fuller than it is.
+    bin_width = -(-(high - low + 1) // _NUM_BARS)
+    edges = np.arange(low, high + bin_width + 1, bin_width)
+    counts, _ = np.histogram(values, bins=edges)
+    titles = [f"{start:,} to {start + bin_width - 1:,}: {count:,}" for start, count in zip(edges, counts, strict=False)]
+    below = (f"{low:,}", f"median {values.median():,.0f}", f"{high:,}")
+    return draw_bars(counts.tolist(), titles=titles, below=below)
+
+
+def _read_rows(rows: pd.DataFrame, *, snapshot: Snapshot) -> list[Record | None]:
+    """Records of some rows of the profile; ``None`` where a record cannot be read."""
+    readers: dict[str, RecordReader] = {}
+    records: list[Record | None] = []
+    for dataset, position in zip(rows["dataset"], rows["row"], strict=True):
+        if dataset not in readers:
+            readers[dataset] = RecordReader(snapshot.shards(dataset))
+        try:
+            records.append(readers[dataset].read(int(position)))
+        except RecordError:
+            records.append(None)  # its card says why it cannot be read
+    return records

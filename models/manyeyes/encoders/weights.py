@@ -3,19 +3,24 @@
 Hub repositories keep three layouts of the same vision transformer: timm's, open_clip's (timm's under ``visual.trunk.``)
 and transformers'. Encoders here have timm's. A layout is recognised by a key that only it has; what stands in front of
 that key (``vision_model.``, ``model.vision_tower.``) is the publisher's prefix, and keys without it are left out.
+
+``meta_device`` builds modules at their true sizes, without memory.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyeyes.errors import SourceError
 
@@ -169,3 +174,34 @@ def join_qkv(state: TensorMap) -> TensorMap:
     for kind in ("weight", "bias"):
         state = join(state, [f"attn.{letter}.{kind}" for letter in "qkv"], f"attn.qkv.{kind}")
     return state
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Build what follows on the meta device, and skip drawing its weights: there they have no values."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchDispatchMode):
+    """Skips what fills a tensor without memory: those kernels are Python there, and take seconds for large models."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _FILLING and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_aten = torch.ops.aten
+_FILLING = {
+    _aten.add_.Tensor,
+    _aten.clamp_.default,
+    _aten.erfinv_.default,
+    _aten.fill_.Scalar,
+    _aten.mul_.Tensor,
+    _aten.normal_.default,
+    _aten.uniform_.default,
+    _aten.zero_.default,
+}

@@ -20,8 +20,15 @@ from manyeyes.estimate.dry_run import ImageShape, count_sample, image_shape
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
-from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
-from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
+from manyeyes.training.optimizer import (
+    ParameterGroups,
+    adapters_alone,
+    add_adapters,
+    freeze_others,
+    learning_rates,
+    merge_adapters,
+    split_groups,
+)
 
 # A question and its answer beside the image, as FLOPs of a sample count them: conversations of LLaVA's instruction data
 # have some hundred tokens, captions some dozens. Ours, not published.

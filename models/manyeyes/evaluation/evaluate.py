@@ -21,10 +21,9 @@ from manyeyes.evaluation.answering.asking import Answered, EvaluationProgress, a
 from manyeyes.evaluation.answering.conditions import CONDITIONS, Condition, is_possible
 from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, Item, load_benchmarks
-from manyeyes.evaluation.groups import average_groups
 from manyeyes.evaluation.judging.judge import Judge
 from manyeyes.evaluation.judging.scoring import JUDGINGS, enough_judged, judge_items, name_judge
-from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, write_outcomes
+from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, average_groups, write_outcomes
 from manyeyes.evaluation.report.writing import NO_CHAMPION, Champion, write_report
 from manyeyes.evaluation.scorecard import (
     BenchmarkScore,
@@ -35,9 +34,9 @@ from manyeyes.evaluation.scorecard import (
     TypeScore,
     write_scorecard,
 )
+from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
 from manyeyes.evaluation.statistics.scoring import Estimate, clustered_mean
 from manyeyes.evaluation.statistics.significance import added_interval, score_interval
-from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.export.model_facts import ModelFacts
 from manyeyes.recipe import Recipe
 

@@ -24,8 +24,8 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     is_of_type,
     refuse_hidden,
 )
+from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
 from manyeyes.evaluation.statistics.significance import score_interval
-from manyeyes.evaluation.statistics.sub_scores import sub_score_intervals
 from manyeyes.storage import check_out, write_file
 from manyeyes.strict import StrictModel
 

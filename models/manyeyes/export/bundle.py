@@ -1,13 +1,15 @@
-"""From a checkpoint to a bundle."""
+"""From a checkpoint to a bundle: its graphs and its JSON files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
-from manyeyes.export.manifest import load_manifest, write_json
 from manyeyes.export.model_facts import count_model
 from manyeyes.export.parity import ParityReport
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
@@ -22,10 +24,31 @@ from manyeyes.runtime.bundle_contents import (
     PreprocessFile,
     SharedInput,
     TemplateText,
+    read_file,
     read_part,
 )
 from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
-from manyeyes.storage import hash_file, new_folder
+from manyeyes.storage import hash_file, new_folder, write_file
+
+
+def load_manifest(bundle: Path) -> BundleManifest:
+    """Read and check a bundle's ``manifest.json``.
+
+    Raises:
+        BundleError: Missing, or not a manifest.
+    """
+    return read_file(BundleManifest, bundle / MANIFEST)
+
+
+def write_json(model: BaseModel, file: Path) -> None:
+    """Write a model as indented JSON, whole or not at all; the same model gives the same bytes.
+
+    Args:
+        model: Any pydantic model.
+        file: Where; its folder exists.
+    """
+    content: dict[str, Any] = model.model_dump(mode="json")
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str, code_digest: str) -> BundleManifest:

@@ -24,7 +24,7 @@ def count_model(config: PreTrainedConfig) -> ModelFacts:
     """
     import copy
 
-    from manyeyes.encoders.skeleton import meta_device
+    from manyeyes.encoders.weights import meta_device
     from manyeyes.estimate.dry_run import count_forward, image_shape
     from manyeyes.estimate.skeleton import TEXT_TOKENS, count_parameters
     from manyeyes.model import ManyEyesForConditionalGeneration

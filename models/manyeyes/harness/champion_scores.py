@@ -19,7 +19,7 @@ def find_champion(registry_model: str) -> Champion:
     """
     if not registry_model:
         return NO_CHAMPION
-    from manyeyes.registry.champion import champion_evidence
+    from manyeyes.registry.pull import champion_evidence
     from manyeyes.registry.references import parse_model_reference
 
     reference = parse_model_reference(registry_model)

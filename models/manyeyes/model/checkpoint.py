@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
-from manyeyes.encoders.skeleton import meta_device
+from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import BundleError, CheckpointError, SourceError, StorageError
 from manyeyes.model.configuration import ManyEyesConfig
 from manyeyes.model.from_recipe import choose_encoders, configure, make_processor

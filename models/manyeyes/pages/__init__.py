@@ -5,10 +5,23 @@ file without scripts or references: Kubeflow shows it in a frame that may load n
 """
 
 from manyeyes.pages.charts import Bar, Box, Curve, Drawing, Label, Line, Mark, Point, draw_bars, draw_curves, scatter
-from manyeyes.pages.pictures import Picture, make_picture
-from manyeyes.pages.rendering import render, step_page
-from manyeyes.pages.tables import Table, Text, facts_table, markdown_table
-from manyeyes.pages.words import NONE, amount, duration, readable, short_count, span, two_decimals
+from manyeyes.pages.rendering import (
+    NONE,
+    Picture,
+    Table,
+    Text,
+    amount,
+    duration,
+    facts_table,
+    make_picture,
+    markdown_table,
+    readable,
+    render,
+    short_count,
+    span,
+    step_page,
+    two_decimals,
+)
 
 __all__ = [
     "NONE",

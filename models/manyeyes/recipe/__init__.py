@@ -13,15 +13,22 @@ from manyeyes.recipe.loading import (
     read_recipe_text,
 )
 from manyeyes.recipe.model import (
+    STAGE_NAMES,
     ChatSpec,
     EncoderSpec,
     FusionSpec,
     LanguageModelSpec,
     LayoutSpec,
+    LoraSpec,
+    MixturePart,
     ModelSpec,
     ProjectorSpec,
     ReinjectionSpec,
+    Schedule,
     SharedSpec,
+    StageName,
+    StageSpec,
+    StagesSpec,
 )
 from manyeyes.recipe.recipe import (
     ContaminationRule,
@@ -38,15 +45,6 @@ from manyeyes.recipe.recipe import (
     Recipe,
     RegistrySpec,
     ValidationRule,
-)
-from manyeyes.recipe.stages import (
-    STAGE_NAMES,
-    LoraSpec,
-    MixturePart,
-    Schedule,
-    StageName,
-    StageSpec,
-    StagesSpec,
 )
 
 __all__ = [

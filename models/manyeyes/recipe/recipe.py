@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.model import ModelSpec
-from manyeyes.recipe.stages import STAGE_NAMES, StageName, StageSpec, StagesSpec
-from manyeyes.recipe.strict import MAX_BATCH, MAX_COUNT, Strict
+from manyeyes.recipe.model import MAX_BATCH, MAX_COUNT, STAGE_NAMES, ModelSpec, StageName, StageSpec, StagesSpec, Strict
 
 # Beyond the maximum of any benchmark.
 _MAX_POINTS = 1e6

@@ -17,7 +17,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from manyeyes.errors import RecordError
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
-from manyeyes.runtime.images import read_image
+from manyeyes.runtime.vision import read_image
 
 
 class BundleModel(PythonModel):

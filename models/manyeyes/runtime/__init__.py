@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyeyes.runtime.bundle import Bundle, GeneratedAnswer, Group, load_bundle
-    from manyeyes.runtime.images import ImageLike
-    from manyeyes.runtime.vision import ImageCache, ImageTokens
+    from manyeyes.runtime.vision import ImageCache, ImageLike, ImageTokens
 
 _HOMES = {
     "Bundle": "bundle",
     "GeneratedAnswer": "bundle",
     "Group": "bundle",
     "ImageCache": "vision",
-    "ImageLike": "images",
+    "ImageLike": "vision",
     "ImageTokens": "vision",
     "load_bundle": "bundle",
 }

@@ -33,12 +33,11 @@ from manyeyes.runtime.bundle_files import (
 )
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
 from manyeyes.runtime.decoding import Decoder, OptionEncoder, OptionIds, check_choices
-from manyeyes.runtime.images import ImageLike, read_images
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
 from manyeyes.runtime.tiling import TokenLayout
 from manyeyes.runtime.tokenizer import library_errors, read_tokenizer
-from manyeyes.runtime.vision import ImageCache, ImageTokens, Vision
+from manyeyes.runtime.vision import ImageCache, ImageLike, ImageTokens, Vision, read_images
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""ONNX Runtime sessions: which provider runs a graph, with how many threads, and where tensors stay."""
+"""ONNX Runtime sessions: which provider runs a graph, with how many threads, and where tensors stay.
+
+It also says how much memory a bundle may take.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,27 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from manyeyes.errors import BundleError, did_you_mean
-from manyeyes.runtime.memory import memory_limit
+
+_SHARE = 0.9
+# Memory that a container may use: cgroup v2, then v1. No limit reads "max", or as a number beyond any machine.
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@cache
+def memory_limit() -> int:
+    """Bytes: nine tenths of what the machine has, or of what its container may use where that is less."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # Windows does not tell so
+        limits = [2**62]
+    for name in _CONTAINER_LIMITS:
+        try:
+            text = Path(name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdecimal() else []
+    return int(_SHARE * min(limits))
+
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

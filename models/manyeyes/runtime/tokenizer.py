@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from manyeyes.errors import ManyEyesError, RecordError
 from manyeyes.runtime.json_files import read_json_file
-from manyeyes.runtime.memory import memory_limit
+from manyeyes.runtime.sessions import memory_limit
 from manyeyes.storage import hash_file
 
 _TRIAL_S = 120

@@ -53,8 +53,8 @@ def evaluate(
         registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
     """
     from manyeyes.evaluation.answering.answerers import AnswererSpec
+    from manyeyes.evaluation.answering.asking import open_answerer
     from manyeyes.evaluation.answering.encoder_cache import encoder_cache_settings
-    from manyeyes.evaluation.answering.opening import open_answerer
     from manyeyes.evaluation.evaluate import evaluate as evaluate_model
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)

@@ -42,8 +42,7 @@ def export_onnx(
     """
     import torch
 
-    from manyeyes.export.bundle import export_bundle, record_parity
-    from manyeyes.export.manifest import write_json
+    from manyeyes.export.bundle import export_bundle, record_parity, write_json
     from manyeyes.export.parity import measure_parity
     from manyeyes.model import match_checkpoint
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import facts_table, step_page
-from manyeyes.registry.model_location import ModelLocation
-from manyeyes.registry.model_location import fetch_model as fetch
+from manyeyes.registry.pull import ModelLocation
+from manyeyes.registry.pull import fetch_model as fetch
 
 
 def fetch_model(

@@ -49,8 +49,8 @@ def gate(
     from manyeyes.data.validation_report import ValidationReport
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
-    from manyeyes.registry.champion import comparable_champion
     from manyeyes.registry.gate import decide, render_gate_html, render_gate_markdown, write_gate_report
+    from manyeyes.registry.pull import comparable_champion
 
     inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
     bundle_scores = read_scorecard(bundle_scorecard / "scorecard.json")
@@ -102,6 +102,6 @@ def _read(report: type[T], path: Path) -> T:
 STEP = Step(
     "gate",
     gate,
-    imports=("manyeyes.data.validation_report", "manyeyes.export.parity", "manyeyes.registry.champion"),
+    imports=("manyeyes.data.validation_report", "manyeyes.export.parity", "manyeyes.registry.pull"),
     outputs=("gate",),
 )

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import load_benchmarks
-from manyeyes.evaluation.groups import average_groups
 from manyeyes.evaluation.judging.judge import add_uses
-from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes, write_outcomes
-from manyeyes.evaluation.report.reproduction import describe_reproduction, merge_runs
+from manyeyes.evaluation.outcomes import OutcomeFile, average_groups, read_outcomes, write_outcomes
+from manyeyes.evaluation.report.contents import describe_reproduction, merge_runs
 from manyeyes.evaluation.report.writing import read_report, write_report
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult

@@ -10,7 +10,7 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import cache_dir
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, change_recipe, parse_recipe
-from manyeyes.registry.model_location import locate_model
+from manyeyes.registry.pull import locate_model
 
 
 def plan_evaluation(

@@ -59,7 +59,7 @@ def check_parts(model: ModelSpec) -> None:
         SourceError: A package that an encoder is built with is not installed.
     """
     from manyeyes.encoders import build_encoder, encoder_row
-    from manyeyes.encoders.skeleton import meta_device
+    from manyeyes.encoders.weights import meta_device
     from manyeyes.fusion import build_fusion, fusion_row
     from manyeyes.model.projector import check_projector_options
 

@@ -134,7 +134,7 @@ def summarise_run(
 
 
 def _read_history(pipeline: str, subject: str, run_id: str, state: str, message: str) -> tuple[RunNotice, str]:
-    from manyeyes.registry.run_history import step_records, version_url
+    from manyeyes.registry.tracking import step_records, version_url
 
     notice = RunNotice(
         text="", pipeline=pipeline, subject=subject, run_id=run_id, state=_state(state), steps=[], error=None
@@ -254,4 +254,4 @@ def _first_line(text: str) -> str:
     return (named or lines or [""])[0][:200]
 
 
-STEP = Step("summarise_run", summarise_run, imports=("manyeyes.registry.run_history",), tracked=False)
+STEP = Step("summarise_run", summarise_run, imports=("manyeyes.registry.tracking",), tracked=False)

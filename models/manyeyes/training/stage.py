@@ -33,8 +33,16 @@ from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, train
-from manyeyes.training.lora import adapters_alone, add_adapters, merge_adapters
-from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
+from manyeyes.training.optimizer import (
+    ParameterGroups,
+    adapters_alone,
+    add_adapters,
+    build_optimizer,
+    freeze_others,
+    learning_rates,
+    merge_adapters,
+    split_groups,
+)
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.running import HistoryPoint, drop_running, stage_lock
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyeyes.evaluation.benchmarks.free_form import (
+from manyeyes.evaluation.benchmarks.rules import (
     anls,
     levenshtein,
     normalise_evalai,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS, option_letters
-from manyeyes.evaluation.benchmarks.mathvista import extract
-from manyeyes.evaluation.benchmarks.mathvista_judge import JUDGING
+from manyeyes.evaluation.benchmarks.mathvista import JUDGING, extract
 from tests import benchmark_rows as rows
 
 

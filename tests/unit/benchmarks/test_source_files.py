@@ -16,8 +16,7 @@ from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import EvaluationError, SourceError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import ANSWERS, RECORDS, TEXTS, BenchmarkRow
-from manyeyes.evaluation.benchmarks.build import build_benchmark
-from manyeyes.evaluation.benchmarks.source_files import SourceFiles, find_files, split_of
+from manyeyes.evaluation.benchmarks.build import SourceFiles, build_benchmark, find_files, split_of
 from manyeyes.evaluation.score import score_predictions
 from tests import benchmark_rows as rows
 

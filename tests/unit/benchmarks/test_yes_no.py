@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyeyes.evaluation.benchmarks import yes_no
+from manyeyes.evaluation.benchmarks import rules as yes_no
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyeyes.data.contamination.findings import BenchmarkFindings, Kind, Pair, Thresholds
-from manyeyes.data.contamination.fingerprints import DTYPE, fingerprint_shard, make_thumbnail
-from manyeyes.data.contamination.hash_index import HashIndex
-from manyeyes.data.contamination.samples import count_rows, read_samples
-from manyeyes.data.contamination.texts import TextIndex
+from manyeyes.data.contamination.fingerprints import (
+    DTYPE,
+    HashIndex,
+    TextIndex,
+    count_rows,
+    fingerprint_shard,
+    make_thumbnail,
+    read_samples,
+)
 
 NEAREST = 16  # candidates of one training image that are looked at
 IMAGE_KINDS: tuple[Kind, ...] = ("exact", "near", "mirrored")

@@ -1,12 +1,14 @@
-"""What the search found, as JSON and as Markdown."""
+"""What the search found: as JSON, as Markdown, and as ``contamination.html`` with the pairs side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from manyeyes.data.validation_report import show_image
 from manyeyes.pages import Table, render
 from manyeyes.strict import StrictModel
 
@@ -146,3 +148,22 @@ def read_contamination(folder: Path) -> ContaminationReport | None:
     """The ``contamination.json`` of a folder, or ``None`` where validation made none (it had no evaluation set)."""
     path = folder / "contamination.json"
     return ContaminationReport.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def render_contamination(report: ContaminationReport, *, pictures: Mapping[Pair, tuple[bytes, bytes]]) -> str:
+    """Render the page.
+
+    Args:
+        report: What was found.
+        pictures: Of the examples: training's image file and the benchmark's.
+
+    Returns:
+        A whole HTML document; images and styles are inside.
+    """
+    return render(
+        "contamination.html",
+        title="Contamination",
+        report=report,
+        in_training=in_training,
+        pairs=[(pair, [show_image(data) for data in pictures.get(pair, ())]) for pair in report.examples],
+    )

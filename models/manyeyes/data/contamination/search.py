@@ -12,10 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from manyeyes.data.contamination.benchmarks import IMAGE_KINDS, Benchmarks, Source
-from manyeyes.data.contamination.contamination_page import render_contamination
-from manyeyes.data.contamination.findings import ContaminationReport, DatasetFindings, Pair, Thresholds
-from manyeyes.data.contamination.fingerprints import fingerprint_shard
-from manyeyes.data.contamination.samples import read_samples
+from manyeyes.data.contamination.findings import (
+    ContaminationReport,
+    DatasetFindings,
+    Pair,
+    Thresholds,
+    render_contamination,
+)
+from manyeyes.data.contamination.fingerprints import fingerprint_shard, read_samples
 from manyeyes.data.quarantine import CONTAMINATED_FILE, QuarantinedSample, write_quarantine
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError, did_you_mean

@@ -11,8 +11,8 @@ import string
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, TEXTS, BenchmarkRow, Graded, Row, by_item
-from manyeyes.evaluation.benchmarks.multiple_choice import choice_prompt, outcome
 from manyeyes.evaluation.benchmarks.option_letters import Options, cambrian_letter, lettered, vlmevalkit
+from manyeyes.evaluation.benchmarks.rules import choice_prompt, outcome
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -19,8 +19,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     position,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.free_form import relaxed_match
-from manyeyes.evaluation.benchmarks.prompts import PHRASE
+from manyeyes.evaluation.benchmarks.rules import PHRASE, relaxed_match
 
 _HUMAN = "human_test"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, TEXTS, WHOLE, BenchmarkRow, Graded, Row, by_item
-from manyeyes.evaluation.benchmarks.multiple_choice import (
+from manyeyes.evaluation.benchmarks.rules import (
     LETTER_SUFFIX,
     by_facet,
     choice_prompt,

@@ -27,8 +27,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     cluster_by,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.free_form import anls
-from manyeyes.evaluation.benchmarks.prompts import ask_document
+from manyeyes.evaluation.benchmarks.rules import anls, ask_document
 
 
 def grade_anls(cluster: Callable[[Row], str]) -> Callable[[Row, str, str], Graded]:

@@ -18,7 +18,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     cluster_by,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.prompts import ask_for_phrase
+from manyeyes.evaluation.benchmarks.rules import ask_for_phrase
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -20,7 +20,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     Graded,
     Row,
 )
-from manyeyes.evaluation.benchmarks.multiple_choice import LETTER_SUFFIX, outcome, percent, percent_by_value
+from manyeyes.evaluation.benchmarks.rules import LETTER_SUFFIX, outcome, percent, percent_by_value
 
 ROTATION = 1_000_000
 _LETTERS = "ABCD"

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manyeyes.evaluation.benchmarks import yes_no
+from manyeyes.evaluation.benchmarks import rules as yes_no
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, BenchmarkRow, Graded, Row, cluster_by
-from manyeyes.evaluation.benchmarks.multiple_choice import by_facet, outcome, percent
-from manyeyes.evaluation.benchmarks.prompts import PHRASE
+from manyeyes.evaluation.benchmarks.rules import PHRASE, by_facet, outcome, percent
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

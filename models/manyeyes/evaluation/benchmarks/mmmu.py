@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, BenchmarkRow, Graded, Row, by_item, image_bytes
-from manyeyes.evaluation.benchmarks.multiple_choice import (
+from manyeyes.evaluation.benchmarks.rules import (
     LETTER_SUFFIX,
+    PHRASE,
     by_facet,
     choice_prompt,
     outcome,
@@ -26,7 +27,6 @@ from manyeyes.evaluation.benchmarks.multiple_choice import (
     percents,
     unless,
 )
-from manyeyes.evaluation.benchmarks.prompts import PHRASE
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),

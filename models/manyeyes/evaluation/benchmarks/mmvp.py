@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import option_letters
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, WHOLE, BenchmarkRow, Graded, Row
-from manyeyes.evaluation.benchmarks.multiple_choice import by_facet, choice_prompt, outcome, percent
+from manyeyes.evaluation.benchmarks.rules import by_facet, choice_prompt, outcome, percent
 
 _OPTION = re.compile(r"\([a-z]\)\s*([^(]+?)(?=\s*\([a-z]\)|$)", re.IGNORECASE)
 

@@ -21,7 +21,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     position,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.prompts import SHORT_ANSWER
+from manyeyes.evaluation.benchmarks.rules import SHORT_ANSWER
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
 RECOGNITION = (

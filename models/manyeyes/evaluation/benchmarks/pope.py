@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from manyeyes.evaluation.benchmarks import yes_no
+from manyeyes.evaluation.benchmarks import rules as yes_no
 from manyeyes.evaluation.benchmarks.benchmark import ID, IMAGE, TEXT, BenchmarkRow, Graded, Row, cluster_by
-from manyeyes.evaluation.benchmarks.multiple_choice import outcome
-from manyeyes.evaluation.benchmarks.prompts import PHRASE
+from manyeyes.evaluation.benchmarks.rules import PHRASE, outcome
 
 _cluster = cluster_by("image_source")
 

@@ -8,8 +8,8 @@ Source: xAI, 2024; hub copy by lmms-lab.
 from __future__ import annotations
 
 from manyeyes.evaluation.benchmarks.benchmark import IMAGE, TEXT, BenchmarkRow, Graded, Row, by_item
-from manyeyes.evaluation.benchmarks.multiple_choice import outcome, unless
 from manyeyes.evaluation.benchmarks.option_letters import cambrian_tail, ranked
+from manyeyes.evaluation.benchmarks.rules import outcome, unless
 
 _LETTERS = ("A", "B", "C", "D")
 _WORD_CHANCE = 0.25

@@ -23,7 +23,6 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     Row,
     by_item,
 )
-from manyeyes.evaluation.benchmarks.multiple_choice import by_facet, choice_prompt, outcome, percent, percents
 from manyeyes.evaluation.benchmarks.option_letters import (
     Options,
     cambrian_tail,
@@ -31,6 +30,7 @@ from manyeyes.evaluation.benchmarks.option_letters import (
     llava_scienceqa,
     vlmevalkit,
 )
+from manyeyes.evaluation.benchmarks.rules import by_facet, choice_prompt, outcome, percent, percents
 
 CAMBRIAN_SUFFIX = "Please answer directly with only the letter of the correct option and nothing else."
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -20,7 +20,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     Row,
     cluster_by,
 )
-from manyeyes.evaluation.benchmarks.multiple_choice import choice_prompt, outcome, percent, percents
+from manyeyes.evaluation.benchmarks.rules import choice_prompt, outcome, percent, percents
 
 TASKS = {
     "1": "Scene Understanding",

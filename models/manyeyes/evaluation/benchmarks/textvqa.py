@@ -18,8 +18,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     cluster_by,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.free_form import normalise_evalai, normalise_vlmevalkit, vqa_accuracy
-from manyeyes.evaluation.benchmarks.prompts import PHRASE
+from manyeyes.evaluation.benchmarks.rules import PHRASE, normalise_evalai, normalise_vlmevalkit, vqa_accuracy
 from manyeyes.evaluation.benchmarks.vizwiz import commonest
 
 

@@ -21,8 +21,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     mean_percent_by,
     read_from,
 )
-from manyeyes.evaluation.benchmarks.free_form import normalise_vqa, normalise_vqa_lmms, vqa_accuracy
-from manyeyes.evaluation.benchmarks.prompts import ask_for_phrase
+from manyeyes.evaluation.benchmarks.rules import ask_for_phrase, normalise_vqa, normalise_vqa_lmms, vqa_accuracy
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:

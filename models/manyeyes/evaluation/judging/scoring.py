@@ -2,28 +2,32 @@
 
 An item without a verdict is neither wrong nor left out in silence: there is no score until every item has one, or all
 but the share that ``max_unjudged`` allows, and then the score says how many it is of.
+
+Two models' answers to ScienceQA can be made one, as LLaVA did with GPT-4's. ``complement``: the other model's option,
+and ours where it names none. ``judge``: where both name an option and the options differ, the judge reads question and
+both answers and decides; where one names none, the other's counts. ``upper_bound`` is what a judge that is always right
+would get.
+
+Source: LLaVA, arXiv:2304.08485, section 5.2 (``eval_science_qa_gpt4.py``, with GPT-4 as the other model and as the
+judge). LLaVA's script draws a random option where an answer names none; here that is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import (
-    BenchmarkRow,
-    Graded,
-    Row,
-    find_benchmark,
-    llava_bench,
-    mathvista_judge,
-    mm_vet,
-)
+from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark, llava_bench, mm_vet
+from manyeyes.evaluation.benchmarks import mathvista as mathvista_judge
 from manyeyes.evaluation.benchmarks.judging import Judging
+from manyeyes.evaluation.benchmarks.scienceqa import options
 from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
 from manyeyes.evaluation.score import (
     LISTED_IDS,
@@ -209,3 +213,165 @@ def name_judge(judge: Judge, judging: Judging) -> str:
 def enough_judged(unjudged: int, total: int, judge: Judge) -> bool:
     """Whether so few items lack a verdict that the others may be scored."""
     return unjudged <= judge.spec.max_unjudged * total
+
+
+Scheme = Literal["complement", "judge"]
+
+BENCHMARK = "scienceqa"
+_MAX_TOKENS = 512
+_TASK = (
+    "Two assistants answered the question above and named different options. Weigh both answers, then decide yourself; "
+    'end with one sentence of the form "The answer is X.", where X is the letter of an option.'
+)
+
+
+class EnsembleReport(StrictModel):
+    """What ``manyeyes judge scienceqa --other FILE --json`` prints."""
+
+    benchmark: str = Field(description="Row of BENCHMARKS.")
+    scheme: Scheme = Field(description="How two answers were made one.")
+    score: float | None = Field(description="Of the ensemble; percent. null where too many items have no verdict.")
+    ensemble: ScoreReport | None = Field(description="Of the ensemble, over items that are decided.")
+    ours: ScoreReport = Field(description="Of the first model alone.")
+    other: ScoreReport = Field(description="Of the other model alone.")
+    upper_bound: float = Field(ge=0, le=100, description="Percent of all items that at least one model gets right.")
+    agreed: int = Field(ge=0, description="Items on which both name the same option.")
+    differed: int = Field(ge=0, description="Items on which both name an option, and not the same.")
+    only_one: int = Field(ge=0, description="Items on which one model names none; the other's counts.")
+    neither: int = Field(ge=0, description="Items on which no model names an option; wrong.")
+    unjudged: int = Field(ge=0, description="Items on which they differ and the judge gave no verdict; in no figure.")
+    unjudged_reasons: dict[str, str] = Field(max_length=LISTED_IDS, description="Why, by id; the first of them.")
+    judge: JudgeUse | None = Field(description="Who judged, and what it took; null for complement.")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One item, answered by both."""
+
+    row: Row
+    ours: Graded
+    other: Graded
+    texts: tuple[str, str]
+
+    @property
+    def differ(self) -> bool:
+        named = self.ours.parsed is not None and self.other.parsed is not None
+        return named and self.ours.parsed != self.other.parsed
+
+
+def score_ensemble(
+    references: Sequence[Row],
+    predictions: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    *,
+    scheme: Scheme,
+    judge: Judge | None = None,
+    variant: str | None = None,
+    out: Path | None = None,
+) -> EnsembleReport:
+    """Score two models' answers to ScienceQA, and the two made one.
+
+    Args:
+        references: ``id`` and ScienceQA's columns; images may be left out.
+        predictions: Our model's ``id`` and ``prediction``.
+        other: The other model's.
+        scheme: How two answers become one.
+        judge: Decides where they differ; needed for ``judge``.
+        variant: Whose reading of the letters; the row's default for ``None``.
+        out: Folder for the ensemble's ``score.json`` and ``items.jsonl``; nothing is written for ``None``.
+
+    Raises:
+        EvaluationError: No judge, or rows that do not fit.
+        JudgeError: The judge cannot be asked at all.
+        StorageError: No space, or no permission.
+    """
+    row = find_benchmark(BENCHMARK)
+    variant = row.check_variant(variant)
+    matched = [match_predictions(row, references, answers) for answers in (predictions, other)]
+    items = [_grade(row, part.known, part.answers, variant) for part in matched]
+    pairs = [
+        _Pair(reference, ours.graded, theirs.graded, (ours.prediction or "", theirs.prediction or ""))
+        for reference, ours, theirs in zip(matched[0].known.values(), *items, strict=True)
+    ]
+    # Before anybody is asked: what is wrong with the rows shows here.
+    alone = [
+        build_score_report(row, variant, part, graded, out=None) for part, graded in zip(matched, items, strict=True)
+    ]
+    differing = [pair for pair in pairs if pair.differ]
+    verdicts: list[Verdict[Graded]] = []
+    if scheme == "judge":
+        if judge is None:
+            raise EvaluationError(
+                "no judge", "one that decides where the models differ", "Give --endpoint and --model."
+            )
+        verdicts = _decide(row, differing, judge, variant=variant)
+    decided = {pair.ours.id: verdict for pair, verdict in zip(differing, verdicts, strict=False)}
+    reasons = {item_id: verdict.reason for item_id, verdict in decided.items() if verdict.value is None}
+    final = [
+        ScoredItem(_final(pair, decided.get(pair.ours.id)), _text(pair, decided.get(pair.ours.id)))
+        for pair in pairs
+        if pair.ours.id not in reasons
+    ]
+    ensemble = None
+    if final and (judge is None or enough_judged(len(reasons), len(pairs), judge)):
+        ensemble = build_score_report(row, variant, matched[0], final, out=out)
+    named = [(pair.ours.parsed is not None) + (pair.other.parsed is not None) for pair in pairs]
+    return EnsembleReport(
+        benchmark=BENCHMARK,
+        scheme=scheme,
+        score=None if ensemble is None else ensemble.score,
+        ensemble=ensemble,
+        ours=alone[0],
+        other=alone[1],
+        upper_bound=100 * sum(max(pair.ours.score, pair.other.score) for pair in pairs) / len(pairs),
+        agreed=named.count(2) - len(differing),
+        differed=len(differing),
+        only_one=named.count(1),
+        neither=named.count(0),
+        unjudged=len(reasons),
+        unjudged_reasons=dict(list(reasons.items())[:LISTED_IDS]),
+        judge=None if scheme == "complement" or judge is None else judge.use,
+    )
+
+
+def _grade(row: BenchmarkRow, known: Mapping[str, Row], answers: Mapping[str, str], variant: str) -> list[ScoredItem]:
+    return [
+        ScoredItem(row.grade(reference, answers.get(item_id, ""), variant), answers.get(item_id))
+        for item_id, reference in known.items()
+    ]
+
+
+def _decide(row: BenchmarkRow, pairs: Sequence[_Pair], judge: Judge, *, variant: str) -> list[Verdict[Graded]]:
+    def read(pair: _Pair, text: str) -> Graded | None:
+        graded = row.grade(pair.row, text, variant)
+        return None if graded.parsed is None else graded
+
+    def ask(question: tuple[_Pair, list[dict[str, str]]]) -> Verdict[Graded]:
+        pair, messages = question
+        return judge.ask(messages, read=partial(read, pair), temperature=0.0, max_tokens=_MAX_TOKENS)
+
+    return ask_all(ask, [(pair, _messages(pair)) for pair in pairs], judge)
+
+
+def _messages(pair: _Pair) -> list[dict[str, str]]:
+    choices = " ".join(f"({letter}) {text}" for letter, text in options(pair.row).items())
+    hint = pair.row.get("hint") or "N/A"
+    text = (
+        f"Question: {pair.row['question']}\nContext: {hint}\nOptions: {choices}\n\n"
+        f"[Assistant 1]\n{pair.texts[1]}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{pair.texts[0]}\n\n[End of Assistant 2]\n\n"
+        f"[System]\n{_TASK}"
+    )
+    return [{"role": "user", "content": text}]
+
+
+def _final(pair: _Pair, verdict: Verdict[Graded] | None) -> Graded:
+    if verdict is not None and verdict.value is not None:
+        return verdict.value
+    return pair.ours if pair.other.parsed is None else pair.other
+
+
+def _text(pair: _Pair, verdict: Verdict[Graded] | None) -> str:
+    if verdict is not None and verdict.value is not None:
+        return verdict.text
+    return pair.texts[0] if pair.other.parsed is None else pair.texts[1]

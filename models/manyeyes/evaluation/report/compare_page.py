@@ -1,14 +1,14 @@
-"""``compare.html`` and its Markdown: the figures of a comparison, and the items on which the models part."""
+"""``compare.html`` and its Markdown, with the items on which the models part, and ``correlation.html``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS
-from manyeyes.evaluation.compare import ComparedBenchmark, ModelComparison, Verdict, paired_outcomes
+from manyeyes.evaluation.compare import ComparedBenchmark, ModelComparison, Results, Verdict, paired_outcomes
 from manyeyes.evaluation.outcomes import Outcome
-from manyeyes.evaluation.results import Results
-from manyeyes.pages import Bar, Mark, Picture, Table, Text, make_picture, render, span
+from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
+from manyeyes.pages import Bar, Mark, Picture, Point, Table, Text, make_picture, render, scatter, span
 from manyeyes.runtime.preprocess import decode_image
 
 EXAMPLES = 12
@@ -167,3 +167,26 @@ def _unit(compared: ComparedBenchmark) -> str:
 
 def _p(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+
+
+_NUM_COLOURS = 8
+
+
+def render_correlation(found: BenchmarkCorrelation) -> str:
+    """The page as one HTML file without scripts or references."""
+    kinds = {name: f"group-{group % _NUM_COLOURS}" for name, group in found.groups.items()}
+    groups = []
+    for number in sorted(set(found.groups.values())):
+        members = [name for name, group in found.groups.items() if group == number]
+        known = {BENCHMARKS[name].cambrian_group or "" for name in members if name in BENCHMARKS} - {""}
+        groups.append((kinds[members[0]], ", ".join(members), ", ".join(sorted(known))))
+    points = [Point(x, y, name, name, kinds[name]) for name, (x, y) in found.loadings.items()]
+    return render(
+        "correlation.html",
+        title=f"How {len(found.benchmarks)} benchmarks go together over {len(found.models)} models",
+        found=found,
+        shares=[f"{100 * share:.0f}%" for share in found.explained[:2]],
+        groups=groups,
+        plot=scatter(points, x_label="first component", y_label="second component", width=640, height=600),
+        matrix=[(name, kinds[name], row) for name, row in zip(found.benchmarks, found.correlation, strict=True)],
+    )

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import STYLES
-from manyeyes.evaluation.groups import GROUPS
+from manyeyes.evaluation.outcomes import GROUPS
 from manyeyes.evaluation.report.contents import Cell, Column, Comparison, ComparisonRow, TradeOff, TradeOffPoint
 from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
 from manyeyes.strict import StrictModel

@@ -20,10 +20,10 @@ from manyeyes.evaluation.report.contents import (
     Report,
     Reproduction,
     Unread,
+    describe_reproduction,
     read_report,
 )
 from manyeyes.evaluation.report.page import render_html, render_markdown
-from manyeyes.evaluation.report.reproduction import describe_reproduction
 from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render_turns

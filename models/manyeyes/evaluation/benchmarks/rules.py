@@ -1,4 +1,8 @@
-"""Metrics of free-form answers: VQA accuracy with its normalisers, ANLS, relaxed accuracy.
+"""Published rules that several benchmarks share.
+
+What the four systems' papers put around a question; lettered options; yes or no read out of a model's words, one
+function for each way that evaluators do it; metrics of free-form answers: VQA accuracy with its normalisers, ANLS,
+relaxed accuracy.
 
 Each function says whose it is. Where published scripts differ, they differ on purpose here: scores are compared item by
 item. Oddities of those scripts are kept and named.
@@ -7,8 +11,163 @@ item. Oddities of those scripts are kept and named.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+
+from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.benchmarks.benchmark import Graded, Row
+from manyeyes.evaluation.benchmarks.option_letters import Options
+
+PHRASE = "\nAnswer the question using a single word or phrase."
+"""LLaVA-1.5, arXiv:2310.03744, section 3.3; Eagle (lmms-eval), Cambrian-1 and Mini-Gemini took it over."""
+
+SHORT_ANSWER = "\nGive the short answer directly."
+"""Cambrian-1's for OCRBench, DocVQA and InfographicVQA."""
+
+
+def ask_for_phrase(row: Row, style: str) -> str:  # noqa: ARG001
+    """The question as it is, and ``PHRASE``, in every style."""
+    return str(row["question"]) + PHRASE
+
+
+def ask_document(row: Row, style: str) -> str:
+    """The question, with Cambrian's suffix in its style and ``PHRASE`` in the others."""
+    return str(row["question"]) + (SHORT_ANSWER if style == "cambrian" else PHRASE)
+
+
+LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+
+
+def choice_prompt(question: str, options: Options, style: str, *, suffix: str = LETTER_SUFFIX) -> str:
+    """Question, one ``A. text`` a line, and the suffix; Cambrian writes "Options:" behind the question."""
+    heading = f"{question} Options:" if style == "cambrian" else question
+    return "\n".join([heading, *(f"{letter}. {text}" for letter, text in options.items()), suffix])
+
+
+def outcome(
+    row: Row, *, parsed: str | None, right: bool, cluster: str, facets: Mapping[str, str] | None = None
+) -> Graded:
+    """An item that is right or wrong."""
+    return Graded(id=str(row["id"]), cluster=cluster, parsed=parsed, score=float(right), facets=facets or {})
+
+
+def percent(items: Sequence[Graded]) -> float:
+    """Mean score times 100; 0 without items."""
+    return 100 * sum(item.score for item in items) / len(items) if items else 0.0
+
+
+def by_facet(items: Sequence[Graded], facet: str) -> dict[str, list[Graded]]:
+    """The items by a facet's value, values sorted; items without the facet, or with an empty one, are left out."""
+    groups: dict[str, list[Graded]] = {}
+    for item in items:
+        value = item.facets.get(facet)
+        if value:
+            groups.setdefault(value, []).append(item)
+    return dict(sorted(groups.items()))
+
+
+def percents(items: Sequence[Graded], *facets: str) -> dict[str, float]:
+    """Percent right for each value of each facet, under the value's name."""
+    named: dict[str, float] = {}
+    for facet in facets:
+        named |= percent_by_value([(item.facets.get(facet), item.score) for item in items])
+    return named
+
+
+def percent_by_value(scored: Sequence[tuple[str | None, float]]) -> dict[str, float]:
+    """Mean score times 100 for each value, sorted; empty values are left out.
+
+    Equal pairs are counted before anything else, as resampling asks for the figures a thousand times.
+    """
+    totals: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for (value, score), count in Counter(scored).items():
+        if value:
+            totals[value] = totals.get(value, 0.0) + score * count
+            counts[value] = counts.get(value, 0) + count
+    return {value: 100 * totals[value] / counts[value] for value in sorted(totals)}
+
+
+def unless(empty: str) -> str | None:
+    """The text, or ``None`` where it is empty."""
+    return empty or None
+
+
+OPTIONS = ("Yes", "No", "yes", "no")
+"""What may be answered; prompts leave the case to the model."""
+
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_PERIODS_REMOVED = 32
+"""VQA's normaliser passes ``re.UNICODE`` where ``re.sub`` takes a count, so only so many full stops go."""
+
+
+def gold(row: Row) -> str:
+    """``yes`` or ``no`` out of the column ``answer``, whatever its case.
+
+    Raises:
+        EvaluationError: It is neither.
+    """
+    answer = str(row["answer"]).lower().strip().rstrip(".")
+    if answer not in ("yes", "no"):
+        raise EvaluationError(f'"answer" is {row["answer"][:60]!r}', "yes or no", "Give it as the hub has it.")
+    return answer
+
+
+def pope_official(response: str) -> str:
+    """POPE's own rule: "no" where the first sentence has the word No, not or no; anything else, even nothing, is "yes".
+
+    Source:
+        LLaVA, llava/eval/eval_pope.py (POPE, evaluate.py).
+    """
+    words = response.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def mme_official(response: str) -> str | None:
+    """MME's own rule: yes or no among the first four characters, yes first; nothing is stripped.
+
+    Source:
+        MME, eval_tool/calculation.py.
+    """
+    return _within_four(response.lower())
+
+
+def mme_lmms(response: str) -> str | None:
+    """MME's rule on the text without spaces at its ends and without any full stop; ``y`` and ``n`` alone count too.
+
+    Source:
+        lmms-eval, tasks/mme/utils.py, parse_pred_ans.
+    """
+    text = response.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(text) if len(text) == 1 else _within_four(text)
+
+
+def _within_four(text: str) -> str | None:
+    start = text[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else None
+
+
+def vlmevalkit_yes_no(response: str) -> str | None:
+    """VLMEvalKit's rule: the word yes or the word no anywhere, but not both; a judge would be asked about the rest.
+
+    Source:
+        VLMEvalKit, vlmeval/dataset/utils/yorn.py, YOrN_Extraction.
+    """
+    words = _without_marks(response.lower()).split()
+    yes, no = "yes" in words, "no" in words
+    return None if yes == no else "yes" if yes else "no"
+
+
+def _without_marks(text: str) -> str:
+    """VLMEvalKit's ``process_punctuation``: a mark with a space on either side goes, any other becomes a space."""
+    comma_between_digits = re.search(r"\d,\d", text) is not None
+    cleaned = text
+    for mark in _MARKS:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space or comma_between_digits else " ")
+    return re.sub(r"(?<!\d)\.(?!\d)", "", cleaned, count=_PERIODS_REMOVED)
+
 
 _CONTRACTED = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
