@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from manyeyes.errors import RecordError
 from manyeyes.harness.base import Reporter, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags
+from manyeyes.kubeflow.pipeline import PIPELINES
 from manyeyes.registry.tracking import connect, start_parent_run, step_records, step_run
 from manyeyes.steps import summarise_run as summarise_module
-from manyeyes.steps.summarise_run import RunNotice, post_json, summarise_run
+from manyeyes.steps.summarise_run import LAST_STEPS, RunNotice, post_json, summarise_run
 from tests.registry_store import store_uri
 
 REGISTERED = {
@@ -50,7 +53,7 @@ def fail(name: str) -> None:
         raise RecordError("a pear", "an apple", "Buy apples.")
 
 
-def say(state: str = "SUCCEEDED", message: str = "") -> StepResult:
+def say(state: str | None = "SUCCEEDED", message: str = "") -> StepResult:
     return summarise_run(
         Reporter("summarise_run"), pipeline="train", subject="tiny", run_id="run-1", state=state, message=message
     )
@@ -99,6 +102,104 @@ def test_step_that_died_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch)
     result = say("FAILED", "Task exit-handler-1 failed.")
     assert result.headline == "train of tiny failed in sft"
     assert "Task exit-handler-1 failed." in result.markdown
+
+
+@pytest.mark.parametrize("word", ["COMPLETE", "SUCCEEDED", "CACHED", "complete"])
+def test_every_word_for_a_good_end_is_reported_as_success(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run(f"good {word}"))
+    finish("gate", {"manyeyes.figure": "passed"})
+    result = say(word)
+    assert result.headline == "train of tiny succeeded"
+    assert "| result | succeeded |" in result.markdown
+    assert result.metrics["succeeded"] == 1.0
+
+
+@pytest.mark.parametrize("word", ["CANCELED", "CANCELLED"])
+def test_stopped_run_is_stopped_and_not_failed(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run(f"stopped {word}"))
+    finish("preflight", {"manyeyes.figure": "fine"})
+    assert say(word).headline == "train of tiny stopped"
+
+
+# MLMD's other words, kfp's "a task that was left out", a word of a later version, and none at all.
+UNSETTLED = ["RUNNING", "NEW", "UNKNOWN", "SKIPPED", "PAUSED", "", None]
+
+
+@pytest.mark.parametrize("word", UNSETTLED)
+def test_word_that_settles_nothing_leaves_it_to_the_steps(word: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run(f"well {word}"))
+    finish("gate", {"manyeyes.figure": "passed", "manyeyes.verdict": "passed"})
+    # Not at its end: the next step may never have started.
+    unknown = say(word)
+    assert unknown.headline == "train of tiny: outcome unknown"
+    assert "| result | unknown |" in unknown.markdown
+    assert "how the run ended, nor does what its steps left in MLflow" in unknown.markdown
+    assert "succeeded" not in unknown.metrics
+    finish("register", REGISTERED)
+    assert say(word).headline.startswith("train of tiny succeeded, easy-vqa 98.8%")
+    fail("sft")
+    assert say(word).headline == "train of tiny failed in sft: a pear"
+    # A second attempt makes it good.
+    finish("sft", {"manyeyes.figure": "loss 0.4"})
+    assert say(word).headline.startswith("train of tiny succeeded")
+
+
+@pytest.mark.parametrize("word", UNSETTLED)
+def test_word_that_settles_nothing_without_mlflow_is_unknown(word: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    result = say(word)
+    assert result.headline == "train of tiny: outcome unknown"
+    assert "MLflow could not be asked" in result.markdown
+    assert "| result | unknown |" in result.markdown
+
+
+def test_step_that_has_not_ended_is_named_where_the_outcome_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = start_parent_run("killed without a word")
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", parent)
+    tracking = connect()
+    tags = {"mlflow.parentRunId": parent, "manyeyes.step": "sft"}
+    tracking.client.create_run(tracking.experiment_id, tags=tags)
+    assert say("RUNNING").headline == "train of tiny: outcome unknown, sft has not ended"
+
+
+def test_attempt_that_was_made_good_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run("tried again"))
+    fail("sft")
+    finish("sft", {"manyeyes.figure": "loss 0.4"})
+    result = say("COMPLETE")
+    assert result.headline == "train of tiny succeeded"
+    assert "Buy apples." not in result.markdown + result.html
+
+
+def test_round_that_does_not_end_a_search_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", start_parent_run("search"))
+
+    def told() -> str:
+        return summarise_run(Reporter("summarise_run"), pipeline="search_encoders", state="RUNNING").headline
+
+    finish("advance_search[round 0]", {"manyeyes.figure": "a: 50%", "manyeyes.ended": "no"})
+    assert told() == "search_encoders: outcome unknown"
+    finish("advance_search[round 1]", {"manyeyes.figure": "a + b: 51%", "manyeyes.ended": "none helped"})
+    assert told() == "search_encoders succeeded"
+
+
+def test_nothing_follows_the_last_step_of_a_pipeline() -> None:
+    assert set(LAST_STEPS) == set(PIPELINES)
+    for name, step in LAST_STEPS.items():
+        compiled = yaml.safe_load(Path(f"pipelines/compiled/{name}.yaml").read_text(encoding="utf-8").split("\n---")[0])
+        dags = {key: value["dag"]["tasks"] for key, value in compiled["components"].items() if "dag" in value}
+
+        def holds(component: str, step: str = step, dags: dict[str, Any] = dags) -> bool:
+            if component.startswith(f"comp-{step.replace('_', '-')}"):
+                return True
+            return any(holds(task["componentRef"]["name"]) for task in dags.get(component, {}).values())
+
+        assert any(holds(component) for component in dags), (name, step)
+        for tasks in dags.values():
+            last = {key for key, task in tasks.items() if holds(task["componentRef"]["name"])}
+            after = {key for key, task in tasks.items() if last & set(task.get("dependentTasks", []))}
+            # Rounds of a search follow each other.
+            assert after <= last, (name, step, after - last)
 
 
 def test_run_without_traces_says_so_and_ends_well() -> None:

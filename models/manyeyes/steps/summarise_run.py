@@ -8,8 +8,9 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -19,6 +20,9 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.events import ERROR_TAG, HEADLINE_TAG, ErrorReport
 from manyeyes.pages import Table, Text, facts_table, render
 from manyeyes.strict import StrictModel
+
+if TYPE_CHECKING:
+    from manyeyes.registry.tracking import StepRecord
 
 _TIMEOUT_S = 10.0
 # Before the second and the third attempt.
@@ -62,7 +66,28 @@ def post_json(url: str, body: str, *, timeout_s: float = _TIMEOUT_S, waits_s: tu
 
 WEBHOOK_URL = "MANYEYES_WEBHOOK_URL"
 
-State = Literal["succeeded", "failed", "stopped"]
+State = Literal["succeeded", "failed", "stopped", "unknown"]
+
+# What an exit handler gets is MLMD's word for its group (COMPLETE, CACHED, CANCELED, not what the SDK documents), or
+# kfp.local's. RUNNING and NEW mean that nobody wrote the group's end down, which a loop in it can cause
+# (https://github.com/kubeflow/pipelines/issues/13321), SKIPPED that nothing ran: these settle nothing.
+_SETTLED: dict[str, State] = {
+    "COMPLETE": "succeeded",
+    "SUCCEEDED": "succeeded",
+    "CACHED": "succeeded",
+    "FAILED": "failed",
+    "CANCELED": "stopped",
+    "CANCELLED": "stopped",
+}
+# The step with which a pipeline is done: nothing of the run comes after it.
+LAST_STEPS = {
+    "train": "register",
+    "evaluate": "merge_scorecards",
+    "ablate": "compare_trials",
+    "search_encoders": "advance_search",
+    "promote": "promote_version",
+    "rollback": "restore_previous",
+}
 
 
 class NoticeStep(StrictModel):
@@ -92,7 +117,7 @@ class RunNotice(StrictModel):
     aliases: str = Field(default="", description="Aliases that point at it now.")
     scores: str = Field(default="", description="The bundle's score by benchmark, in words.")
     steps: list[NoticeStep] = Field(description="That ran in this run, in order; those from the cache did not run.")
-    error: ErrorReport | None = Field(default=None, description="Of the first step that failed.")
+    error: ErrorReport | None = Field(default=None, description="Of the first step that failed and was not made good.")
     links: dict[str, str] = Field(default_factory=dict, description="Pages, by what they show.")
 
 
@@ -102,7 +127,7 @@ def summarise_run(
     pipeline: str,
     subject: str = "",
     run_id: str = "",
-    state: str,
+    state: str | None,
     message: str = "",
 ) -> StepResult:
     """Say how a run went, from what its steps left in MLflow, and tell the webhook where one is set.
@@ -115,10 +140,10 @@ def summarise_run(
         pipeline: Name of the pipeline.
         subject: What it was run for; the first line is shown.
         run_id: Of the pipeline run.
-        state: Kubeflow's word for how it ended.
+        state: Kubeflow's word for how it ended; where that settles nothing, the steps in MLflow decide.
         message: What Kubeflow says of the failure.
     """
-    notice, remark = _read_history(pipeline, _first_line(subject), run_id, state, message)
+    notice, remark = _read_history(pipeline, _first_line(subject), run_id, state or "", message)
     url = os.environ.get(WEBHOOK_URL, "")
     told = ""
     if url:
@@ -127,22 +152,27 @@ def summarise_run(
     rows = _rows(notice, remark=remark, told=told)
     return StepResult(
         headline=notice.text,
-        metrics={"succeeded": float(notice.state == "succeeded"), "steps": float(len(notice.steps))},
+        metrics={
+            **({} if notice.state == "unknown" else {"succeeded": float(notice.state == "succeeded")}),
+            "steps": float(len(notice.steps)),
+        },
         html=render_notice("run.html", notice, rows),
         markdown=render_notice("run.md", notice, rows),
     )
 
 
-def _read_history(pipeline: str, subject: str, run_id: str, state: str, message: str) -> tuple[RunNotice, str]:
+def _read_history(pipeline: str, subject: str, run_id: str, word: str, message: str) -> tuple[RunNotice, str]:
     from manyeyes.registry.tracking import step_records, version_url
 
-    notice = RunNotice(
-        text="", pipeline=pipeline, subject=subject, run_id=run_id, state=_state(state), steps=[], error=None
-    )
+    settled = _SETTLED.get(word.upper(), "unknown")
+    notice = RunNotice(text="", pipeline=pipeline, subject=subject, run_id=run_id, state=settled, steps=[], error=None)
     remark = ""
+    # A step that was tried again counts by its last attempt.
+    latest: dict[str, StepRecord] = {}
     try:
         records = step_records()
         for record in records:
+            latest[record.step] = record
             notice.steps.append(
                 NoticeStep(
                     name=record.step,
@@ -152,26 +182,49 @@ def _read_history(pipeline: str, subject: str, run_id: str, state: str, message:
                     link=record.url,
                 )
             )
-            if record.state == "failed" and notice.error is None:
-                notice.error = _read_error(record.tags.get(ERROR_TAG, ""))
             if record.step == "gate":
                 notice.verdict = record.tags.get("manyeyes.verdict", "")
             if record.step == "register" and record.state == "finished":
                 for name in ("verdict", "model", "version", "aliases", "scores"):
                     setattr(notice, name, record.tags.get(f"manyeyes.{name}", ""))
+        if notice.state == "unknown":
+            notice.state = _state_of_steps(pipeline, latest.values())
+        failed = [record for record in latest.values() if record.state == "failed"]
+        if failed and notice.state != "succeeded":
+            notice.error = _read_error(failed[0].tags.get(ERROR_TAG, ""))
         if notice.model and (link := version_url(notice.model, notice.version)):
             notice.links["version"] = link
         if not records:
             remark = "no step left anything in MLflow"
     except ManyEyesError as error:
         remark = f"MLflow could not be asked: {error.found}"
-    if notice.state == "failed" and notice.error is None:
-        remark = f"{remark}; {message}" if remark and message else remark or message
+    remarks = [remark] if remark else []
+    if notice.state == "unknown":
+        said = f'Kubeflow\'s word "{word}" does not say' if word else "Kubeflow does not say"
+        remarks.append(f"{said} how the run ended" + ("" if remark else ", nor does what its steps left in MLflow"))
+    if notice.state in ("failed", "unknown") and notice.error is None and message:
+        remarks.append(message)
     notice.links |= {step.name: step.link for step in notice.steps if step.link}
     kubeflow = os.environ.get("MANYEYES_KUBEFLOW_URL", "").rstrip("/")
     if kubeflow and run_id:
         notice.links["run"] = f"{kubeflow}/#/runs/details/{run_id}"
-    return notice.model_copy(update={"text": _in_one_line(notice)}), remark
+    broken = [record.step for record in latest.values() if record.state != "finished"]
+    return notice.model_copy(update={"text": _in_one_line(notice, broken)}), "; ".join(remarks)
+
+
+def _state_of_steps(pipeline: str, latest: Collection[StepRecord]) -> State:
+    """How a run ended, from the last attempt of each step, where Kubeflow's word does not settle it."""
+    states = {record.state for record in latest}
+    if "failed" in states:
+        return "failed"
+    if "stopped" in states:
+        return "stopped"
+    # A search ends in the round that says so.
+    done = any(
+        record.step.partition("[")[0] == LAST_STEPS.get(pipeline) and record.tags.get("manyeyes.ended") != "no"
+        for record in latest
+    )
+    return "succeeded" if done and states == {"finished"} else "unknown"
 
 
 def _read_error(text: str) -> ErrorReport | None:
@@ -181,17 +234,13 @@ def _read_error(text: str) -> ErrorReport | None:
         return None
 
 
-def _state(state: str) -> State:
-    known: dict[str, State] = {"SUCCEEDED": "succeeded", "CANCELLED": "stopped", "CANCELED": "stopped"}
-    return known.get(state.upper(), "failed")
-
-
-def _in_one_line(notice: RunNotice) -> str:
+def _in_one_line(notice: RunNotice, broken: Sequence[str]) -> str:
     name = f"{notice.pipeline} of {notice.subject}" if notice.subject else notice.pipeline
+    if notice.state == "unknown":
+        return f"{name}: outcome unknown" + (f", {broken[0]} has not ended" if broken else "")
     if notice.error is not None:
-        return f"{name} failed in {notice.error.step}: {notice.error.found}"
+        return f"{name} {notice.state} in {notice.error.step}: {notice.error.found}"
     if notice.state != "succeeded":
-        broken = [step.name for step in notice.steps if step.state != "finished"]
         return f"{name} {notice.state}" + (f" in {broken[0]}" if broken else "")
     parts = [f"{name} succeeded"]
     if notice.scores:
