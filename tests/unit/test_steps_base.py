@@ -68,7 +68,8 @@ def test_step_writes_reports_metrics_and_metadata(tmp_path: Path, run_dir: Path)
     written = json.loads(Path(shown["metrics"].path).read_text(encoding="utf-8"))
     assert written["number"] == 42.0
     assert set(written) == {"number", "seconds", "import_seconds"}
-    assert shown["metrics"].metadata == written
+    # Kubeflow's page that compares runs shows what a step found, and not how long it took.
+    assert shown["metrics"].metadata == {"number": 42.0}
     page = Path(shown["report"].path).read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "<p>fine</p>" in page
@@ -76,6 +77,22 @@ def test_step_writes_reports_metrics_and_metadata(tmp_path: Path, run_dir: Path)
     kinds = [(event.kind, event.step) for event in EventReader(run_dir).read_new()]
     assert kinds[0] == ("started", "double[a]")
     assert kinds[-1] == ("finished", "double[a]")
+
+
+def test_step_writes_no_metrics_and_notes_where_its_component_has_none(tmp_path: Path, run_dir: Path) -> None:
+    out, report = LocalArtifact(str(tmp_path / "out")), artifacts(tmp_path)["report"]
+    run_step(Step("double", double, tracked=False), report=report, outputs={"out": out}, number=21)
+    assert [path.name for path in (tmp_path / "task").iterdir()] == ["report"]
+    assert report.metadata["figure"] == "42"
+
+
+def test_failed_step_without_notes_leaves_error_json_beside_its_report(tmp_path: Path, run_dir: Path) -> None:
+    step = Step("pick", refuse, tracked=False)
+    with pytest.raises(SystemExit):
+        run_step(step, report=artifacts(tmp_path)["report"], outputs={"out": LocalArtifact(str(tmp_path / "out"))})
+    (path,) = (tmp_path / "task").iterdir()
+    assert path.name == "error.json"
+    assert ErrorReport.model_validate_json(path.read_text(encoding="utf-8")).found == "a pear"
 
 
 @pytest.mark.parametrize(

@@ -242,9 +242,9 @@ class Reporter:
 def run_step(
     step: Step,
     *,
-    metrics: OutputArtifact,
     report: OutputArtifact,
-    notes: OutputArtifact,
+    metrics: OutputArtifact | None = None,
+    notes: OutputArtifact | None = None,
     label: str = "",
     outputs: Mapping[str, OutputArtifact] | None = None,
     **arguments: Any,
@@ -253,10 +253,10 @@ def run_step(
 
     Args:
         step: The step.
+        report: Gets the HTML report; ``error.json`` is written beside it.
         metrics: Gets the scalars, as metadata and as a small JSON file (kfp.local's cache only hits when every
-            output exists on disk).
-        report: Gets the HTML report.
-        notes: Gets the Markdown report; on failure, the reason.
+            output exists on disk). None where nobody compares them: MLflow has them in any case.
+        notes: Gets the Markdown report; on failure, the reason. None where the report is enough.
         label: Tells apart two tasks of one step, for instance the encoder's name.
         outputs: Further output artifacts; the function gets their paths under the same names.
         arguments: The function's other arguments.
@@ -273,8 +273,8 @@ def run_step(
     die_with_runner(exit_code=OTHER_ERROR)
     _set_threads()
     emit("started", name)
-    _stop_if_refused(metrics=metrics, notes=notes)
-    with _explaining_failure(name, metrics=metrics, notes=notes):
+    _stop_if_refused(report=report, notes=notes)
+    with _explaining_failure(name, report=report, notes=notes):
         import_seconds = _import_all(step.imports)
         with _tracking(step, name) as log:
             paths = {key: Path(artifact.path) for key, artifact in outputs.items()}
@@ -283,14 +283,17 @@ def run_step(
             result = step.function(Reporter(name, log), **arguments, **paths)
             seconds, ended = time.perf_counter() - started, time.time()
             recorded = {**result.metrics, "seconds": round(seconds, 3), "import_seconds": round(import_seconds, 3)}
-            _write_text(metrics, json.dumps(recorded, indent=2, sort_keys=True) + "\n")
             _write_text(report, result.html or step_page(name, result.headline, {}))
-            _write_text(notes, result.markdown or f"**{name}**: {result.headline}\n")
+            if metrics is not None:
+                _write_text(metrics, json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+                # Kubeflow shows these side by side for several runs: what people compare, not how long it took.
+                metrics.metadata.update(result.metrics)
+            if notes is not None:
+                _write_text(notes, result.markdown or f"**{name}**: {result.headline}\n")
             if log is not None:
                 log.log_metrics(recorded)
                 log.set_tags(result_tags(result.headline, result.metadata))
                 _keep_report(log, report, name)
-        metrics.metadata.update(recorded)
         for artifact in (report, *outputs.values()):
             artifact.metadata.update({**result.metadata, "step": name, "figure": result.headline})
     gc.freeze()
@@ -352,7 +355,7 @@ def _keep_report(log: StepLog, report: OutputArtifact, name: str) -> None:
 
 
 @contextmanager
-def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArtifact) -> Iterator[None]:
+def _explaining_failure(name: str, *, report: OutputArtifact, notes: OutputArtifact | None) -> Iterator[None]:
     """Write ``error.json`` and the reason in Markdown for whatever leaves the block, then let it go on."""
     finished = False
     try:
@@ -361,30 +364,30 @@ def _explaining_failure(name: str, *, metrics: OutputArtifact, notes: OutputArti
     finally:
         error = sys.exc_info()[1]
         if not finished and isinstance(error, Exception):
-            _report_failure(name, error, metrics=metrics, notes=notes)
+            _report_failure(name, error, report=report, notes=notes)
 
 
-def _stop_if_refused(*, metrics: OutputArtifact, notes: OutputArtifact) -> None:
+def _stop_if_refused(*, report: OutputArtifact, notes: OutputArtifact | None) -> None:
     """Fail as an earlier attempt did, when only the user can fix what that one failed with."""
-    record = earlier_refusal(getattr(metrics, "uri", ""))
+    record = earlier_refusal(getattr(report, "uri", ""))
     if record is not None:
-        _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+        _tell_failure(record, folder=Path(report.path).parent, notes=notes)
         sys.stderr.write("An earlier attempt failed with this: the step is not tried again.\n")
         sys.exit(USER_ERROR)
 
 
-def _report_failure(name: str, error: Exception, *, metrics: OutputArtifact, notes: OutputArtifact) -> None:
+def _report_failure(name: str, error: Exception, *, report: OutputArtifact, notes: OutputArtifact | None) -> None:
     record = describe_failure(name, error)
-    _tell_failure(record, folder=Path(metrics.path).parent, notes=notes)
+    _tell_failure(record, folder=Path(report.path).parent, notes=notes)
     sys.stderr.write(f"{name} failed: {error}\n")
     if record.user_error:
         traceback.print_exception(error)
         with suppress(OSError, StorageError):  # the disk that made the step fail
-            remember_refusal(getattr(metrics, "uri", ""), record)
+            remember_refusal(getattr(report, "uri", ""), record)
         sys.exit(USER_ERROR)
 
 
-def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -> None:
+def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact | None) -> None:
     emit("failed", record.step, error=record)
     text = f"**{record.step} failed.** {record.error}\n\n"
     if record.problems:
@@ -394,7 +397,8 @@ def _tell_failure(record: ErrorReport, *, folder: Path, notes: OutputArtifact) -
         text += f"- found: {record.found}\n- needed: {record.needed}\n- do: {record.do}\n"
     try:
         _write_text(LocalArtifact(str(folder / "error.json")), record.model_dump_json(indent=2) + "\n")
-        _write_text(notes, text)
+        if notes is not None:
+            _write_text(notes, text)
     except (OSError, StorageError) as writing:
         # The disk that made the step fail may refuse this, too; the event and the log have said it.
         sys.stderr.write(f"error.json could not be written: {writing}\n")
