@@ -16,38 +16,22 @@ from components.validate_data.component import validate_data
 @dsl.pipeline(name="trials")
 def trials(
     variants: list,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Artifact:
     """Train and score every variant, side by side, and compare them.
 
     Args:
         variants: Texts of variants.
-        recipe_json: Recipe that they are made from.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    pinned = {
-        "recipe_json": recipe_json,
-        "recipe_digest": recipe_digest,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "code_digest": code_digest,
-    }
     with dsl.ParallelFor(variants) as variant:
-        scored = train_trial(variant=variant, validation=validation, **pinned)
+        scored = train_trial(variant=variant, validation=validation, pinned=pinned)
     compared = compare_trials(
         variants=variants,
         trials=dsl.Collected(scored.outputs["trial"]),
-        recipe_json=recipe_json,
-        code_digest=code_digest,
+        pinned=pinned,
     )
     return compared.outputs["comparison"]
 
@@ -86,10 +70,7 @@ def ablate(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
-        pinned = {name: resolved.outputs[name] for name in names}
-        planned = plan_ablation(
-            recipe_json=pinned["recipe_json"], code_digest=pinned["code_digest"], ablate_grid=ablate_grid
-        )
-        validation = validate_data(**pinned).outputs["validation"]
-        trials(variants=planned.outputs["variants"], validation=validation, **pinned)
+        pinned = resolved.outputs["pinned"]
+        planned = plan_ablation(pinned=pinned, ablate_grid=ablate_grid)
+        validation = validate_data(pinned=pinned).outputs["validation"]
+        trials(variants=planned.outputs["variants"], validation=validation, pinned=pinned)

@@ -17,11 +17,7 @@ def benchmarks(
     names: list,
     kind: str,
     model: dsl.Input[dsl.Model],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     champion: str,
 ) -> dsl.Artifact:
     """Score a model on every benchmark, side by side, and put the scorecards together.
@@ -30,23 +26,12 @@ def benchmarks(
         names: Benchmarks; never empty.
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        recipe_json: Recipe with these benchmarks.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         champion: What the report compares with.
     """
-    pinned = {
-        "recipe_json": recipe_json,
-        "recipe_digest": recipe_digest,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "code_digest": code_digest,
-    }
     with dsl.ParallelFor(names) as benchmark:
-        scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, **pinned)
-    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, **pinned)
+        scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, pinned=pinned)
+    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=pinned)
     return merged.outputs["scorecard"]
 
 
@@ -82,24 +67,19 @@ def evaluate(
     summary = summarise_run(pipeline="evaluate", subject=evaluate_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         resolved = resolve_data(**form).set_caching_options(False)
-        where = {name: resolved.outputs[name] for name in ("data_md5", "data_remote")}
         planned = plan_evaluation(
             evaluate_model=evaluate_model,
             evaluate_benchmarks=evaluate_benchmarks,
-            recipe_json=resolved.outputs["recipe_json"],
-            **where,
+            pinned=resolved.outputs["pinned"],
         ).set_caching_options(False)
-        code_digest = resolved.outputs["code_digest"]
         fetched = fetch_model(
-            code_digest=code_digest, **{name: planned.outputs[name] for name in ("kind", "model", "model_digest")}
+            pinned=resolved.outputs["pinned"],
+            **{name: planned.outputs[name] for name in ("kind", "model", "model_digest")},
         )
         benchmarks(
             names=planned.outputs["benchmarks"],
             kind=planned.outputs["kind"],
             model=fetched.outputs["fetched"],
-            recipe_json=planned.outputs["recipe_json"],
-            recipe_digest=planned.outputs["recipe_digest"],
-            code_digest=code_digest,
+            pinned=planned.outputs["pinned"],
             champion=planned.outputs["champion"],
-            **where,
         )

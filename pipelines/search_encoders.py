@@ -30,11 +30,7 @@ def search_round(
     candidates: list,
     before: dsl.Input[dsl.Artifact],
     encoder_checkpoints: dsl.Input[list[dsl.Model]],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> Round:
     """Train and score every candidate of a round, side by side, and choose.
@@ -44,33 +40,21 @@ def search_round(
         candidates: Texts of variants; one empty text when the search has ended.
         before: The search before this round.
         encoder_checkpoints: Prealigned encoders, or a marker.
-        recipe_json: Recipe with all encoders.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    pinned = {
-        "recipe_json": recipe_json,
-        "recipe_digest": recipe_digest,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "code_digest": code_digest,
-    }
     with dsl.ParallelFor(candidates) as candidate:
         scored = train_trial(
             variant=candidate,
             validation=validation,
             encoder_checkpoints=encoder_checkpoints,
-            **pinned,
+            pinned=pinned,
         )
     advanced = advance_search(
         round_number=round_number,
         before=before,
         trials=dsl.Collected(scored.outputs["trial"]),
-        recipe_json=recipe_json,
-        code_digest=code_digest,
+        pinned=pinned,
     )
     return Round(candidates=advanced.outputs["candidates"], search=advanced.outputs["search"])
 
@@ -80,11 +64,7 @@ def search_rounds_of(
     candidates: list,
     encoders: list,
     search: dsl.Input[dsl.Artifact],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Artifact:
     """Prealign every encoder once, then go round by round.
@@ -93,22 +73,11 @@ def search_rounds_of(
         candidates: Text of the start set.
         encoders: Encoders to prealign; one empty name for none.
         search: A search that has not begun.
-        recipe_json: Recipe with all encoders.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    pinned = {
-        "recipe_json": recipe_json,
-        "recipe_digest": recipe_digest,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "code_digest": code_digest,
-    }
     with dsl.ParallelFor(encoders) as encoder:
-        aligned = prealign_encoder(encoder=encoder, validation=validation, **pinned)
+        aligned = prealign_encoder(encoder=encoder, validation=validation, pinned=pinned)
     # No loop of Kubeflow ends by itself: every round that there may be is here, and once the search has ended the
     # others find one empty candidate and do nothing.
     for number in range(MAX_ROUNDS + 1):
@@ -118,7 +87,7 @@ def search_rounds_of(
             before=search,
             encoder_checkpoints=dsl.Collected(aligned.outputs["encoder_checkpoint"]),
             validation=validation,
-            **pinned,
+            pinned=pinned,
         ).set_display_name("start set" if number == 0 else f"round {number}")
         candidates, search = closed.outputs["candidates"], closed.outputs["search"]
     return search
@@ -161,20 +130,18 @@ def search_encoders(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
-        pinned = {name: resolved.outputs[name] for name in names}
+        pinned = resolved.outputs["pinned"]
         begun = start_search(
-            recipe_json=pinned["recipe_json"],
-            code_digest=pinned["code_digest"],
+            pinned=pinned,
             search_start=search_start,
             search_rounds=search_rounds,
             search_min_gain=search_min_gain,
         )
-        validation = validate_data(**pinned).outputs["validation"]
+        validation = validate_data(pinned=pinned).outputs["validation"]
         search_rounds_of(
             candidates=begun.outputs["candidates"],
             encoders=resolved.outputs["encoders"],
             search=begun.outputs["search"],
             validation=validation,
-            **pinned,
+            pinned=pinned,
         )

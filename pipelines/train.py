@@ -23,41 +23,28 @@ from components.validate_data.component import validate_data
 @dsl.pipeline(name="stages")
 def stages(
     encoders: list,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Model:
     """Run the recipe's stages.
 
     Args:
         encoders: Encoders to prealign; one empty name for none.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    pinned = {
-        "recipe_json": recipe_json,
-        "recipe_digest": recipe_digest,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "code_digest": code_digest,
-    }
     with dsl.ParallelFor(encoders) as encoder:
-        aligned = prealign_encoder(encoder=encoder, validation=validation, **pinned)
+        aligned = prealign_encoder(encoder=encoder, validation=validation, pinned=pinned)
     one_encoder = aligned.outputs["encoder_checkpoint"]
     # One dsl.Collected each: compiling changes the object.
-    pretrained = pretrain_projector(encoder_checkpoints=dsl.Collected(one_encoder), validation=validation, **pinned)
+    pretrained = pretrain_projector(
+        encoder_checkpoints=dsl.Collected(one_encoder), validation=validation, pinned=pinned
+    )
     trained = sft(
         encoder_checkpoints=dsl.Collected(one_encoder),
         pretrained=pretrained.outputs["checkpoint"],
         validation=validation,
-        **pinned,
+        pinned=pinned,
     )
     return trained.outputs["checkpoint"]
 
@@ -95,23 +82,22 @@ def train(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest")
-        pinned = {name: resolved.outputs[name] for name in names}
+        pinned = resolved.outputs["pinned"]
         model_name = resolved.outputs["registry_model"]
 
-        validation = validate_data(**pinned).outputs["validation"]
-        trained = stages(encoders=resolved.outputs["encoders"], validation=validation, **pinned)
+        validation = validate_data(pinned=pinned).outputs["validation"]
+        trained = stages(encoders=resolved.outputs["encoders"], validation=validation, pinned=pinned)
         checkpoint = trained.output
-        torch_scores = evaluate(kind="torch", model=checkpoint, registry_model=model_name, **pinned).set_display_name(
-            "evaluate torch"
-        )
-        exported = export_onnx(checkpoint=checkpoint, **pinned)
+        torch_scores = evaluate(
+            kind="torch", model=checkpoint, registry_model=model_name, pinned=pinned
+        ).set_display_name("evaluate torch")
+        exported = export_onnx(checkpoint=checkpoint, pinned=pinned)
         bundle_scores = evaluate(
             kind="bundle",
             model=exported.outputs["bundle"],
             other_scorecard=torch_scores.outputs["scorecard"],
             registry_model=model_name,
-            **pinned,
+            pinned=pinned,
         ).set_display_name("evaluate bundle")
         evidence = {
             "validation": validation,
@@ -119,11 +105,11 @@ def train(
             "bundle_scorecard": bundle_scores.outputs["scorecard"],
             "parity": exported.outputs["parity"],
         }
-        judged = gate(registry_model=model_name, **evidence, **pinned).set_caching_options(False)
+        judged = gate(registry_model=model_name, **evidence, pinned=pinned).set_caching_options(False)
         register(
             registry_model=model_name,
             bundle=exported.outputs["bundle"],
             gate=judged.outputs["gate"],
             **evidence,
-            **pinned,
+            pinned=pinned,
         ).set_caching_options(False)

@@ -12,8 +12,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def advance_search(
     round_number: int,
-    recipe_json: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     before: dsl.Input[dsl.Artifact],
     trials: dsl.Input[list[dsl.Artifact]],
     search: dsl.Output[dsl.Artifact],
@@ -27,8 +26,7 @@ def advance_search(
 
     Args:
         round_number: 0 for the start set's.
-        recipe_json: Recipe whose encoders are the pool.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         before: The search before this round.
         trials: This round's trials.
         search: search.json and the trials so far.
@@ -49,7 +47,7 @@ def advance_search(
         notes=notes,
         label=f"round {int(round_number)}",
         outputs={"search": search},
-        recipe_json=recipe_json,
+        pinned=pinned,
         before=Path(before.path),
         trials=[Path(artifact.path) for artifact in trials],
     )

@@ -10,8 +10,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def compare_trials(
     variants: list,
-    recipe_json: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     trials: dsl.Input[list[dsl.Artifact]],
     comparison: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
@@ -22,8 +21,7 @@ def compare_trials(
 
     Args:
         variants: From plan_ablation; the first is what the others are compared with.
-        recipe_json: Recipe with every default filled in.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         trials: One of every variant.
         comparison: comparison.json and every trial.
         metrics: Scalars.
@@ -41,7 +39,7 @@ def compare_trials(
         report=report,
         notes=notes,
         outputs={"comparison": comparison},
-        recipe_json=recipe_json,
+        pinned=pinned,
         variants=[str(text) for text in variants],
         trials=[Path(artifact.path) for artifact in trials],
     )

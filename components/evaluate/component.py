@@ -11,11 +11,7 @@ from components import IMAGE
 def evaluate(
     kind: str,
     model: dsl.Input[dsl.Artifact],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     scorecard: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
@@ -28,11 +24,7 @@ def evaluate(
     Args:
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
@@ -54,11 +46,7 @@ def evaluate(
         outputs={"scorecard": scorecard},
         kind=kind,
         model=Path(model.path),
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         other_scorecard=Path(other_scorecard.path) if other_scorecard else None,
         registry_model=registry_model,
     )

@@ -10,11 +10,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def export_onnx(
     checkpoint: dsl.Input[dsl.Model],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     bundle: dsl.Output[dsl.Model],
     parity: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
@@ -25,11 +21,7 @@ def export_onnx(
 
     Args:
         checkpoint: The model.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         bundle: The bundle.
         parity: parity.json.
         metrics: Scalars.
@@ -48,9 +40,5 @@ def export_onnx(
         notes=notes,
         outputs={"bundle": bundle, "parity": parity},
         checkpoint=Path(checkpoint.path),
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
     )

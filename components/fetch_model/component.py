@@ -12,7 +12,7 @@ def fetch_model(
     kind: str,
     model: str,
     model_digest: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,  # noqa: ARG001  (part of the cache key)
     fetched: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
@@ -24,7 +24,7 @@ def fetch_model(
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: A folder, s3:// or models:/NAME/VERSION.
         model_digest: Of the checkpoint or bundle.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         fetched: The checkpoint or bundle.
         metrics: Scalars.
         report: For people.

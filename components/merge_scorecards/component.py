@@ -10,11 +10,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def merge_scorecards(
     scorecards: dsl.Input[list[dsl.Artifact]],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     scorecard: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
@@ -25,11 +21,7 @@ def merge_scorecards(
 
     Args:
         scorecards: One of each benchmark.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
@@ -48,10 +40,6 @@ def merge_scorecards(
         notes=notes,
         outputs={"scorecard": scorecard},
         scorecards=[Path(artifact.path) for artifact in scorecards],
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         champion=champion,
     )

@@ -11,8 +11,7 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def plan_ablation(
-    recipe_json: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     ablate_grid: str,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
@@ -23,8 +22,7 @@ def plan_ablation(
     """Turn the grid of an ablation into variants.
 
     Args:
-        recipe_json: Recipe with every default filled in.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         ablate_grid: One path=[value, value, ...] a line.
         metrics: Scalars.
         report: For people.
@@ -38,7 +36,7 @@ def plan_ablation(
         metrics=metrics,
         report=report,
         notes=notes,
-        recipe_json=recipe_json,
+        pinned=pinned,
         ablate_grid=ablate_grid,
     )
     return (result.values["variants"],)

@@ -13,17 +13,14 @@ from components import IMAGE
 def plan_evaluation(
     evaluate_model: str,
     evaluate_benchmarks: str,
-    recipe_json: str,
-    data_md5: str,
-    data_remote: str,
+    pinned: str,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Planned",
     [
-        ("recipe_json", str),
-        ("recipe_digest", str),
+        ("pinned", str),
         ("benchmarks", list),
         ("kind", str),
         ("model", str),
@@ -36,9 +33,7 @@ def plan_evaluation(
     Args:
         evaluate_model: A folder, s3://, or NAME, NAME@ALIAS, NAME/VERSION in the registry.
         evaluate_benchmarks: Names; empty: the recipe's own.
-        recipe_json: Recipe that says how to ask.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         metrics: Scalars.
         report: For people.
         notes: The same in short; the reason, when the step fails.
@@ -53,9 +48,7 @@ def plan_evaluation(
         notes=notes,
         evaluate_model=evaluate_model,
         evaluate_benchmarks=evaluate_benchmarks,
-        recipe_json=recipe_json,
-        data_md5=data_md5,
-        data_remote=data_remote,
+        pinned=pinned,
     )
-    names = ("recipe_json", "recipe_digest", "benchmarks", "kind", "model", "model_digest", "champion")
+    names = ("pinned", "benchmarks", "kind", "model", "model_digest", "champion")
     return tuple(result.values[name] for name in names)

@@ -10,11 +10,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def prealign_encoder(
     encoder: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
     encoder_checkpoint: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
@@ -25,11 +21,7 @@ def prealign_encoder(
 
     Args:
         encoder: Its name in the recipe; empty: the recipe has no such stage.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoint: The encoder; its projector is dropped.
         metrics: Scalars.
@@ -49,10 +41,6 @@ def prealign_encoder(
         label=encoder,
         outputs={"encoder_checkpoint": encoder_checkpoint},
         encoder=encoder,
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=Path(validation.path),
     )

@@ -10,11 +10,7 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def pretrain_projector(
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
     encoder_checkpoints: dsl.Input[list[dsl.Model]],
     checkpoint: dsl.Output[dsl.Model],
@@ -25,11 +21,7 @@ def pretrain_projector(
     """Put the encoders together and train the projector alone.
 
     Args:
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         checkpoint: The model.
@@ -48,11 +40,7 @@ def pretrain_projector(
         report=report,
         notes=notes,
         outputs={"checkpoint": checkpoint},
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=Path(validation.path),
         encoder_checkpoints=[Path(artifact.path) for artifact in encoder_checkpoints],
     )

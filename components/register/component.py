@@ -12,11 +12,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def register(
     registry_model: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
     scorecard: dsl.Input[dsl.Artifact],
     bundle_scorecard: dsl.Input[dsl.Artifact],
@@ -33,11 +29,7 @@ def register(
 
     Args:
         registry_model: Name in the registry.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Verdict on the snapshot.
         scorecard: Torch's scores.
         bundle_scorecard: The bundle's scores.
@@ -59,11 +51,7 @@ def register(
         report=report,
         notes=notes,
         registry_model=registry_model,
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=Path(validation.path),
         scorecard=Path(scorecard.path),
         bundle_scorecard=Path(bundle_scorecard.path),

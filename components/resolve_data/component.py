@@ -23,11 +23,7 @@ def resolve_data(
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Resolved",
     [
-        ("recipe_json", str),
-        ("recipe_digest", str),
-        ("data_md5", str),
-        ("data_remote", str),
-        ("code_digest", str),
+        ("pinned", str),
         ("encoders", list),
         ("registry_model", str),
     ],
@@ -60,5 +56,4 @@ def resolve_data(
         data_remote=data_remote,
         registry_model=registry_model,
     )
-    names = ("recipe_json", "recipe_digest", "data_md5", "data_remote", "code_digest", "encoders", "registry_model")
-    return tuple(result.values[name] for name in names)
+    return tuple(result.values[name] for name in ("pinned", "encoders", "registry_model"))

@@ -12,11 +12,7 @@ def score_benchmark(
     benchmark: str,
     kind: str,
     model: dsl.Input[dsl.Model],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     scorecard: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
@@ -28,11 +24,7 @@ def score_benchmark(
         benchmark: A row of BENCHMARKS.
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
@@ -53,9 +45,5 @@ def score_benchmark(
         benchmark=benchmark,
         kind=kind,
         model=Path(model.path),
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
     )

@@ -11,8 +11,7 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def start_search(
-    recipe_json: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     search_start: str,
     search_rounds: int,
     search_min_gain: float,
@@ -26,8 +25,7 @@ def start_search(
     """Check what a search is asked for and name the start set.
 
     Args:
-        recipe_json: Recipe whose encoders are the pool.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         search_start: Names of the start set, separated by commas; empty: the recipe's first encoder.
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.
@@ -45,7 +43,7 @@ def start_search(
         report=report,
         notes=notes,
         outputs={"search": search},
-        recipe_json=recipe_json,
+        pinned=pinned,
         search_start=search_start,
         search_rounds=int(search_rounds),
         search_min_gain=search_min_gain,

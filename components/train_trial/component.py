@@ -10,11 +10,7 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train_trial(
     variant: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: dsl.Input[dsl.Dataset],
     trial: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
@@ -26,11 +22,7 @@ def train_trial(
 
     Args:
         variant: Text of a variant; empty: nothing to do.
-        recipe_json: Recipe with every default filled in.
-        recipe_digest: Its sha256.
-        data_md5: Snapshot.
-        data_remote: A folder or s3:// that holds it.
-        code_digest: Digest of the image or of the library's source.
+        pinned: Recipe, data and code, as resolve_data pinned them.
         validation: Profile, verdict and quarantine of the snapshot.
         trial: trial.json and items.parquet.
         metrics: Scalars.
@@ -52,11 +44,7 @@ def train_trial(
         label=parse_variant(variant).key if variant else "",
         outputs={"trial": trial},
         variant=variant,
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=Path(validation.path),
         encoder_checkpoints=[Path(artifact.path) for artifact in encoder_checkpoints or ()],
     )

@@ -13,6 +13,7 @@ from manyeyes.recipe import load_recipe
 from manyeyes.search.trial import read_trial
 from manyeyes.search.variant import Variant
 from manyeyes.steps import train_trial as trials
+from tests.pinned_toys import pin
 from tests.pipelines.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -59,11 +60,11 @@ def test_trial_that_was_scored_is_never_trained_again(
         return trials.train_trial(
             Reporter("trial"),
             variant=variant.text(),
-            recipe_json=judged.canonical_json(),
-            recipe_digest=judged.digest,
-            data_md5=read_dvc_file(toy_checkout.path / "data.dvc").md5,
-            data_remote=str(toy_checkout.path / "infra" / "dvc-remote"),
-            code_digest="c" * 64,
+            pinned=pin(
+                judged,
+                data_md5=read_dvc_file(toy_checkout.path / "data.dvc").md5,
+                data_remote=str(toy_checkout.path / "infra" / "dvc-remote"),
+            ),
             validation=tmp_path / "validation",
             trial=tmp_path / out,
         )

@@ -10,12 +10,12 @@ import pytest
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RegistryError
 from manyeyes.harness.base import Reporter
-from manyeyes.harness.inputs import Inputs
 from manyeyes.model import match_checkpoint
 from manyeyes.recipe import change_recipe
 from manyeyes.steps import export_onnx as export_step
 from manyeyes.steps import register as register_step
 from tests.model_toys import toy_config, write_language_model
+from tests.pinned_toys import opened, pin
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -102,29 +102,19 @@ def test_what_a_language_model_was_made_from_need_not_be_there(trained: Path) ->
     assert match_checkpoint(trained / "pretrain", [recipe.model], snapshot_path=None) == recipe.model
 
 
-def pinned(recipe: Any) -> dict[str, str]:
-    return {
-        "recipe_json": recipe.canonical_json(),
-        "recipe_digest": recipe.digest,
-        "data_md5": "m",
-        "data_remote": "r",
-        "code_digest": "c",
-    }
-
-
 def test_a_bundle_is_not_made_with_the_lineage_of_another_recipe(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = change_recipe(toy_recipe(), OTHERS["model.projector.depth"])
-    inputs = Inputs(recipe, open_folder(trained / "data"))
-    monkeypatch.setattr(export_step, "open_inputs", lambda *_, **__: inputs)
+    inputs = opened(recipe, open_folder(trained / "data"))
+    monkeypatch.setattr(export_step, "parse_pinned", lambda _: inputs)
     with pytest.raises(CheckpointError, match=r"model\.projector\.depth is 3 in the recipe"):
         export_step.export_onnx(
             Reporter("e"),
             checkpoint=trained / "pretrain",
             bundle=tmp_path / "bundle",
             parity=tmp_path / "parity",
-            **pinned(recipe),
+            pinned=pin(recipe),
         )
 
 
@@ -134,4 +124,4 @@ def test_a_version_is_not_registered_with_another_recipe_than_its_bundles(
     monkeypatch.setattr(register_step, "read_manifest", lambda _: {"recipe_digest": "f" * 64})
     folders = dict.fromkeys(("validation", "scorecard", "bundle_scorecard", "parity", "bundle", "gate"), tmp_path)
     with pytest.raises(RegistryError, match="was made with the recipe ffff"):
-        register_step.register(Reporter("r"), registry_model="toy", **pinned(toy_recipe()), **folders)
+        register_step.register(Reporter("r"), registry_model="toy", pinned=pin(toy_recipe()), **folders)

@@ -16,8 +16,9 @@ from manyeyes.data.records import Record, SampleProblem, Turn, read_image_file
 from manyeyes.errors import ValidationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.harness.base import Reporter, StepResult
-from manyeyes.harness.inputs import Inputs, compared_datasets
+from manyeyes.harness.inputs import compared_datasets
 from manyeyes.recipe import Recipe, load_recipe
+from tests.pinned_toys import opened
 
 # The package's attribute of this name is the function.
 STEP = importlib.import_module("manyeyes.steps.validate_data")
@@ -33,19 +34,13 @@ def validate(
 ) -> StepResult:
     snapshot = make_snapshot(folder / "snapshot", {"train": train, "test": [record("test/coffee", encode(coffee()))]})
     overrides = {"data.eval_datasets": ["toy-test"], "data.contamination.leave_out": leave_out}
-    inputs = Inputs(load_recipe("tiny", overrides=overrides), snapshot)
+    inputs = opened(load_recipe("tiny", overrides=overrides), snapshot)
     monkeypatch.setenv("MANYEYES_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(STEP, "open_inputs", lambda *_, **__: inputs)
+    monkeypatch.setattr(STEP, "parse_pinned", lambda _: inputs)
     monkeypatch.setattr(STEP, "training_datasets", lambda _recipe: ["toy-train"])
     monkeypatch.setattr("manyeyes.training.admission.Admission", _Refusing)
     return STEP.validate_data(  # type: ignore[no-any-return]
-        Reporter("validate_data"),
-        recipe_json="",
-        recipe_digest="",
-        data_md5="0" * 32,
-        data_remote="",
-        code_digest="",
-        validation=folder / "validation",
+        Reporter("validate_data"), pinned="", validation=folder / "validation"
     )
 
 

@@ -27,6 +27,7 @@ from manyeyes.steps.resolve_data import resolve_data
 from manyeyes.storage import content_digest
 from manyeyes.training.stage import run_stage
 from tests.model_toys import write_language_model
+from tests.pinned_toys import pin
 from tests.training_toys import toy_recipe, toy_snapshot
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -237,8 +238,7 @@ def test_the_first_step_gives_other_values_for_other_weights(tmp_path: Path) -> 
     before = values()
     assert values() == before
     exchange(folder)
-    assert values()["recipe_digest"] != before["recipe_digest"]
-    assert values()["recipe_json"] != before["recipe_json"]
+    assert values()["pinned"] != before["pinned"]
 
 
 def test_sizes_are_estimated_anew_for_another_configuration(tmp_path: Path) -> None:
@@ -254,10 +254,10 @@ def test_sizes_are_estimated_anew_for_another_configuration(tmp_path: Path) -> N
 def test_a_variants_text_is_another_for_other_weights(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "lm")
     grid = f"model.language_model.source=[as-is, 'dir:{folder}']"
-    recipe = load_recipe("tiny").canonical_json()
+    pinned = pin(load_recipe("tiny"))
 
     def texts() -> Any:
-        return plan_ablation(Reporter("p"), recipe_json=recipe, ablate_grid=grid).values["variants"]
+        return plan_ablation(Reporter("p"), pinned=pinned, ablate_grid=grid).values["variants"]
 
     before = texts()
     exchange(folder)

@@ -13,12 +13,12 @@ from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.report.writing import read_report
 from manyeyes.evaluation.scorecard import read_scorecard
-from manyeyes.harness import inputs as step_inputs
 from manyeyes.harness.base import Reporter
 from manyeyes.registry.pull import ModelLocation, fetch_model, locate_model
 from manyeyes.steps import merge_scorecards as merging
 from manyeyes.steps.plan_evaluation import ask_benchmarks
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
+from tests.pinned_toys import opened, pin
 from tests.registry_store import make_bundle
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark
 
@@ -129,18 +129,13 @@ def test_merged_scorecard_is_that_of_all_benchmarks_at_once(
     add_second_benchmark(monkeypatch)
     both = ["easy-vqa", SECOND]
     recipe = ask_benchmarks(make_recipe(), both)
-    opened = step_inputs.Inputs(recipe, snapshot)
-    monkeypatch.setattr(merging, "open_inputs", lambda *_args, **_facts: opened)
+    monkeypatch.setattr(merging, "parse_pinned", lambda _: opened(recipe, snapshot))
     parts = [score(tmp_path / name, snapshot, [name]) for name in reversed(both)]
     whole = score(tmp_path / "whole", snapshot, both)
     result = merging.merge_scorecards(
         Reporter("merge"),
         scorecards=parts,
-        recipe_json=recipe.canonical_json(),
-        recipe_digest=recipe.digest,
-        data_md5=snapshot.md5,
-        data_remote="",
-        code_digest="c" * 64,
+        pinned=pin(recipe),
         scorecard=tmp_path / "merged",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from manyeyes.harness import code_digest as code_digest_module
 from manyeyes.harness.base import Reporter
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import Artifact, Event
-from manyeyes.harness.inputs import is_absent, locate_data, mark_absent, open_inputs, training_datasets
+from manyeyes.harness.inputs import Pinned, is_absent, locate_data, mark_absent, parse_pinned, training_datasets
 from manyeyes.harness.summary import RunSummary, StepSummary, union_seconds, write_summary
 from manyeyes.kubeflow.summarise import in_words, summarise
 from manyeyes.pages import Curve, draw_curves, readable, step_page
@@ -21,6 +22,7 @@ from manyeyes.steps.prealign_encoder import prealign_encoder
 from manyeyes.steps.pretrain_projector import by_encoder, pretrain_projector
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.steps.sft import sft
+from tests.pinned_toys import pin
 
 
 @pytest.fixture
@@ -87,27 +89,26 @@ def test_data_is_named_by_parameters_or_by_the_checkout(tmp_path: Path, monkeypa
         locate_data("", "s3://bucket")
 
 
-def test_recipe_and_digest_that_do_not_belong_together_are_refused() -> None:
-    recipe = load_recipe("tiny")
-    with pytest.raises(PipelineError, match="recipe_digest"):
-        open_inputs(recipe.canonical_json(), recipe_digest="0" * 64, data_md5="a" * 32, data_remote="x")
+def test_what_was_pinned_is_read_back_and_anything_else_is_refused() -> None:
+    pinned = Pinned(load_recipe("tiny"), data_md5="a" * 32, data_remote="x", code_digest="c")
+    assert parse_pinned(pinned.text()) == pinned
+    for wrong in ("", "[]", "{}", pinned.text().replace("data_md5", "data_md6")):
+        with pytest.raises(PipelineError, match="resolve_data"):
+            parse_pinned(wrong)
 
 
 def test_every_training_data_set_is_named_once() -> None:
     assert training_datasets(load_recipe("tiny")) == ["easy-vqa-train"]
 
 
-PINNED = {"data_md5": "a" * 32, "data_remote": "nowhere", "code_digest": "c"}
-
-
 def test_stages_that_a_recipe_lacks_leave_markers_and_load_nothing(tmp_path: Path) -> None:
     recipe = load_recipe("tiny", overrides={"stages.prealign": None, "stages.pretrain": None})
-    pinned = {**PINNED, "recipe_json": recipe.canonical_json(), "recipe_digest": recipe.digest, "validation": tmp_path}
-    result = prealign_encoder(Reporter("p"), encoder="", encoder_checkpoint=tmp_path / "encoder", **pinned)
+    given: Any = {"pinned": pin(recipe), "validation": tmp_path}
+    result = prealign_encoder(Reporter("p"), encoder="", encoder_checkpoint=tmp_path / "encoder", **given)
     assert result.headline == "not in this recipe"
     assert is_absent(tmp_path / "encoder")
     pretrain_projector(
-        Reporter("p"), encoder_checkpoints=[tmp_path / "encoder"], checkpoint=tmp_path / "pretrained", **pinned
+        Reporter("p"), encoder_checkpoints=[tmp_path / "encoder"], checkpoint=tmp_path / "pretrained", **given
     )
     assert is_absent(tmp_path / "pretrained")
     assert by_encoder([], [tmp_path / "encoder"]) == {}
@@ -119,13 +120,11 @@ def test_recipe_without_sft_keeps_the_pretrained_model(tmp_path: Path) -> None:
     (tmp_path / "pretrained" / "config.json").write_text("{}", encoding="utf-8")
     sft(
         Reporter("s"),
-        recipe_json=recipe.canonical_json(),
-        recipe_digest=recipe.digest,
+        pinned=pin(recipe),
         validation=tmp_path,
         encoder_checkpoints=[],
         pretrained=tmp_path / "pretrained",
         checkpoint=tmp_path / "checkpoint",
-        **PINNED,
     )
     assert (tmp_path / "checkpoint" / "config.json").read_text(encoding="utf-8") == "{}"
 

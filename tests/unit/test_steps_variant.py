@@ -11,6 +11,7 @@ from manyeyes.harness.base import Reporter
 from manyeyes.recipe import Recipe, change_recipe, load_recipe
 from manyeyes.search.variant import MAX_VARIANTS, Variant, keep_encoders, parse_variant, read_grid
 from manyeyes.steps.plan_ablation import plan_ablation
+from tests.pinned_toys import pin
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_wrong_grid_is_refused(grid: str, message: str) -> None:
 
 def test_plan_checks_every_variant_before_anything_is_trained(recipe: Recipe) -> None:
     def plan(grid: str) -> list[str]:
-        result = plan_ablation(Reporter("plan"), recipe_json=recipe.canonical_json(), ablate_grid=grid)
+        result = plan_ablation(Reporter("plan"), pinned=pin(recipe), ablate_grid=grid)
         return list(result.values["variants"])
 
     texts = plan("model.fusion.grid=[4, 2]")

@@ -16,7 +16,7 @@ from manyeyes.cli.group import OutPath
 from manyeyes.harness.base import LocalArtifact, Step, StepResult, run_step
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import watching
-from manyeyes.harness.inputs import locate_data
+from manyeyes.harness.inputs import Pinned, locate_data
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.sources import pin_recipe
 
@@ -36,8 +36,7 @@ STEP_NAMES = (
 )
 
 # What resolve_data works out for the other steps; here the command line does.
-_PINNED = ("recipe_json", "recipe_digest", "code_digest")
-_HELP = {
+_DATA = {
     "data_md5": "Snapshot; the checkout's data.dvc says it by default.",
     "data_remote": "A folder or s3://; the checkout's default remote by default.",
 }
@@ -58,10 +57,10 @@ def step_command(name: str) -> click.Command:
     described = _described_arguments(inspect.getdoc(step.function) or "")
     options: list[click.Parameter] = []
     for argument in list(signature.parameters.values())[1:]:
-        if argument.name in _PINNED or argument.name in step.outputs:
+        if argument.name == "pinned" or argument.name in step.outputs:
             continue
         many = typing.get_origin(types[argument.name]) is Sequence
-        required = argument.default is inspect.Parameter.empty and argument.name not in ("data_md5", "data_remote")
+        required = argument.default is inspect.Parameter.empty
         default = None if argument.default is inspect.Parameter.empty else argument.default
         options.append(
             click.Option(
@@ -70,16 +69,19 @@ def step_command(name: str) -> click.Command:
                 required=required and not many,
                 default=default,
                 multiple=many,
-                help=_HELP.get(argument.name) or described.get(argument.name, ""),
+                help=_DATA.get(argument.name) or described.get(argument.name, ""),
             )
         )
-    if "recipe_json" in signature.parameters:
+    if "pinned" in signature.parameters:
+        options += [
+            click.Option([f"--{name.replace('_', '-')}"], default="", help=text) for name, text in _DATA.items()
+        ]
         options.append(click.Option(["--recipe"], default="tiny", help="A recipe's name or the path of a YAML file."))
         options.append(click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Change a field."))
     options.append(click.Option(["--out"], type=OutPath(), default=Path("runs/steps") / name, help="Folder to write."))
 
     def call(out: Path, recipe: str = "tiny", assignments: tuple[str, ...] = (), **given: Any) -> None:
-        if "recipe_json" not in signature.parameters and "recipe" in signature.parameters:
+        if "pinned" not in signature.parameters and "recipe" in signature.parameters:
             given["recipe"] = recipe
         run_from_files(
             name,
@@ -119,13 +121,14 @@ def run_from_files(
     step = load_step(name, arguments)
     wanted = inspect.signature(step.function).parameters
     given = dict(arguments)
-    if "recipe_json" in wanted:
+    if "pinned" in wanted:
         loaded = recipe
         if not isinstance(loaded, Recipe):
             loaded = load_recipe(loaded, overrides=parse_overrides(list(assignments)))
         loaded = pin_recipe(loaded)
-        given |= {"recipe_json": loaded.canonical_json(), "recipe_digest": loaded.digest, "code_digest": code_digest()}
-        given["data_md5"], given["data_remote"] = locate_data(data_md5, data_remote)
+        where = locate_data(data_md5, data_remote)
+        given = {name: value for name, value in given.items() if name in wanted}
+        given["pinned"] = Pinned(loaded, *where, code_digest()).text()
         if "registry_model" in wanted:
             given["registry_model"] = given.get("registry_model") or loaded.registry.model
     out.mkdir(parents=True, exist_ok=True)

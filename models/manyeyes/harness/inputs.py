@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
@@ -16,34 +17,60 @@ _MARKER = "absent.json"
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A recipe and its snapshot, opened."""
+class Pinned:
+    """What a step starts from; as text, it is the one parameter that every step has.
+
+    Attributes:
+        recipe: What to do.
+        data_md5: Snapshot.
+        data_remote: A folder or ``s3://`` that holds it.
+        code_digest: Digest of the image, or of the library's source; with it an edited library is not answered from the
+            cache.
+    """
 
     recipe: Recipe
-    snapshot: Snapshot
+    data_md5: str
+    data_remote: str
+    code_digest: str
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The snapshot, fetched when it is first asked for.
+
+        Raises:
+            SnapshotError: The remote lacks the snapshot, or holds a damaged one.
+        """
+        return open_snapshot(md5=self.data_md5, remote=self.data_remote, cache_dir=cache_dir())
+
+    def text(self) -> str:
+        """Sorted, compact JSON; ``parse_pinned`` reads it back."""
+        facts = {name: getattr(self, name) for name in ("data_md5", "data_remote", "code_digest")}
+        facts["recipe"] = self.recipe.model_dump(mode="json")
+        return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
+def parse_pinned(text: str) -> Pinned:
+    """Read ``Pinned.text`` back.
+
+    Raises:
+        PipelineError: Not such a text.
+        RecipeError: Its recipe is none.
+    """
+    try:
+        facts = json.loads(text)
+        recipe = facts.pop("recipe")
+        return Pinned(recipe=parse_recipe(json.dumps(recipe)), **facts)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PipelineError(
+            f"pinned is {text[:60]!r} ({error})",
+            "recipe, data and code as one JSON text",
+            "Pass on what resolve_data gave.",
+        ) from error
 
 
 def work_dir() -> Path:
     """Where running checkpoints lie: ``MANYEYES_WORKDIR``, ``runs/work`` by default."""
     return Path(os.environ.get("MANYEYES_WORKDIR") or "runs/work")
-
-
-def open_inputs(recipe_json: str, *, recipe_digest: str, data_md5: str, data_remote: str) -> Inputs:
-    """Read the recipe back and open the snapshot.
-
-    Raises:
-        RecipeError: Not a recipe.
-        PipelineError: The recipe is not the one that ``recipe_digest`` was made of.
-        SnapshotError: The remote lacks the snapshot, or holds a damaged one.
-    """
-    recipe = parse_recipe(recipe_json)
-    if recipe.digest != recipe_digest:
-        raise PipelineError(
-            f"recipe_digest is {recipe_digest[:12]}",
-            f"{recipe.digest[:12]}, the digest of recipe_json",
-            "Pass on both as resolve_data gave them.",
-        )
-    return Inputs(recipe, open_snapshot(md5=data_md5, remote=data_remote, cache_dir=cache_dir()))
 
 
 def locate_data(data_md5: str, data_remote: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.harness.base import Reporter, StepResult, num_threads
-from manyeyes.harness.inputs import open_inputs, work_dir
+from manyeyes.harness.inputs import parse_pinned, work_dir
 from manyeyes.pages import Curve, draw_curves, facts_table, step_page
 from manyeyes.recipe import Recipe, StageName
 
@@ -22,11 +22,7 @@ def train_stage(
     reporter: Reporter,
     stage: StageName,
     *,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     out: Path,
     encoder: str | None = None,
@@ -43,7 +39,7 @@ def train_stage(
     from manyeyes.training.launch import launch_stage
     from manyeyes.training.loop import Progress
 
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     threads = num_threads(branches=branches or parallel_branches(inputs.recipe, stage))
     processes = num_processes(threads=threads, gpus=torch.cuda.device_count())
 
@@ -67,7 +63,7 @@ def train_stage(
         processes=processes,
         threads=max(1, threads // processes),
         snapshot=inputs.snapshot,
-        code_digest=code_digest,
+        code_digest=inputs.code_digest,
         out=out,
         work_dir=work_dir(),
         encoder=encoder,
@@ -112,9 +108,9 @@ def train_stage(
         markdown=facts_table(rows).markdown() + "\n",
         metadata={
             "checkpoint_digest": report.checkpoint_digest,
-            "recipe_digest": recipe_digest,
-            "data_md5": data_md5,
-            "code_digest": code_digest,
+            "recipe_digest": inputs.recipe.digest,
+            "data_md5": inputs.data_md5,
+            "code_digest": inputs.code_digest,
         },
     )
 

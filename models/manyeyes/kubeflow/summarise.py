@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manyeyes.harness.events import Artifact, ErrorReport, Event, Problem
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.harness.summary import (
     EXAMPLE_FILE,
     BundleSummary,
@@ -55,7 +56,7 @@ def summarise(
     ended = {event.step: event for event in events if event.kind in ("completed", "cached")}
     reports = _copy_reports(ended, run_dir)
     resolved = ended["resolve_data"].parameters if "resolve_data" in ended else {}
-    recipe = json.loads(resolved["recipe_json"])["name"] if "recipe_json" in resolved else None
+    pinned = parse_pinned(resolved["pinned"]) if "pinned" in resolved else None
     registered = ended["register"].parameters if "register" in ended else {}
     steps = _steps(events, reports)
     intervals = [
@@ -68,10 +69,10 @@ def summarise(
         pipeline=pipeline,
         status=status,
         started=started,
-        recipe=recipe,
-        recipe_digest=resolved.get("recipe_digest"),
-        data_md5=resolved.get("data_md5"),
-        code_digest=resolved.get("code_digest"),
+        recipe=pinned and pinned.recipe.name,
+        recipe_digest=pinned and pinned.recipe.digest,
+        data_md5=pinned and pinned.data_md5,
+        code_digest=pinned and pinned.code_digest,
         git_commit=git_commit,
         git_dirty=git_dirty,
         steps=steps,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import is_absent
-from manyeyes.recipe import parse_recipe
+from manyeyes.harness.inputs import is_absent, parse_pinned
 from manyeyes.search.search import (
     close_round,
     copy_trials,
@@ -27,7 +26,7 @@ NOTHING = [""]
 def advance_search(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
     *,
-    recipe_json: str,
+    pinned: str,
     before: Path,
     trials: Sequence[Path],
     search: Path,
@@ -36,7 +35,7 @@ def advance_search(
 
     Args:
         reporter: Not needed.
-        recipe_json: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         before: Folder of the search before this round.
         trials: Folders of ``train_trial``; markers once the search has ended.
         search: Folder to write.
@@ -68,7 +67,7 @@ def advance_search(
     assert state.best is not None
     winner = known[state.best]
     candidates = NOTHING if state.ended else [variant.text() for variant in state.next_sets(winner.encoders)]
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     return StepResult(
         headline=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"
         + (f"; ended: {state.ended}" if state.ended else ""),

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import duration, span
-from manyeyes.recipe import parse_recipe
 from manyeyes.search.trial import Difference, Row, Trial, difference, read_trial, render_trials, short_table
 from manyeyes.search.variant import parse_variant
 from manyeyes.strict import StrictModel
@@ -41,7 +41,7 @@ class AblationComparison(StrictModel):
 def compare_trials(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
     *,
-    recipe_json: str,
+    pinned: str,
     variants: Sequence[str],
     trials: Sequence[Path],
     comparison: Path,
@@ -50,7 +50,7 @@ def compare_trials(
 
     Args:
         reporter: Not needed.
-        recipe_json: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         variants: From ``plan_ablation``; the first is what the others are compared with.
         trials: Folders of ``train_trial``, in any order.
         comparison: Folder to write.
@@ -59,7 +59,7 @@ def compare_trials(
         PipelineError: A trial is missing.
         EvaluationError: The trials were asked different questions.
     """
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     folders = {read_trial(folder).variant.text(): folder for folder in trials}
     wanted = [parse_variant(text) for text in variants]
     missing = [variant.label for variant in wanted if variant.text() not in folders]

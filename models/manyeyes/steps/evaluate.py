@@ -14,7 +14,7 @@ from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.export.model_facts import ModelFacts, count_checkpoint
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
 from manyeyes.harness.champion_scores import find_champion
-from manyeyes.harness.inputs import Inputs, open_inputs, work_dir
+from manyeyes.harness.inputs import Pinned, parse_pinned, work_dir
 from manyeyes.harness.summary import EXAMPLE_FILE, ExampleSummary
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ def evaluate(
     *,
     kind: Literal["torch", "bundle"],
     model: Path,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     scorecard: Path,
     other_scorecard: Path | None = None,
     processes: int | None = None,
@@ -42,11 +38,7 @@ def evaluate(
         reporter: Shows the progress.
         kind: ``torch`` for a checkpoint, ``bundle`` for an ONNX bundle.
         model: Its folder.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         scorecard: Folder to write.
         other_scorecard: Folder of the same model's other scorecard; the report shows the difference.
         processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.
@@ -57,14 +49,14 @@ def evaluate(
     from manyeyes.evaluation.answering.encoder_cache import encoder_cache_settings
     from manyeyes.evaluation.evaluate import evaluate as evaluate_model
 
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     digest = _digest(kind, model)
     spec = AnswererSpec(
         kind=kind,
         model=model,
         threads=num_threads(),
         encoder_cache=encoder_cache_settings(
-            work_dir() / "images", kind=kind, model_digest=digest, code_digest=code_digest
+            work_dir() / "images", kind=kind, model_digest=digest, code_digest=inputs.code_digest
         ),
     )
 
@@ -81,7 +73,7 @@ def evaluate(
             inputs.recipe,
             snapshot=inputs.snapshot,
             out_dir=scorecard,
-            code_digest=code_digest,
+            code_digest=inputs.code_digest,
             model_digest=digest,
             on_progress=show,
             work_dir=work_dir() / "evaluate",
@@ -101,7 +93,12 @@ def evaluate(
         metrics=card.metrics(),
         html=(scorecard / "report.html").read_text(encoding="utf-8"),
         markdown=(scorecard / "report.md").read_text(encoding="utf-8") + _difference(card, other_scorecard),
-        metadata={"model_digest": digest, "kind": kind, "recipe_digest": recipe_digest, "data_md5": data_md5},
+        metadata={
+            "model_digest": digest,
+            "kind": kind,
+            "recipe_digest": card.recipe_digest,
+            "data_md5": inputs.data_md5,
+        },
     )
 
 
@@ -134,7 +131,7 @@ def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
     return None if found is None else ModelFacts.model_validate(found)
 
 
-def _keep_example(inputs: Inputs, folder: Path) -> None:
+def _keep_example(inputs: Pinned, folder: Path) -> None:
     """One image and question of the first benchmark, for a person to try."""
     row = find_benchmark(inputs.recipe.evaluation.benchmarks[0])
     benchmark = load_benchmark(row, snapshot=inputs.snapshot, max_items=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
-from manyeyes.harness.inputs import open_inputs
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle import Group
 
@@ -16,11 +16,7 @@ def export_onnx(
     reporter: Reporter,
     *,
     checkpoint: Path,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     bundle: Path,
     parity: Path,
 ) -> StepResult:
@@ -29,11 +25,7 @@ def export_onnx(
     Args:
         reporter: Shows the progress.
         checkpoint: Checkpoint of ``sft``.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         bundle: Folder to write.
         parity: Folder to write ``parity.json`` into.
 
@@ -46,14 +38,16 @@ def export_onnx(
     from manyeyes.export.parity import measure_parity
     from manyeyes.model import match_checkpoint
 
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     recipe = inputs.recipe
     torch.set_num_threads(num_threads())
     # The bundle's lineage says that it is of this recipe.
     models = [recipe.stage_model(name) for name, _ in recipe.present_stages() if name != "prealign"][::-1]
     match_checkpoint(checkpoint, [*models, recipe.model], snapshot_path=inputs.snapshot.path)
     reporter.progress("writing the graphs", done=0.1)
-    manifest = export_bundle(checkpoint, bundle, recipe=recipe, data_md5=data_md5, code_digest=code_digest)
+    manifest = export_bundle(
+        checkpoint, bundle, recipe=recipe, data_md5=inputs.data_md5, code_digest=inputs.code_digest
+    )
     asked = recipe.evaluation.model_copy(update={"benchmarks": recipe.evaluation.benchmarks[:1]})
     (benchmark,) = load_benchmarks(asked, snapshot=inputs.snapshot, max_items=recipe.export.parity_items)
     reporter.progress("comparing with torch", done=0.5)
@@ -94,7 +88,7 @@ def export_onnx(
             {"": facts_table(rows), "Files (bytes)": facts_table(files)},
         ),
         markdown=facts_table(rows).markdown() + "\n",
-        metadata={"bundle_digest": manifest.digest, "recipe_digest": recipe_digest, "data_md5": data_md5},
+        metadata={"bundle_digest": manifest.digest, "recipe_digest": recipe.digest, "data_md5": inputs.data_md5},
     )
 
 

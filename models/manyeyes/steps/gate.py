@@ -9,7 +9,7 @@ import pydantic
 
 from manyeyes.errors import EvaluationError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import cache_dir, open_inputs
+from manyeyes.harness.inputs import cache_dir, parse_pinned
 
 T = TypeVar("T", bound=pydantic.BaseModel)
 
@@ -18,11 +18,7 @@ def gate(
     reporter: Reporter,
     *,
     registry_model: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     scorecard: Path,
     bundle_scorecard: Path,
@@ -34,11 +30,7 @@ def gate(
     Args:
         reporter: Shows the progress.
         registry_model: Name in the registry; its champion is what the model is compared with.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         scorecard: Folder of ``evaluate`` for torch.
         bundle_scorecard: Folder of ``evaluate`` for the bundle.
@@ -52,7 +44,7 @@ def gate(
     from manyeyes.registry.gate import decide, render_gate_html, render_gate_markdown, write_gate_report
     from manyeyes.registry.pull import comparable_champion
 
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     bundle_scores = read_scorecard(bundle_scorecard / "scorecard.json")
     reporter.progress("fetching the champion's evidence", done=0.1)
     champion = comparable_champion(
@@ -60,7 +52,7 @@ def gate(
         scorecard=bundle_scores,
         recipe=inputs.recipe,
         snapshot=inputs.snapshot,
-        code_digest=code_digest,
+        code_digest=inputs.code_digest,
         work_dir=cache_dir() / "champions" / registry_model,
     )
     report = decide(

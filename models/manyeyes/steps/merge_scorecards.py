@@ -14,18 +14,14 @@ from manyeyes.evaluation.report.writing import read_report, write_report
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.champion_scores import find_champion
-from manyeyes.harness.inputs import open_inputs
+from manyeyes.harness.inputs import parse_pinned
 
 
 def merge_scorecards(
     reporter: Reporter,
     *,
     scorecards: Sequence[Path],
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     scorecard: Path,
     champion: str = "",
 ) -> StepResult:
@@ -34,11 +30,7 @@ def merge_scorecards(
     Args:
         reporter: Shows the progress.
         scorecards: Folders of ``score_benchmark``, in any order.
-        recipe_json: From ``plan_evaluation``.
-        recipe_digest: From ``plan_evaluation``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         scorecard: Folder to write.
         champion: ``NAME/VERSION`` in the registry from ``plan_evaluation``, so that another champion makes another
             report; ``NAME`` alone has none yet. Empty: none is looked up.
@@ -46,10 +38,10 @@ def merge_scorecards(
     Raises:
         EvaluationError: A benchmark is missing, or the scorecards are not of one model.
     """
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     cards = [read_scorecard(folder / "scorecard.json") for folder in scorecards]
     names = list(inputs.recipe.evaluation.benchmarks)
-    card = merge(cards, names=names, recipe=inputs.recipe.name, recipe_digest=recipe_digest)
+    card = merge(cards, names=names, recipe=inputs.recipe.name, recipe_digest=inputs.recipe.digest)
     files = [read_outcomes(folder / "items.parquet") for folder in scorecards]
     digests = {name: digest for file in files for name, digest in file.benchmark_digests.items()}
     outcomes = [outcome for name in names for file in files for outcome in file.of(name)]
@@ -76,7 +68,7 @@ def merge_scorecards(
         metrics=card.metrics(),
         html=(scorecard / "report.html").read_text(encoding="utf-8"),
         markdown=(scorecard / "report.md").read_text(encoding="utf-8"),
-        metadata={"model_digest": card.model.digest, "kind": card.model.kind, "recipe_digest": recipe_digest},
+        metadata={"model_digest": card.model.digest, "kind": card.model.kind, "recipe_digest": card.recipe_digest},
     )
 
 

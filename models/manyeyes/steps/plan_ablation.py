@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import Table, step_page
-from manyeyes.recipe import parse_recipe
 from manyeyes.search.variant import read_grid
 from manyeyes.sources import pin_sources
 
@@ -13,14 +13,14 @@ from manyeyes.sources import pin_sources
 def plan_ablation(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
     *,
-    recipe_json: str,
+    pinned: str,
     ablate_grid: str,
 ) -> StepResult:
     """Check every variant of the grid.
 
     Args:
         reporter: Not needed.
-        recipe_json: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         ablate_grid: One ``path=[value, value, ...]`` a line.
 
     Returns:
@@ -29,7 +29,7 @@ def plan_ablation(
     Raises:
         RecipeError: A wrong grid, or a variant that is no recipe, has no model, or is judged on other questions.
     """
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     # A variant's text is the cache key of its training.
     variants = [
         variant.model_copy(update={"changes": pin_sources(variant.changes)}) for variant in read_grid(ablate_grid)

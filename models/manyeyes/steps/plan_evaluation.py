@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from manyeyes.data.snapshot import open_snapshot
 from manyeyes.errors import RegistryUnreachableError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import cache_dir
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
-from manyeyes.recipe import Recipe, change_recipe, parse_recipe
+from manyeyes.recipe import Recipe, change_recipe
 from manyeyes.registry.pull import locate_model
 
 
@@ -18,9 +18,7 @@ def plan_evaluation(
     *,
     evaluate_model: str,
     evaluate_benchmarks: str,
-    recipe_json: str,
-    data_md5: str,
-    data_remote: str,
+    pinned: str,
 ) -> StepResult:
     """Pin the model and the list of benchmarks.
 
@@ -28,12 +26,10 @@ def plan_evaluation(
         reporter: Shows the progress.
         evaluate_model: As for ``locate_model``.
         evaluate_benchmarks: Names separated by commas, spaces or lines; empty: the recipe's own.
-        recipe_json: From ``resolve_data``; says how many items, and how long answers may be.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
+        pinned: From ``resolve_data``.
 
     Returns:
-        Values: ``recipe_json`` and ``recipe_digest`` with these benchmarks, ``benchmarks`` (never empty), ``kind``,
+        Values: ``pinned`` with these benchmarks, ``benchmarks`` (never empty), ``kind``,
         ``model``, ``model_digest``, and ``champion``: what the report compares with, as ``merge_scorecards`` takes it.
 
     Raises:
@@ -44,7 +40,8 @@ def plan_evaluation(
     """
     from manyeyes.evaluation.benchmarks import find_benchmark
 
-    recipe = parse_recipe(recipe_json)
+    inputs = parse_pinned(pinned)
+    recipe = inputs.recipe
     named = [name for name in re.split(r"[,\s]+", evaluate_benchmarks) if name]
     benchmarks = list(dict.fromkeys(named)) or list(recipe.evaluation.benchmarks)
     rows = [find_benchmark(name) for name in benchmarks]
@@ -52,16 +49,15 @@ def plan_evaluation(
     reporter.progress("looking for the model", done=0.2)
     location = locate_model(evaluate_model)
     reporter.progress("looking for the benchmarks", done=0.6)
-    snapshot = open_snapshot(md5=data_md5, remote=data_remote, cache_dir=cache_dir())
     champion = _champion(location.place, recipe)
-    counts = {row.name: snapshot.dataset(row.dataset).rows for row in rows}
+    counts = {row.name: inputs.snapshot.dataset(row.dataset).rows for row in rows}
     shown: list[tuple[str, object]] = [
         ("model", location.place),
         ("kind", "checkpoint in PyTorch" if location.kind == "torch" else "ONNX bundle"),
         ("model digest", location.digest),
         ("compared with", _in_words(champion)),
         ("recipe", recipe.name),
-        ("snapshot (md5)", data_md5),
+        ("snapshot (md5)", inputs.data_md5),
         ("items at most", recipe.evaluation.max_items or "all"),
         *((f"records of {name}", count) for name, count in counts.items()),
     ]
@@ -73,8 +69,7 @@ def plan_evaluation(
         ),
         markdown=facts_table(shown).markdown() + "\n",
         values={
-            "recipe_json": planned.canonical_json(),
-            "recipe_digest": planned.digest,
+            "pinned": replace(inputs, recipe=planned).text(),
             "benchmarks": benchmarks,
             "kind": location.kind,
             "model": location.place,

@@ -13,11 +13,7 @@ def prealign_encoder(
     reporter: Reporter,
     *,
     encoder: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     encoder_checkpoint: Path,
 ) -> StepResult:
@@ -26,11 +22,7 @@ def prealign_encoder(
     Args:
         reporter: Shows the progress.
         encoder: Its name in the recipe; empty for a recipe without that stage, which leaves a marker.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         encoder_checkpoint: Folder to write: ``encoder.safetensors`` and ``encoder.json``.
     """
@@ -40,11 +32,7 @@ def prealign_encoder(
     result = train_stage(
         reporter,
         "prealign",
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=validation,
         out=encoder_checkpoint,
         encoder=encoder,

@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import is_absent, mark_absent
+from manyeyes.harness.inputs import is_absent, mark_absent, parse_pinned
 from manyeyes.harness.stage import HEAVY, train_stage
-from manyeyes.recipe import parse_recipe
 
 
 def pretrain_projector(
     reporter: Reporter,
     *,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     encoder_checkpoints: Sequence[Path],
     checkpoint: Path,
@@ -27,27 +22,19 @@ def pretrain_projector(
 
     Args:
         reporter: Shows the progress.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         encoder_checkpoints: Folders of ``prealign_encoder``, in the order of the recipe's encoders.
         checkpoint: Folder to write; only a marker when the recipe has no such stage.
     """
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     if recipe.stages.pretrain is None:
         mark_absent(checkpoint, "the recipe has no pretrain stage")
         return StepResult("not in this recipe", markdown="This recipe has no pretrain stage.\n")
     return train_stage(
         reporter,
         "pretrain",
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=validation,
         out=checkpoint,
         encoder_checkpoints=by_encoder(recipe.prealigned_encoders(), encoder_checkpoints),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from manyeyes.errors import RegistryError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle_files import read_manifest
 
@@ -16,11 +17,7 @@ def register(
     reporter: Reporter,
     *,
     registry_model: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     scorecard: Path,
     bundle_scorecard: Path,
@@ -33,11 +30,7 @@ def register(
     Args:
         reporter: Shows the progress.
         registry_model: Name in the registry.
-        recipe_json: From ``resolve_data``; kept with the version.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         scorecard: Folder of ``evaluate`` for torch.
         bundle_scorecard: Folder of ``evaluate`` for the bundle.
@@ -54,6 +47,8 @@ def register(
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.registry.versions import register as register_version
 
+    inputs = parse_pinned(pinned)
+    recipe_digest = inputs.recipe.digest
     made_with = str(read_manifest(bundle)["recipe_digest"])
     if made_with != recipe_digest:
         raise RegistryError(
@@ -64,7 +59,7 @@ def register(
     reporter.progress("copying bundle and evidence", done=0.1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
-        recipe.write_text(recipe_json, encoding="utf-8")
+        recipe.write_text(inputs.recipe.canonical_json(), encoding="utf-8")
         registered = register_version(
             registry_model,
             bundle=bundle,
@@ -73,7 +68,7 @@ def register(
             items=bundle_scorecard / "items.parquet",
             gate=gate / "gate.json",
             # The runner's, or the image's on a cluster.
-            tags={"data_remote": data_remote, "git_commit": os.environ.get("MANYEYES_GIT_COMMIT") or "unknown"},
+            tags={"data_remote": inputs.data_remote, "git_commit": os.environ.get("MANYEYES_GIT_COMMIT") or "unknown"},
             attachments=(parity / "parity.json", validation / "validation.json", recipe),
             run_id=reporter.run_id,
         )
@@ -85,8 +80,8 @@ def register(
         ("gate", registered.verdict),
         ("new", "yes" if registered.created else "no, this bundle was registered before"),
         ("recipe digest", recipe_digest),
-        ("data md5", data_md5),
-        ("code digest", code_digest),
+        ("data md5", inputs.data_md5),
+        ("code digest", inputs.code_digest),
     ]
     scores = "; ".join(
         f"{benchmark} {score.score:.1f}{score.mark} ({score.ci95[0]:.1f} to {score.ci95[1]:.1f}, {score.n:,} questions)"

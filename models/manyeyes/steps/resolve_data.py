@@ -10,7 +10,7 @@ from manyeyes.data.download import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.code_digest import code_digest
-from manyeyes.harness.inputs import locate_data
+from manyeyes.harness.inputs import Pinned, locate_data
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
@@ -39,8 +39,8 @@ def resolve_data(
         registry_model: Name in the registry; the recipe's own when empty.
 
     Returns:
-        Values: ``recipe_json``, ``recipe_digest``, ``data_md5``, ``data_remote``, ``code_digest``, ``encoders`` (to
-        prealign; one empty name when there is no such stage) and ``registry_model``.
+        Values: ``pinned``, ``encoders`` (to prealign; one empty name when there is no such stage) and
+        ``registry_model``.
 
     Raises:
         SourceError: Weights that the recipe names cannot be read, or have no commit.
@@ -76,11 +76,7 @@ def resolve_data(
         ),
         markdown=facts_table(facts_shown).markdown() + "\n",
         values={
-            "recipe_json": resolved.canonical_json(),
-            "recipe_digest": resolved.digest,
-            "data_md5": md5,
-            "data_remote": remote,
-            "code_digest": digest,
+            "pinned": Pinned(resolved, data_md5=md5, data_remote=remote, code_digest=digest).text(),
             "encoders": encoders or [""],
             "registry_model": model,
         },

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import is_absent
+from manyeyes.harness.inputs import is_absent, parse_pinned
 from manyeyes.harness.stage import HEAVY, train_stage
-from manyeyes.recipe import parse_recipe
 from manyeyes.steps.pretrain_projector import by_encoder
 from manyeyes.storage import link_or_copy
 
@@ -18,11 +17,7 @@ from manyeyes.storage import link_or_copy
 def sft(
     reporter: Reporter,
     *,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     encoder_checkpoints: Sequence[Path],
     pretrained: Path,
@@ -32,11 +27,7 @@ def sft(
 
     Args:
         reporter: Shows the progress.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         encoder_checkpoints: Folders of ``prealign_encoder``; used when the recipe has no pretrain stage.
         pretrained: Checkpoint of ``pretrain_projector``, or its marker.
@@ -45,7 +36,7 @@ def sft(
     Raises:
         RecipeError: Neither pretrain nor sft: there is no model to judge.
     """
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     absent = is_absent(pretrained)
     if recipe.stages.sft is None:
         if absent:
@@ -57,11 +48,7 @@ def sft(
     return train_stage(
         reporter,
         "sft",
-        recipe_json=recipe_json,
-        recipe_digest=recipe_digest,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        code_digest=code_digest,
+        pinned=pinned,
         validation=validation,
         out=checkpoint,
         encoder_checkpoints=by_encoder(recipe.prealigned_encoders(), encoder_checkpoints) if absent else {},

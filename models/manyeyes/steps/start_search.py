@@ -6,8 +6,8 @@ from pathlib import Path
 
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
-from manyeyes.recipe import parse_recipe
 from manyeyes.search.search import MAX_ROUNDS, Search, write_search
 from manyeyes.search.variant import Variant
 
@@ -15,7 +15,7 @@ from manyeyes.search.variant import Variant
 def start_search(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
     *,
-    recipe_json: str,
+    pinned: str,
     search_start: str,
     search_rounds: int,
     search_min_gain: float,
@@ -25,7 +25,7 @@ def start_search(
 
     Args:
         reporter: Not needed.
-        recipe_json: From ``resolve_data``; its encoders are the pool.
+        pinned: From ``resolve_data``.
         search_start: Names of the start set, separated by commas; empty: the recipe's first encoder.
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.
@@ -37,7 +37,7 @@ def start_search(
     Raises:
         RecipeError: An unknown encoder, nothing to add, a set that is no recipe, or an impossible number of rounds.
     """
-    recipe = parse_recipe(recipe_json)
+    recipe = parse_pinned(pinned).recipe
     pool = tuple(encoder.name for encoder in recipe.model.encoders)
     named = [name.strip() for name in search_start.split(",") if name.strip()] or [pool[0]]
     if not 1 <= search_rounds <= MAX_ROUNDS:

@@ -8,13 +8,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import is_absent, mark_absent, open_inputs, work_dir
+from manyeyes.harness.inputs import Pinned, is_absent, mark_absent, parse_pinned, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, StageName
@@ -31,11 +32,7 @@ def train_trial(
     reporter: Reporter,
     *,
     variant: str,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,
+    pinned: str,
     validation: Path,
     trial: Path,
     encoder_checkpoints: Sequence[Path] = (),
@@ -45,11 +42,7 @@ def train_trial(
     Args:
         reporter: Shows the progress.
         variant: Text of a variant; empty: there is nothing to do, and a marker is left.
-        recipe_json: From ``resolve_data``; what the variant is made from.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
         trial: Folder to write: ``trial.json`` and ``items.parquet``.
         encoder_checkpoints: Folders of ``prealign_encoder``; the variant prealigns its encoders itself without them.
@@ -61,28 +54,23 @@ def train_trial(
     if not variant:
         mark_absent(trial, "nothing to train")
         return StepResult("nothing to train", markdown="Nothing to train: the search has ended.\n")
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     parsed = parse_variant(variant)
     recipe = pin_recipe(parsed.apply(inputs.recipe))
+    inputs = replace(inputs, recipe=recipe)
     if recipe.stages.pretrain is None and recipe.stages.sft is None:
         raise RecipeError(
             f'variant "{parsed.label}" has no stage that makes a model', "pretrain, sft or both", "Add one."
         )
     given = _given_encoders(encoder_checkpoints, recipe)
-    kept = (
-        work_dir()
-        / "trials"
-        / _identity(recipe, given, data_md5=data_md5, code_digest=code_digest, validation=validation)
-    )
+    kept = work_dir() / "trials" / _identity(inputs, given, validation=validation)
     found = (kept / TRIAL_FILE).is_file()
     if not found:
         job = _Job(
             parsed,
-            recipe,
+            inputs,
             Reporter(reporter.step),
-            pinned={"data_md5": data_md5, "data_remote": data_remote, "code_digest": code_digest},
             validation=validation,
-            snapshot_path=inputs.snapshot.path,
             folder=kept.with_name(f"{kept.name}-running"),
         )
         job.run(given, kept)
@@ -120,7 +108,7 @@ def train_trial(
             f"Trial {parsed.label}", "One variant of the recipe, trained and scored.", {"": facts_table(rows)}
         ),
         markdown=facts_table(rows).markdown() + "\n",
-        metadata={"recipe_digest": result.recipe_digest, "data_md5": data_md5, "variant": variant},
+        metadata={"recipe_digest": result.recipe_digest, "data_md5": inputs.data_md5, "variant": variant},
     )
 
 
@@ -130,20 +118,18 @@ class _Job:
     def __init__(
         self,
         variant: Variant,
-        recipe: Recipe,
+        inputs: Pinned,
         reporter: Reporter,
         *,
-        pinned: dict[str, str],
         validation: Path,
-        snapshot_path: Path,
         folder: Path,
     ) -> None:
         self.variant = variant
-        self.recipe = recipe
+        self.inputs = inputs
+        self.recipe = inputs.recipe
         self.reporter = reporter
-        self.pinned = {"recipe_json": recipe.canonical_json(), "recipe_digest": recipe.digest, **pinned}
+        self.pinned = inputs.text()
         self.validation = validation
-        self.snapshot_path = snapshot_path
         self.folder = folder
         # On a cluster every trial has a machine of its own.
         self.branches = LOCAL_BRANCHES if "MANYEYES_RUN_LOCK" in os.environ else 1
@@ -170,7 +156,7 @@ class _Job:
             scorecard=scores,
             other_scorecard=None,
             processes=None,
-            **self.pinned,
+            pinned=self.pinned,
         )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
@@ -199,7 +185,7 @@ class _Job:
                 encoder_checkpoints=encoder_checkpoints,
                 checkpoint=checkpoint,
                 branches=self.branches,
-                **self.pinned,
+                pinned=self.pinned,
             ),
             self.reporter,
         )
@@ -222,7 +208,7 @@ class _Job:
 
         card = read_scorecard(scores / "scorecard.json")
         mean, ci95 = mean_score(card)
-        size = estimate(self.recipe, snapshot_path=self.snapshot_path)
+        size = estimate(self.recipe, snapshot_path=self.inputs.snapshot.path)
         return Trial(
             variant=self.variant,
             recipe=self.recipe.canonical_json(),
@@ -263,16 +249,16 @@ def _given_encoders(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path]:
     return {name: folder for name, folder in found.items() if name in wanted}
 
 
-def _identity(recipe: Recipe, given: dict[str, Path], *, data_md5: str, code_digest: str, validation: Path) -> str:
+def _identity(inputs: Pinned, given: dict[str, Path], *, validation: Path) -> str:
     """sha256 over everything that determines a trial's result; the gate, names and words are no part of it."""
     from manyeyes.training.stage import encoder_digest
 
     facts_kept = {
-        "recipe": recipe.model_dump(mode="json", include={"seed", "model", "stages", "evaluation"}),
+        "recipe": inputs.recipe.model_dump(mode="json", include={"seed", "model", "stages", "evaluation"}),
         "encoders": {name: encoder_digest(folder) for name, folder in sorted(given.items())},
         "quarantine": sorted(read_quarantine(validation)),
-        "data_md5": data_md5,
-        "code_digest": code_digest,
+        "data_md5": inputs.data_md5,
+        "code_digest": inputs.code_digest,
     }
     return hashlib.sha256(json.dumps(facts_kept, sort_keys=True).encode()).hexdigest()
 

@@ -6,17 +6,13 @@ from pathlib import Path
 
 from manyeyes.errors import ValidationError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import cache_dir, compared_datasets, open_inputs, training_datasets
+from manyeyes.harness.inputs import cache_dir, compared_datasets, parse_pinned, training_datasets
 
 
 def validate_data(
     reporter: Reporter,
     *,
-    recipe_json: str,
-    recipe_digest: str,
-    data_md5: str,
-    data_remote: str,
-    code_digest: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     validation: Path,
 ) -> StepResult:
     """Write ``profile.parquet``, ``validation.json``, ``validation.html`` and ``quarantine.jsonl``.
@@ -27,11 +23,7 @@ def validate_data(
 
     Args:
         reporter: Shows the progress.
-        recipe_json: From ``resolve_data``.
-        recipe_digest: From ``resolve_data``.
-        data_md5: From ``resolve_data``.
-        data_remote: From ``resolve_data``.
-        code_digest: From ``resolve_data``.
+        pinned: From ``resolve_data``.
         validation: Folder to write.
 
     Raises:
@@ -42,7 +34,7 @@ def validate_data(
     from manyeyes.data.validation import validate_snapshot
     from manyeyes.training.admission import Admission
 
-    inputs = open_inputs(recipe_json, recipe_digest=recipe_digest, data_md5=data_md5, data_remote=data_remote)
+    inputs = parse_pinned(pinned)
     recipe = inputs.recipe
     reporter.progress("profiling every sample", done=0.1)
     report = validate_snapshot(
@@ -68,7 +60,7 @@ def validate_data(
     failed = [row for row in report.expectations if not row.success]
     if report.verdict != "passed":
         raise ValidationError(
-            f"snapshot {data_md5[:8]}: " + "; ".join(row.explanation for row in report.failures()),
+            f"snapshot {inputs.data_md5[:8]}: " + "; ".join(row.explanation for row in report.failures()),
             f'every critical expectation of suite "{report.suite}" to hold',
             f"Read {validation / 'validation.html'}, fix the data, then: dvc add data && dvc push",
         )
@@ -85,7 +77,7 @@ def validate_data(
         },
         html=(validation / "validation.html").read_text(encoding="utf-8"),
         markdown=report.as_markdown() + ("" if contamination is None else "\n" + contamination.as_markdown()),
-        metadata={"data_md5": data_md5, "suite": report.suite, "verdict": report.verdict},
+        metadata={"data_md5": inputs.data_md5, "suite": report.suite, "verdict": report.verdict},
     )
 
 
