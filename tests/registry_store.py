@@ -29,7 +29,7 @@ def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
         uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/deep/mlflow.db"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", uri)
-            connect()
+            connect(create=True)
         _URIS.append(uri)
     return _URIS[0]
 

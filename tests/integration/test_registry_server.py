@@ -52,7 +52,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     while True:
         assert process.poll() is None, log.read_text(encoding="utf-8")
         try:
-            connect()
+            connect(create=True)
         except RegistryUnreachableError:
             assert time.monotonic() - started < START_TIMEOUT_S, log.read_text(encoding="utf-8")
             time.sleep(1)

@@ -261,7 +261,7 @@ def test_lost_answers_double_nothing(
             assert put("once", candidate, run_id=run.run_id).version == 1
         assert seen == {"runs/create", "model-versions/create", "registered-models/create", "logged-models"}
         assert version_numbers("once") == [1]
-        client, experiment = connect().client, connect().experiment_id
+        client, experiment = connect().client, connect(create=True).experiment_id
         runs = client.search_runs([experiment], "tags.`manyeyes.step` = 'register once'")
         assert [found.info.run_id for found in runs] == [run.run_id]
         assert runs[0].info.status == "FINISHED"
@@ -270,7 +270,7 @@ def test_lost_answers_double_nothing(
 
 def test_a_server_that_is_killed_in_the_middle_loses_nothing(stack: Stack, snapshot: Snapshot, tmp_path: Path) -> None:
     candidate = make_candidate(tmp_path / "restarted", snapshot, decoder_bytes=12 * MIB)
-    connect()
+    connect(create=True)
     mark = stack.mlflow.log.stat().st_size
     reached = threading.Event()
 

@@ -45,7 +45,7 @@ load_bundle({bundle!r}).answer("What is it?", images=[], max_new_tokens=2)
 
 TRACK = """
 from manyeyes.registry.tracking import connect, step_run
-connect()
+connect(create=True)
 with step_run("a step") as run:
     pass
 import time

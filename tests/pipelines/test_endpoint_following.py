@@ -132,6 +132,16 @@ def test_status_lists_runs_and_refuses_an_unknown_one(
         assert "manyeyes pipeline status" in answer.err
 
 
+def test_looking_at_an_endpoint_makes_nothing_there(
+    manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.requests.clear()
+    for look in (["status"], ["status", run.run_id], ["status", run.display_name], ["schedule", "list"]):
+        assert manyeyes("pipeline", *look).code == 0
+    assert {method for method, _, _ in kubeflow.requests} == {"GET"}
+
+
 def test_terminated_run_exits_1(manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("CANCELED")]

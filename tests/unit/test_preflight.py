@@ -131,7 +131,9 @@ def test_nothing_wrong_leaves_a_run_and_no_probe(
     assert "| fine | data set toy-train | 12 records |" in markdown
     assert "| warning | memory | the memory of the nodes that train is not known here |" in markdown
     client = connect().client
-    (run,) = client.search_runs([connect().experiment_id], "tags.`manyeyes.step` = 'preflight'", max_results=1)
+    (run,) = client.search_runs(
+        [connect(create=True).experiment_id], "tags.`manyeyes.step` = 'preflight'", max_results=1
+    )
     assert run.info.status == "FINISHED"
     assert "nothing wrong" in run.data.tags["manyeyes.figure"]
     assert client.list_artifacts(run.info.run_id) == []
@@ -162,7 +164,9 @@ def test_failure_is_one_table_in_the_notes_error_json_and_the_steps_run(
     assert '| registry name | registry_model is "x y" |' in notes
     log = capfd.readouterr().err
     assert log.index("wrong    registry name") < log.index("fine     MLflow")
-    runs = connect().client.search_runs([connect().experiment_id], "tags.`manyeyes.step` = 'preflight'", max_results=1)
+    runs = connect().client.search_runs(
+        [connect(create=True).experiment_id], "tags.`manyeyes.step` = 'preflight'", max_results=1
+    )
     assert runs[0].info.status == "FAILED"
     assert ErrorReport.model_validate_json(runs[0].data.tags["manyeyes.error"]) == record
 

@@ -134,7 +134,7 @@ def test_a_store_that_cannot_be_made_is_reported(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(RegistryUnreachableError, match="does not answer"):
-        connect()
+        connect(create=True)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "ftp://server"])
@@ -150,5 +150,5 @@ def test_a_deleted_experiment_says_how_to_restore_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
     tracking._connect.cache_clear()
     with pytest.raises(RegistryError, match="mlflow experiments restore --experiment-id"):
-        connect()
+        connect(create=True)
     tracking._connect.cache_clear()

@@ -223,7 +223,7 @@ def test_steps_find_each_other_by_the_pipeline_run_where_there_is_no_parent(monk
 
 
 def test_steps_find_each_other_in_the_runs_that_kubeflow_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = connect()
+    tracking = connect(create=True)
     parent = start_parent_run("made by Kubeflow")
     made = [
         tracking.client.create_run(tracking.experiment_id, tags={"mlflow.parentRunId": parent}).info.run_id

@@ -273,7 +273,6 @@ def main(run_dir: Path) -> int:
 def _execute_tracked(run_dir: Path, request: RunRequest) -> int:
     from manyeyes.registry import tracking
 
-    tracking.connect()
     os.environ["MANYEYES_PARENT_RUN_ID"] = tracking.start_parent_run(run_dir.name, tags=request.tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

@@ -163,8 +163,8 @@ def _explain(error: Exception, text: str, code: str) -> RegistryError:
         return RegistryError(
             without_password(f"MLflow at {uri} does not allow this ({_first_line(text)})"),
             "a user who may",
-            "Ask its administrator for EDIT on the experiment and MANAGE on the model, or set MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD of another user.",
+            "Ask its administrator for EDIT on the experiment and MANAGE on the model (READ of both is enough to pull "
+            "and compare), or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of another user.",
         )
     if code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or any(sign in text for sign in _UNREACHABLE):
         return _artifacts_unreachable(text) if _ARTIFACTS.search(text) else unreachable(uri, text)

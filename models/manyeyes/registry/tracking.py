@@ -4,6 +4,8 @@ The store is SQLite in ``runs/mlflow.db`` with artifacts in ``runs/mlartifacts``
 names: an MLflow server, PostgreSQL, another SQLite file. Kubeflow injects ``MLFLOW_RUN_ID`` into a step; the step then
 joins that run and leaves its life to Kubeflow.
 
+Reading makes nothing: no database, no experiment, no folder. Only what starts a run makes what is missing.
+
 ``probe`` finds out whether MLflow takes what a run will write: a run, an artifact and a registered model.
 
 What the steps of one pipeline run left there is read for the run's summary.
@@ -20,18 +22,20 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import mlflow
 import mlflow.exceptions
-import sqlalchemy.exc
+import sqlalchemy
 from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.db.base_sql_model import Base
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel
 
 from manyeyes.errors import RegistryError, StorageError
 from manyeyes.registry.mlflow_errors import (
@@ -42,7 +46,7 @@ from manyeyes.registry.mlflow_errors import (
     unreachable,
     without_password,
 )
-from manyeyes.storage import file_lock
+from manyeyes.storage import file_lock, is_there, wait_for_release
 
 EXPERIMENT = "manyeyes"
 PROBE_TIMEOUT_S = 5
@@ -59,7 +63,7 @@ class Tracking:
 
     Attributes:
         uri: Of the store.
-        experiment_id: Where runs go.
+        experiment_id: Where runs go; empty when neither ``connect(create=True)`` nor the environment said it.
         client: MLflow's own.
     """
 
@@ -132,16 +136,43 @@ def default_tracking_uri(directory: Path | None = None) -> str:
     return given or f"sqlite:///{(directory or Path.cwd()).absolute()}/runs/mlflow.db"
 
 
-def connect() -> Tracking:
-    """Check that the tracking store answers, and make the experiment where there is none.
+def connect(*, create: bool = False) -> Tracking:
+    """Check that the tracking store answers.
+
+    Args:
+        create: Make the database and the experiment where there are none, for a run; a store that is only read, or
+            whose aliases move, must be there.
 
     Raises:
         RegistryUnreachableError: It does not answer within seconds.
-        RegistryError: The URI is of no kind that has a registry, or the experiment was deleted.
+        RegistryError: The URI is of no kind that has a registry, there is no registry, or the experiment was deleted.
     """
-    tracking = _connect(default_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_ID", ""))
+    tracking = _connect(default_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_ID", ""), create)
     mlflow.set_tracking_uri(tracking.uri)
     return tracking
+
+
+def find_experiment(tracking: Tracking) -> str | None:
+    """Id of the experiment that runs go to; ``None`` when no run has made it.
+
+    Raises:
+        RegistryError: It was deleted, or MLflow refuses.
+        RegistryUnreachableError: The store does not answer.
+    """
+    if tracking.experiment_id:
+        return tracking.experiment_id
+    name = _experiment_name()
+    with registry_errors():
+        found = tracking.client.get_experiment_by_name(name)
+    if found is None:
+        return None
+    if found.lifecycle_stage == "deleted":
+        raise RegistryError(
+            f'experiment "{name}" was deleted',
+            "one that takes runs",
+            f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}",
+        )
+    return str(found.experiment_id)
 
 
 def start_parent_run(run_name: str, *, tags: Mapping[str, str] | None = None) -> str:
@@ -157,7 +188,7 @@ def start_parent_run(run_name: str, *, tags: Mapping[str, str] | None = None) ->
     Raises:
         RegistryUnreachableError: The store does not answer.
     """
-    return _create_run(connect(), run_name, dict(tags or {}))
+    return _create_run(connect(create=True), run_name, dict(tags or {}))
 
 
 def end_parent_run(status: RunStatus, *, run_id: str | None = None) -> None:
@@ -192,7 +223,7 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
     Raises:
         RegistryUnreachableError: The store does not answer.
     """
-    tracking = connect()
+    tracking = connect(create=True)
     joined = os.environ.get("MLFLOW_RUN_ID")
     if joined:
         run = StepRun(tracking, joined)
@@ -217,52 +248,52 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
 
 
 @cache
-def _connect(uri: str, experiment_id: str) -> Tracking:
+def _connect(uri: str, experiment_id: str, create: bool) -> Tracking:
     scheme = uri.partition(":")[0].partition("+")[0]
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if scheme == "sqlite":
         database = Path(uri.partition(":///")[2].partition("?")[0]).absolute()
         artifacts: str | None = (database.parent / "mlartifacts").as_uri()
-        with _initialising(database):
-            return _open(uri, experiment_id, artifacts)
+        with _initialising(database) if create else _initialised(database):
+            return _open(uri, experiment_id, artifacts, create=create)
     if scheme in _PORTS:
         _probe_database(uri, scheme)
+        if not create:
+            _check_tables(uri)
     elif scheme not in ("http", "https", "databricks"):
         raise RegistryError(
             without_password(f'MLFLOW_TRACKING_URI is "{uri}"'),
             "sqlite:///FILE, http(s)://SERVER or a database: a folder has no registry",
             "Unset it to use runs/mlflow.db.",
         )
-    return _open(uri, experiment_id, None)
+    return _open(uri, experiment_id, None, create=create)
 
 
-def _open(uri: str, experiment_id: str, artifacts: str | None) -> Tracking:
+def _open(uri: str, experiment_id: str, artifacts: str | None, *, create: bool) -> Tracking:
     mlflow.set_tracking_uri(uri)
     with registry_errors():
         client = mlflow.MlflowClient(uri)
         with asked_once(timeout_s=PROBE_TIMEOUT_S):
             client.search_experiments(max_results=1)
-        return Tracking(uri, experiment_id or _find_experiment(client, artifacts), client)
+        tracking = Tracking(uri, experiment_id, client)
+        return replace(tracking, experiment_id=_make_experiment(tracking, artifacts)) if create else tracking
 
 
-def _find_experiment(client: mlflow.MlflowClient, artifacts: str | None) -> str:
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-                raise
-        found = client.get_experiment_by_name(name)  # another process made it just now
-    if found.lifecycle_stage == "deleted":
-        raise RegistryError(
-            f'experiment "{name}" was deleted',
-            "one that takes runs",
-            f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}",
-        )
-    return str(found.experiment_id)
+def _make_experiment(tracking: Tracking, artifacts: str | None) -> str:
+    found = find_experiment(tracking)
+    if found is not None:
+        return found
+    try:
+        return str(tracking.client.create_experiment(_experiment_name(), artifact_location=artifacts))
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    return str(find_experiment(tracking))  # another process made it just now
+
+
+def _experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
 def _create_run(tracking: Tracking, run_name: str, tags: dict[str, str]) -> str:
@@ -291,6 +322,45 @@ def _initialising(database: Path) -> Iterator[None]:
         if database.exists():
             _probe_sqlite(database)
         yield
+
+
+@contextmanager
+def _initialised(database: Path) -> Iterator[None]:
+    """A database that is there, once nobody creates its tables any more."""
+    if not is_there(database):
+        raise _no_registry(f"sqlite:///{database}", "no such file")
+    lock = database.parent / f".{database.name}.lock"
+    if lock.exists():
+        wait_for_release(lock)
+    _probe_sqlite(database)
+    _check_tables(f"sqlite:///{database}")
+    yield
+
+
+def _check_tables(uri: str) -> None:
+    """That MLflow finds all its tables: opening a database, it makes those that are missing."""
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with registry_errors():
+            tables = set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+    if SqlRegisteredModel.__tablename__ not in tables:
+        raise _no_registry(uri, "MLflow has no tables there")
+    if not set(Base.metadata.tables) <= tables:
+        raise RegistryError(
+            without_password(f"{uri} was made by an older MLflow than {mlflow.__version__}"),
+            "the tables of this one, which reading does not add",
+            without_password(f"Keep a copy of the database, then run: mlflow db upgrade {uri}"),
+        )
+
+
+def _no_registry(uri: str, why: str) -> RegistryError:
+    return RegistryError(
+        without_password(f"there is no registry at {uri} ({why})"),
+        "one that is there: reading makes none",
+        "Set MLFLOW_TRACKING_URI, or make one with: manyeyes run",
+    )
 
 
 def _probe_sqlite(database: Path) -> None:
@@ -398,11 +468,12 @@ def step_records() -> list[StepRecord]:
     """
     tracking = connect()
     wanted = _filter(tracking)
-    if not wanted:
+    experiment = find_experiment(tracking)
+    if not wanted or experiment is None:
         return []
     with registry_errors():
         runs = tracking.client.search_runs(
-            [tracking.experiment_id],
+            [experiment],
             filter_string=wanted,
             max_results=_MOST,
             order_by=["attributes.start_time ASC"],
@@ -422,7 +493,7 @@ def step_records() -> list[StepRecord]:
                 state=state,
                 seconds=(ended - run.info.start_time) / 1000 if ended else None,
                 tags=tags,
-                url=run_url(tracking, run.info.run_id),
+                url=run_url(tracking, run.info.experiment_id, run.info.run_id),
             )
         )
     return records
@@ -446,13 +517,13 @@ def _filter(tracking: Tracking) -> str:
     return f"tags.`manyeyes.pipeline_run` = '{pipeline_run}'" if pipeline_run else ""
 
 
-def run_url(tracking: Tracking, run_id: str) -> str:
+def run_url(tracking: Tracking, experiment_id: str, run_id: str) -> str:
     """Page of a run, where people can open it.
 
     ``MANYEYES_MLFLOW_URL`` is the server's address as a browser knows it; the tracking URI when it is not set.
     """
     base = _browser_url(tracking)
-    return f"{base}/#/experiments/{tracking.experiment_id}/runs/{run_id}" if base else ""
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}" if base else ""
 
 
 def version_url(name: str, version: str) -> str:

@@ -256,7 +256,7 @@ def register(
             "Evaluate the bundle, run the gate, then register.",
         )
     check_registry_name(name)
-    tracking = connect()
+    tracking = connect(create=True)
     version = _find_bundle(tracking, name, digest)
     created = version is None
     if version is None:
