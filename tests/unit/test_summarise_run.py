@@ -156,7 +156,7 @@ def test_word_that_settles_nothing_without_mlflow_is_unknown(word: str | None, m
 def test_step_that_has_not_ended_is_named_where_the_outcome_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     parent = start_parent_run("killed without a word")
     monkeypatch.setenv("MANYEYES_PARENT_RUN_ID", parent)
-    tracking = connect()
+    tracking = connect(create=True)
     tags = {"mlflow.parentRunId": parent, "manyeyes.step": "sft"}
     tracking.client.create_run(tracking.experiment_id, tags=tags)
     assert say("RUNNING").headline == "train of tiny: outcome unknown, sft has not ended"
