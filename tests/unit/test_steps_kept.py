@@ -98,7 +98,7 @@ def test_users_cache_folder_is_the_default(monkeypatch: pytest.MonkeyPatch) -> N
 
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "transformers", "timm"):
+for name in ("torch", "transformers", "timm", "mlflow"):
     sys.modules[name] = None
 from manyeyes.cli.main import cli
 cli(sys.argv[1:])

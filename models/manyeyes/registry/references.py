@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlflow
-from mlflow.entities.model_registry import ModelVersion
-
 from manyeyes.errors import RegistryError, RegistryUnreachableError, did_you_mean
-from manyeyes.registry.mlflow_errors import registry_errors
-from manyeyes.registry.tracking import Tracking
 
 if TYPE_CHECKING:
-    pass
+    from mlflow.entities.model_registry import ModelVersion
+
+    from manyeyes.registry.tracking import Tracking
 
 # MLflow takes seconds to import, and a name is checked before anything starts: only looking one up needs it.
 
@@ -189,6 +186,10 @@ def download(tracking: Tracking, version: ModelVersion, path: str, destination: 
         RegistryError: The registry knows the version, but its files are gone.
         RegistryUnreachableError: The registry or its storage does not answer.
     """
+    import mlflow
+
+    from manyeyes.registry.mlflow_errors import registry_errors
+
     uri = f"models:/{version.name}/{version.version}/{path}"
     for attempt in range(1, _ATTEMPTS + 1):
         try:
