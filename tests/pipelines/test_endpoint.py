@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from manyeyes.cli import main as command_line
+from manyeyes.data.snapshot import read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, RecipeError
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import run_parameters
-from manyeyes.kubeflow.uploading import code_state, upload_pipeline, version_name
+from manyeyes.kubeflow.uploading import code_state, form_defaults, upload_pipeline, version_name
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import DIGEST, IMAGE, Answer, add_version, started_run
 from tests.pipelines.kfp_server import Fault, Kubeflow
@@ -23,8 +25,11 @@ from tests.pipelines.kfp_server import Fault, Kubeflow
 def test_upload_makes_pipeline_and_version_and_the_second_time_does_nothing(
     manyeyes: Callable[..., Answer], kubeflow: Kubeflow
 ) -> None:
-    first = manyeyes("pipeline", "upload", "train", "--image", IMAGE, "--profile", "cluster")
+    upload = ("pipeline", "upload", "train", "--image", IMAGE, "--profile", "cluster", "--data-remote", "s3://data/dvc")
+    first = manyeyes(*upload)
     assert first.code == 0, first.err
+    md5 = read_dvc_file(ROOT / "data.dvc").md5
+    assert f"the form offers snapshot {md5} in s3://data/dvc" in first.out
     assert "uploaded" in first.out
     (version,) = kubeflow.versions
     commit, dirty = code_state(ROOT)
@@ -35,7 +40,10 @@ def test_upload_makes_pipeline_and_version_and_the_second_time_does_nothing(
     assert {executor["container"]["image"] for executor in executors.values()} == {IMAGE}
     assert version["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]
 
-    second = manyeyes("pipeline", "upload", "train", "--image", IMAGE, "--profile", "cluster")
+    form = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+    assert (form["data_md5"]["defaultValue"], form["data_remote"]["defaultValue"]) == (md5, "s3://data/dvc")
+
+    second = manyeyes(*upload)
     assert second.code == 0
     assert "was there already" in second.out
     assert len(kubeflow.pipelines) == len(kubeflow.versions) == 1
@@ -57,6 +65,84 @@ def test_upload_names_the_nearest_pipeline(manyeyes: Callable[..., Answer]) -> N
     answer = manyeyes("pipeline", "upload", "trian", "--image", IMAGE)
     assert answer.code == 2
     assert 'Did you mean "train"?' in answer.err
+
+
+def toy_checkout_of(folder: Path, url: str) -> Path:
+    """As much of a checkout as says which snapshot it is."""
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text(
+        f"[core]\n    remote = there\n['remote \"there\"']\n    url = {url}\n", encoding="utf-8"
+    )
+    shutil.copyfile(ROOT / "data.dvc", folder / "data.dvc")
+    return folder
+
+
+def toy_profile(folder: Path, data_remote: str) -> str:
+    path = folder / "profile.yaml"
+    path.write_text(
+        f"description: of a test\ndata_remote: {data_remote}\n"
+        "volumes: [{path: /work/data, claim: data}, {path: /work/cache, size: 1Gi}]\n",
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("own", "of_profile", "given", "expected"),
+    [
+        ("s3://own/dvc", "", "", "s3://own/dvc"),
+        ("s3://own/dvc", "s3://profile/dvc", "", "s3://own/dvc"),
+        ("../folder", "s3://profile/dvc", "", "s3://profile/dvc"),
+        ("../folder", "/work/data/dvc", "", "/work/data/dvc"),
+        ("s3://own/dvc", "s3://profile/dvc", "s3://given/dvc", "s3://given/dvc"),
+        ("../folder", "s3://profile/dvc", "/work/data", "/work/data"),
+    ],
+)
+def test_the_form_offers_the_remote_that_pods_can_read(
+    tmp_path: Path, own: str, of_profile: str, given: str, expected: str
+) -> None:
+    profile = toy_profile(tmp_path, of_profile) if of_profile else ""
+    found = form_defaults(toy_checkout_of(tmp_path, own), profile=profile, data_remote=given)
+    assert found == {"data_md5": read_dvc_file(ROOT / "data.dvc").md5, "data_remote": expected}
+
+
+@pytest.mark.parametrize(
+    ("own", "of_profile", "given", "named"),
+    [
+        ("../folder", "", "", "the checkout's default DVC remote"),
+        ("gs://bucket/dvc", "", "", "the checkout's default DVC remote"),
+        ("ssh://host/dvc", "", "", "which steps cannot read"),
+        ("../folder", "/home/me/dvc", "", "data_remote is"),
+        ("../folder", "/work/cache/dvc", "", "a folder of this machine"),
+        ("s3://own/dvc", "", "infra/dvc-remote", "--data-remote is"),
+        ("s3://own/dvc", "", "/work/data/dvc", "--data-remote is"),
+        ("s3://own/dvc", "", "s3:///dvc", "--data-remote is"),
+    ],
+)
+def test_a_remote_that_pods_cannot_read_is_refused(
+    tmp_path: Path, own: str, of_profile: str, given: str, named: str
+) -> None:
+    profile = toy_profile(tmp_path, of_profile) if of_profile else ""
+    with pytest.raises(PipelineError, match="dvc remote add --default s3") as caught:
+        form_defaults(toy_checkout_of(tmp_path, own), profile=profile, data_remote=given)
+    assert named in caught.value.found
+
+
+def test_upload_with_a_folder_as_remote_asks_the_endpoint_nothing(
+    manyeyes: Callable[..., Answer], kubeflow: Kubeflow
+) -> None:
+    answer = manyeyes("pipeline", "upload", "--image", IMAGE, "--profile", "cluster")
+    assert answer.code == 2
+    assert "a folder of this machine" in answer.err
+    assert kubeflow.requests == []
+
+
+def test_a_pipeline_without_data_needs_no_remote(manyeyes: Callable[..., Answer], kubeflow: Kubeflow) -> None:
+    assert manyeyes("pipeline", "upload", "rollback", "--image", IMAGE).code == 0
+    assert len(kubeflow.versions) == 1
+    answer = manyeyes("pipeline", "upload", "rollback", "--image", IMAGE, "--data-remote", "s3://data/dvc")
+    assert answer.code == 2
+    assert "Leave it out" in answer.err
 
 
 @pytest.mark.usefixtures("quick_compiler")

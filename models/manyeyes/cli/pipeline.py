@@ -76,14 +76,22 @@ def compile_command(names: Sequence[str], image: str, profile: str, out: Path | 
 @click.argument("names", nargs=-1)
 @click.option("--image", default="", metavar="REF@sha256:...", help="What the steps run in.")
 @click.option("--profile", default="", help="A profile of infra/profiles, or the path of one.")
+@click.option(
+    "--data-remote",
+    default="",
+    metavar="s3://BUCKET/PREFIX",
+    help="Where pods read the snapshot; the profile's data_remote or the checkout's default remote by default.",
+)
 @_endpoint_options
-def upload_command(names: Sequence[str], image: str, profile: str, url: str) -> None:
+def upload_command(names: Sequence[str], image: str, profile: str, data_remote: str, url: str) -> None:
     """Add a version of each pipeline NAME to the endpoint; all pipelines by default.
 
-    A version is named <package version>-<git commit>-<image digest, first 12>; one that is there is left alone.
+    A version is named <package version>-<git commit>-<image digest, first 12>; one that is there is left alone. The
+    form offers the snapshot that data.dvc names and its remote, so that Start works untouched.
     """
+    from manyeyes.kubeflow.parameters import read_form
     from manyeyes.kubeflow.pipeline import PIPELINES, image_digest
-    from manyeyes.kubeflow.uploading import upload_pipeline
+    from manyeyes.kubeflow.uploading import form_defaults, upload_pipeline
 
     image_digest(image)
     for name in names:
@@ -91,9 +99,16 @@ def upload_command(names: Sequence[str], image: str, profile: str, url: str) -> 
             raise PipelineError(
                 f'pipeline is "{name}"', f"one of {', '.join(PIPELINES)}", did_you_mean(name, PIPELINES)
             )
+    chosen = names or list(PIPELINES)
+    defaults = {}
+    if any("data_md5" in read_form(COMPILED / f"{name}.yaml") for name in chosen):
+        defaults = form_defaults(Path(), profile=profile, data_remote=data_remote)
+        click.echo(f"the form offers snapshot {defaults['data_md5']} in {defaults['data_remote']}")
+    elif data_remote:
+        raise PipelineError("--data-remote was given", "a pipeline that takes data_remote", "Leave it out.")
     with _connect(url) as endpoint:
-        for name in names or PIPELINES:
-            done = upload_pipeline(endpoint, name, image=image, profile=profile)
+        for name in chosen:
+            done = upload_pipeline(endpoint, name, image=image, profile=profile, defaults=defaults)
             if done.dirty:
                 click.echo("warning: the checkout differs from its commit; the version's name says so", err=True)
             click.echo(f"{done.pipeline}  {done.version}  {'uploaded' if done.new else 'was there already'}")

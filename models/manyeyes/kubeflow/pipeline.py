@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -67,7 +67,13 @@ class RunRequest(StrictModel):
 
 
 def compile_pipeline(
-    name: str, out: Path, *, root: Path = Path(), image: str = "", profile: Profile | None = None
+    name: str,
+    out: Path,
+    *,
+    root: Path = Path(),
+    image: str = "",
+    profile: Profile | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> Path:
     """Compile ``pipelines/<name>.py`` of a checkout and inject the drop-downs.
 
@@ -81,6 +87,7 @@ def compile_pipeline(
         image: ``REF@sha256:...`` that the steps run in, and whose digest becomes their code digest. Empty: the tag of
             this version, as in the committed file.
         profile: What a cluster needs; none in the committed file.
+        defaults: What the form offers in fields that the committed file leaves empty; for the fields that it has.
 
     Raises:
         PipelineError: No such pipeline, not in a checkout, or an image without a digest.
@@ -103,7 +110,8 @@ def compile_pipeline(
         text = compiled.read_text(encoding="utf-8")
     documents = list(yaml.load_all(text, Loader=_LOADER))
     compact(documents[0])
-    _inject_literals(documents[0], {"recipe": list_recipes()})
+    _inject(documents[0], "literals", {"recipe": list_recipes()})
+    _inject(documents[0], "defaultValue", defaults or {})
     if digest:
         _put_image(documents[0], image, digest)
     if profile is not None:
@@ -133,11 +141,11 @@ def image_digest(image: str) -> str:
     return match[1]
 
 
-def _inject_literals(spec: dict[str, Any], literals: dict[str, list[str]]) -> None:
+def _inject(spec: dict[str, Any], key: str, values: Mapping[str, object]) -> None:
     parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    for name, values in literals.items():
+    for name, value in values.items():
         if name in parameters:
-            parameters[name]["literals"] = values
+            parameters[name][key] = value
 
 
 def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:

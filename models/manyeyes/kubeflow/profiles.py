@@ -135,6 +135,11 @@ class Profile(StrictModel):
         default=None, description="When a node pulls the image; the cluster's default."
     )
     run_as: RunAs | None = Field(default=None, description="User of the process; the image's own by default.")
+    data_remote: str | None = Field(
+        default=None,
+        pattern=r"^(s3://[^/]+|/)",
+        description="Where the cluster reads snapshots: s3://bucket/prefix, or a folder on one of volumes.",
+    )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels of every pod.")
     annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of every pod.")
     run_timeout_s: int | None = Field(default=None, gt=0, description="Seconds before a whole run is ended.")

@@ -17,6 +17,7 @@ from typing import Any
 from kfp_server_api import models
 
 from manyeyes import __version__
+from manyeyes.data.snapshot import read_default_remote, read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
 from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint
 from manyeyes.kubeflow.endpoint_runs import EXPERIMENT
@@ -25,7 +26,7 @@ from manyeyes.kubeflow.profiles import load_profile
 from manyeyes.storage import hash_file
 
 # What a compiled pipeline is made of.
-_SOURCES = ("pipelines", "components", "models", "infra/profiles")
+_SOURCES = ("pipelines", "components", "models", "infra/profiles", "data.dvc", ".dvc/config")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,45 @@ class Uploaded:
     dirty: bool
 
 
-def upload_pipeline(endpoint: Endpoint, name: str, *, image: str, profile: str = "", root: Path = Path()) -> Uploaded:
+def form_defaults(root: Path, *, profile: str = "", data_remote: str = "") -> dict[str, str]:
+    """The checkout's snapshot and where a cluster reads it: what the form offers, so that Start works untouched.
+
+    Args:
+        root: The checkout; its default remote is taken where that is S3.
+        profile: A profile's name or path; its ``data_remote`` is taken otherwise.
+        data_remote: Wins over both.
+
+    Raises:
+        PipelineError: The remote is a folder of this machine, or of a kind that the steps cannot read.
+        SnapshotError: The checkout does not say which snapshot it is, or names no remote.
+    """
+    settings = load_profile(profile, root=root) if profile else None
+    own = "" if data_remote else read_default_remote(root)
+    told = data_remote or (settings.data_remote if settings and not own.startswith("s3://") else "")
+    remote = told or own
+    claims = [volume.path for volume in settings.volumes if volume.claim] if settings else []
+    on_claim = bool(told) and any(Path(remote).is_relative_to(path) for path in claims)
+    if not (on_claim or re.match("s3://[^/]", remote)):
+        place = "--data-remote" if data_remote else "data_remote" if told else "the checkout's default DVC remote"
+        kind = "which steps cannot read" if "://" in remote else "a folder of this machine"
+        raise PipelineError(
+            f'{place} is "{remote}", {kind}',
+            "what the pods of a cluster can read: s3://BUCKET/PREFIX, or a folder on a claim of the profile",
+            "Push the snapshot to S3 (dvc remote add --default s3 s3://BUCKET/dvc, then dvc push); or, where it is "
+            "there already, give --data-remote s3://BUCKET/dvc or data_remote in the profile.",
+        )
+    return {"data_md5": read_dvc_file(root / "data.dvc").md5, "data_remote": remote}
+
+
+def upload_pipeline(
+    endpoint: Endpoint,
+    name: str,
+    *,
+    image: str,
+    profile: str = "",
+    root: Path = Path(),
+    defaults: Mapping[str, str] | None = None,
+) -> Uploaded:
     """Compile a pipeline and add it to the endpoint as a version; do nothing when that version is there.
 
     Args:
@@ -56,6 +95,7 @@ def upload_pipeline(endpoint: Endpoint, name: str, *, image: str, profile: str =
         image: ``REF@sha256:...``.
         profile: A profile's name or path; empty for none.
         root: The checkout.
+        defaults: From ``form_defaults``.
 
     Raises:
         PipelineError: An image without a digest, no such pipeline or profile, or a version of that name with other
@@ -65,7 +105,9 @@ def upload_pipeline(endpoint: Endpoint, name: str, *, image: str, profile: str =
     digest = image_digest(image)
     settings = load_profile(profile, root=root) if profile else None
     with tempfile.TemporaryDirectory() as folder:
-        file = compile_pipeline(name, Path(folder) / f"{name}.yaml", root=root, image=image, profile=settings)
+        file = compile_pipeline(
+            name, Path(folder) / f"{name}.yaml", root=root, image=image, profile=settings, defaults=defaults
+        )
         content = hash_file(file)[:16]
         commit, dirty = code_state(root)
         version = version_name(commit, digest, changed=content if dirty else "")
@@ -85,7 +127,7 @@ def upload_pipeline(endpoint: Endpoint, name: str, *, image: str, profile: str =
         if not new and found.description and "sha256 " in found.description and mark not in found.description:
             raise PipelineError(
                 f'version "{version}" of {name} is there with other contents ({found.description})',
-                "one version for one commit, image and profile",
+                "one version for one commit, image, profile and data remote",
                 "Commit the change (a profile is part of the commit), or delete that version on the endpoint.",
             )
     return Uploaded(name, version, found.pipeline_version_id, new, dirty)
