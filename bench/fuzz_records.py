@@ -31,8 +31,7 @@ from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_de
 from manyeyes.errors import RecordError
 from manyeyes.model import build_model
 from manyeyes.recipe import Recipe, StageSpec
-from manyeyes.training.admission import Admission
-from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
+from manyeyes.training.batches import Admission, BatchBuilder, processor_of_stage, stage_seed
 
 SEED = 20240518
 DATASET = "odd-train"

@@ -38,8 +38,7 @@ from manyeyes.evaluation.reliance import (
     render_reliance_text,
 )
 from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text, render_correlation
-from manyeyes.evaluation.report.page import render_html, render_markdown
-from manyeyes.evaluation.report.writing import build_report
+from manyeyes.evaluation.report.writing import build_report, render_html, render_markdown
 from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
 from manyeyes.harness.events import ErrorReport, Problem
 from manyeyes.pages import (

@@ -1,16 +1,20 @@
 """Writing that is all there or not there at all, and the folder of what can be had again.
 
-What lies at a path, as one sha256: of a file its bytes, of a folder the names and bytes of all files in it.
+``content_digest`` gives what lies at a path as one sha256: of a file its bytes, of a folder the names and bytes of all
+files in it.
 
 Weights are many gigabytes, so a large file that did not change is not read twice: its sha256 is kept in the cache
 folder under its path, device, inode, size, and the times of its last change. The kernel alone sets the time of the last
 change of an inode, so exchanging a file and giving it the old one's size and time does not deceive.
+
+JSON that somebody else wrote is read or refused, whatever is in the file.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
-from manyeyes.errors import LockedError, SourceError, StorageError
+from manyeyes.errors import LockedError, ManyEyesError, SourceError, StorageError
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 # A file where a folder must be, a folder where a file must be, a name that is too long, a circle of links, a mount.
@@ -345,3 +349,40 @@ def hash_file(path: Path, algorithm: Literal["md5", "sha256"] = "sha256") -> str
     """Hexadecimal digest of a file's bytes, which are read each time."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: Not JSON, nested too deep to be read, a number of thousands of digits, or NaN and Infinity, which
+            JSON does not have.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def read_json_file(file: Path, *, error: type[ManyEyesError]) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        file: In UTF-8.
+        error: What is raised where it cannot be read.
+
+    Raises:
+        ManyEyesError: ``error``: the file is missing, no text, or as ``parse_json``.
+    """
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(
+            f"{file} cannot be read ({problem.strerror})", "a JSON file is needed", "Check the path, or fetch it again."
+        ) from problem
+    except ValueError as problem:
+        raise error(f"{file} cannot be read ({problem})", "JSON in UTF-8 is needed", "Fetch it again.") from problem
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

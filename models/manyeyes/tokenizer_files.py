@@ -24,8 +24,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from manyeyes.errors import CheckpointError, SourceError
-from manyeyes.runtime.json_files import read_json_file
 from manyeyes.runtime.tokenizer import library_errors, read_tokenizer
+from manyeyes.storage import read_json_file
 
 RUST_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
 _SPACE = "▁"

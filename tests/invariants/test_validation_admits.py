@@ -23,8 +23,7 @@ from manyeyes.errors import RecordError
 from manyeyes.model import build_model, build_processor
 from manyeyes.model.language_model import resolve_language_model
 from manyeyes.recipe import Recipe
-from manyeyes.training.admission import Admission
-from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
+from manyeyes.training.batches import Admission, BatchBuilder, processor_of_stage, stage_seed
 from tests.model_toys import toy_spec, write_language_model
 from tests.training_toys import toy_recipe, toy_record
 

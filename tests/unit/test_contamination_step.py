@@ -38,7 +38,7 @@ def validate(
     monkeypatch.setenv("MANYEYES_CACHE", str(folder / "cache"))
     monkeypatch.setattr(STEP, "parse_pinned", lambda _: inputs)
     monkeypatch.setattr(STEP, "training_datasets", lambda _recipe: ["toy-train"])
-    monkeypatch.setattr("manyeyes.training.admission.Admission", _Refusing)
+    monkeypatch.setattr("manyeyes.training.batches.Admission", _Refusing)
     return STEP.validate_data(  # type: ignore[no-any-return]
         Reporter("validate_data"), pinned="", validation=folder / "validation"
     )

@@ -11,9 +11,8 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot
 from moto.server import ThreadedMotoServer
 
-from manyeyes.data.download import list_files
 from manyeyes.data.remote import S3Remote, open_remote
-from manyeyes.data.snapshot import hash_folder, open_snapshot
+from manyeyes.data.snapshot import hash_folder, list_files, open_snapshot
 from manyeyes.errors import SnapshotError
 
 URL = "s3://bucket/some/prefix"

@@ -11,12 +11,12 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot, write_remote
 
 from manyeyes.data.builders.manifest import add_pretrained, write_snapshot_manifest
-from manyeyes.data.download import list_files
 from manyeyes.data.remote import FolderRemote, open_remote
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import (
     DvcOutput,
     hash_folder,
+    list_files,
     open_folder,
     open_snapshot,
     read_default_remote,
@@ -129,7 +129,7 @@ def test_a_full_disk_is_a_storage_error_and_the_next_call_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("manyeyes.data.download.os.fsync", refuse)
+        patch.setattr("manyeyes.data.snapshot.os.fsync", refuse)
         with pytest.raises(StorageError, match="no space left"):
             open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache" / "snapshots" / md5).exists()

@@ -23,7 +23,7 @@ from manyeyes.evaluation.answering.conditions import (
 from manyeyes.evaluation.benchmarks import Benchmark, Item
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
-from manyeyes.evaluation.report.looking import by_image, looking_sentence, looking_table
+from manyeyes.evaluation.report.tables import by_image, looking_sentence, looking_table
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.runtime.bundle import Group
 from tests.benchmark_toys import make_row

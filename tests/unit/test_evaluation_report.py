@@ -14,9 +14,8 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.outcomes import GROUPS
 from manyeyes.evaluation.report.comparison import Champion, Published, compare_scorecard, load_published, weigh_cost
 from manyeyes.evaluation.report.contents import Report, describe_reproduction, merge_runs
-from manyeyes.evaluation.report.page import render_html, render_markdown
 from manyeyes.evaluation.report.tables import verdict
-from manyeyes.evaluation.report.writing import build_report, read_report, write_report
+from manyeyes.evaluation.report.writing import build_report, read_report, render_html, render_markdown, write_report
 from manyeyes.export.model_facts import count_model
 from manyeyes.harness.champion_scores import find_champion
 from manyeyes.pages import short_count

@@ -47,7 +47,7 @@ def render_command(
     or a list of records. A conversation that ends with a question gets a generation prompt.
     """
     from manyeyes.runtime.chat import encode_conversation, render_with_spans
-    from manyeyes.runtime.json_files import read_json_file
+    from manyeyes.storage import read_json_file
 
     chosen, rust = _open_template(template, tokenizer)
     content = read_json_file(file, error=RecordError)

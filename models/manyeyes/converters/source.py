@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manyeyes.converters.tensor_files import LoraPair, StoredTensor, list_tensors, open_tensors
 from manyeyes.errors import CheckpointError
-from manyeyes.runtime.json_files import read_json_file
+from manyeyes.storage import read_json_file
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

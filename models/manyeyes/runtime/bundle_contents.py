@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from manyeyes.errors import BundleError
-from manyeyes.runtime.json_files import parse_json
+from manyeyes.storage import parse_json
 from manyeyes.strict import StrictModel
 
 FORMAT_VERSION: Literal[1] = 1

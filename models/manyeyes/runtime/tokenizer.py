@@ -16,9 +16,8 @@ from pathlib import Path
 from tokenizers import Encoding, Tokenizer
 
 from manyeyes.errors import ManyEyesError, RecordError
-from manyeyes.runtime.json_files import read_json_file
 from manyeyes.runtime.sessions import memory_limit
-from manyeyes.storage import hash_file
+from manyeyes.storage import hash_file, read_json_file
 
 _TRIAL_S = 120
 # Arguments: the file, and the most memory to take, in bytes.

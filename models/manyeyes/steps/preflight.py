@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Literal
 import pydantic
 from pydantic import Field
 
-from manyeyes.data.download import RemoteFile, list_files, normalise_md5
 from manyeyes.data.remote import Remote, open_remote
-from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
+from manyeyes.data.snapshot import MANIFEST, RemoteFile, SnapshotManifest, list_files, normalise_md5
 from manyeyes.errors import ManyEyesError, PreflightError, SnapshotError, SourceError, did_you_mean
 from manyeyes.estimate import RecipeEstimate
 from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure

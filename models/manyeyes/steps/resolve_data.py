@@ -6,7 +6,7 @@ nothing to MLflow; ``preflight`` has done so.
 
 from __future__ import annotations
 
-from manyeyes.data.download import normalise_md5
+from manyeyes.data.snapshot import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.code_digest import code_digest

@@ -32,7 +32,7 @@ def validate_data(
     """
     from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.validation import validate_snapshot
-    from manyeyes.training.admission import Admission
+    from manyeyes.training.batches import Admission
 
     inputs = parse_pinned(pinned)
     recipe = inputs.recipe
@@ -88,7 +88,7 @@ STEP = Step(
         "great_expectations",
         "manyeyes.data.contamination.search",
         "manyeyes.registry.tracking",
-        "manyeyes.training.admission",
+        "manyeyes.training.batches",
     ),
     outputs=("validation",),
 )

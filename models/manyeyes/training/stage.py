@@ -32,7 +32,7 @@ from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
-from manyeyes.training.loop import Progress, train
+from manyeyes.training.loop import HistoryPoint, Progress, drop_running, stage_lock, train
 from manyeyes.training.optimizer import (
     ParameterGroups,
     adapters_alone,
@@ -44,7 +44,6 @@ from manyeyes.training.optimizer import (
     split_groups,
 )
 from manyeyes.training.processes import Processes, training_processes
-from manyeyes.training.running import HistoryPoint, drop_running, stage_lock
 
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 
