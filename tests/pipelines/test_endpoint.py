@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from manyeyes.data.snapshot import read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, RecipeError
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import run_parameters
+from manyeyes.kubeflow.pipeline import GIT_COMMIT
+from manyeyes.kubeflow.profiles import step_of
+from manyeyes.kubeflow.run import git_state, named_commit
 from manyeyes.kubeflow.uploading import code_state, form_defaults, upload_pipeline, version_name
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import DIGEST, IMAGE, Answer, add_version, started_run
@@ -33,12 +37,19 @@ def test_upload_makes_pipeline_and_version_and_the_second_time_does_nothing(
     assert "uploaded" in first.out
     (version,) = kubeflow.versions
     commit, dirty = code_state(ROOT)
+    assert commit is not None
     assert version["display_name"].startswith(f"{command_line.__version__}-{commit[:12]}")
     assert version["display_name"].endswith("-0123456789ab")
     assert ("-dirty-" in version["display_name"]) == dirty
     executors = version["pipeline_spec"]["pipeline_spec"]["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == {IMAGE}
     assert version["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]
+    named = {step_of(executor) for executor in executors.values() if GIT_COMMIT in json.dumps(executor)}
+    assert named == {"register"}
+    register = next(executor for executor in executors.values() if step_of(executor) == "register")
+    environment = {variable["name"]: variable["value"] for variable in register["container"]["env"]}
+    assert environment[GIT_COMMIT] == f"{commit}-dirty" if dirty else commit
+    assert json.dumps(version["pipeline_spec"]["pipeline_spec"]).count(commit) == 1, "no input of a step names it"
 
     form = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
     assert (form["data_md5"]["defaultValue"], form["data_remote"]["defaultValue"]) == (md5, "s3://data/dvc")
@@ -65,6 +76,26 @@ def test_upload_names_the_nearest_pipeline(manyeyes: Callable[..., Answer]) -> N
     answer = manyeyes("pipeline", "upload", "trian", "--image", IMAGE)
     assert answer.code == 2
     assert 'Did you mean "train"?' in answer.err
+
+
+def test_a_registered_version_names_the_commit_and_says_that_the_tree_was_dirty(tmp_path: Path) -> None:
+    assert named_commit(*git_state(tmp_path)) == ""
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "data.dvc").write_text("one", encoding="utf-8")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    assert named_commit(*git_state(tmp_path)) == commit
+    (tmp_path / "data.dvc").write_text("two", encoding="utf-8")
+    assert named_commit(*git_state(tmp_path)) == f"{commit}-dirty"
+    assert named_commit(*code_state(tmp_path)) == f"{commit}-dirty"
+    assert named_commit(*git_state(tmp_path, "models")) == commit
 
 
 def toy_checkout_of(folder: Path, url: str) -> Path:

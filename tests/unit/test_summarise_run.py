@@ -238,6 +238,29 @@ def test_steps_find_each_other_in_the_runs_that_kubeflow_made(monkeypatch: pytes
     assert [(record.step, record.state) for record in step_records()] == [("preflight", "finished"), ("sft", "failed")]
 
 
+@pytest.mark.parametrize("pipeline_run", ["", "kfp-3"])
+def test_steps_are_found_in_the_groups_and_loops_that_kubeflow_gives_runs(
+    monkeypatch: pytest.MonkeyPatch, pipeline_run: str
+) -> None:
+    if pipeline_run:
+        monkeypatch.setenv("MANYEYES_PIPELINE_RUN", pipeline_run)
+    tracking = connect(create=True)
+
+    def made_by_kubeflow(parent: str) -> str:
+        tags = {"mlflow.parentRunId": parent}
+        return str(tracking.client.create_run(tracking.experiment_id, tags=tags).info.run_id)
+
+    root = start_parent_run("made by Kubeflow")
+    group, summary = made_by_kubeflow(root), made_by_kubeflow(root)
+    loop = made_by_kubeflow(group)
+    for name, parent in (("preflight", group), ("prealign_encoder", loop), ("prealign_encoder", loop), ("sft", group)):
+        monkeypatch.setenv("MLFLOW_RUN_ID", made_by_kubeflow(parent))
+        finish(name, {"manyeyes.figure": "fine"})
+    made_by_kubeflow(start_parent_run("of somebody else"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", summary)
+    assert [record.step for record in step_records()] == ["preflight", "prealign_encoder", "prealign_encoder", "sft"]
+
+
 def test_recipe_that_travels_as_text_is_shown_by_its_name() -> None:
     first_line = summarise_module._first_line
     assert first_line('{"model": {}, "name": "mine"}') == "mine"

@@ -30,7 +30,7 @@ from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineErro
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.kubeflow.compact import compact
-from manyeyes.kubeflow.profiles import Profile
+from manyeyes.kubeflow.profiles import Profile, step_of
 from manyeyes.recipe import list_recipes
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
@@ -38,6 +38,7 @@ from manyeyes.terminal import replace_unknown_characters
 
 REQUEST_FILE = "request.json"
 IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"
+GIT_COMMIT = "MANYEYES_GIT_COMMIT"
 # A compiled pipeline is a quarter of a megabyte; libyaml, where it is there, reads it ten times faster.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Every pipeline: its name, and where its function is. The module is pipelines/<name>.py of a checkout.
@@ -74,6 +75,7 @@ def compile_pipeline(
     image: str = "",
     profile: Profile | None = None,
     defaults: Mapping[str, str] | None = None,
+    commit: str = "",
 ) -> Path:
     """Compile ``pipelines/<name>.py`` of a checkout and inject the drop-downs.
 
@@ -88,6 +90,7 @@ def compile_pipeline(
             this version, as in the committed file.
         profile: What a cluster needs; none in the committed file.
         defaults: What the form offers in fields that the committed file leaves empty; for the fields that it has.
+        commit: Of the checkout, which a registered version then names; no part of a cache key.
 
     Raises:
         PipelineError: No such pipeline, not in a checkout, or an image without a digest.
@@ -114,6 +117,8 @@ def compile_pipeline(
     _inject(documents[0], "defaultValue", defaults or {})
     if digest:
         _put_image(documents[0], image, digest)
+    if commit:
+        _put_commit(documents[0], commit)
     if profile is not None:
         from manyeyes.kubeflow.profiles import apply_profile
 
@@ -155,6 +160,13 @@ def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:
             container["image"] = image
             others = [variable for variable in container.get("env", []) if variable["name"] != IMAGE_DIGEST]
             container["env"] = [*others, {"name": IMAGE_DIGEST, "value": f"sha256:{digest}"}]
+
+
+def _put_commit(spec: dict[str, Any], commit: str) -> None:
+    # Kubeflow's cache looks at image, command and inputs. Where no other step reads it, it is not stored six times.
+    for executor in spec["deploymentSpec"]["executors"].values():
+        if "container" in executor and step_of(executor) == "register":
+            executor["container"].setdefault("env", []).append({"name": GIT_COMMIT, "value": commit})
 
 
 # --- running, in the child process -------------------------------------------------------------------------------

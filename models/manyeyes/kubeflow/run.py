@@ -23,7 +23,7 @@ from rich.table import Table
 from manyeyes.errors import LockedError, PipelineError, did_you_mean
 from manyeyes.harness.events import ErrorReport, Event, EventReader
 from manyeyes.harness.summary import RunSummary, write_summary
-from manyeyes.kubeflow.pipeline import REQUEST_FILE, RunRequest
+from manyeyes.kubeflow.pipeline import GIT_COMMIT, REQUEST_FILE, RunRequest
 from manyeyes.kubeflow.summarise import summarise
 from manyeyes.storage import file_lock
 from manyeyes.telemetry import OFF
@@ -243,12 +243,12 @@ def run_pipeline(options: RunOptions, *, view: ProgressView) -> RunSummary:
             cache_dir=str(runs / "kfp-cache"),
             use_cache=options.use_cache,
             tracked=options.tracked,
-            tags={"manyeyes.run_id": run_dir.name, "manyeyes.git_commit": commit or "none"},
+            tags={"manyeyes.run_id": run_dir.name, "manyeyes.git_commit": named_commit(commit, dirty) or "none"},
         )
         (run_dir / REQUEST_FILE).write_text(request.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _point_latest(runs, run_dir)
         view.begin(run_dir)
-        status, events, code = _run_child(run_dir, root=options.root, git_commit=commit, view=view)
+        status, events, code = _run_child(run_dir, root=options.root, commit=named_commit(commit, dirty), view=view)
         view.end()
         error = _find_error(events, run_dir, code) if status == "failed" else None
         summary = summarise(
@@ -267,7 +267,7 @@ def run_pipeline(options: RunOptions, *, view: ProgressView) -> RunSummary:
 
 
 def _run_child(
-    run_dir: Path, *, root: Path, git_commit: str | None, view: ProgressView
+    run_dir: Path, *, root: Path, commit: str, view: ProgressView
 ) -> tuple[Literal["succeeded", "failed", "interrupted"], list[Event], int]:
     lock = run_dir / ".lock"
     events: list[Event] = []
@@ -279,7 +279,7 @@ def _run_child(
         **UTF8_CHILD,
         "MANYEYES_RUN_DIR": str(run_dir),
         "MANYEYES_RUN_LOCK": str(lock),
-        "MANYEYES_GIT_COMMIT": git_commit or "",
+        GIT_COMMIT: commit,
     }
 
     def drain() -> None:
@@ -392,8 +392,13 @@ def _point_latest(runs: Path, run_dir: Path) -> None:
     temporary.replace(runs / "latest")
 
 
-def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout and whether it differs from it; None, None outside git or without git."""
+def git_state(root: Path, *paths: str) -> tuple[str | None, bool | None]:
+    """Commit of the checkout and whether it differs from it; None, None outside git or without git.
+
+    Args:
+        root: The checkout.
+        paths: Changes of these alone count; all by default.
+    """
     git = shutil.which("git")
     if git is None:
         return None, None
@@ -403,7 +408,11 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
     )
     if head.returncode != 0:
         return None, None
-    changes = subprocess.run(
-        [*command, "status", "--porcelain"], capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
+    status = [*command, "status", "--porcelain", "--", *paths]
+    changes = subprocess.run(status, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return head.stdout.strip(), bool(changes.stdout.strip())
+
+
+def named_commit(commit: str | None, dirty: bool | None) -> str:
+    """The commit as a registered version names it: with ``-dirty`` where the checkout differs; empty outside git."""
+    return f"{commit}{'-dirty' if dirty else ''}" if commit else ""

@@ -6,8 +6,6 @@ A version of a pipeline is named after code and image and uploaded once; a recur
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint
 from manyeyes.kubeflow.endpoint_runs import EXPERIMENT
 from manyeyes.kubeflow.pipeline import compile_pipeline, image_digest
 from manyeyes.kubeflow.profiles import load_profile
+from manyeyes.kubeflow.run import git_state, named_commit
 from manyeyes.storage import hash_file
 
 # What a compiled pipeline is made of.
@@ -105,15 +104,21 @@ def upload_pipeline(
     digest = image_digest(image)
     settings = load_profile(profile, root=root) if profile else None
     with tempfile.TemporaryDirectory() as folder:
+        commit, dirty = code_state(root)
         file = compile_pipeline(
-            name, Path(folder) / f"{name}.yaml", root=root, image=image, profile=settings, defaults=defaults
+            name,
+            Path(folder) / f"{name}.yaml",
+            root=root,
+            image=image,
+            profile=settings,
+            defaults=defaults,
+            commit=named_commit(commit, dirty),
         )
         content = hash_file(file)[:16]
-        commit, dirty = code_state(root)
-        version = version_name(commit, digest, changed=content if dirty else "")
+        version = version_name(commit or "nogit", digest, changed=content if dirty else "")
         pipeline_id = _pipeline_id(endpoint, name)
         mark = f"sha256 {content}"
-        description = f"image {image}; profile {profile or 'none'}; commit {commit}; {mark}"
+        description = f"image {image}; profile {profile or 'none'}; commit {commit or 'none'}; {mark}"
 
         def look() -> models.V2beta1PipelineVersion | None:
             return endpoint.version(pipeline_id, version)
@@ -130,7 +135,7 @@ def upload_pipeline(
                 "one version for one commit, image, profile and data remote",
                 "Commit the change (a profile is part of the commit), or delete that version on the endpoint.",
             )
-    return Uploaded(name, version, found.pipeline_version_id, new, dirty)
+    return Uploaded(name, version, found.pipeline_version_id, new, bool(dirty))
 
 
 def _pipeline_id(endpoint: Endpoint, name: str) -> str:
@@ -160,20 +165,9 @@ def version_name(commit: str, digest: str, *, changed: str = "") -> str:
     return f"{__version__}-{code}-{digest[:12]}"
 
 
-def code_state(root: Path) -> tuple[str, bool]:
-    """Commit of the checkout ("nogit" outside git), and whether what makes a pipeline differs from it."""
-    git = shutil.which("git")
-    if git is None:
-        return "nogit", False
-    command = [git, "-C", str(root)]
-    head = subprocess.run(
-        [*command, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
-    if head.returncode != 0:
-        return "nogit", False
-    status = [*command, "status", "--porcelain", "--", *_SOURCES]
-    changes = subprocess.run(status, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return head.stdout.strip(), bool(changes.stdout.strip())
+def code_state(root: Path) -> tuple[str | None, bool | None]:
+    """Commit of the checkout, and whether what makes a pipeline differs from it; None, None outside git."""
+    return git_state(root, *_SOURCES)
 
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}

@@ -30,7 +30,7 @@ from typing import Literal
 import mlflow
 import mlflow.exceptions
 import sqlalchemy
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -227,10 +227,10 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
     joined = os.environ.get("MLFLOW_RUN_ID")
     if joined:
         run = StepRun(tracking, joined)
-        run.set_tags({"manyeyes.step": name, **(tags or {})})
+        run.set_tags({STEP_TAG: name, **(tags or {})})
         yield run
         return
-    marks = {"manyeyes.step": name, **(tags or {})}
+    marks = {STEP_TAG: name, **(tags or {})}
     parent = os.environ.get("MANYEYES_PARENT_RUN_ID")
     if parent:
         marks["mlflow.parentRunId"] = parent
@@ -427,6 +427,7 @@ def probe(run: StepRun) -> list[str]:
     return left
 
 
+STEP_TAG, PIPELINE_RUN_TAG = "manyeyes.step", "manyeyes.pipeline_run"
 _PARENT = "mlflow.parentRunId"
 _STATES: dict[str, Literal["finished", "failed", "stopped", "running"]] = {
     "FINISHED": "finished",
@@ -459,37 +460,32 @@ class StepRecord:
 def step_records() -> list[StepRecord]:
     """The steps that ran in this pipeline run, in the order in which they began; those from the cache did not run.
 
-    A run's steps are the children of ``MANYEYES_PARENT_RUN_ID`` (``manyeyes run``), or the siblings of
-    ``MLFLOW_RUN_ID`` (Kubeflow's own integration), or those that carry the same ``MANYEYES_PIPELINE_RUN``.
+    A run's steps are the children of ``MANYEYES_PARENT_RUN_ID`` (``manyeyes run``), or those that carry the same
+    ``MANYEYES_PIPELINE_RUN`` (set by a profile), or what lies below the parent of ``MLFLOW_RUN_ID``: Kubeflow's own
+    integration gives groups and loops a run of their own, whose children their steps are.
 
     Raises:
         RegistryError: MLflow refuses.
         RegistryUnreachableError: It does not answer.
     """
     tracking = connect()
-    wanted = _filter(tracking)
     experiment = find_experiment(tracking)
-    if not wanted or experiment is None:
+    if experiment is None:
         return []
     with registry_errors():
-        runs = tracking.client.search_runs(
-            [experiment],
-            filter_string=wanted,
-            max_results=_MOST,
-            order_by=["attributes.start_time ASC"],
-        )
+        runs = _runs_of_pipeline(tracking, experiment)
     own = os.environ.get("MLFLOW_RUN_ID")
     records = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.info.start_time):
         tags = dict(run.data.tags)
-        if "manyeyes.step" not in tags or run.info.run_id == own:
+        if STEP_TAG not in tags or run.info.run_id == own:
             continue
         ended = run.info.end_time
         # A run that Kubeflow made is ended by it, some time after its step.
         state = _STATES.get(run.info.status, _state(tags))
         records.append(
             StepRecord(
-                step=tags["manyeyes.step"],
+                step=tags[STEP_TAG],
                 state=state,
                 seconds=(ended - run.info.start_time) / 1000 if ended else None,
                 tags=tags,
@@ -505,16 +501,25 @@ def _state(tags: Mapping[str, str]) -> Literal["finished", "failed", "running"]:
     return "failed" if "manyeyes.error" in tags else "running"
 
 
-def _filter(tracking: Tracking) -> str:
+def _runs_of_pipeline(tracking: Tracking, experiment: str) -> list[Run]:
+    def search(tag: str, value: str) -> list[Run]:
+        return list(tracking.client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=_MOST))
+
     parent = os.environ.get("MANYEYES_PARENT_RUN_ID")
-    own = os.environ.get("MLFLOW_RUN_ID")
-    if not parent and own:
-        with registry_errors():
-            parent = tracking.client.get_run(own).data.tags.get(_PARENT)
     if parent:
-        return f"tags.`{_PARENT}` = '{parent}'"
+        return search(_PARENT, parent)
     pipeline_run = os.environ.get("MANYEYES_PIPELINE_RUN")
-    return f"tags.`manyeyes.pipeline_run` = '{pipeline_run}'" if pipeline_run else ""
+    if pipeline_run:
+        return search(PIPELINE_RUN_TAG, pipeline_run)
+    own = os.environ.get("MLFLOW_RUN_ID")
+    parent = tracking.client.get_run(own).data.tags.get(_PARENT) if own else None
+    found: list[Run] = []
+    parents = [parent] if parent else []
+    while parents:
+        children = search(_PARENT, parents.pop())
+        found += children
+        parents += [str(run.info.run_id) for run in children if STEP_TAG not in run.data.tags]
+    return found
 
 
 def run_url(tracking: Tracking, experiment_id: str, run_id: str) -> str:
