@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_origin
 
 import pandas as pd
+from kfp_server_api import V2beta1Run
 from pydantic import BaseModel
 
 from manyeyes.data.contamination.findings import (
@@ -41,6 +43,10 @@ from manyeyes.evaluation.report.compare_page import render_comparison, render_co
 from manyeyes.evaluation.report.writing import build_report, render_html, render_markdown
 from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
 from manyeyes.harness.events import ErrorReport, Problem
+from manyeyes.kubeflow.reasons import Reason
+from manyeyes.kubeflow.run_page import render_status
+from manyeyes.kubeflow.run_status import Failure, RunStatus
+from manyeyes.kubeflow.workflow import Attempt, StepStatus
 from manyeyes.pages import (
     Curve,
     Point,
@@ -282,6 +288,32 @@ def run_pages(change: Change) -> dict[str, str]:
     return pages
 
 
+def status_page(change: Change) -> dict[str, str]:
+    def moment(second: int) -> datetime:
+        return datetime(2026, 11, 28, 1, 0, second, tzinfo=UTC)
+
+    reason = Reason(change("out of memory"), needed=change("more"), do=change("Raise it."))
+    attempts = [Attempt(change("pod"), "failed", moment(number), moment(number + 5), reason) for number in (5, 15)]
+    steps = [
+        StepStatus("a", change("sft"), "sft", "failed", attempts, moment(0), moment(20), reason),
+        StepStatus("b", change("evaluate the bundle"), "evaluate", "waiting", (), moment(20), None, reason),
+        StepStatus("c", change("gate"), "gate", "not started"),
+    ]
+    run = V2beta1Run(run_id=change("r1"), display_name=change("nightly"), state="FAILED")
+    report = ErrorReport(
+        step="sft",
+        error="OutOfMemory",
+        found=change("out of memory"),
+        needed=change("more"),
+        do=change("Raise it."),
+        retry=False,
+        user_error=True,
+    )
+    failure = Failure(change("sft"), report, [change("the last line")])
+    status = RunStatus(run, steps, change("Argo's word"))
+    return {"status.html": render_status(status, [failure], ui="https://k", now=moment(40))}
+
+
 def step_pages(change: Change) -> dict[str, str]:
     texts = [[Text("a", "b", (1,), "good"), Text("c", link="https://m/1")], [Text("code", kind="code"), "d"]]
     plot = scatter(
@@ -382,7 +414,7 @@ def ablation_page(change: Change) -> dict[str, str]:
 
 CASES: list[Callable[..., dict[str, str]]] = [
     *(report_pages, compare_pages, correlation_page, reliance_pages, gate_pages, contamination_page, validation_page),
-    *(run_pages, step_pages, search_pages, ablation_page),
+    *(run_pages, status_page, step_pages, search_pages, ablation_page),
 ]
 PARTS = {"base.html", "parts.html", "charts.html", "trials.html"}
 

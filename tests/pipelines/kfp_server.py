@@ -97,6 +97,7 @@ class Kubeflow:
     schedules: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[tuple[str, str], str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    workflows: dict[str, list[str]] = field(default_factory=dict)
     scripts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -332,6 +333,16 @@ def get_run(handler: Handler, _query: dict[str, str], _body: bytes, run_id: str)
     return run, "V2beta1Run"
 
 
+def get_run_of_older_api(handler: Handler, _query: dict[str, str], _body: bytes, run_id: str) -> tuple[Any, str]:
+    """Only what the newer API has not: the workflow. kfp_server_api has no models of this one."""
+    find(handler.kubeflow.runs, "run_id", run_id)
+    manifests = handler.kubeflow.workflows.get(run_id)
+    if manifests is None:
+        raise RefusedError(404, "Not Found")
+    manifest = manifests.pop(0) if len(manifests) > 1 else manifests[0]
+    return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}, ""
+
+
 def list_schedules(handler: Handler, query: dict[str, str], _body: bytes) -> tuple[Any, str]:
     found = filtered(handler.kubeflow.schedules, query)
     answer = {"recurringRuns": found, "total_size": len(found)} if found else {}
@@ -387,6 +398,7 @@ ROUTES: list[tuple[str, str, Callable[..., tuple[Any, str]]]] = [
     ("GET", f"{API}/runs", list_runs),
     ("POST", f"{API}/runs", create_run),
     ("GET", f"{API}/runs/([^/:]+)", get_run),
+    ("GET", "/apis/v1beta1/runs/([^/:]+)", get_run_of_older_api),
     ("GET", f"{API}/recurringruns", list_schedules),
     ("POST", f"{API}/recurringruns", create_schedule),
     ("POST", f"{API}/recurringruns/([^/:]+):(enable|disable)", switch_schedule),

@@ -1,4 +1,7 @@
-"""What a person sees of a run on an endpoint: progress, the error of a step, status."""
+"""What a person sees of a run on an endpoint: progress, the error of a step, status.
+
+Here the endpoint hands out no workflow, so that all is told from the API's own tasks.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ import pytest
 
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint
-from manyeyes.kubeflow.endpoint_runs import failures_of, follow_run, task_states
+from manyeyes.kubeflow.run_status import Failure, RunStatus, failures_of, follow_run, read_status
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import REFUSAL, Answer, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow
+
+
+def status_of(endpoint: Endpoint, run_id: str) -> RunStatus:
+    return read_status(endpoint, endpoint.runs.run_service_get_run(run_id))
 
 
 def test_follow_shows_each_change_once_and_none_of_the_machinery(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
@@ -29,12 +36,12 @@ def test_follow_shows_each_change_once_and_none_of_the_machinery(endpoint: Endpo
     ]
     lines: list[str] = []
     ended = follow_run(endpoint, run.run_id, say=lines.append, poll_s=0.01)
-    assert ended.state == "SUCCEEDED"
+    assert ended.run.state == "SUCCEEDED"
     told = [" ".join(line.split()[1:]) for line in lines]
     assert told == [
-        "resolve-data running",
+        "resolve data running",
         f"run {run.display_name}: running",
-        "resolve-data succeeded 90 s",
+        "resolve data succeeded 90 s",
         "sft running",
         "sft succeeded 90 s",
         f"run {run.display_name}: succeeded",
@@ -48,7 +55,7 @@ def test_iterations_of_a_loop_are_told_apart(endpoint: Endpoint, kubeflow: Kubef
     lines: list[str] = []
     follow_run(endpoint, run.run_id, say=lines.append, poll_s=0.01)
     told = [" ".join(line.split()[1:]) for line in lines if "prealign" in line]
-    assert told == ["prealign-encoder succeeded 90 s", "prealign-encoder #2 running"]
+    assert told == ["prealign encoder succeeded 90 s", "prealign encoder #2 running"]
 
 
 def test_follow_waits_for_an_endpoint_that_is_away(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
@@ -77,11 +84,11 @@ def test_failed_run_shows_the_error_of_its_step_and_exits_as_the_step_did(
     kubeflow.logs[run.run_id, "pod-2"] = f"I1122 launcher\nTraceback ...\n{error_line(report)}I1122 exit status 2\n"
     followed = manyeyes("pipeline", "status", run.display_name, "--follow", "--poll", "0.01")
     assert followed.code == code
-    for text in ("validate_data: ValidationError", REFUSAL.found, REFUSAL.needed, REFUSAL.do):
+    for text in ("validate data: ValidationError", REFUSAL.found, REFUSAL.needed, REFUSAL.do):
         assert text in followed.err
     asked = manyeyes("pipeline", "status", run.run_id)
     assert asked.code == 0
-    assert "validate-data" in asked.out
+    assert "validate data" in asked.out
     assert REFUSAL.found in asked.err
 
 
@@ -92,15 +99,15 @@ def test_log_is_read_through_the_ui_where_the_gateway_lets_only_that_through(
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("FAILED", task("validate-data", "FAILED", "pod"))]
     kubeflow.logs[run.run_id, "pod"] = error_line(REFUSAL)
-    assert failures_of(endpoint, endpoint.runs.run_service_get_run(run.run_id)) == [REFUSAL]
+    assert failures_of(endpoint, status_of(endpoint, run.run_id)) == [Failure("validate data", REFUSAL)]
 
 
 def test_step_that_died_without_a_word_says_where_to_look(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("FAILED", task("sft", "FAILED", "gone"))]
-    (report,) = failures_of(endpoint, follow_run(endpoint, run.run_id, say=lambda _line: None, poll_s=0.01))
-    assert (report.step, report.user_error) == ("sft", False)
-    assert f"pipeline/runid={run.run_id}" in report.do
+    (failure,) = failures_of(endpoint, follow_run(endpoint, run.run_id, say=lambda _line: None, poll_s=0.01))
+    assert (failure.name, failure.report.user_error) == ("sft", False)
+    assert f"pipeline/runid={run.run_id}" in failure.report.do
 
 
 def test_words_of_the_backend_are_shown_where_the_step_has_none(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
@@ -108,16 +115,15 @@ def test_words_of_the_backend_are_shown_where_the_step_has_none(endpoint: Endpoi
     kubeflow.scripts[run.run_id] = [
         snapshot("FAILED", task("sft", "FAILED"), error={"code": 13, "message": "workflow exceeded its deadline"})
     ]
-    (report,) = failures_of(endpoint, follow_run(endpoint, run.run_id, say=lambda _line: None, poll_s=0.01))
-    assert report.found == "workflow exceeded its deadline"
+    (failure,) = failures_of(endpoint, follow_run(endpoint, run.run_id, say=lambda _line: None, poll_s=0.01))
+    assert failure.report.found == "workflow exceeded its deadline"
 
 
-def test_tasks_that_never_started_are_not_listed(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
+def test_tasks_that_never_started_are_said_to_be_so(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("RUNNING", task("gate", "PENDING"), task("sft", "RUNNING"))]
-    assert [(each.name, each.state) for each in task_states(endpoint.runs.run_service_get_run(run.run_id))] == [
-        ("sft", "RUNNING")
-    ]
+    told = [(step.name, step.state, step.seconds) for step in status_of(endpoint, run.run_id).steps]
+    assert told == [("sft", "running", None), ("gate", "not started", None)]
 
 
 def test_status_lists_runs_and_refuses_an_unknown_one(

@@ -10,7 +10,8 @@ import pytest
 from manyeyes.errors import EndpointError
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
-from manyeyes.kubeflow.endpoint_runs import failures_of, find_pipeline_version, start_run
+from manyeyes.kubeflow.endpoint_runs import find_pipeline_version, start_run
+from manyeyes.kubeflow.run_status import failures_of, read_status
 from tests.pipelines.endpoint_toys import REFUSAL, SECRET, Answer, add_version, snapshot, started_run, task
 from tests.pipelines.kfp_server import Fault, Kubeflow
 
@@ -65,7 +66,8 @@ def test_log_is_asked_for_with_the_same_credentials(kubeflow: Kubeflow) -> None:
         run, _ = started_run(endpoint, kubeflow)
         kubeflow.logs[run.run_id, "pod"] = error_line(REFUSAL)
         kubeflow.scripts[run.run_id] = [snapshot("FAILED", task("validate-data", "FAILED", "pod"))]
-        assert failures_of(endpoint, endpoint.runs.run_service_get_run(run.run_id)) == [REFUSAL]
+        (failure,) = failures_of(endpoint, read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id)))
+        assert failure.report == REFUSAL
 
 
 def test_two_ways_to_sign_in_are_refused() -> None:

@@ -14,6 +14,7 @@ from manyeyes.errors import INTERRUPTED, OTHER_ERROR, USER_ERROR, PipelineError,
 
 if TYPE_CHECKING:
     from manyeyes.kubeflow.endpoint import Endpoint
+    from manyeyes.kubeflow.run_status import Failure, RunStatus
 
 COMPILED = Path("pipelines/compiled")
 # For what names an image or a profile: the committed files name neither.
@@ -168,10 +169,14 @@ def run_command(
 @click.argument("run", default="")
 @click.option("--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@click.option(
+    "--html", "page", type=OutPath(file=True), default=None, help="Write a page with a timeline of the steps."
+)
 @_endpoint_options
-def status_command(run: str, follow: bool, poll_s: float, url: str) -> None:
-    """The tasks of RUN (a name or an id), and why it failed; without RUN, the newest runs."""
-    from manyeyes.kubeflow.endpoint_runs import find_run, task_states
+def status_command(run: str, follow: bool, poll_s: float, page: Path | None, url: str) -> None:
+    """The steps of RUN (a name or an id), and why it waits or failed; without RUN, the newest runs."""
+    from manyeyes.kubeflow.endpoint_runs import find_run
+    from manyeyes.kubeflow.run_status import read_status
 
     with _connect(url) as endpoint:
         if not run:
@@ -179,58 +184,84 @@ def status_command(run: str, follow: bool, poll_s: float, url: str) -> None:
             return
         found = find_run(endpoint, run)
         if follow:
-            _follow(endpoint, found.run_id, poll_s=poll_s)
+            _follow(endpoint, found.run_id, poll_s=poll_s, page=page)
             return
-        click.echo(f"{found.display_name}  {found.run_id}  {(found.state or 'PENDING').lower()}")
-        for task in task_states(found):
-            took = f"  {task.seconds:,.0f} s" if task.seconds is not None else ""
-            click.echo(f"  {task.name:<28} {task.state.lower()}{took}")
-        if found.state == "FAILED":
-            _show_failures(endpoint, found)
+        status = read_status(endpoint, found)
+        click.echo(f"{found.display_name}  {found.run_id}  {status.state.lower()}")
+        _show_steps(status)
+        failures = _show_failures(endpoint, status)
+        if page is not None:
+            _write_page(page, endpoint, status, failures)
+
+
+def _show_steps(status: RunStatus) -> None:
+    from manyeyes.kubeflow.run_status import words_of
+
+    for step in status.steps:
+        click.echo(f"  {step.name:<28} {words_of(step)}")
+        if step.state == "waiting" and step.reason is not None and step.reason.do:
+            click.echo(f"  {'':<28} {step.reason.do}")
+
+
+def _write_page(page: Path, endpoint: Endpoint, status: RunStatus, failures: Sequence[Failure]) -> None:
+    from manyeyes.kubeflow.run_page import render_status
+    from manyeyes.storage import write_file
+
+    write_file(page, render_status(status, failures, ui=endpoint.settings.ui))
+    click.echo(str(page))
 
 
 def _list_runs(endpoint: Endpoint) -> None:
-    from manyeyes.kubeflow.endpoint_runs import list_runs
+    from manyeyes.kubeflow.endpoint_runs import list_runs, state_of
 
     runs = list_runs(endpoint)
     if not runs:
         click.echo("no runs yet; start one with: manyeyes pipeline run train")
     for run in runs:
         created = f"{run.created_at:%Y-%m-%d %H:%M}" if run.created_at else ""
-        click.echo(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {created}  {run.display_name}")
+        click.echo(f"{run.run_id}  {state_of(run).lower():<10} {created}  {run.display_name}")
 
 
-def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float) -> None:
-    from manyeyes.kubeflow.endpoint_runs import follow_run
+def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float, page: Path | None = None) -> None:
+    from manyeyes.kubeflow.run_status import follow_run
 
     again = f"the run goes on; follow it with: manyeyes pipeline status {run_id} --follow"
     try:
-        run = follow_run(endpoint, run_id, say=click.echo, poll_s=poll_s)
+        status = follow_run(endpoint, run_id, say=click.echo, poll_s=poll_s)
     except KeyboardInterrupt:
         click.echo(f"\n{again}", err=True)
         sys.exit(INTERRUPTED)
     except PipelineError:
         click.echo(again, err=True)
         raise
-    if run.state == "SUCCEEDED":
+    unstarted = [step.name for step in status.steps if step.state == "not started"]
+    if unstarted:
+        click.echo(f"not started: {', '.join(unstarted)}")
+    failures = _show_failures(endpoint, status)
+    if page is not None:
+        _write_page(page, endpoint, status, failures)
+    if status.state == "SUCCEEDED":
         return
-    if run.state != "FAILED":
-        click.echo(f"run {run.display_name} was {(run.state or 'ended').lower()}", err=True)
+    if status.state != "FAILED":
+        click.echo(f"run {status.run.display_name} was {status.state.lower()}", err=True)
         sys.exit(OTHER_ERROR)
-    mendable = _show_failures(endpoint, run)
-    sys.exit(USER_ERROR if mendable else OTHER_ERROR)
+    sys.exit(USER_ERROR if all(failure.report.user_error for failure in failures) else OTHER_ERROR)
 
 
-def _show_failures(endpoint: Endpoint, run: Any) -> bool:
-    """Print why a run failed; whether a user can fix all of it."""
-    from manyeyes.kubeflow.endpoint_runs import failures_of
+def _show_failures(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
+    """Print why a run, or a step of one that goes on, failed."""
+    from manyeyes.kubeflow.run_status import failures_of
 
-    reports = failures_of(endpoint, run)
-    for report in reports:
-        click.echo(f"{report.step}: {report.error}", err=True)
+    failures = failures_of(endpoint, status)
+    for failure in failures:
+        click.echo(f"{failure.name}: {failure.report.error}", err=True)
         for field in ("found", "needed", "do"):
-            click.echo(f"  {field:<7} {getattr(report, field)}", err=True)
-    return all(report.user_error for report in reports)
+            click.echo(f"  {field:<7} {getattr(failure.report, field)}", err=True)
+        if failure.log:
+            click.echo("  its log ends with", err=True)
+        for line in failure.log:
+            click.echo(f"    {line}", err=True)
+    return failures
 
 
 # --- recurring runs ------------------------------------------------------------------------------------------------

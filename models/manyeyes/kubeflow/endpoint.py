@@ -469,12 +469,29 @@ class Endpoint:
         found = self.named(listing, "recurring_runs", name, **scope)
         return found[0] if found else None
 
+    def workflow_of(self, run_id: str) -> str | None:
+        """The Argo workflow of a run, as JSON; None where the endpoint does not hand it out.
+
+        Only the older API has it, which the API server, Kubeflow's UI and its gateway all serve.
+        """
+        url = f"{self.settings.url}/apis/v1beta1/runs/{quote(run_id)}"
+        try:
+            reply = self._transport.GET(url, headers=self._own_headers())
+            runtime = json.loads(reply.data).get("pipeline_runtime") or {}
+        except AnsweredError as error:
+            if error.retry:
+                raise
+            return None
+        except (ValueError, AttributeError):
+            return None
+        return str(runtime.get("workflow_manifest") or "") or None
+
     def log_of(self, run_id: str, pod: str) -> str | None:
         """The end of what a pod of a run wrote; None when the endpoint cannot say.
 
         The API server serves logs itself (``ReadRunLogV1`` in kubeflow/pipelines, backend/src/apiserver/main.go), from
         the pod or, once that is gone, from the log archive; Kubeflow's UI, where the gateway lets only it through,
-        under another path.
+        under another path, which takes the pod's name and not the id of Argo's node.
         """
         base = self.settings.url
         query = {"podname": pod, "runid": run_id}
@@ -484,16 +501,22 @@ class Endpoint:
             f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log",
             f"/k8s/pod/logs?{urlencode(query)}",
         )
+        for path in paths:
+            try:
+                reply = self._transport.once("GET", base + path, headers=self._own_headers())
+            except EndpointError:
+                continue
+            # Kubeflow's UI answers a path that it does not know with its front page, and the API server says in the
+            # log's place why it has none: the answer has begun by then.
+            is_page = "html" in (reply.getheader("Content-Type") or "")
+            if reply.status == 200 and reply.data and not is_page and not reply.data.startswith(b'{"error_message":'):
+                return bytes(reply.data[-_LOG_BYTES:]).decode(errors="replace")
+        return None
+
+    def _own_headers(self) -> dict[str, str]:
+        """What signs in where the generated client does not ask."""
         headers: dict[str, str] = {}
         if self.settings.cookie:
             headers["Cookie"] = self.settings.cookie
         self._client.update_params_for_auth(headers, [], ["Bearer"])
-        for path in paths:
-            try:
-                reply = self._transport.once("GET", base + path, headers=headers)
-            except EndpointError:
-                continue
-            # Kubeflow's UI answers a path that it does not know with its front page.
-            if reply.status == 200 and reply.data and "html" not in (reply.getheader("Content-Type") or ""):
-                return bytes(reply.data[-_LOG_BYTES:]).decode(errors="replace")
-        return None
+        return headers

@@ -1,14 +1,10 @@
-"""Runs on an endpoint: parameters by name, starting one exactly once, following it, and why it failed."""
+"""Runs on an endpoint: parameters by name, starting one exactly once, finding one."""
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,19 +12,12 @@ import yaml
 from kfp_server_api import models
 
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
-from manyeyes.harness.events import ErrorReport, find_error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.recipe import load_recipe, parse_overrides
 
 EXPERIMENT = "manyeyes"
-ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
-# Nodes of the backend's own that stand beside every task.
-_MACHINERY = re.compile(r"^(root|.*-driver|executor(\(\d+\))?|iteration-.*|.*\(\d+\)|[0-9a-f-]{36})$")
-_MOST_LOGS = 16
 # Linux allows 131,072 bytes for an argument; JSON inside JSON doubles quotes.
 _MAX_VALUE_BYTES = 65_536
-# How long an endpoint may be away while a run is followed.
-_PATIENCE_S = 600.0
 
 
 def find_pipeline_version(endpoint: Endpoint, name: str, version: str = "") -> models.V2beta1PipelineVersion:
@@ -218,6 +207,13 @@ def list_runs(endpoint: Endpoint) -> list[models.V2beta1Run]:
     return list(answer.runs or [])
 
 
+def state_of(run: models.V2beta1Run) -> str:
+    """What became of a run: Kubeflow's word, but for one that somebody ended, which it calls FAILED in the end."""
+    state = str(run.state or "PENDING")
+    asked_to_end = any(past.state == "CANCELING" for past in run.state_history or ())
+    return "CANCELED" if state == "FAILED" and asked_to_end else state
+
+
 def find_run(endpoint: Endpoint, name_or_id: str) -> models.V2beta1Run:
     """A run by id or name.
 
@@ -230,145 +226,3 @@ def find_run(endpoint: Endpoint, name_or_id: str) -> models.V2beta1Run:
             f'run is "{name_or_id}"', "a run of this endpoint", "List them with: manyeyes pipeline status"
         )
     return run
-
-
-@dataclass
-class TaskState:
-    """One task of a run.
-
-    Attributes:
-        name: As the pipeline calls it.
-        state: PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELED or CANCELING.
-        seconds: How long it took, or has taken.
-    """
-
-    name: str
-    state: str
-    seconds: float | None = None
-
-
-def task_states(run: models.V2beta1Run) -> list[TaskState]:
-    """The tasks of a run in order of their start, without the backend's own machinery.
-
-    Iterations of a loop have the same name: the second is called ``NAME #2``, and so on.
-    """
-    details = (run.run_details.task_details if run.run_details else None) or []
-    shown = [task for task in details if task.display_name and not _MACHINERY.match(task.display_name)]
-    far = datetime.max.replace(tzinfo=UTC)
-    shown.sort(key=lambda task: (_moment(task.start_time) or far, task.task_id or ""))
-    states = []
-    times: Counter[str] = Counter()
-    for task in shown:
-        if _moment(task.start_time) is None and (task.state or "PENDING") == "PENDING":
-            continue
-        started, ended = _moment(task.start_time), _moment(task.end_time)
-        seconds = (ended - started).total_seconds() if started and ended and ended >= started else None
-        times[task.display_name] += 1
-        number = times[task.display_name]
-        name = task.display_name if number == 1 else f"{task.display_name} #{number}"
-        states.append(TaskState(name, task.state or "PENDING", seconds))
-    return states
-
-
-def _moment(value: datetime | None) -> datetime | None:
-    # The backend writes "not yet" as 1970.
-    return value if value is not None and value.year > 1970 else None
-
-
-@dataclass
-class _Seen:
-    tasks: dict[str, str] = field(default_factory=dict)
-    state: str = ""
-
-
-def follow_run(
-    endpoint: Endpoint, run_id: str, *, say: Callable[[str], None], poll_s: float = 5.0
-) -> models.V2beta1Run:
-    """Say each change of a run's tasks until it ends.
-
-    Args:
-        endpoint: Where it runs.
-        run_id: The run.
-        say: Shows one line.
-        poll_s: Seconds between two looks.
-
-    Returns:
-        The run in its last state.
-
-    Raises:
-        EndpointError: The endpoint was away for ten minutes; the run goes on.
-    """
-    seen = _Seen()
-    away_since: float | None = None
-    while True:
-        try:
-            run = endpoint.runs.run_service_get_run(run_id)
-        except EndpointError as error:
-            if not error.retry:
-                raise
-            now = time.monotonic()
-            if away_since is None:
-                away_since = now
-                say(f"{_clock()}  {error.found}; waiting for it")
-            if now - away_since > _PATIENCE_S:
-                raise
-            time.sleep(poll_s)
-            continue
-        away_since = None
-        for task in task_states(run):
-            if seen.tasks.get(task.name) != task.state:
-                seen.tasks[task.name] = task.state
-                took = f"  {task.seconds:,.0f} s" if task.seconds is not None and task.state in ENDED else ""
-                say(f"{_clock()}  {task.name:<28} {task.state.lower()}{took}")
-        state = run.state or "PENDING"
-        if state != seen.state:
-            seen.state = state
-            say(f"{_clock()}  run {run.display_name}: {state.lower()}")
-        if state in ENDED:
-            return run
-        time.sleep(poll_s)
-
-
-def _clock() -> str:
-    return f"{datetime.now():%H:%M:%S}"
-
-
-def failures_of(endpoint: Endpoint, run: models.V2beta1Run) -> list[ErrorReport]:
-    """Why a run failed, as its failed steps said it.
-
-    A step that fails writes ``error.json``, which the backend does not keep (a failed task's outputs are not uploaded),
-    and the same as one line of its log, which the API server hands out. The API names a failed task's pods among the
-    children of the failed nodes only; ``error`` and ``pod_name`` of a task are never set
-    (https://github.com/kubeflow/pipelines/issues/14007), but are taken where they are.
-    """
-    details = (run.run_details.task_details if run.run_details else None) or []
-    failed = [task for task in details if task.state == "FAILED"]
-    pods: dict[str, None] = {}
-    for task in failed:
-        for pod in (task.pod_name, *(child.pod_name for child in task.child_tasks or [])):
-            if pod:
-                pods[pod] = None
-    reports: list[ErrorReport] = []
-    for pod in list(pods)[:_MOST_LOGS]:
-        report = find_error_line(endpoint.log_of(run.run_id, pod) or "")
-        if report is not None and report not in reports:
-            reports.append(report)
-    return reports or [_reported_by_backend(run, failed)]
-
-
-def _reported_by_backend(run: models.V2beta1Run, failed: Sequence[models.V2beta1PipelineTaskDetail]) -> ErrorReport:
-    tasks = [task for task in failed if not _MACHINERY.match(task.display_name or "")]
-    messages = [task.error.message for task in (*tasks, *failed) if task.error and task.error.message]
-    if run.error is not None and run.error.message:
-        messages.append(run.error.message)
-    name = tasks[-1].display_name if tasks else run.display_name
-    return ErrorReport(
-        step=name,
-        error="TaskFailed",
-        found=messages[0] if messages else f"{name} failed without a word that the endpoint hands out",
-        needed="a task that ends well, or the log of its pod",
-        do="Out of memory, an image that cannot be pulled and a deleted pod leave no log. Look at: "
-        f"kubectl get pods -l pipeline/runid={run.run_id}, then kubectl describe pod NAME",
-        retry=True,
-        user_error=False,
-    )

@@ -4,7 +4,21 @@ A caller prepares plain data and names a template. There is one stylesheet, one 
 file without scripts or references: Kubeflow shows it in a frame that may load nothing.
 """
 
-from manyeyes.pages.charts import Bar, Box, Curve, Drawing, Label, Line, Mark, Point, draw_bars, draw_curves, scatter
+from manyeyes.pages.charts import (
+    Bar,
+    Box,
+    Curve,
+    Drawing,
+    Label,
+    Line,
+    Mark,
+    Point,
+    Stretch,
+    Timeline,
+    draw_bars,
+    draw_curves,
+    scatter,
+)
 from manyeyes.pages.rendering import (
     NONE,
     Picture,
@@ -34,8 +48,10 @@ __all__ = [
     "Mark",
     "Picture",
     "Point",
+    "Stretch",
     "Table",
     "Text",
+    "Timeline",
     "amount",
     "draw_bars",
     "draw_curves",

@@ -63,6 +63,43 @@ class Bar:
         return round(min(100.0, max(0.0, 100 * (value - low) / (high - low))), 2)
 
 
+class Stretch(NamedTuple):
+    """A part of a timeline's row, from one second to another; ``kind`` says its colour."""
+
+    start: float
+    end: float
+    kind: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What happened when, one row a thing.
+
+    Attributes:
+        rows: What stands at the left, its stretches, what stands at the right and the colour of that.
+        seconds: How long all of it took: where the right edge is.
+    """
+
+    rows: Sequence[tuple[str, Sequence[Stretch], str, str]]
+    seconds: float
+
+    def at(self, second: float) -> float:
+        """Where a second stands, in percent of the line."""
+        return round(min(100.0, max(0.0, 100 * second / max(self.seconds, 1.0))), 2)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Four or five moments: where they stand in percent, and in words."""
+        steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+        step = next((step for step in steps if self.seconds / step <= 5), round(self.seconds / 5))
+        return [(self.at(second), _clock(second)) for second in range(0, int(self.seconds) + 1, step)]
+
+
+def _clock(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 class Point(NamedTuple):
     """One point of a scatter plot; ``kind`` says its colour, and without a ``sign`` it is a dot."""
 
