@@ -90,7 +90,7 @@ def train(
         checkpoint = trained.output
         torch_scores = evaluate(
             kind="torch", model=checkpoint, registry_model=model_name, pinned=pinned
-        ).set_display_name("evaluate torch")
+        ).set_display_name("evaluate the checkpoint")
         exported = export_onnx(checkpoint=checkpoint, pinned=pinned)
         bundle_scores = evaluate(
             kind="bundle",
@@ -98,7 +98,7 @@ def train(
             other_scorecard=torch_scores.outputs["scorecard"],
             registry_model=model_name,
             pinned=pinned,
-        ).set_display_name("evaluate bundle")
+        ).set_display_name("evaluate the bundle")
         evidence = {
             "validation": validation,
             "scorecard": torch_scores.outputs["scorecard"],
