@@ -203,7 +203,7 @@ def test_driver_that_fails_or_cannot_start_is_shown_as_its_step_or_group() -> No
     step_driver = argo.driver(SFT, "Pending", message=no_node)
     assert ("sft", "waiting: no node fits: 0/1 nodes are available: 1 Insufficient memory.") in told([step_driver])
     failed = argo.driver(SFT, "Failed", message="main: Error (exit code 1)")
-    assert ("sft", "failed  10 s: exit code 1") in told([failed], phase="Failed")
+    assert ("sft", "failed  10 s: Kubeflow's driver failed: exit code 1") in told([failed], phase="Failed")
     group = argo.node(
         "root.exit-handler-1-driver", "Failed", message="main: Error (exit code 1)", templateName="system-dag-driver"
     )
@@ -292,15 +292,23 @@ def test_reason_of_an_earlier_attempt_is_taken_where_the_last_one_left_none(
     assert failure.report == REFUSAL
 
 
+DRIVER_LOG = """\
+I1128 21:04:23.485212      17 main.go:333] input ComponentSpec:{
+  "executorLabel": "exec-sft"
+}
+F1128 21:04:23.522401      17 main.go:127] KFP driver: failed to init podSpecPatch: quantities must match
+"""
+
+
 def test_log_of_a_driver_that_failed_is_shown(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
     failed = argo.driver(SFT, "Failed", message="main: Error (exit code 1)")
     kubeflow.workflows[run.run_id] = [argo.manifest([failed], phase="Failed")]
-    kubeflow.logs[run.run_id, pod(f"{SFT}-driver", "system-container-driver")] = "F1128 driver: no such bucket\n"
+    kubeflow.logs[run.run_id, pod(f"{SFT}-driver", "system-container-driver")] = DRIVER_LOG
     (failure,) = failures_of(endpoint, read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id)))
-    assert (failure.name, failure.report.found) == ("sft", "exit code 1")
-    assert failure.log == ["F1128 driver: no such bucket"]
+    assert (failure.name, failure.report.found) == ("sft", "Kubeflow's driver failed: exit code 1")
+    assert failure.log == [DRIVER_LOG.splitlines()[-1]]
 
 
 def test_of_a_log_only_what_the_step_wrote_is_shown(endpoint: Endpoint, kubeflow: Kubeflow) -> None:

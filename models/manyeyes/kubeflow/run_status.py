@@ -19,7 +19,7 @@ from manyeyes.pages import duration
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 _MOST_LOGS = 16
-_LOG_LINES, _LOG_CHARACTERS = 10, 300
+_LOG_LINES, _LOG_CHARACTERS = 10, 800
 # What Kubeflow's launcher and the SDK's executor write around a step's own lines: all that it was given, as JSON, too.
 _LAUNCHER = re.compile(r"[IWEF]\d{4} \S+ +\d+ \S+\.go:\d+\]|\[KFP Executor \S+ \S+ INFO\]")
 _EXECUTOR_INPUT = re.compile(r"^\[KFP Executor [^\n]*Got executor_input:\n\{\n.*?^\}$", re.MULTILINE | re.DOTALL)
@@ -188,7 +188,7 @@ def failures_of(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
         log = _log_of(endpoint, status, step)
         said = find_error_line(log)
         failures.append(
-            Failure(step.name, said) if said else Failure(step.name, _in_words(status, step), _last_lines(log))
+            Failure(step.name, said) if said else Failure(step.name, _in_words(status, step), _last_lines(step, log))
         )
     if not failures and status.state == "FAILED":
         failures.append(Failure(status.run.display_name or "", _said_by_backend(status)))
@@ -220,11 +220,12 @@ def _pods_of_task(run: models.V2beta1Run, task_id: str) -> list[str]:
     return list(pods)
 
 
-def _last_lines(log: str) -> list[str]:
-    """The last lines of a step's own; where it wrote none, errors of Kubeflow's launcher or driver."""
+def _last_lines(step: StepStatus, log: str) -> list[str]:
+    """The last lines of a step's own; where it wrote none, and of a driver, the errors of Kubeflow's program."""
     lines = [line for line in _EXECUTOR_INPUT.sub("", log).splitlines() if line.strip()]
-    own = [line for line in lines if not _LAUNCHER.match(line)]
-    errors = [line for line in lines if line[0] in "EF"]
+    of_driver = bool(step.attempts) and step.attempts[-1].is_driver
+    own = [] if of_driver else [line for line in lines if not _LAUNCHER.match(line)]
+    errors = [line for line in lines if _LAUNCHER.match(line) and line[0] in "EF"]
     return [line.rstrip()[:_LOG_CHARACTERS] for line in (own or errors or lines)[-_LOG_LINES:]]
 
 

@@ -63,6 +63,7 @@ class Attempt:
         started: When Argo made it; None where it did not.
         ended: When it ended.
         reason: Why it waits or failed; None where there is nothing to say.
+        is_driver: Whether it is Kubeflow's own pod, which prepares the step's.
     """
 
     pod: str
@@ -70,6 +71,7 @@ class Attempt:
     started: datetime | None = None
     ended: datetime | None = None
     reason: Reason | None = None
+    is_driver: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,8 @@ def _step_status(workflow: Workflow, path: Path, planned: _Planned) -> StepStatu
     elif drivers and (last := _attempt(workflow, drivers[-1], "")).state != "succeeded":
         state, reason = ("starting" if last.state == "running" else last.state), last.reason
         attempts = [last] if state in ("failed", "stopped") else []
+        if state == "failed" and reason is not None:
+            reason = replace(reason, text=f"Kubeflow's driver failed: {reason.text}")
     elif given.get("condition") == "false" or "Skipped" in around:
         state = "skipped"
     elif given.get("cached-decision") == "true":
@@ -350,7 +354,8 @@ def _attempt(workflow: Workflow, node: Node, limit: str) -> Attempt:
     else:
         state = "waiting" if reason else "starting"
     ended = _moment(node.get("finishedAt")) if phase not in ("Running", "Pending") else None
-    return Attempt(_pod_name(workflow, node), state, _moment(node.get("startedAt")), ended, reason)
+    is_driver = node.get("templateName") in _DRIVERS
+    return Attempt(_pod_name(workflow, node), state, _moment(node.get("startedAt")), ended, reason, is_driver)
 
 
 def _pod_name(workflow: Workflow, node: Node) -> str:
