@@ -70,6 +70,11 @@ def _trim_node(node: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _trim_log(log: str) -> str:
+    """Without what the driver writes of the object store."""
+    return "".join(line for line in log.splitlines(True) if "store_session_info" not in line)[-_LOG_CHARACTERS:]
+
+
 def record(run_id: str, out: Path) -> None:
     """Record a run of the endpoint that the environment names."""
     from manyeyes.kubeflow.endpoint import Endpoint, EndpointSettings
@@ -80,7 +85,7 @@ def record(run_id: str, out: Path) -> None:
         plain = endpoint._client.sanitize_for_serialization(run)
         manifest = json.loads(endpoint.workflow_of(run_id) or "{}")
         pods = [attempt.pod for step in read_status(endpoint, run).steps for attempt in step.attempts]
-        logs = {pod: (endpoint.log_of(run_id, pod) or "")[-_LOG_CHARACTERS:] for pod in pods}
+        logs = {pod: _trim_log(endpoint.log_of(run_id, pod) or "") for pod in pods}
     kept = {"run": trim_run(plain), "workflow": trim_workflow(manifest), "logs": {k: v for k, v in logs.items() if v}}
     text = json.dumps(kept, separators=(",", ":")).replace("localhost/", "registry.example/")
     out.write_text(text + "\n", encoding="utf-8")

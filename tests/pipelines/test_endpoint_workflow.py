@@ -518,3 +518,16 @@ def test_real_tasks_without_the_workflow_hide_the_machinery_too(endpoint: Endpoi
         "summarise run",
         "validate data",
     ]
+
+
+def test_real_pod_that_was_deleted_is_tried_again_and_a_drivers_error_is_shown(
+    manyeyes: Callable[..., Answer], kubeflow: Kubeflow
+) -> None:
+    answer = manyeyes("pipeline", "status", replay(kubeflow, "tried_again"))
+    assert answer.out.splitlines()[1:] == [
+        "  evaluate                     failed  6 s: Kubeflow's driver failed: exit code 1",
+        "  pretrain projector           succeeded  2 min 25 s, attempt 2",
+        "  train clip+convnext          succeeded  17 s",
+    ]
+    (shown,) = [line for line in answer.err.splitlines() if line.startswith("    ")]
+    assert "failed to init podSpecPatch: quantities must match the regular expression" in shown

@@ -26,7 +26,7 @@ def render_status(status: RunStatus, failures: Sequence[Failure], *, ui: str = "
     begun = min((step.started for step in status.steps if step.started), default=None)
     ends = [step.ended if step.ended and step.state in OVER else now for step in status.steps if step.started]
     took = (max(ends) - begun).total_seconds() if begun and ends else 0.0
-    tried = sum(len(step.attempts) for step in status.steps)
+    tried = sum(not attempt.is_driver for step in status.steps for attempt in step.attempts)
     link = f"{ui}/#/runs/details/{run.run_id}" if ui else ""
     rows = [("result", status.state.lower()), ("run", run.run_id), ("said by Argo", status.message)]
     if begun is not None:
