@@ -31,7 +31,7 @@ def _driver(name: str, template: str, depends: str = "", **spec: Any) -> dict[st
     return {**task, "arguments": {"parameters": [{"name": "task", "value": json.dumps(spec)}]}}
 
 
-def _step(name: str, depends: str = "", *, retries: bool = False, **spec: Any) -> list[dict[str, Any]]:
+def make_step(name: str, depends: str = "", *, retries: bool = False, **spec: Any) -> list[dict[str, Any]]:
     executor = ("retry-" if retries else "") + "system-container-executor"
     return [
         _driver(name, "system-container-driver", depends, **spec),
@@ -50,10 +50,10 @@ TEMPLATES: dict[str, list[dict[str, Any]]] = {
         "exit-handler-1", "comp-exit-handler-1", hooks={"exit": {"template": "exit-hook-root-summarise-run"}}
     ),
     "comp-exit-handler-1": [
-        *_step("evaluate-2", "sft.Succeeded", taskInfo={"name": "evaluate the bundle"}),
+        *make_step("evaluate-2", "sft.Succeeded", taskInfo={"name": "evaluate the bundle"}),
         {"name": "for-loop-1", "template": "comp-for-loop-1-for-loop-1-iterator", "depends": "resolve-data.Succeeded"},
-        *_step("resolve-data"),
-        *_step("sft", "for-loop-1.Succeeded", retries=True),
+        *make_step("resolve-data"),
+        *make_step("sft", "for-loop-1.Succeeded", retries=True),
     ],
     "comp-for-loop-1-for-loop-1-iterator": [
         _driver("iteration", "system-dag-driver"),
@@ -64,8 +64,8 @@ TEMPLATES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "comp-for-loop-1-iteration": _group("iteration-item", "comp-for-loop-1"),
-    "comp-for-loop-1": _step("prealign-encoder"),
-    "exit-hook-root-summarise-run": _step("summarise-run"),
+    "comp-for-loop-1": make_step("prealign-encoder"),
+    "exit-hook-root-summarise-run": make_step("summarise-run"),
 }
 
 

@@ -69,6 +69,36 @@ def test_steps_that_never_started_are_said_to_be_so_in_the_order_of_the_pipeline
     ]
 
 
+def test_item_of_an_empty_loop_has_nothing_to_do() -> None:
+    nothing = argo.step(f"{ITERATION.format(0)}.prealign-encoder", "Succeeded", at=70, inputs={"encoder": ""})
+    assert ("prealign encoder (nothing to do)", "succeeded  45 s") in told([*RESOLVED, *nothing])
+
+
+@pytest.mark.parametrize(
+    ("component", "inputs", "name"),
+    [
+        ("train-trial", {"variant": '{"encoders":["clip","convnext"]}'}, "train clip+convnext"),
+        (
+            "train-trial",
+            {"variants": '{"encoders":["clip"]}\n{"changes":{"model.fusion.strategy":"sum"}}\n{"encoders":["dino"]}'},
+            "train clip and 2 more",
+        ),
+        ("train-trial", {"variants": "of a later version"}, "train of a later version"),
+        ("train-trial", {"variants": ""}, "train trial (nothing to do)"),
+        ("score-benchmark-3", {"benchmark": "easy-vqa"}, "score easy-vqa"),
+        ("advance-search-2", {"round_number": 2.0}, "advance search, round 2"),
+        ("advance-search", {"round_number": 0}, "advance search, round 0"),
+    ],
+)
+def test_steps_of_a_loop_are_called_by_what_they_work_on(
+    component: str, inputs: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = component.rstrip("-0123456789")
+    only = argo.make_step(component, taskInfo={"name": own})
+    monkeypatch.setitem(argo.TEMPLATES, "comp-exit-handler-1", only)
+    assert name in dict(told(argo.step(f"{GROUP}.{component}", "Running", inputs=inputs)))
+
+
 def test_workflow_without_any_node_lists_what_there_will_be() -> None:
     assert {words for _, words in told([], phase="")} == {"not started"}
     assert len(told([], phase="")) == 5

@@ -37,10 +37,11 @@ _NUMBER = re.compile(r"\((\d+)\)$")
 _DRIVERS = ("system-container-driver", "system-dag-driver")
 # How people call a step that is told apart by what it works on: the parameter that says so, and the words around it.
 _TOLD_APART = {
-    "prealign_encoder": ("encoder", "prealign {}"),
-    "score_benchmark": ("benchmark", "score {}"),
-    "train_trial": ("variant", "train {}"),
-    "advance_search": ("round_number", "advance search, round {}"),
+    "prealign_encoder": (("encoder",), "prealign {}"),
+    "score_benchmark": (("benchmark",), "score {}"),
+    # One variant each, in versions before batches.
+    "train_trial": (("variants", "variant"), "train {}"),
+    "advance_search": (("round_number",), "advance search, round {}"),
 }
 
 # In the API's list of tasks, which has every node of the workflow.
@@ -417,25 +418,31 @@ def is_machinery(task: str) -> bool:
 def _name(path: Path, task: Mapping[str, Any], component: str, arguments: Mapping[str, Any]) -> str:
     name = _plain_name(path[-1], task)
     iterations = [int(number[1]) + 1 for part in path if (number := _NUMBER.search(part))]
-    parameter, words = _TOLD_APART.get(component, ("", ""))
+    parameters, words = _TOLD_APART.get(component, ((), ""))
+    parameter = next((each for each in parameters if each in arguments), "")
     value = arguments.get(parameter)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if parameter == "variant":
-        value = _variant(value)
+    if component == "train_trial" and value:
+        value = _variants(value)
     if value not in (None, ""):
         return words.format(value)
+    if parameter in arguments:
+        # A loop of nothing has one item, which is empty.
+        return f"{name} (nothing to do)"
     return " ".join([name, *(str(number) for number in iterations)])
 
 
-def _variant(text: Any) -> str:
-    """A variant in a few characters; it travels as JSON."""
+def _variants(text: str) -> str:
+    """Variants in a few characters; they travel as JSON, one a line."""
     from manyeyes.search.variant import parse_variant
 
+    first, *more = str(text).split("\n")
     try:
-        return parse_variant(str(text)).label if text else ""
+        name = parse_variant(first).label if first else ""
     except ManyEyesError:  # of a later version
-        return str(text)[:40]
+        name = first[:40]
+    return f"{name} and {len(more)} more" if more else name
 
 
 def tell_apart(steps: Sequence[StepStatus]) -> list[StepStatus]:
