@@ -3,11 +3,16 @@
 A step is a pure function with plain values and paths in and a ``StepResult`` out. ``run_step`` calls it the same way
 from a Kubeflow component, from ``manyeyes run`` and from ``manyeyes step``.
 
-Kubeflow 2.17 retries a failed task whatever its exit code was: ``retryPolicy`` has a count and pauses
-(backend/src/v2/compiler/argocompiler of kubeflow/pipelines), and its launcher turns every exit code into 1. So a step
-that fails with an error that only the user can fix leaves a note beside the running checkpoints, and a further attempt
-at the same task ends at once with the same error, before anything is imported or fetched. Attempts at one task share
-the addresses of its outputs, which nothing else has.
+Retries happen in the step's own pod. Kubeflow's API has a count and pauses (``set_retry``) but no policy
+(https://github.com/kubeflow/pipelines/issues/13386), and the settings that Kubeflow ships for its workflow controller
+turn what it compiles into "on an error of the machinery": a step that fails is not tried again. So a step that fails
+with what may be gone by the next time (a network, a storage, a lost process, a defect; never what only the user can
+fix) pauses and starts itself anew, in a fresh process.
+
+Where the controller does retry failed pods, a further pod makes one attempt alone. A step that fails with an error that
+only the user can fix leaves a note beside the running checkpoints, and a further pod of the same task ends at once with
+the same error, before anything is imported or fetched. Attempts at one task share the addresses of its outputs, which
+nothing else has.
 
 A step also ends with the runner that started it.
 """
@@ -20,13 +25,14 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,8 +55,51 @@ from manyeyes.pages import markdown_table, step_page
 from manyeyes.storage import wait_for_release, write_file
 from manyeyes.terminal import replace_unknown_characters
 
-# Seconds that a note counts; a profile with retries sets it. A run that somebody retries by hand later starts afresh.
-WINDOW = "MANYEYES_RETRY_WINDOW_S"
+# Seconds before the second attempt, the third, and so on: "60,120". A profile with retries sets it.
+RETRIES = "MANYEYES_RETRIES"
+# How often this process has started itself anew.
+_ATTEMPT = "MANYEYES_ATTEMPT"
+# Kubeflow's launcher has it where the controller makes another pod for a task.
+_POD_ATTEMPT = "KFP_RETRY_INDEX"
+
+
+def retry_pauses() -> list[float]:
+    """Seconds before each further attempt; empty where none is wanted."""
+    return [float(pause) for pause in os.environ.get(RETRIES, "").split(",") if pause]
+
+
+def _attempt() -> int:
+    return int(os.environ.get(_ATTEMPT) or 0)
+
+
+def _is_further_pod() -> bool:
+    return os.environ.get(_POD_ATTEMPT, "") not in ("", "0")
+
+
+def _start_anew(record: ErrorReport, error: Exception) -> None:
+    """Pause and run this very command again, where a further attempt is wanted and may go better; else come back."""
+    pauses, attempt = retry_pauses(), _attempt()
+    if (record.user_error and not record.retry) or attempt >= len(pauses) or _is_further_pod():
+        return
+    traceback.print_exception(error)
+    sys.stderr.write(
+        f"{record.step} failed ({record.found}): attempt {attempt + 2} of {len(pauses) + 1} in {pauses[attempt]:g} s\n"
+    )
+    time.sleep(pauses[attempt])
+    os.environ[_ATTEMPT] = str(attempt + 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _remove_leftovers(paths: Iterable[Path]) -> None:
+    """What the attempt before this one left of its outputs."""
+    if _attempt():
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remember_refusal(address: str, report: ErrorReport) -> None:
@@ -66,7 +115,8 @@ def earlier_refusal(address: str) -> ErrorReport | None:
     note = _note(address)
     if note is None or not note.is_file():
         return None
-    if time.time() - note.stat().st_mtime > float(os.environ[WINDOW]):
+    if not _is_further_pod():
+        # Somebody retries the run by hand, once they have fixed it.
         note.unlink(missing_ok=True)
         return None
     return ErrorReport.model_validate_json(note.read_text(encoding="utf-8"))
@@ -74,7 +124,7 @@ def earlier_refusal(address: str) -> ErrorReport | None:
 
 def _note(address: str) -> Path | None:
     workdir = os.environ.get("MANYEYES_WORKDIR")
-    if not address or not workdir or not os.environ.get(WINDOW):
+    if not address or not workdir or not retry_pauses():
         return None
     return Path(workdir) / "refusals" / f"{hashlib.sha256(address.encode()).hexdigest()[:32]}.json"
 
@@ -278,6 +328,7 @@ def run_step(
         import_seconds = _import_all(step.imports)
         with _tracking(step, name) as log:
             paths = {key: Path(artifact.path) for key, artifact in outputs.items()}
+            _remove_leftovers(paths.values())
             emit("progress", name, figure="working", import_seconds=import_seconds)
             started = time.perf_counter()
             result = step.function(Reporter(name, log), **arguments, **paths)
@@ -378,6 +429,7 @@ def _stop_if_refused(*, report: OutputArtifact, notes: OutputArtifact | None) ->
 
 def _report_failure(name: str, error: Exception, *, report: OutputArtifact, notes: OutputArtifact | None) -> None:
     record = describe_failure(name, error)
+    _start_anew(record, error)
     _tell_failure(record, folder=Path(report.path).parent, notes=notes)
     sys.stderr.write(f"{name} failed: {error}\n")
     if record.user_error:

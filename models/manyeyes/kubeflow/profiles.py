@@ -15,7 +15,7 @@ from kfp import dsl, kubernetes
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from manyeyes.errors import PipelineError, did_you_mean
-from manyeyes.harness.base import WINDOW
+from manyeyes.harness.base import RETRIES
 from manyeyes.strict import StrictModel
 
 FOLDER = Path("infra") / "profiles"
@@ -74,16 +74,16 @@ class Toleration(StrictModel):
 
 
 class Retries(StrictModel):
-    """How often Kubernetes starts a failed step again."""
+    """How often a failed step is tried again."""
 
     count: int = Field(ge=0, le=10, description="Further attempts after the first.")
     backoff_s: int = Field(default=60, ge=0, description="Seconds before the second attempt.")
     factor: int = Field(default=2, ge=1, description="By how much the pause grows with each attempt.")
 
     @property
-    def pauses_s(self) -> int:
-        """All pauses together, in seconds."""
-        return sum(self.backoff_s * self.factor**attempt for attempt in range(self.count))
+    def pauses(self) -> list[int]:
+        """Seconds before each further attempt."""
+        return [self.backoff_s * self.factor**attempt for attempt in range(self.count)]
 
 
 class StepSettings(StrictModel):
@@ -99,10 +99,12 @@ class StepSettings(StrictModel):
     )
     node_selector: dict[str, str] | None = Field(default=None, description="Labels that a node must have.")
     tolerations: list[Toleration] | None = Field(default=None, description="Taints that pods put up with.")
-    timeout_s: int | None = Field(default=None, gt=0, description="Seconds before Kubernetes ends a pod.")
+    timeout_s: int | None = Field(
+        default=None, gt=0, description="Seconds before Kubernetes ends a pod, with all attempts in it."
+    )
     retries: Retries | None = Field(
         default=None,
-        description="Attempts after a failure that is not the user's (those fail again at once). Needs timeout_s.",
+        description="Attempts after a failure that is not the user's, in the step's own pod. Needs timeout_s.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Further environment variables.")
 
@@ -259,10 +261,6 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 # kfp reads the annotations themselves: no future import here.
 
 
-# Between the end of a pause and the first line of the next attempt.
-_POD_START_S = 600
-
-
 def apply_profile(documents: list[dict[str, Any]], profile: Profile) -> list[dict[str, Any]]:
     """Add a profile to a compiled pipeline, its nested pipelines included.
 
@@ -374,9 +372,9 @@ def _set_up(task: Any, profile: Profile, settings: StepSettings) -> None:
         retries = settings.retries
         # Argo counts this from the start of the first attempt and ends a running pod by it, and the SDK's default is an
         # hour (https://github.com/argoproj/argo-workflows/issues/13044): all attempts and pauses must fit in.
-        longest = (retries.count + 1) * (settings.timeout_s or 0) + retries.pauses_s
+        longest = (retries.count + 1) * (settings.timeout_s or 0) + sum(retries.pauses)
         task.set_retry(retries.count, f"{retries.backoff_s}s", float(retries.factor), f"{longest}s")
-        env.setdefault(WINDOW, str(retries.pauses_s + _POD_START_S))
+        env.setdefault(RETRIES, ",".join(map(str, retries.pauses)))
     for name, value in sorted(env.items()):
         task.set_env_variable(name, value)
     # Steps of one run find each other's traces by it; see harness/events.py.
