@@ -79,7 +79,7 @@ _SETTLED: dict[str, State] = {
     "CANCELED": "stopped",
     "CANCELLED": "stopped",
 }
-# The step with which a pipeline is done: nothing of the run comes after it.
+# The step with which a pipeline is done: it needs every other one, and nothing comes after it.
 LAST_STEPS = {
     "train": "register",
     "evaluate": "merge_scorecards",
@@ -187,8 +187,11 @@ def _read_history(pipeline: str, subject: str, run_id: str, word: str, message: 
             if record.step == "register" and record.state == "finished":
                 for name in ("verdict", "model", "version", "aliases", "scores"):
                     setattr(notice, name, record.tags.get(f"manyeyes.{name}", ""))
-        if notice.state == "unknown":
-            notice.state = _state_of_steps(pipeline, latest.values())
+        # FAILED stays where an attempt failed that was made good, when a loop beside it came from the cache: nobody
+        # writes the group's end down then. Once the last step has finished, every other one has.
+        by_steps = _state_of_steps(pipeline, latest.values())
+        if notice.state == "unknown" or (notice.state == "failed" and by_steps == "succeeded"):
+            notice.state = by_steps
         failed = [record for record in latest.values() if record.state == "failed"]
         if failed and notice.state != "succeeded":
             notice.error = _read_error(failed[0].tags.get(ERROR_TAG, ""))
