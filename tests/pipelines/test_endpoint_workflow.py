@@ -255,6 +255,22 @@ def pod(path: str, template: str = "system-container-impl") -> str:
     return f"{WORKFLOW}-{template}-{argo.fnv32a(f'{WORKFLOW}.{path}')}"
 
 
+def test_workflow_and_log_are_asked_for_with_the_same_credentials(
+    manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
+    kubeflow.workflows[run.run_id] = [argo.manifest(argo.step(SFT, "Failed"), phase="Failed")]
+    kubeflow.only_ui = True
+    before = len(kubeflow.requests)
+    monkeypatch.setenv("KFP_COOKIE", "oauth2_proxy_kubeflow=abc")
+    manyeyes("pipeline", "status", run.run_id)
+    asked = kubeflow.requests[before:]
+    assert {headers.get("Cookie") for _, _, headers in asked} == {"oauth2_proxy_kubeflow=abc"}
+    assert [path.split("/")[1:3] for _, path, _ in asked][-2:] == [["apis", "v1alpha1"], ["k8s", "pod"]]
+    assert any("/apis/v1beta1/" in path for _, path, _ in asked)
+
+
 @pytest.mark.parametrize(("base", "only_ui", "token"), [("", False, ""), ("", True, ""), ("/pipeline", True, "t0ken")])
 def test_every_way_in_tells_the_same(
     manyeyes: Callable[..., Answer],

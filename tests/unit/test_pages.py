@@ -14,7 +14,7 @@ import pytest
 from jinja2 import UndefinedError
 
 import manyeyes
-from manyeyes.pages import Bar, Point, Table, Text, render, scatter, step_page
+from manyeyes.pages import Bar, Point, Table, Text, Timeline, render, scatter, step_page
 from manyeyes.pages.rendering import TEMPLATES
 from tests.page_toys import EVIL, PARTS, render_all, spoil
 
@@ -151,3 +151,14 @@ def test_histograms_of_a_column_have_bins_of_whole_numbers() -> None:
     drawing = _histogram(pd.Series([1, 1, 2, 40]))
     assert [box.title for box in drawing.boxes][:2] == ["1 to 3: 3", "4 to 6: 0"]
     assert [label.text for label in drawing.labels] == ["1", "median 2", "40"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 3.0, 59.0, 600.0, 5_000.0, 90_000.0, 3_000_000.0])
+def test_timeline_of_any_length_has_a_few_moments_in_order_and_none_at_its_edge(seconds: float) -> None:
+    ticks = Timeline([], seconds).ticks()
+    places = [place for place, _ in ticks]
+    assert 1 <= len(ticks) <= 6
+    assert places == sorted(set(places))
+    assert places[0] == 0.0
+    assert places[-1] <= 95.0
+    assert ticks[0][1] == "0:00"

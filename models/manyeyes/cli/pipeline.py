@@ -197,10 +197,11 @@ def status_command(run: str, follow: bool, poll_s: float, page: Path | None, url
 def _show_steps(status: RunStatus) -> None:
     from manyeyes.kubeflow.run_status import words_of
 
+    width = max([28, *(len(step.name) for step in status.steps)])
     for step in status.steps:
-        click.echo(f"  {step.name:<28} {words_of(step)}")
+        click.echo(f"  {step.name:<{width}} {words_of(step)}")
         if step.state == "waiting" and step.reason is not None and step.reason.do:
-            click.echo(f"  {'':<28} {step.reason.do}")
+            click.echo(f"  {'':<{width}} {step.reason.do}")
 
 
 def _write_page(page: Path, endpoint: Endpoint, status: RunStatus, failures: Sequence[Failure]) -> None:

@@ -92,7 +92,8 @@ class Timeline:
         """Four or five moments: where they stand in percent, and in words."""
         steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
         step = next((step for step in steps if self.seconds / step <= 5), round(self.seconds / 5))
-        return [(self.at(second), _clock(second)) for second in range(0, int(self.seconds) + 1, step)]
+        # The words of one at the edge would stand beyond it.
+        return [(self.at(second), _clock(second)) for second in range(0, int(0.95 * self.seconds) + 1, step)]
 
 
 def _clock(seconds: int) -> str:
