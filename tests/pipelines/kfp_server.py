@@ -343,6 +343,14 @@ def get_run_of_older_api(handler: Handler, _query: dict[str, str], _body: bytes,
     return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}, ""
 
 
+def retry_run(handler: Handler, _query: dict[str, str], _body: bytes, run_id: str) -> tuple[Any, str]:
+    run = find(handler.kubeflow.runs, "run_id", run_id)
+    if run["state"] != "FAILED":
+        raise RefusedError(500, "Workflow must be Failed/Error to retry")
+    run["state"] = "RUNNING"
+    return {}, ""
+
+
 def list_schedules(handler: Handler, query: dict[str, str], _body: bytes) -> tuple[Any, str]:
     found = filtered(handler.kubeflow.schedules, query)
     answer = {"recurringRuns": found, "total_size": len(found)} if found else {}
@@ -402,6 +410,7 @@ ROUTES: list[tuple[str, str, Callable[..., tuple[Any, str]]]] = [
     ("GET", f"{API}/recurringruns", list_schedules),
     ("POST", f"{API}/recurringruns", create_schedule),
     ("POST", f"{API}/recurringruns/([^/:]+):(enable|disable)", switch_schedule),
+    ("POST", f"{API}/runs/([^/:]+):retry", retry_run),
     ("DELETE", f"{API}/recurringruns/([^/:]+)", delete_schedule),
     ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", read_log),
     ("GET", "/k8s/pod/logs", read_log_through_ui),

@@ -138,6 +138,32 @@ def test_status_lists_runs_and_refuses_an_unknown_one(
         assert "manyeyes pipeline status" in answer.err
 
 
+def test_a_run_that_failed_goes_on_and_one_that_runs_is_left_alone(
+    manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    refused = manyeyes("pipeline", "retry", run.run_id)
+    assert refused.code == 2
+    assert "is pending" in refused.err
+    kubeflow.runs[0]["state"] = "FAILED"
+    answer = manyeyes("pipeline", "retry", run.display_name)
+    assert (answer.code, kubeflow.runs[0]["state"]) == (0, "RUNNING")
+    assert "goes on" in answer.out
+    assert kubeflow.calls("POST", ":retry$") == 1
+
+
+@pytest.mark.parametrize("takes_effect", [True, False])
+def test_a_retry_whose_answer_is_lost_is_asked_for_once(
+    manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow, takes_effect: bool
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.runs[0]["state"] = "FAILED"
+    kubeflow.faults = [Fault("POST", ":retry$", "drop", takes_effect=takes_effect)]
+    answer = manyeyes("pipeline", "retry", run.run_id)
+    assert answer.code == (0 if takes_effect else 2), answer.err
+    assert kubeflow.calls("POST", ":retry$") == 1
+
+
 def test_looking_at_an_endpoint_makes_nothing_there(
     manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.reasons import explain
-from manyeyes.kubeflow.run_status import failures_of, follow_run, read_status, words_of
+from manyeyes.kubeflow.run_status import RETRIES_OFF, failures_of, follow_run, read_status, words_of
 from manyeyes.kubeflow.workflow import StepStatus, read_workflow, steps_of
 from tests.pipelines import argo_toys as argo
 from tests.pipelines.argo_toys import GROUP, ITERATION, WORKFLOW
@@ -577,3 +577,28 @@ def test_real_pod_that_was_deleted_is_tried_again_and_a_drivers_error_is_shown(
     ]
     (shown,) = [line for line in answer.err.splitlines() if line.startswith("    ")]
     assert "failed to init podSpecPatch: quantities must match the regular expression" in shown
+
+
+@pytest.mark.parametrize(
+    ("policy", "off"),
+    [("OnError", True), ("OnTransientError", True), ("Always", False), ("OnFailure", False), ("", False)],
+)
+@pytest.mark.parametrize(("message", "worth_it"), [("main: Error (exit code 143)", True), ("OOMKilled", False)])
+def test_what_may_go_well_another_time_names_the_retry_and_says_where_the_cluster_makes_none(
+    manyeyes: Callable[..., Answer],
+    endpoint: Endpoint,
+    kubeflow: Kubeflow,
+    policy: str,
+    off: bool,
+    message: str,
+    worth_it: bool,
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
+    failed = argo.step(SFT, "Failed", at=100, message=message)
+    manifest = json.loads(argo.manifest([*argo.groups("Failed"), *RESOLVED, *failed], phase="Failed"))
+    manifest["spec"]["templateDefaults"] = {"retryStrategy": {"limit": "2", "retryPolicy": policy}} if policy else {}
+    kubeflow.workflows[run.run_id] = [json.dumps(manifest)]
+    said = manyeyes("pipeline", "status", run.run_id).err
+    assert (f"manyeyes pipeline retry {run.run_id}" in said) == worth_it
+    assert (RETRIES_OFF in said) == (worth_it and off)

@@ -52,6 +52,7 @@ WRITES = (
     "judge",
     "logits",
     "pipeline compile",
+    "pipeline retry",
     "pipeline run",
     "pipeline schedule create",
     "pipeline schedule delete",

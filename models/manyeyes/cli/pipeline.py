@@ -194,6 +194,28 @@ def status_command(run: str, follow: bool, poll_s: float, page: Path | None, url
             _write_page(page, endpoint, status, failures)
 
 
+@pipeline.command("retry")
+@click.argument("run")
+@click.option("--follow", is_flag=True, help="Show each step's state until the run ends.")
+@click.option("--poll", "poll_s", default=5.0, show_default=True, help="Seconds between two looks.")
+@_endpoint_options
+def retry_command(run: str, follow: bool, poll_s: float, url: str) -> None:
+    """Go on with RUN (a name or an id) where it failed: what went well stays, the rest runs.
+
+    It keeps its version and its parameters: for what failed outside of these, such as an evicted pod or a secret.
+    """
+    from manyeyes.kubeflow.endpoint_runs import find_run, retry_run
+
+    with _connect(url) as endpoint:
+        found = find_run(endpoint, run)
+        retry_run(endpoint, found)
+        click.echo(f"{found.display_name}  {found.run_id}  goes on")
+        if follow:
+            _follow(endpoint, found.run_id, poll_s=poll_s)
+        else:
+            click.echo(f"follow it with: manyeyes pipeline status {found.run_id} --follow")
+
+
 def _show_steps(status: RunStatus) -> None:
     from manyeyes.kubeflow.run_status import words_of
 
@@ -251,7 +273,7 @@ def _follow(endpoint: Endpoint, run_id: str, *, poll_s: float, page: Path | None
 
 def _show_failures(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
     """Print why a run, or a step of one that goes on, failed."""
-    from manyeyes.kubeflow.run_status import failures_of
+    from manyeyes.kubeflow.run_status import RETRIES_OFF, failures_of
 
     failures = failures_of(endpoint, status)
     for failure in failures:
@@ -262,6 +284,10 @@ def _show_failures(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
             click.echo("  its log ends with", err=True)
         for line in failure.log:
             click.echo(f"    {line}", err=True)
+    if status.state == "FAILED" and any(failure.report.retry for failure in failures):
+        click.echo(f"go on where it failed: manyeyes pipeline retry {status.run.run_id}", err=True)
+        if status.retries_off:
+            click.echo(RETRIES_OFF, err=True)
     return failures
 
 

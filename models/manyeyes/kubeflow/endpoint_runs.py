@@ -12,7 +12,7 @@ import yaml
 from kfp_server_api import models
 
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
-from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint, UnknownOutcomeError
 from manyeyes.recipe import load_recipe, parse_overrides
 
 EXPERIMENT = "manyeyes"
@@ -212,6 +212,28 @@ def state_of(run: models.V2beta1Run) -> str:
     state = str(run.state or "PENDING")
     asked_to_end = any(past.state == "CANCELING" for past in run.state_history or ())
     return "CANCELED" if state == "FAILED" and asked_to_end else state
+
+
+def retry_run(endpoint: Endpoint, run: models.V2beta1Run) -> None:
+    """Let a run go on where it failed: what went well stays, what failed and what was not started runs.
+
+    Raises:
+        PipelineError: It has not failed.
+        EndpointError: The endpoint refuses, or it is unknown whether the run goes on.
+    """
+    state = state_of(run)
+    if state not in ("FAILED", "CANCELED"):
+        raise PipelineError(
+            f"run {run.display_name} is {state.lower()}",
+            "a run that failed or was stopped",
+            f"Look at it: manyeyes pipeline status {run.run_id}",
+        )
+    try:
+        endpoint.runs.run_service_retry_run(run.run_id)
+    except (UnknownOutcomeError, AnsweredError):
+        # The answer was lost, or somebody else was quicker.
+        if state_of(find_run(endpoint, str(run.run_id))) not in ("PENDING", "RUNNING"):
+            raise
 
 
 def find_run(endpoint: Endpoint, name_or_id: str) -> models.V2beta1Run:

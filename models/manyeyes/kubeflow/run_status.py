@@ -37,6 +37,9 @@ _TASK_STATES: dict[str, State] = {
 }
 
 
+RETRIES_OFF = "this cluster tries no failed pod again: its workflow controller says so (docs/endpoint.md, Retries)"
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """A run and its steps.
@@ -45,11 +48,13 @@ class RunStatus:
         run: As the API tells it.
         steps: Those that started in order of their start, then the others.
         message: What Argo says of the whole run; empty where it says nothing.
+        retries_off: Whether this cluster tries no failed pod again.
     """
 
     run: models.V2beta1Run
     steps: Sequence[StepStatus]
     message: str = ""
+    retries_off: bool = False
 
     @property
     def state(self) -> str:
@@ -63,7 +68,7 @@ def read_status(endpoint: Endpoint, run: models.V2beta1Run) -> RunStatus:
     if workflow is None:
         return RunStatus(run, _steps_of_tasks(run))
     message = "" if state_of(run) in ("SUCCEEDED", "CANCELED") else workflow.message
-    return RunStatus(run, steps_of(workflow), message)
+    return RunStatus(run, steps_of(workflow), message, workflow.retries_off)
 
 
 def _steps_of_tasks(run: models.V2beta1Run) -> list[StepStatus]:

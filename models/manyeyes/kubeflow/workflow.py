@@ -125,6 +125,7 @@ class Workflow:
     stopped: bool
     message: str = ""
     names_are_ids: bool = False
+    retries_off: bool = False
 
 
 def read_workflow(text: str) -> Workflow | None:
@@ -154,7 +155,14 @@ def read_workflow(text: str) -> Workflow | None:
         stopped=bool(spec.get("shutdown")) or spec.get("activeDeadlineSeconds") == 0,
         message=str(status.get("message") or ""),
         names_are_ids=annotations.get("workflows.argoproj.io/pod-name-format") == "v1",
+        retries_off=_retries_off(spec),
     )
+
+
+def _retries_off(spec: Mapping[str, Any]) -> bool:
+    """Whether the controller's settings, merged into every template, keep failed pods from being tried again."""
+    strategy = (spec.get("templateDefaults") or {}).get("retryStrategy") or {}
+    return strategy.get("retryPolicy") in ("OnError", "OnTransientError")
 
 
 def _decompress(text: str) -> dict[str, Any]:
