@@ -178,6 +178,13 @@ REASONS = [
         "timeout_s",
         "OutOfTime",
     ),
+    (
+        'wait: Error (exit code 64): workflowtaskresults.argoproj.io is forbidden: User "system:serviceaccount:'
+        'kubeflow:small" cannot create resource "workflowtaskresults" in API group "argoproj.io" in the namespace "kubeflow"',
+        "the account small may not create workflowtaskresults",
+        "--service-account",
+        "Forbidden",
+    ),
     ("main: Error (exit code 137)", "killed (exit code 137)", "memory_limit", "Killed"),
     ("main: Error (exit code 1)", "exit code 1", "", "TaskFailed"),
     ("init: Error (exit code 2): no such file", "init: Error (exit code 2): no such file", "", "TaskFailed"),

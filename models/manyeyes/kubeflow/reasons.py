@@ -35,6 +35,7 @@ class Reason:
 _ALL_IS_WELL = ("ContainerCreating", "PodInitializing")
 _NO_IMAGE = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _EXIT = re.compile(r"\(exit code (\d+)\)")
+_FORBIDDEN = re.compile(r'is forbidden: User "([^"]+)" cannot (\w+) resource "([^"]+)"')
 _KILLED, _TERMINATED = "137", "143"
 
 
@@ -111,6 +112,15 @@ def explain(message: str, *, memory_limit: str = "") -> Reason | None:
             error="PodDeleted",
             retry=True,
             from_outside=True,
+        )
+    if forbidden := _FORBIDDEN.search(message):
+        return Reason(
+            f"the account {forbidden[1].rpartition(':')[2]} may not {forbidden[2]} {forbidden[3]}",
+            "an account with the rights that a run's pods need",
+            "Start it with --service-account manyeyes-runs, or give this account the role of "
+            "infra/k8s/base/runs/access.yaml.",
+            error="Forbidden",
+            user_error=True,
         )
     if re.search(r"longer than the specified deadline|exceeded (its|workflow) deadline|DeadlineExceeded", message):
         return Reason(
