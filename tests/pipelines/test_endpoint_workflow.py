@@ -180,7 +180,7 @@ REASONS = [
     ),
     (
         'wait: Error (exit code 64): workflowtaskresults.argoproj.io is forbidden: User "system:serviceaccount:'
-        'kubeflow:small" cannot create resource "workflowtaskresults" in API group "argoproj.io" in the namespace "kubeflow"',
+        'kubeflow:small" cannot create resource "workflowtaskresults" in API group "argoproj.io"',
         "the account small may not create workflowtaskresults",
         "--service-account",
         "Forbidden",
