@@ -13,6 +13,7 @@ import pytest
 
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint
+from manyeyes.kubeflow.endpoint_runs import state_of
 from manyeyes.kubeflow.reasons import explain
 from manyeyes.kubeflow.run_status import RETRIES_OFF, failures_of, follow_run, read_status, words_of
 from manyeyes.kubeflow.workflow import StepStatus, read_workflow, steps_of
@@ -555,6 +556,15 @@ def test_real_run_that_somebody_ended_was_canceled_and_has_not_failed(
     assert "failed" not in answer.out + answer.err
     assert "canceled" in manyeyes("pipeline", "status").out
     assert manyeyes("pipeline", "status", run_id, "--follow").code == 1
+
+
+def test_real_run_that_was_ended_and_went_on_has_failed_when_it_fails(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
+    run_id = replay(kubeflow, "terminated")
+    kubeflow.runs[-1]["state_history"] += [
+        {"update_time": "2026-11-28T21:00:00Z", "state": "RUNNING"},
+        {"update_time": "2026-11-28T21:01:00Z", "state": "FAILED"},
+    ]
+    assert state_of(endpoint.runs.run_service_get_run(run_id)) == "FAILED"
 
 
 def test_real_tasks_without_the_workflow_hide_the_machinery_too(endpoint: Endpoint, kubeflow: Kubeflow) -> None:

@@ -210,8 +210,8 @@ def list_runs(endpoint: Endpoint) -> list[models.V2beta1Run]:
 def state_of(run: models.V2beta1Run) -> str:
     """What became of a run: Kubeflow's word, but for one that somebody ended, which it calls FAILED in the end."""
     state = str(run.state or "PENDING")
-    asked_to_end = any(past.state == "CANCELING" for past in run.state_history or ())
-    return "CANCELED" if state == "FAILED" and asked_to_end else state
+    before = [past.state for past in run.state_history or () if past.state != "FAILED"]
+    return "CANCELED" if state == "FAILED" and before and before[-1] == "CANCELING" else state
 
 
 def retry_run(endpoint: Endpoint, run: models.V2beta1Run) -> None:
