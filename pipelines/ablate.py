@@ -16,22 +16,24 @@ from components.validate_data.component import validate_data
 @dsl.pipeline(name="trials")
 def trials(
     variants: list,
-    pinned: str,
+    trial: str,
+    compare: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Artifact:
     """Train and score every variant, side by side, and compare them.
 
     Args:
         variants: Texts of variants.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        trial: What is pinned for train_trial.
+        compare: What is pinned for compare_trials.
         validation: Profile, verdict and quarantine of the snapshot.
     """
     with dsl.ParallelFor(variants) as variant:
-        scored = train_trial(variant=variant, validation=validation, pinned=pinned)
+        scored = train_trial(variant=variant, validation=validation, pinned=trial)
     compared = compare_trials(
         variants=variants,
         trials=dsl.Collected(scored.outputs["trial"]),
-        pinned=pinned,
+        pinned=compare,
     )
     return compared.outputs["comparison"]
 
@@ -70,7 +72,12 @@ def ablate(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs["pinned"]
-        planned = plan_ablation(pinned=pinned, ablate_grid=ablate_grid)
-        validation = validate_data(pinned=pinned).outputs["validation"]
-        trials(variants=planned.outputs["variants"], validation=validation, pinned=pinned)
+        pinned = resolved.outputs
+        planned = plan_ablation(pinned=pinned["plan_ablation"], ablate_grid=ablate_grid)
+        validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
+        trials(
+            variants=planned.outputs["variants"],
+            validation=validation,
+            trial=pinned["train_trial"],
+            compare=pinned["compare_trials"],
+        )

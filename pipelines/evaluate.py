@@ -17,7 +17,8 @@ def benchmarks(
     names: list,
     kind: str,
     model: dsl.Input[dsl.Model],
-    pinned: str,
+    score: str,
+    merge: str,
     champion: str,
 ) -> dsl.Artifact:
     """Score a model on every benchmark, side by side, and put the scorecards together.
@@ -26,12 +27,13 @@ def benchmarks(
         names: Benchmarks; never empty.
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        score: What is pinned for score_benchmark.
+        merge: What is pinned for merge_scorecards.
         champion: What the report compares with.
     """
     with dsl.ParallelFor(names) as benchmark:
-        scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, pinned=pinned)
-    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=pinned)
+        scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, pinned=score)
+    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=merge)
     return merged.outputs["scorecard"]
 
 
@@ -70,16 +72,18 @@ def evaluate(
         planned = plan_evaluation(
             evaluate_model=evaluate_model,
             evaluate_benchmarks=evaluate_benchmarks,
-            pinned=resolved.outputs["pinned"],
+            pinned=resolved.outputs["plan_evaluation"],
         ).set_caching_options(False)
         fetched = fetch_model(
-            pinned=resolved.outputs["pinned"],
+            pinned=planned.outputs["fetch_model"],
             **{name: planned.outputs[name] for name in ("kind", "model", "model_digest")},
         )
+        model = fetched.outputs["fetched"]
         benchmarks(
             names=planned.outputs["benchmarks"],
             kind=planned.outputs["kind"],
-            model=fetched.outputs["fetched"],
-            pinned=planned.outputs["pinned"],
+            model=model,
+            score=planned.outputs["score_benchmark"],
+            merge=planned.outputs["merge_scorecards"],
             champion=planned.outputs["champion"],
         )

@@ -30,7 +30,8 @@ def search_round(
     candidates: list,
     before: dsl.Input[dsl.Artifact],
     encoder_checkpoints: dsl.Input[list[dsl.Model]],
-    pinned: str,
+    trial: str,
+    advance: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> Round:
     """Train and score every candidate of a round, side by side, and choose.
@@ -40,7 +41,8 @@ def search_round(
         candidates: Texts of variants; one empty text when the search has ended.
         before: The search before this round.
         encoder_checkpoints: Prealigned encoders, or a marker.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        trial: What is pinned for train_trial.
+        advance: What is pinned for advance_search.
         validation: Profile, verdict and quarantine of the snapshot.
     """
     with dsl.ParallelFor(candidates) as candidate:
@@ -48,13 +50,13 @@ def search_round(
             variant=candidate,
             validation=validation,
             encoder_checkpoints=encoder_checkpoints,
-            pinned=pinned,
+            pinned=trial,
         )
     advanced = advance_search(
         round_number=round_number,
         before=before,
         trials=dsl.Collected(scored.outputs["trial"]),
-        pinned=pinned,
+        pinned=advance,
     )
     return Round(candidates=advanced.outputs["candidates"], search=advanced.outputs["search"])
 
@@ -64,20 +66,22 @@ def search_rounds_of(
     candidates: list,
     encoders: list,
     search: dsl.Input[dsl.Artifact],
-    pinned: str,
+    trial: str,
+    advance: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Artifact:
     """Prealign every encoder once, then go round by round.
 
     Args:
         candidates: Text of the start set.
-        encoders: Encoders to prealign; one empty name for none.
+        encoders: Encoders to prealign, each with what is pinned for it; one empty name for none.
         search: A search that has not begun.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        trial: What is pinned for train_trial.
+        advance: What is pinned for advance_search.
         validation: Profile, verdict and quarantine of the snapshot.
     """
     with dsl.ParallelFor(encoders) as encoder:
-        aligned = prealign_encoder(encoder=encoder, validation=validation, pinned=pinned)
+        aligned = prealign_encoder(encoder=encoder.encoder, validation=validation, pinned=encoder.pinned)
     # No loop of Kubeflow ends by itself: every round that there may be is here, and once the search has ended the
     # others find one empty candidate and do nothing.
     for number in range(MAX_ROUNDS + 1):
@@ -87,7 +91,8 @@ def search_rounds_of(
             before=search,
             encoder_checkpoints=dsl.Collected(aligned.outputs["encoder_checkpoint"]),
             validation=validation,
-            pinned=pinned,
+            trial=trial,
+            advance=advance,
         ).set_display_name("start set" if number == 0 else f"round {number}")
         candidates, search = closed.outputs["candidates"], closed.outputs["search"]
     return search
@@ -130,18 +135,19 @@ def search_encoders(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs["pinned"]
+        pinned = resolved.outputs
         begun = start_search(
-            pinned=pinned,
+            pinned=pinned["start_search"],
             search_start=search_start,
             search_rounds=search_rounds,
             search_min_gain=search_min_gain,
         )
-        validation = validate_data(pinned=pinned).outputs["validation"]
+        validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
         search_rounds_of(
             candidates=begun.outputs["candidates"],
-            encoders=resolved.outputs["encoders"],
+            encoders=pinned["prealign_encoder"],
             search=begun.outputs["search"],
             validation=validation,
-            pinned=pinned,
+            trial=pinned["train_trial"],
+            advance=pinned["advance_search"],
         )

@@ -23,28 +23,30 @@ from components.validate_data.component import validate_data
 @dsl.pipeline(name="stages")
 def stages(
     encoders: list,
-    pinned: str,
+    pretrain: str,
+    tune: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Model:
     """Run the recipe's stages.
 
     Args:
-        encoders: Encoders to prealign; one empty name for none.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        encoders: Encoders to prealign, each with what is pinned for it; one empty name for none.
+        pretrain: What is pinned for pretrain_projector.
+        tune: What is pinned for sft.
         validation: Profile, verdict and quarantine of the snapshot.
     """
     with dsl.ParallelFor(encoders) as encoder:
-        aligned = prealign_encoder(encoder=encoder, validation=validation, pinned=pinned)
+        aligned = prealign_encoder(encoder=encoder.encoder, validation=validation, pinned=encoder.pinned)
     one_encoder = aligned.outputs["encoder_checkpoint"]
     # One dsl.Collected each: compiling changes the object.
     pretrained = pretrain_projector(
-        encoder_checkpoints=dsl.Collected(one_encoder), validation=validation, pinned=pinned
+        encoder_checkpoints=dsl.Collected(one_encoder), validation=validation, pinned=pretrain
     )
     trained = sft(
         encoder_checkpoints=dsl.Collected(one_encoder),
         pretrained=pretrained.outputs["checkpoint"],
         validation=validation,
-        pinned=pinned,
+        pinned=tune,
     )
     return trained.outputs["checkpoint"]
 
@@ -82,22 +84,27 @@ def train(
     with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs["pinned"]
+        pinned = resolved.outputs
         model_name = resolved.outputs["registry_model"]
 
-        validation = validate_data(pinned=pinned).outputs["validation"]
-        trained = stages(encoders=resolved.outputs["encoders"], validation=validation, pinned=pinned)
+        validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
+        trained = stages(
+            encoders=pinned["prealign_encoder"],
+            pretrain=pinned["pretrain_projector"],
+            tune=pinned["sft"],
+            validation=validation,
+        )
         checkpoint = trained.output
         torch_scores = evaluate(
-            kind="torch", model=checkpoint, registry_model=model_name, pinned=pinned
+            kind="torch", model=checkpoint, registry_model=model_name, pinned=pinned["evaluate"]
         ).set_display_name("evaluate the checkpoint")
-        exported = export_onnx(checkpoint=checkpoint, pinned=pinned)
+        exported = export_onnx(checkpoint=checkpoint, pinned=pinned["export_onnx"])
         bundle_scores = evaluate(
             kind="bundle",
             model=exported.outputs["bundle"],
             other_scorecard=torch_scores.outputs["scorecard"],
             registry_model=model_name,
-            pinned=pinned,
+            pinned=pinned["evaluate"],
         ).set_display_name("evaluate the bundle")
         evidence = {
             "validation": validation,
@@ -105,11 +112,11 @@ def train(
             "bundle_scorecard": bundle_scores.outputs["scorecard"],
             "parity": exported.outputs["parity"],
         }
-        judged = gate(registry_model=model_name, **evidence, pinned=pinned).set_caching_options(False)
+        judged = gate(registry_model=model_name, **evidence, pinned=pinned["gate"]).set_caching_options(False)
         register(
             registry_model=model_name,
             bundle=exported.outputs["bundle"],
             gate=judged.outputs["gate"],
             **evidence,
-            pinned=pinned,
+            pinned=pinned["register"],
         ).set_caching_options(False)

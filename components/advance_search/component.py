@@ -26,7 +26,7 @@ def advance_search(
 
     Args:
         round_number: 0 for the start set's.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         before: The search before this round.
         trials: This round's trials.
         search: search.json and the trials so far.

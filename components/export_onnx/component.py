@@ -21,7 +21,7 @@ def export_onnx(
 
     Args:
         checkpoint: The model.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         bundle: The bundle.
         parity: parity.json.
         metrics: Scalars.

@@ -24,7 +24,7 @@ def fetch_model(
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: A folder, s3:// or models:/NAME/VERSION.
         model_digest: Of the checkpoint or bundle.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What plan_evaluation pinned for this step.
         fetched: The checkpoint or bundle.
         metrics: Scalars.
         report: For people.

@@ -24,7 +24,7 @@ def gate(
 
     Args:
         registry_model: Name in the registry.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         validation: Verdict on the snapshot.
         scorecard: Torch's scores.
         bundle_scorecard: The bundle's scores.

@@ -21,7 +21,7 @@ def merge_scorecards(
 
     Args:
         scorecards: One of each benchmark.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What plan_evaluation pinned for this step.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.

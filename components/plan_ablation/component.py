@@ -22,7 +22,7 @@ def plan_ablation(
     """Turn the grid of an ablation into variants.
 
     Args:
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         ablate_grid: One path=[value, value, ...] a line.
         metrics: Scalars.
         report: For people.

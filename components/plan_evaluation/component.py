@@ -20,7 +20,9 @@ def plan_evaluation(
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Planned",
     [
-        ("pinned", str),
+        ("fetch_model", str),
+        ("score_benchmark", str),
+        ("merge_scorecards", str),
         ("benchmarks", list),
         ("kind", str),
         ("model", str),
@@ -33,7 +35,7 @@ def plan_evaluation(
     Args:
         evaluate_model: A folder, s3://, or NAME, NAME@ALIAS, NAME/VERSION in the registry.
         evaluate_benchmarks: Names; empty: the recipe's own.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         metrics: Scalars.
         report: For people.
         notes: The same in short; the reason, when the step fails.
@@ -50,5 +52,4 @@ def plan_evaluation(
         evaluate_benchmarks=evaluate_benchmarks,
         pinned=pinned,
     )
-    names = ("pinned", "benchmarks", "kind", "model", "model_digest", "champion")
-    return tuple(result.values[name] for name in names)
+    return tuple(result.values.values())

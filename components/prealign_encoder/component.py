@@ -21,7 +21,7 @@ def prealign_encoder(
 
     Args:
         encoder: Its name in the recipe; empty: the recipe has no such stage.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoint: The encoder; its projector is dropped.
         metrics: Scalars.

@@ -23,8 +23,20 @@ def resolve_data(
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Resolved",
     [
-        ("pinned", str),
-        ("encoders", list),
+        ("validate_data", str),
+        ("prealign_encoder", list),
+        ("pretrain_projector", str),
+        ("sft", str),
+        ("evaluate", str),
+        ("export_onnx", str),
+        ("gate", str),
+        ("register", str),
+        ("plan_evaluation", str),
+        ("start_search", str),
+        ("advance_search", str),
+        ("plan_ablation", str),
+        ("compare_trials", str),
+        ("train_trial", str),
         ("registry_model", str),
     ],
 ):
@@ -56,4 +68,4 @@ def resolve_data(
         data_remote=data_remote,
         registry_model=registry_model,
     )
-    return tuple(result.values[name] for name in ("pinned", "encoders", "registry_model"))
+    return tuple(result.values.values())

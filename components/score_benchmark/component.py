@@ -24,7 +24,7 @@ def score_benchmark(
         benchmark: A row of BENCHMARKS.
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What plan_evaluation pinned for this step.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.

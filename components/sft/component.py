@@ -22,7 +22,7 @@ def sft(
     """Train the whole model on conversations.
 
     Args:
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         pretrained: Model of the pretrain stage.

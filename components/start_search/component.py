@@ -25,7 +25,7 @@ def start_search(
     """Check what a search is asked for and name the start set.
 
     Args:
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         search_start: Names of the start set, separated by commas; empty: the recipe's first encoder.
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.

@@ -22,7 +22,7 @@ def train_trial(
 
     Args:
         variant: Text of a variant; empty: nothing to do.
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         trial: trial.json and items.parquet.
         metrics: Scalars.

@@ -18,7 +18,7 @@ def validate_data(
     """Profile the snapshot and let Great Expectations judge it.
 
     Args:
-        pinned: Recipe, data and code, as resolve_data pinned them.
+        pinned: What resolve_data pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         metrics: Scalars.
         report: For people.

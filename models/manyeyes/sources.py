@@ -228,24 +228,18 @@ def pin_recipe(recipe: Recipe) -> Recipe:
         SourceError: A folder cannot be read, or a revision of the hub has no commit that is known here.
     """
     tree = recipe.model_dump(mode="json")
-    data = tree["data"]
-    changes = {
-        "model": pin_sources(tree["model"]),
-        "stages": pin_sources(tree["stages"]),
-        "data.suite": _pin_file("data.suite", data["suite"]) if data["suite"].endswith(".json") else data["suite"],
-        "data.contamination.benchmarks": [
+    changes = {name: pin_sources(tree[name]) for name in ("model", "stages")}
+    before = {name: tree[name] for name in changes}
+    if "data" in tree:  # a step may have been given other parts only
+        suite, named = tree["data"]["suite"], tree["data"]["contamination"]["benchmarks"]
+        before |= {"data.suite": suite, "data.contamination.benchmarks": named}
+        changes["data.suite"] = _pin_file("data.suite", suite) if suite.endswith(".json") else suite
+        changes["data.contamination.benchmarks"] = [
             _pin_file("data.contamination.benchmarks", name)
             if Path(name).exists() or "/" in name or name.endswith(".parquet")
             else name
-            for name in data["contamination"]["benchmarks"]
-        ],
-    }
-    before = {
-        "model": tree["model"],
-        "stages": tree["stages"],
-        "data.suite": data["suite"],
-        "data.contamination.benchmarks": data["contamination"]["benchmarks"],
-    }
+            for name in named
+        ]
     return recipe if changes == before else change_recipe(recipe, changes)
 
 

@@ -53,15 +53,13 @@ def test_trial_that_was_scored_is_never_trained_again(
     recipe = load_recipe(str(toy_checkout.path / "toy.yaml"))
     (tmp_path / "validation").mkdir()
 
-    def run(variant: Variant, out: str, gate_floor: float = 92) -> StepResult:
-        judged = recipe.model_copy(
-            update={"gate": (recipe.gate[0].model_copy(update={"at_least": gate_floor}), *recipe.gate[1:])}
-        )
+    def run(variant: Variant, out: str, name: str = "toy") -> StepResult:
         return trials.train_trial(
             Reporter("trial"),
             variant=variant.text(),
             pinned=pin(
-                judged,
+                recipe.model_copy(update={"name": name}),
+                "train_trial",
                 data_md5=read_dvc_file(toy_checkout.path / "data.dvc").md5,
                 data_remote=str(toy_checkout.path / "infra" / "dvc-remote"),
             ),
@@ -86,13 +84,13 @@ def test_trial_that_was_scored_is_never_trained_again(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(trials, "train_stage", refuse)
-    # Asked for in other words, and judged by another gate, it is the same trial.
+    # Asked for in other words, and under another name, it is the same trial.
     same = Variant(changes={"stages.pretrain": None, "stages.prealign": None})
-    result = run(same, "second", gate_floor=50)
+    result = run(same, "second", name="renamed")
     second = read_trial(tmp_path / "second")
     assert "scored before" in result.headline
     assert second.variant == same
-    assert json.loads(second.recipe)["gate"][0]["at_least"] == 50
+    assert json.loads(second.recipe)["name"] == "renamed"
     assert (second.scorecard, second.stages) == (first.scorecard, first.stages)
     with pytest.raises(AssertionError, match="trained again"):
         run(Variant(changes={**same.changes, "seed": 2}), "third")

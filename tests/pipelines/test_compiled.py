@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from manyeyes.errors import PipelineError
+from manyeyes.harness.base import Reporter
 from manyeyes.kubeflow.compact import compact_source
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
 from manyeyes.recipe import list_recipes
@@ -93,6 +94,15 @@ def test_later_steps_take_what_their_cache_key_needs_and_nothing_that_changes_be
         parameters = set(component["inputDefinitions"]["parameters"])
         assert "pinned" in parameters, name
         assert parameters <= {"pinned", "encoder", "kind", "registry_model"}, name
+
+
+def test_resolve_data_gives_its_values_in_the_order_of_its_components_outputs() -> None:
+    from components.resolve_data.component import resolve_data as component
+    from manyeyes.steps.resolve_data import resolve_data
+
+    given = {"data_md5": "a" * 32, "data_remote": "nowhere"}
+    values = resolve_data(Reporter("resolve_data"), recipe="tiny", **given).values
+    assert tuple(values) == component.python_func.__annotations__["return"]._fields
 
 
 def test_components_name_the_image_of_this_version() -> None:

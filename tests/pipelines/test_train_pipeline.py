@@ -40,7 +40,10 @@ def first_run(toy_checkout: Checkout) -> tuple[str, RunSummary]:
 
 def test_every_step_runs_and_reports(first_run: tuple[str, RunSummary]) -> None:
     output, summary = first_run
-    assert [step.name for step in summary.steps] == STEPS
+    names = [step.name for step in summary.steps]
+    assert sorted(names) == sorted(STEPS)
+    side_by_side = "evaluate[torch]"  # with export_onnx: neither waits for the other
+    assert [name for name in names if name != side_by_side] == [name for name in STEPS if name != side_by_side]
     assert not any(step.cached for step in summary.steps)
     for step in summary.steps:
         assert step.seconds > 0
@@ -130,6 +133,27 @@ def test_second_run_comes_from_the_cache_and_finds_the_same_version(
     assert second.scorecard == first.scorecard
     assert second.code_digest == first.code_digest
     assert f"{len(STEPS) - len(NEVER_CACHED)} of {len(STEPS)} steps from cache" in output
+
+
+@pytest.mark.parametrize(
+    ("changed", "ran", "version"),
+    [
+        ("description=In other words", set(), "1"),
+        ("gate.0.at_least=91", set(), "1"),
+        ("stages.sft.max_steps=2", {"sft", "evaluate[torch]", "export_onnx", "evaluate[bundle]"}, "2"),
+    ],
+)
+def test_a_changed_field_runs_the_steps_that_read_it_and_those_after_them(
+    changed: str, ran: set[str], version: str, first_run: tuple[str, RunSummary], toy_checkout: Checkout
+) -> None:
+    _, first = first_run
+    code, output = toy_checkout.run("run", "--recipe", "toy.yaml", "--set", changed)
+    assert code == 0, output
+    summary = toy_checkout.summary()
+    assert {step.name for step in summary.steps if not step.cached} == NEVER_CACHED | ran
+    assert summary.recipe_digest != first.recipe_digest
+    assert summary.model is not None
+    assert summary.model.version == version
 
 
 def test_edited_library_is_not_answered_from_the_cache(

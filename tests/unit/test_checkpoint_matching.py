@@ -10,6 +10,7 @@ import pytest
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RegistryError
 from manyeyes.harness.base import Reporter
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.model import match_checkpoint
 from manyeyes.recipe import change_recipe
 from manyeyes.steps import export_onnx as export_step
@@ -106,7 +107,7 @@ def test_a_bundle_is_not_made_with_the_lineage_of_another_recipe(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = change_recipe(toy_recipe(), OTHERS["model.projector.depth"])
-    inputs = opened(recipe, open_folder(trained / "data"))
+    inputs = opened(recipe, "export_onnx", open_folder(trained / "data"))
     monkeypatch.setattr(export_step, "parse_pinned", lambda _: inputs)
     with pytest.raises(CheckpointError, match=r"model\.projector\.depth is 3 in the recipe"):
         export_step.export_onnx(
@@ -114,14 +115,27 @@ def test_a_bundle_is_not_made_with_the_lineage_of_another_recipe(
             checkpoint=trained / "pretrain",
             bundle=tmp_path / "bundle",
             parity=tmp_path / "parity",
-            pinned=pin(recipe),
+            pinned="",
         )
 
 
 def test_a_version_is_not_registered_with_another_recipe_than_its_bundles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(register_step, "read_manifest", lambda _: {"recipe_digest": "f" * 64})
     folders = dict.fromkeys(("validation", "scorecard", "bundle_scorecard", "parity", "bundle", "gate"), tmp_path)
-    with pytest.raises(RegistryError, match="was made with the recipe ffff"):
-        register_step.register(Reporter("r"), registry_model="toy", pinned=pin(toy_recipe()), **folders)
+
+    def going_on(*_: object, **__: object) -> None:
+        raise FileExistsError
+
+    monkeypatch.setattr("manyeyes.registry.versions.register", going_on)
+    recipe = toy_recipe()
+    # Of the part of the recipe that the export was given; of the whole recipe, as bundles had it before.
+    for digest in (parse_pinned(pin(recipe, "export_onnx")).recipe.digest, recipe.digest):
+        monkeypatch.setattr(register_step, "read_manifest", lambda _, digest=digest: {"recipe_digest": digest})
+        with pytest.raises(FileExistsError):
+            register_step.register(Reporter("r"), registry_model="toy", pinned=pin(recipe, "register"), **folders)
+    other = change_recipe(recipe, {"stages.sft.epochs": 9})
+    digest = parse_pinned(pin(other, "export_onnx")).recipe.digest
+    monkeypatch.setattr(register_step, "read_manifest", lambda _: {"recipe_digest": digest})
+    with pytest.raises(RegistryError, match=f"was made with the recipe {digest[:12]}"):
+        register_step.register(Reporter("r"), registry_model="toy", pinned=pin(toy_recipe(), "register"), **folders)

@@ -34,7 +34,7 @@ def validate(
 ) -> StepResult:
     snapshot = make_snapshot(folder / "snapshot", {"train": train, "test": [record("test/coffee", encode(coffee()))]})
     overrides = {"data.eval_datasets": ["toy-test"], "data.contamination.leave_out": leave_out}
-    inputs = opened(load_recipe("tiny", overrides=overrides), snapshot)
+    inputs = opened(load_recipe("tiny", overrides=overrides), "validate_data", snapshot)
     monkeypatch.setenv("MANYEYES_CACHE", str(folder / "cache"))
     monkeypatch.setattr(STEP, "parse_pinned", lambda _: inputs)
     monkeypatch.setattr(STEP, "training_datasets", lambda _recipe: ["toy-train"])
@@ -48,7 +48,7 @@ class _Refusing:
     """In place of the recipe's stages: refuses records by name."""
 
     def __init__(self, recipe: Recipe, *, snapshot_path: Path) -> None:
-        assert recipe.name == "tiny"
+        assert recipe.data.eval_datasets == ("toy-test",)
         assert (snapshot_path / "manifest.json").is_file()
 
     def find_problem(self, record: Record, **_: object) -> SampleProblem | None:

@@ -238,7 +238,7 @@ def test_the_first_step_gives_other_values_for_other_weights(tmp_path: Path) -> 
     before = values()
     assert values() == before
     exchange(folder)
-    assert values()["pinned"] != before["pinned"]
+    assert values()["sft"] != before["sft"]
 
 
 def test_sizes_are_estimated_anew_for_another_configuration(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_sizes_are_estimated_anew_for_another_configuration(tmp_path: Path) -> N
 def test_a_variants_text_is_another_for_other_weights(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "lm")
     grid = f"model.language_model.source=[as-is, 'dir:{folder}']"
-    pinned = pin(load_recipe("tiny"))
+    pinned = pin(load_recipe("tiny"), "plan_ablation")
 
     def texts() -> Any:
         return plan_ablation(Reporter("p"), pinned=pinned, ablate_grid=grid).values["variants"]

@@ -246,7 +246,7 @@ def test_a_parent_file_lies_beside_its_child(tmp_path: Path, monkeypatch: pytest
 def test_the_longest_recipe_fits_a_command_line_with_its_quotes_doubled_twice() -> None:
     recipe = load_recipe("tiny")
     longest = change_recipe(recipe, {"description": '"' * ((32_768 - len(recipe.canonical_json())) // 2)})
-    inside = json.dumps({"pinned": pin(longest)})
+    inside = json.dumps({"pinned": pin(longest, "register")})
     assert len(inside) < 131_072
     assert parse_recipe(longest.canonical_json()) == longest
 

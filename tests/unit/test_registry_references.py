@@ -128,7 +128,7 @@ VERBS: dict[str, Callable[[str], object]] = {
         REPORTER,
         evaluate_model=text,
         evaluate_benchmarks="",
-        pinned=pin(make_recipe()),
+        pinned=pin(make_recipe(), "plan_evaluation"),
     ),
     "locate_model": locate_model,
     "pull, Python": lambda text: pull(text, out_dir=Path("out")),

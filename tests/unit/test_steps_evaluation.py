@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components.plan_evaluation.component import plan_evaluation as component
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, CheckpointError, EvaluationError, RegistryError
 from manyeyes.evaluation.evaluate import evaluate
@@ -14,11 +15,13 @@ from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.report.writing import read_report
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.harness.base import Reporter
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.registry.pull import ModelLocation, fetch_model, locate_model
 from manyeyes.steps import merge_scorecards as merging
+from manyeyes.steps import plan_evaluation as planning
 from manyeyes.steps.plan_evaluation import ask_benchmarks
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
-from tests.pinned_toys import opened, pin
+from tests.pinned_toys import opened
 from tests.registry_store import make_bundle
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark
 
@@ -95,15 +98,22 @@ def test_folder_without_a_manifest_is_no_model(tmp_path: Path) -> None:
         locate_model(str(tmp_path))
 
 
-def test_recipe_asks_other_benchmarks_and_drops_rules_about_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_asks_other_benchmarks_and_hands_each_step_its_slice(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_second_benchmark(monkeypatch)
-    recipe = make_recipe()
-    asked = ask_benchmarks(recipe, [SECOND])
-    assert asked.evaluation.benchmarks == (SECOND,)
-    assert {rule.rule for rule in asked.gate} == {"parity", "validation", "contamination"}
-    only = make_recipe(gate=[{"rule": "floor", "benchmark": "easy-vqa", "at_least": 1}])
-    assert [rule.rule for rule in ask_benchmarks(only, [SECOND]).gate] == ["validation"]
-    assert ask_benchmarks(recipe, list(recipe.evaluation.benchmarks)) == recipe
+    location = ModelLocation("torch", "s3://models/x", "m" * 64)
+    monkeypatch.setattr(planning, "locate_model", lambda _: location)
+    monkeypatch.setattr(planning, "_champion", lambda *_: "")
+    monkeypatch.setattr(planning, "parse_pinned", lambda _: opened(make_recipe(), "plan_evaluation", snapshot))
+    values = planning.plan_evaluation(
+        Reporter("plan"), evaluate_model="x", evaluate_benchmarks=SECOND, pinned=""
+    ).values
+    assert tuple(values) == component.python_func.__annotations__["return"]._fields
+    assert parse_pinned(values["merge_scorecards"]).recipe.evaluation.benchmarks == (SECOND,)
+    with pytest.raises(RuntimeError, match=r"score_benchmark reads evaluation\.benchmarks"):
+        assert parse_pinned(values["score_benchmark"]).recipe.evaluation.benchmarks
+    assert json.loads(values["fetch_model"]) == {"code_digest": "c" * 64, "recipe": {}, "step": "fetch_model"}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +124,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
 def score(folder: Path, snapshot: Snapshot, benchmarks: list[str], *, model: str = "m" * 64) -> Path:
     evaluate(
         RuleAnswerer(rule_with_errors(IMAGES, range(3))),
-        ask_benchmarks(make_recipe(), benchmarks),
+        opened(ask_benchmarks(make_recipe(), benchmarks), "evaluate", snapshot).recipe,
         snapshot=snapshot,
         out_dir=folder,
         code_digest="c" * 64,
@@ -129,13 +139,13 @@ def test_merged_scorecard_is_that_of_all_benchmarks_at_once(
     add_second_benchmark(monkeypatch)
     both = ["easy-vqa", SECOND]
     recipe = ask_benchmarks(make_recipe(), both)
-    monkeypatch.setattr(merging, "parse_pinned", lambda _: opened(recipe, snapshot))
+    monkeypatch.setattr(merging, "parse_pinned", lambda _: opened(recipe, "merge_scorecards", snapshot))
     parts = [score(tmp_path / name, snapshot, [name]) for name in reversed(both)]
     whole = score(tmp_path / "whole", snapshot, both)
     result = merging.merge_scorecards(
         Reporter("merge"),
         scorecards=parts,
-        pinned=pin(recipe),
+        pinned="",
         scorecard=tmp_path / "merged",
     )
 

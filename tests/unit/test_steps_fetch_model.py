@@ -121,7 +121,7 @@ def plan(model: str, snapshot: Snapshot, remote: Path) -> Mapping[str, Any]:
         Reporter("plan"),
         evaluate_model=model,
         evaluate_benchmarks="easy-vqa",
-        pinned=pin(make_recipe(), data_md5=push(snapshot.path, remote), data_remote=str(remote)),
+        pinned=pin(make_recipe(), "plan_evaluation", data_md5=push(snapshot.path, remote), data_remote=str(remote)),
     ).values
 
 

@@ -103,7 +103,7 @@ def test_every_training_data_set_is_named_once() -> None:
 
 def test_stages_that_a_recipe_lacks_leave_markers_and_load_nothing(tmp_path: Path) -> None:
     recipe = load_recipe("tiny", overrides={"stages.prealign": None, "stages.pretrain": None})
-    given: Any = {"pinned": pin(recipe), "validation": tmp_path}
+    given: Any = {"pinned": pin(recipe, "pretrain_projector"), "validation": tmp_path}
     result = prealign_encoder(Reporter("p"), encoder="", encoder_checkpoint=tmp_path / "encoder", **given)
     assert result.headline == "not in this recipe"
     assert is_absent(tmp_path / "encoder")
@@ -120,7 +120,7 @@ def test_recipe_without_sft_keeps_the_pretrained_model(tmp_path: Path) -> None:
     (tmp_path / "pretrained" / "config.json").write_text("{}", encoding="utf-8")
     sft(
         Reporter("s"),
-        pinned=pin(recipe),
+        pinned=pin(recipe, "sft"),
         validation=tmp_path,
         encoder_checkpoints=[],
         pretrained=tmp_path / "pretrained",

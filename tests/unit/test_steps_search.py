@@ -37,14 +37,14 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return make_snapshot(tmp_path_factory.mktemp("snapshot"), images=IMAGES)
 
 
-def pinned(*names: str) -> str:
+def pinned(step: str, *names: str) -> str:
     encoders = [{"name": name, "encoder": "vit-tiny-p16-64"} for name in names or POOL]
-    return pin(load_recipe("tiny", overrides={"model.encoders": encoders}))
+    return pin(load_recipe("tiny", overrides={"model.encoders": encoders}), step)
 
 
 def start(folder: Path, **options: object) -> StepResult:
     given = {"search_start": "", "search_rounds": 2, "search_min_gain": 0.0, **options}
-    return start_search(REPORTER, pinned=pinned(), search=folder, **given)
+    return start_search(REPORTER, pinned=pinned("start_search"), search=folder, **given)
 
 
 def run_round(before: Path, candidates: list[str], snapshot: Snapshot, wrong: dict[str, int]) -> StepResult:
@@ -55,7 +55,7 @@ def run_round(before: Path, candidates: list[str], snapshot: Snapshot, wrong: di
         variant = parse_variant(text)
         folder = before.with_name(f"{before.name}-{variant.key}")
         trials.append(make_trial(folder, snapshot, variant, wrong=range(wrong[variant.key])))
-    return advance_search(REPORTER, pinned=pinned(), before=before, trials=trials[::-1], search=after)
+    return advance_search(REPORTER, pinned=pinned("advance_search"), before=before, trials=trials[::-1], search=after)
 
 
 def test_mean_of_two_benchmarks_has_the_interval_of_independent_errors(
@@ -131,7 +131,7 @@ def test_search_adds_the_best_encoder_and_ends_without_gain(snapshot: Snapshot, 
     assert has_ended(tmp_path / "s-next-next-next")
     over = advance_search(
         REPORTER,
-        pinned=pinned(),
+        pinned=pinned("advance_search"),
         before=tmp_path / "s-next-next-next",
         trials=[absent],
         search=tmp_path / "over",
@@ -174,7 +174,13 @@ def test_trials_of_another_round_are_refused(snapshot: Snapshot, tmp_path: Path)
     start(tmp_path / "s")
     stranger = make_trial(tmp_path / "x", snapshot, Variant(encoders=("sam",)), wrong=())
     with pytest.raises(PipelineError, match="those of this round: clip"):
-        advance_search(REPORTER, pinned=pinned(), before=tmp_path / "s", trials=[stranger], search=tmp_path / "after")
+        advance_search(
+            REPORTER,
+            pinned=pinned("advance_search"),
+            before=tmp_path / "s",
+            trials=[stranger],
+            search=tmp_path / "after",
+        )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     out = tmp_path / "comparison"
     result = compare_trials(
         REPORTER,
-        pinned=pinned(),
+        pinned=pinned("compare_trials"),
         variants=[variant.text() for variant in variants],
         trials=trials[::-1],
         comparison=out,
@@ -226,7 +232,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     with pytest.raises(PipelineError, match=r"no trial of fusion\.strategy=mined"):
         compare_trials(
             REPORTER,
-            pinned=pinned(),
+            pinned=pinned("compare_trials"),
             variants=[variant.text() for variant in variants],
             trials=trials[:2],
             comparison=tmp_path / "second",

@@ -106,12 +106,9 @@ def choose_benchmarks(recipe: Recipe, *, names: str, max_items: int | None, vari
     """
     from manyeyes.evaluation.benchmarks import find_benchmark
     from manyeyes.recipe import change_recipe
-    from manyeyes.steps.plan_evaluation import ask_benchmarks
 
     named = list(dict.fromkeys(name for name in re.split(r"[,\s]+", names) if name))
-    if named:
-        recipe = ask_benchmarks(recipe, [find_benchmark(name).name for name in named])
-    rows = {name: find_benchmark(name) for name in recipe.evaluation.benchmarks}
+    rows = {name: find_benchmark(name) for name in named or recipe.evaluation.benchmarks}
     chosen = dict(recipe.evaluation.variants)
     for text in variants:
         benchmark, equals, variant = text.rpartition("=")
@@ -122,6 +119,9 @@ def choose_benchmarks(recipe: Recipe, *, names: str, max_items: int | None, vari
         for row in [rows[benchmark]] if equals else rows.values():
             chosen[row.name] = row.check_variant(variant)
     changes: dict[str, Any] = {} if max_items is None else {"evaluation.max_items": max_items}
+    if named:
+        # A rule of the gate may be about a benchmark that is not asked; nothing is judged here.
+        changes |= {"evaluation.benchmarks": list(rows), "gate": [{"rule": "validation"}]}
     if variants:
         changes["evaluation.variants"] = chosen
     return change_recipe(recipe, changes) if changes else recipe

@@ -128,7 +128,8 @@ def run_from_files(
         loaded = pin_recipe(loaded)
         where = locate_data(data_md5, data_remote)
         given = {name: value for name, value in given.items() if name in wanted}
-        given["pinned"] = Pinned(loaded, *where, code_digest()).text()
+        pinned = Pinned(loaded, *where, code_digest())
+        given["pinned"] = pinned.of(name, encoder=str(given.get("encoder") or "")).text()
         if "registry_model" in wanted:
             given["registry_model"] = given.get("registry_model") or loaded.registry.model
     out.mkdir(parents=True, exist_ok=True)

@@ -161,7 +161,7 @@ class Scorecard(StrictModel):
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
     model: ScoredModel = Field(description="Which model was scored.")
     recipe: str = Field(description="Name of the recipe.")
-    recipe_digest: str = Field(description="sha256 of the whole recipe.")
+    recipe_digest: str = Field(description="sha256 of what the evaluation was given of the recipe.")
     data_md5: str = Field(description="md5 of the snapshot.")
     code_digest: str = Field(description="Digest of the library's code, or of the image.")
     max_new_tokens: int | None = Field(

@@ -10,7 +10,7 @@ from manyeyes.data.quarantine import read_quarantine
 from manyeyes.harness.base import Reporter, StepResult, num_threads
 from manyeyes.harness.inputs import parse_pinned, work_dir
 from manyeyes.pages import Curve, draw_curves, facts_table, step_page
-from manyeyes.recipe import Recipe, StageName
+from manyeyes.recipe import StageName
 
 # kfp.local runs at most two iterations of a loop at a time (kfp/local/orchestrator/enhanced_dag_orchestrator.py).
 LOCAL_BRANCHES = 2
@@ -32,7 +32,7 @@ def train_stage(
 ) -> StepResult:
     """Run one stage of the recipe; arguments as for ``manyeyes.training.stage.run_stage``.
 
-    ``branches`` says how many such steps run side by side on this machine; the recipe says it when left out.
+    ``branches`` says how many such steps run side by side on this machine; ``resolve_data`` said it when left out.
     """
     import torch
 
@@ -40,7 +40,7 @@ def train_stage(
     from manyeyes.training.loop import Progress
 
     inputs = parse_pinned(pinned)
-    threads = num_threads(branches=branches or parallel_branches(inputs.recipe, stage))
+    threads = num_threads(branches=branches or parallel_branches(stage))
     processes = num_processes(threads=threads, gpus=torch.cuda.device_count())
 
     def show(progress: Progress) -> None:
@@ -98,7 +98,7 @@ def train_stage(
         },
         html=step_page(
             f"Stage {name}",
-            f"Recipe {inputs.recipe.name}: how the loss fell, and what was trained.",
+            "How the loss fell, and what was trained.",
             {
                 "Loss": draw_curves([loss], x_label="optimizer step", y_label="loss per supervised token"),
                 "Learning rate": draw_curves([rate], x_label="optimizer step", y_label="learning rate"),
@@ -126,8 +126,18 @@ def num_processes(*, threads: int, gpus: int) -> int:
     return int(given) if given else max(1, gpus) if gpus else min(2, threads)
 
 
-def parallel_branches(recipe: Recipe, stage: StageName) -> int:
+def note_branches(encoders: int) -> None:
+    """Leave in the run's folder how many encoders are prealigned: a step of one of them is not told of the others."""
+    if "MANYEYES_RUN_DIR" in os.environ:
+        _branches_file().write_text(str(encoders), encoding="utf-8")
+
+
+def parallel_branches(stage: StageName) -> int:
     """How many steps of a stage this machine runs side by side; on a cluster each has its own pod."""
-    if stage != "prealign" or "MANYEYES_RUN_LOCK" not in os.environ:
+    if stage != "prealign" or "MANYEYES_RUN_DIR" not in os.environ or not _branches_file().is_file():
         return 1
-    return min(len(recipe.prealigned_encoders()), LOCAL_BRANCHES)
+    return max(1, min(int(_branches_file().read_text(encoding="utf-8")), LOCAL_BRANCHES))
+
+
+def _branches_file() -> Path:
+    return Path(os.environ["MANYEYES_RUN_DIR"]) / "prealigned-encoders"

@@ -56,7 +56,7 @@ def summarise(
     ended = {event.step: event for event in events if event.kind in ("completed", "cached")}
     reports = _copy_reports(ended, run_dir)
     resolved = ended["resolve_data"].parameters if "resolve_data" in ended else {}
-    pinned = parse_pinned(resolved["pinned"]) if "pinned" in resolved else None
+    pinned = parse_pinned(resolved["register"]) if "register" in resolved else None
     registered = ended["register"].parameters if "register" in ended else {}
     steps = _steps(events, reports)
     intervals = [

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
+from manyeyes.recipe.model import PART, Part, model_inside
+from manyeyes.recipe.partial import read_fields
 from manyeyes.recipe.recipe import GATE_RULES, Recipe, apply_override
 
 MAX_BYTES = 32_768
@@ -238,13 +240,22 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """A recipe with some of its values replaced, checked as a whole again.
 
     Args:
-        recipe: Left as it is.
+        recipe: Left as it is; of a part, a part of the same fields is made.
         changes: Values by dotted path, as for ``load_recipe``.
 
     Raises:
         RecipeError: A path that names nothing, or a value that does not fit.
     """
-    return _changed(recipe.model_dump(mode="json"), changes, where=recipe.name)
+    part: Part | None = recipe.__dict__.get(PART)
+    for path in changes:
+        if part and not any(f"{path}.".startswith(f"{known}.") for known in part.paths):
+            raise RecipeError(
+                f'"{path}" is to change',
+                f"one of {', '.join(part.paths)}: {part.reader} reads no others",
+                "Leave it out; it would change nothing here.",
+            )
+    where = "recipe" if part else recipe.name
+    return _changed(recipe.model_dump(mode="json"), changes, where=where, part=part)
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
@@ -310,16 +321,16 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _changed(tree: dict[str, Any], changes: Mapping[str, Any], *, where: str) -> Recipe:
+def _changed(tree: dict[str, Any], changes: Mapping[str, Any], *, where: str, part: Part | None = None) -> Recipe:
     for path, value in changes.items():
         apply_override(tree, path, value)
-    return _check(tree, where=where)
+    return _check(tree, where=where, part=part)
 
 
-def _check(tree: Any, *, where: str) -> Recipe:
+def _check(tree: Any, *, where: str, part: Part | None = None) -> Recipe:
     check_values(tree, where=where)
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = read_fields(tree, part.paths, reader=part.reader) if part else Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where=where) from error
     size = len(recipe.canonical_json())
@@ -357,15 +368,5 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             continue
         field = getattr(model, "model_fields", {}).get(part)
         # A part that is no field is the tag of a gate rule.
-        model = GATE_RULES.get(part) if field is None else _model_inside(field.annotation)
+        model = GATE_RULES.get(part) if field is None else model_inside(field.annotation)
     return sorted(getattr(model, "model_fields", {}))
-
-
-def _model_inside(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _model_inside(inner)
-        if found is not None:
-            return found
-    return None

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from manyeyes.errors import did_you_mean
 from manyeyes.strict import StrictModel
 
 # Beyond what any data set, batch or image has: a slip of the keyboard.
 MAX_COUNT, MAX_BATCH, MAX_PIXELS = 10**12, 2**24, 16_384
+
+# Beside the fields of a part of a recipe, in the object's own dictionary.
+PART = "_part"
+
+
+class Part(NamedTuple):
+    """Of what a part of a recipe is a part.
+
+    Attributes:
+        reader: Who reads it.
+        place: Its dotted path; empty for the recipe itself.
+        paths: Of the recipe itself: the fields that it has.
+    """
+
+    reader: str
+    place: str
+    paths: tuple[str, ...]
 
 
 class Strict(StrictModel):
@@ -30,6 +47,23 @@ class Strict(StrictModel):
             if place is not None:
                 raise ValueError(f"{place} needs a number, not true or false")
         return data
+
+    if not TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse to read a field that ``manyeyes.recipe.partial`` left out."""
+            part = self.__dict__.get(PART)
+            if part is None or name not in type(self).model_fields:
+                return super().__getattr__(name)
+            path = f"{part.place}.{name}".lstrip(".")
+            raise RuntimeError(f"{part.reader} reads {path}, which its slice of the recipe lacks: add it to SLICES")
+
+
+def model_inside(annotation: Any) -> Any:
+    """The first pydantic model in a field's type; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := model_inside(inner)) is not None), None)
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
@@ -56,6 +90,7 @@ StageName = Literal["prealign", "pretrain", "sft"]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 STAGE_NAMES: tuple[StageName, ...] = ("prealign", "pretrain", "sft")
+MAX_EPOCHS = 100_000
 
 
 class MixturePart(Strict):
@@ -81,6 +116,12 @@ class MixturePart(Strict):
         description="record: as the records ask. brief: for captions, one of LLaVA's eleven ways to ask for a brief "
         "description, redrawn each epoch.",
     )
+
+    @property
+    def draws(self) -> bool:
+        """Whether a record comes differently in different epochs."""
+        shuffled = self.turns == "chained" and self.order == "shuffled"
+        return shuffled or 0 < self.image_dropout < 1 or self.questions == "brief"
 
 
 class Schedule(Strict):
@@ -112,7 +153,7 @@ class StageSpec(Strict):
     )
     encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
-    epochs: int = Field(default=1, gt=0, le=100_000)
+    epochs: int = Field(default=1, gt=0, le=MAX_EPOCHS)
     max_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="Stop after N optimizer steps.")
     max_samples: int | None = Field(
         default=None, gt=0, le=MAX_COUNT, description="Stop after N records, epochs counted."

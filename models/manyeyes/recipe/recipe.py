@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.model import MAX_BATCH, MAX_COUNT, STAGE_NAMES, ModelSpec, StageName, StageSpec, StagesSpec, Strict
+from manyeyes.recipe.model import (
+    MAX_BATCH,
+    MAX_COUNT,
+    PART,
+    STAGE_NAMES,
+    ModelSpec,
+    StageName,
+    StageSpec,
+    StagesSpec,
+    Strict,
+)
 
 # Beyond the maximum of any benchmark.
 _MAX_POINTS = 1e6
@@ -260,6 +270,21 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _references_exist(self) -> Recipe:
+        self.check_stages()
+        for rule in self.gate:
+            benchmark = getattr(rule, "benchmark", None)
+            if benchmark is not None and benchmark not in self.evaluation.benchmarks:
+                raise ValueError(
+                    f'gate rule "{rule.rule}" names benchmark "{benchmark}"; evaluation.benchmarks lacks it'
+                )
+        return self
+
+    def check_stages(self) -> None:
+        """Check what stages say of the model.
+
+        Raises:
+            ValueError: A stage names a group or an encoder that the model lacks, or changes the model to none.
+        """
         names = [encoder.name for encoder in self.model.encoders]
         groups = ["encoders", *(f"encoders.{name}" for name in names), "fusion", "projector", "language_model"]
         for stage_name, stage in self.present_stages():
@@ -279,13 +304,6 @@ class Recipe(Strict):
                 first = error.errors()[0]
                 place = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"stages.{stage_name}.model changes model.{place}: {first['msg']}") from error
-        for rule in self.gate:
-            benchmark = getattr(rule, "benchmark", None)
-            if benchmark is not None and benchmark not in self.evaluation.benchmarks:
-                raise ValueError(
-                    f'gate rule "{rule.rule}" names benchmark "{benchmark}"; evaluation.benchmarks lacks it'
-                )
-        return self
 
     def present_stages(self) -> list[tuple[StageName, StageSpec]]:
         """The stages that this recipe has, in order."""
@@ -294,7 +312,9 @@ class Recipe(Strict):
 
     def stage_model(self, stage: StageName) -> ModelSpec:
         """The model as a stage trains it: ``model`` with the stage's own changes."""
-        spec = dict(self.present_stages())[stage]
+        spec: StageSpec | None = getattr(self.stages, stage)
+        if spec is None:
+            raise KeyError(stage)
         if not spec.model:
             return self.model
         tree = self.model.model_dump(mode="json")
@@ -310,8 +330,12 @@ class Recipe(Strict):
         return list(stage.encoders or [encoder.name for encoder in self.model.encoders])
 
     def canonical_json(self) -> str:
-        """Sorted, compact JSON of every field; ``parse_recipe`` reads it back."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Sorted, compact JSON of every field; ``parse_recipe`` reads it back.
+
+        Of a part of a recipe: without the fields that have their defaults, so that a new one changes nothing.
+        """
+        tree = self.model_dump(mode="json", exclude_defaults=PART in self.__dict__)
+        return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
     @property
     def digest(self) -> str:

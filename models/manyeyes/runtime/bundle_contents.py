@@ -98,7 +98,7 @@ class BundleManifest(_Exact):
 
     format_version: Literal[1] = Field(default=FORMAT_VERSION, description="Version of this layout.")
     recipe: str = Field(description="Name of the recipe.")
-    recipe_digest: str = Field(description="sha256 of the recipe, hexadecimal.")
+    recipe_digest: str = Field(description="sha256 of what the export was given of the recipe, hexadecimal.")
     data_md5: str = Field(description="md5 of the data snapshot, 32 hexadecimal digits.")
     code_digest: str = Field(description="Digest of the library that trained and exported.")
     checkpoint_digest: str = Field(description="sha256 over the checkpoint's files, hexadecimal.")

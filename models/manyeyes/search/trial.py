@@ -40,7 +40,7 @@ class Trial(StrictModel):
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
     variant: Variant = Field(description="How its recipe was made from the one of the search or ablation.")
-    recipe: str = Field(description="The whole recipe that was trained, as canonical JSON.")
+    recipe: str = Field(description="What was trained and asked of its recipe, every default filled in, as JSON.")
     recipe_digest: str = Field(description="Its sha256.")
     encoders: tuple[str, ...] = Field(description="Names of its encoders.")
     stages: tuple[TrialStage, ...] = Field(description="What was trained for it.")

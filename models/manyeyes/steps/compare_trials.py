@@ -34,7 +34,7 @@ class AblationComparison(StrictModel):
 
     format_version: Literal[1] = Field(default=1, description="Version of this file's format.")
     recipe: str = Field(description="Name of the recipe that all are variants of.")
-    recipe_digest: str = Field(description="Its sha256.")
+    recipe_digest: str = Field(description="sha256 of what the comparison was given of it.")
     trials: tuple[ComparedTrial, ...] = Field(description="In the order of the grid.")
 
 

@@ -50,7 +50,7 @@ def gate(
     champion = comparable_champion(
         registry_model,
         scorecard=bundle_scores,
-        recipe=inputs.recipe,
+        recipe=inputs.of("evaluate").recipe,
         snapshot=inputs.snapshot,
         code_digest=inputs.code_digest,
         work_dir=cache_dir() / "champions" / registry_model,

@@ -30,7 +30,7 @@ def merge_scorecards(
     Args:
         reporter: Shows the progress.
         scorecards: Folders of ``score_benchmark``, in any order.
-        pinned: From ``resolve_data``.
+        pinned: From ``plan_evaluation``.
         scorecard: Folder to write.
         champion: ``NAME/VERSION`` in the registry from ``plan_evaluation``, so that another champion makes another
             report; ``NAME`` alone has none yet. Empty: none is looked up.

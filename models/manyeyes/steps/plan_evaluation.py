@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from manyeyes.errors import RegistryUnreachableError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import parse_pinned
+from manyeyes.harness.inputs import EVALUATION_STEPS, parse_pinned
 from manyeyes.pages import facts_table, step_page
-from manyeyes.recipe import Recipe, change_recipe
+from manyeyes.recipe import Recipe
 from manyeyes.registry.pull import locate_model
 
 
@@ -29,8 +29,8 @@ def plan_evaluation(
         pinned: From ``resolve_data``.
 
     Returns:
-        Values: ``pinned`` with these benchmarks, ``benchmarks`` (never empty), ``kind``,
-        ``model``, ``model_digest``, and ``champion``: what the report compares with, as ``merge_scorecards`` takes it.
+        Values: what ``fetch_model``, ``score_benchmark`` and ``merge_scorecards`` take as ``pinned``, ``benchmarks``
+        (never empty), ``kind``, ``model``, ``model_digest``, and ``champion``: what the report compares with.
 
     Raises:
         EvaluationError: Unknown benchmark.
@@ -45,7 +45,7 @@ def plan_evaluation(
     named = [name for name in re.split(r"[,\s]+", evaluate_benchmarks) if name]
     benchmarks = list(dict.fromkeys(named)) or list(recipe.evaluation.benchmarks)
     rows = [find_benchmark(name) for name in benchmarks]
-    planned = ask_benchmarks(recipe, benchmarks)
+    planned = replace(inputs, recipe=ask_benchmarks(recipe, benchmarks))
     reporter.progress("looking for the model", done=0.2)
     location = locate_model(evaluate_model)
     reporter.progress("looking for the benchmarks", done=0.6)
@@ -69,7 +69,7 @@ def plan_evaluation(
         ),
         markdown=facts_table(shown).markdown() + "\n",
         values={
-            "pinned": replace(inputs, recipe=planned).text(),
+            **{name: planned.of(name).text() for name in EVALUATION_STEPS},
             "benchmarks": benchmarks,
             "kind": location.kind,
             "model": location.place,
@@ -99,17 +99,14 @@ def _champion(place: str, recipe: Recipe) -> str:
 
 
 def ask_benchmarks(recipe: Recipe, benchmarks: list[str]) -> Recipe:
-    """The recipe with other benchmarks; gate rules about those that are gone are left out.
+    """The recipe with other benchmarks, to be asked and not to be judged by.
 
     Args:
         recipe: Left as it is.
         benchmarks: At least one.
     """
-    rules = [rule.model_dump(mode="json") for rule in recipe.gate]
-    kept = [rule for rule in rules if rule.get("benchmark") in (None, *benchmarks)]
-    # A recipe has one rule at least; nothing here is judged by it.
-    changes = {"evaluation.benchmarks": benchmarks, "gate": kept or [{"rule": "validation"}]}
-    return change_recipe(recipe, changes)
+    evaluation = recipe.evaluation.model_copy(update={"benchmarks": tuple(benchmarks)})
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 STEP = Step(

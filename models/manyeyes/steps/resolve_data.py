@@ -10,11 +10,15 @@ from manyeyes.data.snapshot import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.code_digest import code_digest
-from manyeyes.harness.inputs import Pinned, locate_data
+from manyeyes.harness.inputs import EVALUATION_STEPS, SLICES, Pinned, locate_data
+from manyeyes.harness.stage import note_branches
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text
 from manyeyes.registry.references import check_registry_name
 from manyeyes.sources import pin_recipe
+
+# Steps that take their slice from here, in the component's order; the others' is made by plan_evaluation.
+_GIVEN = tuple(step for step in SLICES if step not in EVALUATION_STEPS)
 
 
 def resolve_data(
@@ -39,8 +43,8 @@ def resolve_data(
         registry_model: Name in the registry; the recipe's own when empty.
 
     Returns:
-        Values: ``pinned``, ``encoders`` (to prealign; one empty name when there is no such stage) and
-        ``registry_model``.
+        Values: by its name, what each step takes as ``pinned``; of ``prealign_encoder`` a list with ``encoder`` and
+        ``pinned`` (one with an empty name when there is no such stage); and ``registry_model``.
 
     Raises:
         SourceError: Weights that the recipe names cannot be read, or have no commit.
@@ -56,7 +60,9 @@ def resolve_data(
     given, remote = locate_data(data_md5, data_remote)
     md5 = normalise_md5(given)
     digest = code_digest()
+    pinned = Pinned(resolved, data_md5=md5, data_remote=remote, code_digest=digest)
     encoders = resolved.prealigned_encoders()
+    note_branches(len(encoders))
     facts_shown = [
         ("recipe", resolved.name),
         ("recipe digest", resolved.digest),
@@ -76,8 +82,12 @@ def resolve_data(
         ),
         markdown=facts_table(facts_shown).markdown() + "\n",
         values={
-            "pinned": Pinned(resolved, data_md5=md5, data_remote=remote, code_digest=digest).text(),
-            "encoders": encoders or [""],
+            **{step: pinned.of(step).text() for step in _GIVEN},
+            # kfp cannot loop over nothing.
+            "prealign_encoder": [
+                {"encoder": name, "pinned": pinned.of("prealign_encoder", encoder=name).text()}
+                for name in encoders or [""]
+            ],
             "registry_model": model,
         },
     )

@@ -29,7 +29,7 @@ def score_benchmark(
         benchmark: A row of BENCHMARKS.
         kind: ``torch`` for a checkpoint, ``bundle`` for an ONNX bundle.
         model: Its folder.
-        pinned: From ``resolve_data``.
+        pinned: From ``plan_evaluation``.
         scorecard: Folder to write.
     """
     inputs = parse_pinned(pinned)
@@ -38,7 +38,7 @@ def score_benchmark(
         reporter,
         kind=kind,
         model=model,
-        pinned=inputs.text(),
+        pinned=inputs.of("evaluate").text(),
         scorecard=scorecard,
     )
 

@@ -41,7 +41,7 @@ def sft(
     if recipe.stages.sft is None:
         if absent:
             raise RecipeError(
-                f'recipe "{recipe.name}" has neither pretrain nor sft', "a stage that makes a model", "Add stages.sft."
+                "the recipe has neither pretrain nor sft", "a stage that makes a model", "Add stages.sft."
             )
         shutil.copytree(pretrained, checkpoint, copy_function=link_or_copy, dirs_exist_ok=True)
         return StepResult("not in this recipe", markdown="This recipe has no sft stage; pretrain's model is kept.\n")

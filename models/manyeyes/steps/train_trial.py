@@ -25,6 +25,7 @@ from manyeyes.sources import pin_recipe
 from manyeyes.steps.evaluate import evaluate
 
 _WAIT_S = 2.0
+_STEPS_OF_STAGES = {"prealign": "prealign_encoder", "pretrain": "pretrain_projector", "sft": "sft"}
 Result = TypeVar("Result")
 
 
@@ -76,7 +77,7 @@ def train_trial(
         job.run(given, kept)
     shutil.copytree(kept, trial, dirs_exist_ok=True)
     # What was kept may have been asked for in other words.
-    asked = {"variant": parsed, "recipe": recipe.canonical_json(), "recipe_digest": recipe.digest}
+    asked = {"variant": parsed, **_record(recipe)}
     result = read_trial(kept).model_copy(update=asked)
     (trial / TRIAL_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     rows: list[tuple[str, object]] = [
@@ -128,7 +129,6 @@ class _Job:
         self.inputs = inputs
         self.recipe = inputs.recipe
         self.reporter = reporter
-        self.pinned = inputs.text()
         self.validation = validation
         self.folder = folder
         # On a cluster every trial has a machine of its own.
@@ -156,7 +156,7 @@ class _Job:
             scorecard=scores,
             other_scorecard=None,
             processes=None,
-            pinned=self.pinned,
+            pinned=self.inputs.of("evaluate").text(),
         )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
@@ -185,7 +185,7 @@ class _Job:
                 encoder_checkpoints=encoder_checkpoints,
                 checkpoint=checkpoint,
                 branches=self.branches,
-                pinned=self.pinned,
+                pinned=self.inputs.of(_STEPS_OF_STAGES[stage], encoder=encoder or "").text(),
             ),
             self.reporter,
         )
@@ -211,8 +211,7 @@ class _Job:
         size = estimate(self.recipe, snapshot_path=self.inputs.snapshot.path)
         return Trial(
             variant=self.variant,
-            recipe=self.recipe.canonical_json(),
-            recipe_digest=self.recipe.digest,
+            **_record(self.recipe),
             encoders=tuple(encoder.name for encoder in self.recipe.model.encoders),
             stages=tuple(self.stages),
             scorecard=card,
@@ -247,6 +246,12 @@ def _given_encoders(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path]:
         if not is_absent(folder)
     }
     return {name: folder for name, folder in found.items() if name in wanted}
+
+
+def _record(recipe: Recipe) -> dict[str, str]:
+    """What ``trial.json`` says of the recipe, every default filled in: it is to be trained again by later versions."""
+    text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return {"recipe": text, "recipe_digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _identity(inputs: Pinned, given: dict[str, Path], *, validation: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manyeyes.errors import ValidationError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import cache_dir, compared_datasets, parse_pinned, training_datasets
+from manyeyes.harness.inputs import cache_dir, parse_pinned, training_datasets
 
 
 def validate_data(
@@ -46,7 +46,7 @@ def validate_data(
         find_misfit=Admission(recipe, snapshot_path=inputs.snapshot.path).find_problem,
     )
     contamination = None
-    benchmarks = compared_datasets(recipe)
+    benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
     if benchmarks:
         contamination = find_contamination(
             inputs.snapshot,

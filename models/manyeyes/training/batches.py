@@ -299,7 +299,7 @@ class Admission:
                         part=part,
                         number=number,
                         seed=stage_seed(recipe, stage, name),
-                        epochs=spec.epochs if _draws(part) else 1,
+                        epochs=spec.epochs if part.draws else 1,
                         encoder=encoder,
                     )
                     for number, part in enumerate(spec.mixture)
@@ -342,9 +342,3 @@ def _what_tokens_depend_on(processor: ManyEyesProcessor, spec: StageSpec) -> tup
         processor.max_length,
         repr(processor.layout),
     )
-
-
-def _draws(part: MixturePart) -> bool:
-    """Whether a record comes differently in different epochs."""
-    shuffled = part.turns == "chained" and part.order == "shuffled"
-    return shuffled or 0 < part.image_dropout < 1 or part.questions == "brief"

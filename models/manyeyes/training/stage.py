@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from pydantic import Field, ValidationError
@@ -28,6 +27,7 @@ from manyeyes.model import (
     save_checkpoint,
 )
 from manyeyes.recipe import Recipe, StageName, StageSpec
+from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
@@ -115,12 +115,14 @@ def run_stage(
         StorageError: No space; the last running checkpoint is untouched.
         SnapshotError: A shard cannot be read.
     """
-    spec = _stage_spec(recipe, stage, encoder)
+    _stage_spec(recipe, stage, encoder)
     recipe = pin_recipe(recipe)
+    if encoder is not None:
+        recipe = one_encoder(recipe, encoder)
     job = _Job(
         recipe=recipe,
         stage=stage,
-        spec=spec,
+        spec=_stage_spec(recipe, stage, encoder),
         snapshot=snapshot,
         encoder=encoder,
         encoder_checkpoints=dict(encoder_checkpoints or {}),
@@ -186,20 +188,10 @@ class _Job:
     def seed(self) -> int:
         return stage_seed(self.recipe, self.stage, self.encoder)
 
-    def model_facts(self) -> dict[str, Any]:
-        """What of the model determines the result; an encoder that is prealigned alone knows nothing of its company."""
-        model = self.recipe.stage_model(self.stage).model_dump(mode="json")
-        # Shared pixels are as large as the encoder that needs most.
-        if self.encoder is not None and len(model["encoders"]) > 1 and model["preprocess"] == "independent":
-            model["encoders"] = [entry for entry in model["encoders"] if entry["name"] == self.encoder]
-            model["fusion"] = model["fusion"]["grid"]
-            model["layout"] = model["reinjection"] = None
-        return model
-
     def digest(self) -> str:
         inputs = {name: encoder_digest(path) for name, path in sorted(self.encoder_checkpoints.items())}
         facts = {
-            "model": self.model_facts(),
+            "model": self.recipe.stage_model(self.stage).model_dump(mode="json"),
             "stage": self.stage,
             # How often it saves, and what it keeps in memory, do not change what it learns.
             "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s", "checkpoint_encoders"}),
@@ -215,12 +207,10 @@ class _Job:
 
 
 def _stage_spec(recipe: Recipe, stage: StageName, encoder: str | None) -> StageSpec:
-    present = dict(recipe.present_stages())
-    if stage not in present:
-        raise RecipeError(
-            f'recipe "{recipe.name}" has no stage "{stage}"', f"its stages are {', '.join(present)}", "Run one of them."
-        )
-    known = recipe.prealigned_encoders()
+    spec: StageSpec | None = getattr(recipe.stages, stage)
+    if spec is None:
+        raise RecipeError(f'the recipe has no stage "{stage}"', "a recipe with that stage", f"Add stages.{stage}.")
+    known = recipe.prealigned_encoders() if stage == "prealign" else []
     if stage == "prealign" and encoder not in known:
         raise RecipeError(
             f'encoder is "{encoder}"',
@@ -231,7 +221,7 @@ def _stage_spec(recipe: Recipe, stage: StageName, encoder: str | None) -> StageS
         raise RecipeError(
             f'stage "{stage}" with encoder "{encoder}"', "it trains the whole model", "Leave encoder out."
         )
-    return present[stage]
+    return spec
 
 
 @contextmanager
@@ -332,9 +322,8 @@ def _train_and_save(
 def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     spec = job.recipe.stage_model(job.stage)
     if job.checkpoint is not None:
-        stages: list[StageName] = [name for name, _ in job.recipe.present_stages() if name != "prealign"]
-        earlier = stages[: stages.index(job.stage)][::-1]
-        models = [*map(job.recipe.stage_model, earlier), job.recipe.model, spec]
+        earlier = job.stage == "sft" and job.recipe.stages.pretrain is not None
+        models = [*([job.recipe.stage_model("pretrain")] if earlier else []), job.recipe.model, spec]
         found = match_checkpoint(job.checkpoint, models, snapshot_path=job.snapshot.path)
         # As it was saved, unless the stages differ in what the model is.
         return load_checkpoint(job.checkpoint, spec=None if found == spec else spec)

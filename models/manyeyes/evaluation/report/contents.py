@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -25,6 +25,7 @@ from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.output import read_checked
 from manyeyes.evaluation.scorecard import Interval, Scorecard
 from manyeyes.recipe import Recipe
+from manyeyes.recipe.model import PART
 from manyeyes.strict import StrictModel
 
 
@@ -169,7 +170,7 @@ class Reproduction(StrictModel):
 
     command: str = Field(description="Asks this model these questions, beside recipe.yaml; MODEL is its folder.")
     started_as: str = Field(description="What was typed, folders shortened; empty where a pipeline started it.")
-    recipe: str = Field(description="recipe.yaml with every default filled in; empty where it was not at hand.")
+    recipe: str = Field(description="recipe.yaml: all that the evaluation reads of it; empty where it was not at hand.")
     runs: list[EvaluationRun] = Field(description="Of one machine and set of versions each.")
 
 
@@ -215,7 +216,7 @@ def describe_reproduction(
         data_md5: Of the snapshot.
         argv: Command line; this process's own when left out.
     """
-    text = "" if recipe is None else yaml.safe_dump(json.loads(recipe.canonical_json()), sort_keys=False, width=100)
+    text = "" if recipe is None else yaml.safe_dump(_as_recipe(recipe), sort_keys=False, width=100)
     return Reproduction(
         command=f"manyeyes evaluate MODEL --recipe recipe.yaml --data-md5 {data_md5}",
         started_as=_shorten_command(sys.argv if argv is None else argv),
@@ -229,6 +230,14 @@ def describe_reproduction(
             )
         ],
     )
+
+
+def _as_recipe(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.model_dump(mode="json")
+    if PART in recipe.__dict__:
+        # An evaluation reads no more of a recipe than a step is given: the rest may be any recipe's.
+        tree = {"extends": "tiny", **tree, "gate": [{"rule": "validation"}]}
+    return tree
 
 
 def merge_runs(runs: Sequence[EvaluationRun]) -> list[EvaluationRun]:
