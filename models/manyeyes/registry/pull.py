@@ -246,7 +246,8 @@ def locate_model(text: str) -> ModelLocation:
     from manyeyes.registry.references import find_version, parse_model_reference
     from manyeyes.registry.tracking import connect
 
-    found = find_version(connect(), parse_model_reference(text))
+    reference = parse_model_reference(text)  # refused as such before the registry is looked for
+    found = find_version(connect(), reference)
     return ModelLocation("bundle", f"models:/{found.name}/{found.version}", str(found.tags["bundle_digest"]))
 
 
