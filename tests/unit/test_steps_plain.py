@@ -14,6 +14,7 @@ from manyeyes.harness.base import Reporter
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import Artifact, Event
 from manyeyes.harness.inputs import Pinned, is_absent, locate_data, mark_absent, parse_pinned, training_datasets
+from manyeyes.harness.stage import LOCAL_BRANCHES, note_branches, parallel_branches
 from manyeyes.harness.summary import RunSummary, StepSummary, union_seconds, write_summary
 from manyeyes.kubeflow.summarise import in_words, summarise
 from manyeyes.pages import Curve, draw_curves, readable, step_page
@@ -137,6 +138,20 @@ def test_encoder_checkpoints_are_matched_in_the_recipes_order(tmp_path: Path) ->
     mark_absent(tmp_path / "b", "test")
     with pytest.raises(ValueError, match="shorter"):
         by_encoder(["vit", "efficientnet"], [tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_step_of_one_encoder_learns_how_many_are_trained_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MANYEYES_RUN_DIR", raising=False)
+    note_branches(3)  # on a cluster each has a pod of its own
+    assert parallel_branches("prealign") == 1
+    monkeypatch.setenv("MANYEYES_RUN_DIR", str(tmp_path))
+    assert parallel_branches("prealign") == 1
+    for encoders, branches in ((0, 1), (1, 1), (3, LOCAL_BRANCHES)):
+        note_branches(encoders)
+        assert parallel_branches("prealign") == branches
+    assert parallel_branches("sft") == 1
 
 
 def test_parallel_steps_count_once_in_the_time_inside_steps() -> None:
