@@ -11,7 +11,7 @@ from manyeyes.data.mixture import Mixture
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
-from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe
 from manyeyes.runtime import Group
@@ -67,12 +67,14 @@ def training(
         )
         losses = [
             model.forward_branches(
-                cache,
-                batch.prefixes["attention_mask"],
-                bucket["rows"],
-                bucket["input_ids"],
-                bucket["attention_mask"],
-                bucket["labels"],
+                BranchBatch(
+                    cache,
+                    batch.prefixes["attention_mask"],
+                    bucket["rows"],
+                    bucket["input_ids"],
+                    bucket["attention_mask"],
+                    bucket["labels"],
+                )
             ).loss
             for bucket in batch.branches
         ]

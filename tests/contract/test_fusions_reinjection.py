@@ -29,7 +29,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import RecipeError
 from manyeyes.fusion.cross_attention import VisualWindows
-from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
+from manyeyes.model import BranchBatch, ManyEyesConfig, ManyEyesForConditionalGeneration
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.reinjection import VisualContext
 from manyeyes.recipe import LoraSpec
@@ -157,7 +157,7 @@ def test_shared_prefixes_look_back_too(model: ManyEyesForConditionalGeneration) 
         batch["input_ids"][:, :cut], prefix_mask, visual_tokens=visual, image_spans=batch["image_spans"]
     )
     ends = batch["input_ids"][:, cut:]
-    branches = model.forward_branches(cache, prefix_mask, rows, ends, torch.ones_like(ends))
+    branches = model.forward_branches(BranchBatch(cache, prefix_mask, rows, ends, torch.ones_like(ends)))
     torch.testing.assert_close(branches.logits, model(**batch).logits[:, -1], atol=1e-5, rtol=1e-4)
 
 

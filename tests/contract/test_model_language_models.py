@@ -20,7 +20,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import RecipeError
-from manyeyes.model import build_model
+from manyeyes.model import BranchBatch, build_model
 from manyeyes.model.language_model import compute_logits, decoder_of
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
@@ -90,7 +90,9 @@ def test_branches_compute_what_whole_conversations_compute(family: str, tmp_path
         image_spans=batch["image_spans"],
     )
     output = model.forward_branches(
-        cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"], batch["labels"]
+        BranchBatch(
+            cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"], batch["labels"]
+        )
     )
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-4)
     assert output.num_supervised == counted.sum()
@@ -105,5 +107,5 @@ def test_family_with_another_kind_of_memory_is_refused_by_name(tmp_path: Path) -
     cache = model.prefill_prefix(batch["input_ids"], batch["attention_mask"], visual_tokens=None, image_spans=None)
     with pytest.raises(RecipeError, match="the language model caches"):
         model.forward_branches(
-            cache, batch["attention_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"]
+            BranchBatch(cache, batch["attention_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"])
         )

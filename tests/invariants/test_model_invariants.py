@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from manyeyes.errors import RecipeError, ShapeError
-from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor, build_model
+from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration, ManyEyesProcessor, build_model
 from manyeyes.recipe import ModelSpec
 from tests.model_toys import toy_images, toy_spec, write_language_model
 
@@ -42,7 +42,7 @@ def parts(build: Callable[[], Parts]) -> Parts:
     return build()
 
 
-def prefill(parts: Parts, groups: list[tuple[int, list[tuple[str, str | None]]]]) -> tuple[dict[str, Tensor], tuple]:
+def prefill(parts: Parts, groups: list[tuple[int, list[tuple[str, str | None]]]]) -> BranchBatch:
     model, processor = parts
     batch = processor.pad_groups([processor.encode_group(pairs, num_images=count) for count, pairs in groups])
     num_images = sum(count for count, _ in groups)
@@ -52,7 +52,9 @@ def prefill(parts: Parts, groups: list[tuple[int, list[tuple[str, str | None]]]]
     cache = model.prefill_prefix(
         batch["prefix_ids"], batch["prefix_mask"], visual_tokens=visual_tokens, image_spans=batch["image_spans"]
     )
-    return batch, (cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"])
+    return BranchBatch(
+        cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"], batch["labels"]
+    )
 
 
 def separate_conversations() -> tuple[list[list], list[list[tuple[str, str]]]]:
@@ -104,8 +106,8 @@ def test_batch_without_any_answer_has_loss_zero(parts: Parts) -> None:
 
 def test_branches_give_loss_and_gradients_of_separate_conversations(build: Callable[[], Parts]) -> None:
     first, second = build(), build()
-    batch, arguments = prefill(first, GROUPS)
-    shared = first[0].train().forward_branches(*arguments, batch["labels"])
+    batch = prefill(first, GROUPS)
+    shared = first[0].train().forward_branches(batch)
     shared.loss.backward()
     images, conversations = separate_conversations()
     whole = second[1](images=images, conversations=conversations)
@@ -120,21 +122,21 @@ def test_branches_give_loss_and_gradients_of_separate_conversations(build: Calla
 
 
 def test_branch_does_not_see_its_neighbours(parts: Parts) -> None:
-    _, arguments = prefill(parts, [(1, [("what colour?", "red"), ("is it a circle?", "no")])])
-    expected = parts[0].forward_branches(*arguments).logits
-    _, changed = prefill(parts, [(1, [("what colour?", "red"), ("no red shape there?", "yes")])])
-    found = parts[0].forward_branches(*changed).logits
+    batch = prefill(parts, [(1, [("what colour?", "red"), ("is it a circle?", "no")])])
+    expected = parts[0].forward_branches(replace(batch, labels=None)).logits
+    changed = prefill(parts, [(1, [("what colour?", "red"), ("no red shape there?", "yes")])])
+    found = parts[0].forward_branches(replace(changed, labels=None)).logits
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found[1], expected[1], atol=1e-2)
 
 
 def test_prefix_cache_is_not_changed_by_its_branches(parts: Parts) -> None:
-    batch, arguments = prefill(parts, GROUPS)
-    keys = [layer.keys.clone() for layer in arguments[0].layers]
-    first = parts[0].forward_branches(*arguments, batch["labels"]).loss
-    second = parts[0].forward_branches(*arguments, batch["labels"]).loss
+    batch = prefill(parts, GROUPS)
+    keys = [layer.keys.clone() for layer in batch.prefix_cache.layers]
+    first = parts[0].forward_branches(batch).loss
+    second = parts[0].forward_branches(batch).loss
     assert torch.equal(first, second)
-    assert all(torch.equal(layer.keys, before) for layer, before in zip(arguments[0].layers, keys, strict=True))
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(batch.prefix_cache.layers, keys, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["mixed", "text only"])
@@ -143,10 +145,10 @@ def test_decoded_branches_are_what_generate_gives(kind: str, parts: Parts) -> No
     asked = [(count, [(question, None) for question, _ in pairs]) for count, pairs in GROUPS]
     if kind == "text only":
         asked = asked[1:2]
-    _, arguments = prefill(parts, asked)
+    batch = prefill(parts, asked)
     # A stop token that random weights do write, so that answers differ in length.
-    stop = [int(model.forward_branches(*arguments).logits[-1].argmax()), *processor.stop_token_ids]
-    answers = model.decode_branches(*arguments, max_new_tokens=6, stop_token_ids=stop)
+    stop = [int(model.forward_branches(replace(batch, labels=None)).logits[-1].argmax()), *processor.stop_token_ids]
+    answers = model.decode_branches(batch, max_new_tokens=6, stop_token_ids=stop)
     images, conversations = separate_conversations()
     chosen = slice(None) if kind == "mixed" else slice(3, 5)
     questions = processor(
@@ -264,10 +266,10 @@ def test_span_longer_than_the_image_is_refused(parts: Parts) -> None:
 
 
 def test_answer_right_behind_the_prefix_is_refused(parts: Parts) -> None:
-    batch, arguments = prefill(parts, GROUPS)
-    batch["labels"][0, 0] = 5
+    batch = prefill(parts, GROUPS)
+    batch.labels[0, 0] = 5
     with pytest.raises(ShapeError, match="first token of a branch"):
-        parts[0].forward_branches(*arguments, batch["labels"])
+        parts[0].forward_branches(batch)
 
 
 def test_gradient_checkpointing_and_shared_prefixes_do_not_mix(build: Callable[[], Parts]) -> None:

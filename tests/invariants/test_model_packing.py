@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import BloomConfig, Gemma2Config, GPT2Config, MistralConfig, PhiConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model
+from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration, branches, build_model
 from manyeyes.model.branches import can_pack, plan_packs
 from manyeyes.processor import ManyEyesProcessor
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
@@ -64,7 +65,7 @@ def _build(folder: Path, config: PreTrainedConfig) -> Parts:
     return model.eval(), processor
 
 
-def _prefill(parts: Parts, groups: list[tuple[int, list[str]]]) -> tuple[Any, ...]:
+def _prefill(parts: Parts, groups: list[tuple[int, list[str]]]) -> BranchBatch:
     model, processor = parts
     encoded = [processor.encode_group([(each, None) for each in asked], num_images=count) for count, asked in groups]
     batch = processor.pad_groups(encoded)
@@ -73,7 +74,7 @@ def _prefill(parts: Parts, groups: list[tuple[int, list[str]]]) -> tuple[Any, ..
     cache = model.prefill_prefix(
         batch["prefix_ids"], batch["prefix_mask"], visual_tokens=visual_tokens, image_spans=batch["image_spans"]
     )
-    return cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"]
+    return BranchBatch(cache, batch["prefix_mask"], batch["rows"], batch["input_ids"], batch["attention_mask"])
 
 
 def _generate(parts: Parts, groups: list[tuple[int, list[str]]], stops: list[int]) -> list[list[int]]:
@@ -96,15 +97,17 @@ def _generate(parts: Parts, groups: list[tuple[int, list[str]]], stops: list[int
 def test_packed_answers_are_those_of_generate_one_by_one(family: str, tmp_path: Path) -> None:
     parts = _build(tmp_path, PACKED[family])
     model, processor = parts
-    arguments = _prefill(parts, GROUPS)
-    assert can_pack(model.language_model, arguments[0])
-    plan = plan_packs(arguments[2].tolist(), arguments[4].sum(1).tolist(), room=arguments[1].shape[1], spare=6)
+    asked = _prefill(parts, GROUPS)
+    assert can_pack(model.language_model, asked.prefix_cache)
+    plan = plan_packs(
+        asked.rows.tolist(), asked.attention_mask.sum(1).tolist(), room=asked.prefix_mask.shape[1], spare=6
+    )
     assert any(len(pack.branches) > 1 for packs in plan for pack in packs), "nothing is packed"
     # A stop token that random weights do write, so that answers differ in length.
-    first = model.forward_branches(*arguments).logits
+    first = model.forward_branches(asked).logits
     assert first is not None
     stops = [int(first[3].argmax()), *processor.stop_token_ids]
-    found = model.decode_branches(*arguments, max_new_tokens=6, stop_token_ids=stops)
+    found = model.decode_branches(asked, max_new_tokens=6, stop_token_ids=stops)
     assert found.token_ids == _generate(parts, GROUPS, stops)
     assert len({len(ids) for ids in found.token_ids}) > 1
     torch.testing.assert_close(found.first_logits, first, rtol=1e-4, atol=1e-4)
@@ -114,8 +117,8 @@ def test_packed_answers_are_those_of_generate_one_by_one(family: str, tmp_path: 
 @pytest.mark.parametrize("family", NOT_PACKED)
 def test_family_that_makes_its_own_mask_is_asked_in_rows_of_its_own(family: str, tmp_path: Path) -> None:
     parts = _build(tmp_path, NOT_PACKED[family])
-    arguments = _prefill(parts, GROUPS[:2])
-    assert not can_pack(parts[0].language_model, arguments[0])
+    asked = _prefill(parts, GROUPS[:2])
+    assert not can_pack(parts[0].language_model, asked.prefix_cache)
 
 
 @torch.no_grad()
@@ -123,9 +126,9 @@ def test_neighbours_in_a_row_are_not_seen(tmp_path: Path) -> None:
     parts = _build(tmp_path, PACKED["llama"])
     stops = parts[1].stop_token_ids
     asked = ["what colour?", "is it red?", "is it blue?"]
-    first = parts[0].decode_branches(*_prefill(parts, [(1, asked)]), max_new_tokens=4, stop_token_ids=stops)
+    first = parts[0].decode_branches(_prefill(parts, [(1, asked)]), max_new_tokens=4, stop_token_ids=stops)
     changed = [asked[0], "no red circle?", asked[2]]
-    second = parts[0].decode_branches(*_prefill(parts, [(1, changed)]), max_new_tokens=4, stop_token_ids=stops)
+    second = parts[0].decode_branches(_prefill(parts, [(1, changed)]), max_new_tokens=4, stop_token_ids=stops)
     for branch in (0, 2):
         torch.testing.assert_close(second.first_logits[branch], first.first_logits[branch], rtol=1e-5, atol=1e-5)
         assert second.token_ids[branch] == first.token_ids[branch]
@@ -135,24 +138,23 @@ def test_neighbours_in_a_row_are_not_seen(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_cache_that_is_shared_stays_as_it_is(tmp_path: Path) -> None:
     parts = _build(tmp_path, PACKED["llama"])
-    arguments = _prefill(parts, GROUPS)
-    before = [layer.keys.clone() for layer in arguments[0].layers]
-    once, again = (
-        parts[0].decode_branches(*arguments, max_new_tokens=3, stop_token_ids=[2]).token_ids for _ in range(2)
-    )
+    asked = _prefill(parts, GROUPS)
+    before = [layer.keys.clone() for layer in asked.prefix_cache.layers]
+    once, again = (parts[0].decode_branches(asked, max_new_tokens=3, stop_token_ids=[2]).token_ids for _ in range(2))
     assert once == again
-    assert all(torch.equal(layer.keys, kept) for layer, kept in zip(arguments[0].layers, before, strict=True))
+    assert all(torch.equal(layer.keys, kept) for layer, kept in zip(asked.prefix_cache.layers, before, strict=True))
 
 
 @torch.no_grad()
 def test_packed_and_unpacked_agree_without_any_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = _build(tmp_path, PACKED["llama"])
-    _, _, rows, input_ids, mask = _prefill(parts, [(0, ["what colour?", "is it a red circle?", "no?"])])
-    nothing = parts[0].prefill_prefix(input_ids[:1, :0], mask[:1, :0], visual_tokens=None, image_spans=None)
-    arguments = (nothing, mask[:1, :0], rows, input_ids, mask)
-    packed = parts[0].decode_branches(*arguments, max_new_tokens=5, stop_token_ids=[2]).token_ids
+    whole = _prefill(parts, [(0, ["what colour?", "is it a red circle?", "no?"])])
+    no_ids, no_mask = whole.input_ids[:1, :0], whole.attention_mask[:1, :0]
+    nothing = parts[0].prefill_prefix(no_ids, no_mask, visual_tokens=None, image_spans=None)
+    asked = replace(whole, prefix_cache=nothing, prefix_mask=no_mask)
+    packed = parts[0].decode_branches(asked, max_new_tokens=5, stop_token_ids=[2]).token_ids
     monkeypatch.setattr(branches, "can_pack", lambda *_: False)
-    assert packed == parts[0].decode_branches(*arguments, max_new_tokens=5, stop_token_ids=[2]).token_ids
+    assert packed == parts[0].decode_branches(asked, max_new_tokens=5, stop_token_ids=[2]).token_ids
 
 
 def test_plan_fills_rows_evenly_and_keeps_narrow_ones_apart() -> None:

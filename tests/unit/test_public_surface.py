@@ -12,9 +12,9 @@ import pytest
 PUBLIC = {
     "manyeyes.runtime": "Bundle GeneratedAnswer Group ImageCache ImageLike ImageTokens load_bundle",
     "manyeyes.model": (
-        "BranchAnswers BranchOutput CheckpointManifest ManyEyesConfig ManyEyesForConditionalGeneration ManyEyesOutput "
-        "ManyEyesProcessor build_encoders build_model build_processor build_skeleton checkpoint_digest load_checkpoint "
-        "match_checkpoint save_checkpoint write_manifest"
+        "BranchAnswers BranchBatch BranchOutput CheckpointManifest ManyEyesConfig ManyEyesForConditionalGeneration "
+        "ManyEyesOutput ManyEyesProcessor build_encoders build_model build_processor build_skeleton checkpoint_digest "
+        "load_checkpoint match_checkpoint save_checkpoint write_manifest"
     ),
     "manyeyes.errors": (
         "INTERRUPTED NOT_PROMOTED OTHER_ERROR USER_ERROR BundleError CheckpointError DataError DrawingError "

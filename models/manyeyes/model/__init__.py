@@ -3,6 +3,7 @@
 Importing this package registers the model with the Auto classes of transformers.
 """
 
+from manyeyes.model.branches import BranchBatch
 from manyeyes.model.checkpoint import (
     CheckpointManifest,
     build_model,
@@ -21,6 +22,7 @@ from manyeyes.processor import ManyEyesProcessor
 
 __all__ = [
     "BranchAnswers",
+    "BranchBatch",
     "BranchOutput",
     "CheckpointManifest",
     "ManyEyesConfig",

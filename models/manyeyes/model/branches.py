@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,27 @@ from manyeyes.model.outputs import BranchAnswers, BranchOutput
 _PADDING, _PREFIX, _NOTHING = -1, -2, -3
 # Packs run together while the narrowest has so much of the widest's tokens; the rest of it is padding.
 _LEAST_FILLED = 2 / 3
+
+
+@dataclass(frozen=True)
+class BranchBatch:
+    """Branches, and the prefixes that they continue.
+
+    Attributes:
+        prefix_cache: Keys and values of the prefixes, from ``prefill_prefix``; not changed.
+        prefix_mask: ``[R, P]``, the prefixes' attention mask.
+        rows: ``[Q]``, each branch's prefix.
+        input_ids: ``[Q, L]``, padded on the right.
+        attention_mask: ``[Q, L]``, 1 for real tokens.
+        labels: ``[Q, L]``, not shifted, -100 where the loss does not count; never at a branch's first token.
+    """
+
+    prefix_cache: Cache
+    prefix_mask: Tensor
+    rows: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,26 +126,18 @@ def plan_packs(rows: Sequence[int], lengths: Sequence[int], *, room: int, spare:
 
 @torch.no_grad()
 def decode_packed(
-    language_model: PreTrainedModel,
-    prefix_cache: Cache,
-    prefix_mask: Tensor,
-    rows: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
+    language_model: PreTrainedModel, batch: BranchBatch, *, max_new_tokens: int, stop_token_ids: Sequence[int]
 ) -> BranchAnswers:
     """``branches.decode_branches``, where ``can_pack`` says so; same arguments, same answers."""
-    lengths = attention_mask.sum(1).tolist()
-    together = plan_packs(rows.tolist(), lengths, room=prefix_mask.shape[1], spare=max_new_tokens)
+    lengths = batch.attention_mask.sum(1).tolist()
+    together = plan_packs(batch.rows.tolist(), lengths, room=batch.prefix_mask.shape[1], spare=max_new_tokens)
     token_ids: list[list[int]] = [[] for _ in lengths]
     stops = frozenset(stop_token_ids)
     first_logits: Tensor | None = None
     for packs in together:
-        decoding = _Decoding(language_model, prefix_cache, prefix_mask, packs, max_new_tokens=max_new_tokens)
+        decoding = _Decoding(language_model, batch, packs, max_new_tokens=max_new_tokens)
         asked = [branch for pack in packs for branch in pack.branches]
-        tokens = {branch: input_ids[branch, : lengths[branch]].tolist() for branch in asked}
+        tokens = {branch: batch.input_ids[branch, : lengths[branch]].tolist() for branch in asked}
         logits = decoding.run(tokens)
         if first_logits is None:
             first_logits = logits.new_zeros(len(lengths), logits.shape[1])
@@ -146,25 +159,19 @@ class _Decoding:
     """Packs on their way: their cache, and whose each of its slots is."""
 
     def __init__(
-        self,
-        language_model: PreTrainedModel,
-        prefix_cache: Cache,
-        prefix_mask: Tensor,
-        packs: Sequence[Pack],
-        *,
-        max_new_tokens: int,
+        self, language_model: PreTrainedModel, batch: BranchBatch, packs: Sequence[Pack], *, max_new_tokens: int
     ) -> None:
         self._language_model = language_model
         self._packs = packs
-        rows = torch.tensor([pack.row for pack in packs], device=prefix_mask.device)
-        mask_KP = prefix_mask[rows]
+        rows = torch.tensor([pack.row for pack in packs], device=batch.prefix_mask.device)
+        mask_KP = batch.prefix_mask[rows]
         self._prefix_lengths = mask_KP.sum(1).tolist()
         self._owners_KS = torch.where(mask_KP.bool(), _PREFIX, _NOTHING)
         self._written = {branch: 0 for pack in packs for branch in pack.branches}
         widest = max(pack.width for pack in packs)
         answers = max(len(pack.branches) for pack in packs) * (max_new_tokens - 1)
         self._cache = DynamicCache()
-        for layer in prefix_cache.layers:
+        for layer in batch.prefix_cache.layers:
             self._cache.layers.append(_Room(layer, rows, slots=mask_KP.shape[1] + widest + answers))
 
     def run(self, tokens: dict[int, list[int]]) -> Tensor:
@@ -252,25 +259,12 @@ def _rectangle(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
-def forward_branches(
-    language_model: PreTrainedModel,
-    prefix_cache: Cache,
-    prefix_mask: Tensor,
-    rows: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor | None = None,
-) -> BranchOutput:
+def forward_branches(language_model: PreTrainedModel, batch: BranchBatch) -> BranchOutput:
     """Continue prefixes, each branch on its own: it sees its row's prefix and itself.
 
     Args:
         language_model: With the decoder that made the cache, its embeddings and head.
-        prefix_cache: From ``prefill_prefix``; not changed.
-        prefix_mask: ``[R, P]``, the prefixes' attention mask.
-        rows: ``[Q]``, each branch's prefix.
-        input_ids: ``[Q, L]``, padded on the right.
-        attention_mask: ``[Q, L]``, 1 for real tokens.
-        labels: ``[Q, L]``, not shifted, -100 where the loss does not count; never at a branch's first token.
+        batch: The branches and their prefixes.
 
     Returns:
         With labels the summed loss and how many tokens it counts; without, the logits after each branch's last
@@ -280,18 +274,19 @@ def forward_branches(
         ShapeError: A branch's first token is supervised.
         RecipeError: The language model's cache cannot be shared.
     """
+    labels = batch.labels
     if labels is not None and bool((labels[:, :1] != IGNORE_INDEX).any()):
         raise ShapeError(
             "the first token of a branch is supervised",
             "its logits belong to the prefix, which has no head",
             "Leave at least one token in front of the answer.",
         )
-    prefix_QP = prefix_mask[rows]
-    mask = torch.cat([prefix_QP, attention_mask], dim=1)
-    position_ids = prefix_QP.sum(1, keepdim=True) + positions(attention_mask)
-    cache = _select_rows(prefix_cache, rows)
+    prefix_QP = batch.prefix_mask[batch.rows]
+    mask = torch.cat([prefix_QP, batch.attention_mask], dim=1)
+    position_ids = prefix_QP.sum(1, keepdim=True) + positions(batch.attention_mask)
+    cache = _select_rows(batch.prefix_cache, batch.rows)
     hidden_QLD = decoder_of(language_model)(
-        inputs_embeds=language_model.get_input_embeddings()(input_ids),
+        inputs_embeds=language_model.get_input_embeddings()(batch.input_ids),
         attention_mask=mask,
         position_ids=position_ids,
         past_key_values=cache,
@@ -301,57 +296,36 @@ def forward_branches(
     if labels is not None:
         output.loss, output.num_supervised = summed_loss(language_model, hidden_QLD, labels)
         return output
-    last = attention_mask.sum(1) - 1
-    output.logits = compute_logits(language_model, hidden_QLD[torch.arange(len(rows), device=last.device), last])
+    last = batch.attention_mask.sum(1) - 1
+    output.logits = compute_logits(language_model, hidden_QLD[torch.arange(len(last), device=last.device), last])
     return output
 
 
 @torch.no_grad()
 def decode_branches(
-    language_model: PreTrainedModel,
-    prefix_cache: Cache,
-    prefix_mask: Tensor,
-    rows: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
+    language_model: PreTrainedModel, batch: BranchBatch, *, max_new_tokens: int, stop_token_ids: Sequence[int]
 ) -> BranchAnswers:
     """Answer greedily, every branch on its own.
 
     Args:
         language_model: With the decoder that made the cache, its embeddings and head.
-        prefix_cache: From ``prefill_prefix``; not changed.
-        prefix_mask: ``[R, P]``, the prefixes' attention mask.
-        rows: ``[Q]``, each branch's prefix.
-        input_ids: ``[Q, L]``, padded on the right; they end where the model goes on.
-        attention_mask: ``[Q, L]``, 1 for real tokens.
+        batch: The branches, which end where the model goes on, and their prefixes.
         max_new_tokens: At most N, at least 1.
         stop_token_ids: Ids that end an answer.
 
     Returns:
         The same ids as ``generate`` gives without its stop token, and the first logits.
     """
-    if can_pack(language_model, prefix_cache):
-        return decode_packed(
-            language_model,
-            prefix_cache,
-            prefix_mask,
-            rows,
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-        )
-    output = forward_branches(language_model, prefix_cache, prefix_mask, rows, input_ids, attention_mask)
+    if can_pack(language_model, batch.prefix_cache):
+        return decode_packed(language_model, batch, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids)
+    output = forward_branches(language_model, replace(batch, labels=None))
     assert output.logits is not None
     assert output.attention_mask is not None
     first_logits = logits = output.logits
     mask, cache = output.attention_mask, output.past_key_values
-    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=input_ids.device)
-    answers: list[list[int]] = [[] for _ in range(len(rows))]
-    running = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=batch.input_ids.device)
+    answers: list[list[int]] = [[] for _ in range(len(batch.rows))]
+    running = torch.ones(len(batch.rows), dtype=torch.bool, device=batch.input_ids.device)
     for step in range(max_new_tokens):
         token_Q = logits.argmax(-1)
         running &= ~torch.isin(token_Q, stops)
@@ -360,7 +334,7 @@ def decode_branches(
         if step + 1 == max_new_tokens or not bool(running.any()):
             break
         positions = mask.sum(1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(batch.rows), 1)], dim=1)
         hidden_Q1D = decoder_of(language_model)(
             inputs_embeds=language_model.get_input_embeddings()(token_Q[:, None]),
             attention_mask=mask,

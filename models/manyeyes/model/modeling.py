@@ -26,6 +26,7 @@ from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.fusion import run_encoders
 from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import branches
+from manyeyes.model.branches import BranchBatch
 from manyeyes.model.configuration import ManyEyesConfig
 from manyeyes.model.connection import (
     Connection,
@@ -502,41 +503,16 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
             )
         return cache
 
-    def forward_branches(
-        self,
-        prefix_cache: Cache,
-        prefix_mask: Tensor,
-        rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-    ) -> BranchOutput:
+    def forward_branches(self, batch: BranchBatch) -> BranchOutput:
         """Continue prefixes, each branch on its own: ``manyeyes.model.branches.forward_branches``."""
-        return branches.forward_branches(
-            self.language_model, prefix_cache, prefix_mask, rows, input_ids, attention_mask, labels
-        )
+        return branches.forward_branches(self.language_model, batch)
 
     def decode_branches(
-        self,
-        prefix_cache: Cache,
-        prefix_mask: Tensor,
-        rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        max_new_tokens: int,
-        stop_token_ids: Sequence[int],
+        self, batch: BranchBatch, *, max_new_tokens: int, stop_token_ids: Sequence[int]
     ) -> BranchAnswers:
         """Answer greedily, every branch on its own: ``manyeyes.model.branches.decode_branches``."""
         return branches.decode_branches(
-            self.language_model,
-            prefix_cache,
-            prefix_mask,
-            rows,
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
+            self.language_model, batch, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids
         )
 
     @torch.no_grad()

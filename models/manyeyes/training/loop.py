@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from manyeyes.errors import LockedError, RecipeError, StorageError
-from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration
 from manyeyes.recipe import StageSpec
 from manyeyes.storage import file_lock, new_folder, storage_errors
 from manyeyes.strict import StrictModel
@@ -332,7 +332,7 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
         )
         for bucket in batch.branches:
             branches = {name: tensor.to(device) for name, tensor in bucket.items()}
-            losses.append(model.forward_branches(cache, prefixes["attention_mask"], **branches).loss)
+            losses.append(model.forward_branches(BranchBatch(cache, prefixes["attention_mask"], **branches)).loss)
     if batch.chains is not None:
         chains = {name: tensor.to(device) for name, tensor in batch.chains.items()}
         spans = chains["image_spans"]

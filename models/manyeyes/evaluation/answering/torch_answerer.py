@@ -25,7 +25,7 @@ from manyeyes.evaluation.answering.answerers import AnsweredBatch, answer_in_tur
 from manyeyes.evaluation.answering.encoder_cache import EncoderCache, EncoderCacheSettings, ImageCounts
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.fusion.cross_attention import VisualWindows
-from manyeyes.model import ManyEyesForConditionalGeneration, load_checkpoint
+from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration, load_checkpoint
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
@@ -37,11 +37,7 @@ from manyeyes.runtime.vision import WINDOWS, ImageTokens
 @torch.inference_mode()
 def choose_branches(
     model: ManyEyesForConditionalGeneration,
-    prefix_cache: Cache,
-    prefix_mask: Tensor,
-    rows: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    batch: BranchBatch,
     *,
     options: Sequence[OptionIds],
     batch_size: int,
@@ -50,18 +46,14 @@ def choose_branches(
 
     Args:
         model: Made the cache.
-        prefix_cache: From ``prefill_prefix``; not changed.
-        prefix_mask: ``[R, P]``, the prefixes' attention mask.
-        rows: ``[Q]``, each branch's prefix.
-        input_ids: ``[Q, L]``, padded on the right; they end where the model goes on.
-        attention_mask: ``[Q, L]``, 1 for real tokens.
+        batch: The branches, which end where the model goes on, and their prefixes.
         options: Token ids of each branch's options; at least one each.
         batch_size: Most options a run, where first tokens do not decide.
 
     Returns:
         The place of each branch's chosen option.
     """
-    asked = model.forward_branches(prefix_cache, prefix_mask, rows, input_ids, attention_mask)
+    asked = model.forward_branches(batch)
     assert asked.logits is not None
     assert asked.attention_mask is not None
     firsts = [(branch, ids[0]) for branch, own in enumerate(options) for ids in own]
@@ -93,7 +85,7 @@ def _log_probabilities(
         ids[row, : len(own)] = torch.tensor(own)
         real[row, : len(own)] = 1
     ids, real = ids.to(mask.device), real.to(mask.device)
-    output = model.forward_branches(cache, mask, rows, ids[:, :-1], real[:, :-1])
+    output = model.forward_branches(BranchBatch(cache, mask, rows, ids[:, :-1], real[:, :-1]))
     assert output.last_hidden_state is not None
     logits = compute_logits(model.language_model, output.last_hidden_state)
     log_probabilities = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -276,29 +268,28 @@ class TorchAnswerer:
             ((row, place) for row, group in enumerate(encoded) for place in range(len(group.branches))),
             key=lambda which: len(encoded[which[0]].branches[which[1]].input_ids),
         )
+
+        def batch_of(chunk: Sequence[tuple[int, int]]) -> BranchBatch:
+            ids, mask = self._pad_branches([encoded[row].branches[place].input_ids for row, place in chunk])
+            return BranchBatch(
+                prefix_cache=cache,
+                prefix_mask=prefix_mask,
+                rows=torch.tensor([row for row, _ in chunk], device=self._device),
+                input_ids=ids,
+                attention_mask=mask,
+            )
+
         answers: dict[tuple[int, int], GeneratedAnswer] = {}
         for chunk in self._chunks([which for which in asked if not groups[which[0]].options(which[1])]):
-            ids, mask = self._pad_branches([encoded[row].branches[place].input_ids for row, place in chunk])
             decoded = self.model.decode_branches(
-                cache,
-                prefix_mask,
-                torch.tensor([row for row, _ in chunk], device=self._device),
-                ids,
-                mask,
-                max_new_tokens=max_new_tokens,
-                stop_token_ids=self.processor.stop_token_ids,
+                batch_of(chunk), max_new_tokens=max_new_tokens, stop_token_ids=self.processor.stop_token_ids
             )
             for which, token_ids in zip(chunk, decoded.token_ids, strict=True):
                 answers[which] = GeneratedAnswer(self.processor.decode_answer(token_ids), tuple(token_ids))
         for chunk in self._chunks([which for which in asked if groups[which[0]].options(which[1])]):
-            ids, mask = self._pad_branches([encoded[row].branches[place].input_ids for row, place in chunk])
             chosen = choose_branches(
                 self.model,
-                cache,
-                prefix_mask,
-                torch.tensor([row for row, _ in chunk], device=self._device),
-                ids,
-                mask,
+                batch_of(chunk),
                 options=[self._encode_options(groups[row], place, encoded[row]) for row, place in chunk],
                 batch_size=self._max_branches,
             )
