@@ -10,14 +10,15 @@ import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
+from manyeyes.converters.convert import config_of_plan
 from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.converters.system import Plan, System
 from manyeyes.converters.tables import Resolution
 from manyeyes.converters.tensor_files import StoredTensor
-from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration
+from manyeyes.model import ManyEyesForConditionalGeneration
 
 Shapes = dict[str, tuple[int, ...]]
 VICUNA_7B = {
@@ -68,24 +69,7 @@ def resolve(
     tensors = {key: StoredTensor(folder / "absent", key, shape, torch.float16) for key, shape in stored.items()}
     assert system.recognises(config)
     plan = system.plan(OriginalCheckpoint(folder, dict(config), tensors), EncoderSources(encoders, {}, folder))
-    ours = ManyEyesConfig(
-        text_config=AutoConfig.for_model(**plan.text_config),
-        encoders=[
-            {
-                "name": entry.name,
-                "encoder": entry.row,
-                "image_size": entry.image_size,
-                "small": False,
-                "architecture": dict(entry.architecture),
-            }
-            for entry in plan.encoders
-        ],
-        fusion=dict(plan.fusion),
-        projector=dict(plan.projector),
-        reinjection=plan.reinjection,
-        layout=plan.layout,
-        shared_pixels=plan.shared_pixels,
-    )
+    ours = config_of_plan(plan, image_token_id=0)
     with torch.device("meta"):
         model = ManyEyesForConditionalGeneration(ours)
     brought = tuple(f"encoders.{entry.name}." for entry in plan.encoders if entry.weights is not None)

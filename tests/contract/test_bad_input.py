@@ -19,7 +19,7 @@ from manyeyes.errors import ManyEyesError, RecipeError, RecordError, ShapeError,
 from manyeyes.fusion import build_fusion
 from manyeyes.model import build_model
 from manyeyes.model.connection import build_connection
-from manyeyes.recipe import load_recipe, parse_overrides
+from manyeyes.recipe import FusionSpec, ProjectorSpec, load_recipe, parse_overrides
 from manyeyes.runtime.chat import CHAT_TEMPLATES, encode_conversation
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.runtime.tiling import TokenLayout, arrange_tokens
@@ -89,8 +89,8 @@ def test_grid_that_the_projector_cannot_fold() -> None:
             encoder_grids=[27],
             hidden_size=16,
             num_layers=1,
-            fusion={"strategy": "channel-concat", "grid": 27},
-            projector={"kind": "pixel-unshuffle", "depth": 1},
+            fusion=FusionSpec(grid=27),
+            projector=ProjectorSpec(kind="pixel-unshuffle"),
         )
 
     assert message(ShapeError, build) == (

@@ -76,7 +76,7 @@ def test_published_size_of_llava_1_5_needs_nothing_but_its_own_files(tmp_path: P
     plan = llava.SYSTEM.plan(checkpoint, EncoderSources(None, {}, tmp_path))
     assert plan.encoders[0].architecture == {}
     assert plan.encoders[0].image_size == 336
-    assert plan.fusion["grid"] == 24
+    assert plan.fusion.grid == 24
     with torch.device("meta"):
         model = ManyEyesForConditionalGeneration(config_of_plan(plan, image_token_id=0))
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -122,5 +122,5 @@ def test_eagle_x5_7b_at_its_true_size_needs_no_configuration_of_its_experts(tmp_
         ("eva02-l16-det-1024", 1024, {}),
         ("pix2struct-l16-1024", 1024, {}),
     ]
-    assert plan.fusion["grid"] == 32
+    assert plan.fusion.grid == 32
     assert {why.partition(":")[0] for why in resolution.left.values()} == {"unused", "recomputed"}

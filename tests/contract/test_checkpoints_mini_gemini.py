@@ -227,4 +227,4 @@ def test_mini_gemini_7b_at_its_true_size_needs_no_configuration_of_its_towers(tm
         ("clip-l14-336", 336, {}),
         ("convnext-l-768-stages", 768 * image_grid, {}),
     ]
-    assert plan.fusion["grid"] == 24
+    assert plan.fusion.grid == 24

@@ -118,7 +118,7 @@ def _batch(model: ManyEyesForConditionalGeneration) -> dict[str, Any]:
     tokens = model.num_image_tokens
     width = tokens + 6
     pixels = {
-        entry["name"]: torch.rand(2, 3, entry["image_size"], entry["image_size"], generator=generator)
+        entry.name: torch.rand(2, 3, entry.image_size, entry.image_size, generator=generator)
         for entry in model.config.encoders
     }
     return {
@@ -182,7 +182,7 @@ def test_each_combination_runs_on_a_gpu(case: Case) -> None:
 def test_each_fusion_and_projector_exports(strategy: str, projector: str, tmp_path: Path) -> None:
     model, path = _model(Case(LIGHT, strategy, projector, reinjects=False)).eval(), tmp_path / "vision.onnx"
     batch = _batch(model)
-    sizes = {entry["name"]: entry["image_size"] for entry in model.config.encoders}
+    sizes = {entry.name: entry.image_size for entry in model.config.encoders}
     export_vision(model, sizes, path, opset=20)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     # Three images where the graph was traced with two.

@@ -32,7 +32,7 @@ from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import BranchBatch, ManyEyesConfig, ManyEyesForConditionalGeneration
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.reinjection import VisualContext
-from manyeyes.recipe import LoraSpec
+from manyeyes.recipe import LoraSpec, ReinjectionSpec
 from manyeyes.training.optimizer import add_adapters, merge_adapters
 
 ROWS, WIDTH, TOKENS = 2, 24, 16
@@ -377,4 +377,4 @@ def test_what_cannot_be_combined_says_why(changes: dict[str, Any], message: str)
 def test_configuration_keeps_everything(tmp_path: Path) -> None:
     config = _model().config
     config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).reinjection == {"start": 0, "stride": 2, "count": None}
+    assert AutoConfig.from_pretrained(tmp_path).reinjection == ReinjectionSpec(stride=2)

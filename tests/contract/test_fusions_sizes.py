@@ -9,6 +9,7 @@ from torch import nn
 from manyeyes.fusion import build_fusion
 from manyeyes.model.projector import build_projector
 from manyeyes.model.reinjection import Reinjection, reinjected_layers
+from manyeyes.recipe import ReinjectionSpec
 
 # SigLIP SO400M, CLIP L, DINOv2 g, all stages of ConvNeXt-XXL: Cambrian-1's encoders.
 CAMBRIAN = [1152, 1024, 1536, 5760]
@@ -40,7 +41,7 @@ def test_cambrian_connector_and_its_projectors() -> None:
 def test_cambrian_reinjection(
     hidden_size: int, num_layers: int, stride: int, count: int, last: int, parameters: float
 ) -> None:
-    layers = reinjected_layers({"start": 0, "stride": stride, "count": count}, num_layers=num_layers)
+    layers = reinjected_layers(ReinjectionSpec(stride=stride, count=count), num_layers=num_layers)
     assert layers[-1] == last
     reinjection = Reinjection(hidden_size, layers=layers, channels=1024, windows=WINDOWS, num_heads=16)
     assert _count(reinjection) == pytest.approx(parameters, rel=0.005)

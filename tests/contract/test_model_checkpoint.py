@@ -31,6 +31,9 @@ from manyeyes.model import (
     save_checkpoint,
     write_manifest,
 )
+from manyeyes.model.configuration import EncoderConfig, SharedPixelsConfig
+from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
+from manyeyes.runtime.tiling import TokenLayout
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
 
 Parts = tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]
@@ -153,6 +156,73 @@ def test_files_that_make_no_sense_are_refused_though_their_checksums_are_right(
     write_manifest(copied)
     with pytest.raises((CheckpointError, RecipeError, ShapeError, SourceError)):
         load_checkpoint(copied)
+
+
+def test_config_keeps_the_types_of_the_recipe(checkpoint: Path) -> None:
+    config = ManyEyesConfig.from_pretrained(checkpoint)
+    assert isinstance(config.fusion, FusionSpec)
+    assert isinstance(config.projector, ProjectorSpec)
+    assert [type(encoder) for encoder in config.encoders] == [EncoderConfig] * len(config.encoders)
+    typed = ManyEyesConfig(
+        text_config=config.text_config,
+        encoders=config.encoders,
+        fusion=config.fusion,
+        projector=config.projector,
+        reinjection=ReinjectionSpec(stride=2),
+        layout=TokenLayout(tiling="grid", whole=("vit",)),
+        shared_pixels=SharedPixelsConfig(image_size=64, align_corners=True, antialias=False),
+    )
+    # As a file has them, with fields that a later version may add; a part's options were not always written.
+    plain = json.loads(typed.to_json_string())
+    del plain["projector"]["options"]
+    plain |= {"later": 1, "fusion": {**plain["fusion"], "later": 2}}
+    plain["encoders"][0]["later"] = 3
+    read = ManyEyesConfig.from_dict(plain)
+    assert read.later == 1
+    del read.later
+    assert read.to_json_string() == typed.to_json_string()
+    assert (read.layout, read.shared_pixels) == (typed.layout, typed.shared_pixels)
+
+
+def test_config_file_from_before_parts_had_types_is_read_and_written_as_it_was(tmp_path: Path) -> None:
+    text_config = {"model_type": "llama", "hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4}
+    old = {
+        "architectures": ["ManyEyesForConditionalGeneration"],
+        "model_type": "manyeyes",
+        "dtype": "float32",
+        "encoders": [
+            {
+                "name": "clip",
+                "encoder": "clip-l14-336",
+                "image_size": 336,
+                "small": False,
+                "architecture": {"depth": 3, "windows": [1, 2]},
+            },
+            {"name": "vit", "encoder": "vit-tiny-p16-64", "image_size": 64, "small": True},
+        ],
+        "fusion": {"strategy": "channel-concat", "grid": 24, "options": {"align_corners": None}},
+        "projector": {"kind": "mlp", "depth": 2, "options": {}},
+        "reinjection": {"start": 0, "stride": 2, "count": None},
+        "layout": {
+            "tiling": "anyres",
+            "pinpoints": [[1, 2], [2, 1]],
+            "image_grid": 2,
+            "newline": True,
+            "newline_at": "rows",
+            "unpad": True,
+            "whole": [],
+            "tile_size": 336,
+        },
+        "shared_pixels": {"image_size": 96, "align_corners": True, "antialias": False},
+        "image_token_id": 5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**old, "text_config": text_config}), encoding="utf-8")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.encoders[0].architecture == {"depth": 3, "windows": [1, 2]}
+    assert config.reinjection == ReinjectionSpec(stride=2)
+    config.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
+    assert {name: again[name] for name in old} == old
 
 
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

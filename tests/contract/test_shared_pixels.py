@@ -112,7 +112,7 @@ def test_encoders_see_the_interpolated_base(align_corners: bool, antialias: bool
 
 def test_the_first_encoder_is_the_base_and_the_largest_gives_the_size(language_model: Path) -> None:
     model, processor = build(language_model)
-    assert model.config.shared_pixels == {"image_size": 96, "align_corners": True, "antialias": False}
+    assert model.config.shared_pixels.model_dump() == {"image_size": 96, "align_corners": True, "antialias": False}
     row = encoder_transform("vit-tiny-p16-64", image_size=96)
     assert processor.image_transforms == {"shared": row}
 

@@ -247,7 +247,7 @@ def test_a_stage_may_train_the_model_at_another_resolution(pretrained: Path, tmp
             **({"encoder_checkpoints": {}} if stage == "pretrain" else {}),
         )
     (first, low), (second, high) = (load_checkpoint(tmp_path / stage) for stage in ("pretrain", "sft"))
-    assert (first.config.layout, second.config.layout["tiling"]) == (None, "grid")
+    assert (first.config.layout, second.config.layout.tiling) == (None, "grid")
     assert (low.image_transforms["shared"].size, high.image_transforms["shared"].size) == (48, 64)
     before, after = first.state_dict(), second.state_dict()
     assert before.keys() == after.keys()

@@ -121,7 +121,7 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
         fusion = _plan_aggregator(config, grid=grid, token_sides=token_sides)
         projector, projector_table = plan_projector("mlp2x_gelu")
     else:
-        fusion = FusionSpec(grid=grid, options={"align_corners": False, "average": False}).model_dump()
+        fusion = FusionSpec(grid=grid, options={"align_corners": False, "average": False})
         projector, projector_table = plan_projector(str(config.get("mm_projector_type") or "linear"))
     factor = image_factor(text_config)
     template = _template(checkpoint, model_type)
@@ -140,7 +140,7 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
         ),
         template=template,
         reinjection=_plan_reinjection(config) if reinjects else None,
-        layout=TokenLayout(newline=True, unpad=True, tile_size=plans[0].image_size).as_dict(),
+        layout=TokenLayout(newline=True, unpad=True, tile_size=plans[0].image_size),
         max_length=int(config.get("tokenizer_model_max_length") or DEFAULT_MAX_LENGTH),
     )
 
@@ -232,8 +232,8 @@ def _kind(published: str) -> tuple[str, str]:
     )
 
 
-def _plan_aggregator(config: Mapping[str, Any], *, grid: int, token_sides: Sequence[int]) -> dict[str, Any]:
-    query_grids = tuple(_side(count, "query_num_list") for count in config["query_num_list"])
+def _plan_aggregator(config: Mapping[str, Any], *, grid: int, token_sides: Sequence[int]) -> FusionSpec:
+    query_grids = [_side(count, "query_num_list") for count in config["query_num_list"]]
     width = int(config["vision_hidden_size"])
     if width % _NUM_HEADS:
         raise CheckpointError(
@@ -253,18 +253,18 @@ def _plan_aggregator(config: Mapping[str, Any], *, grid: int, token_sides: Seque
         "depth": int(config["connector_depth"]),
         "num_heads": _NUM_HEADS,
         "query_grids": query_grids,
-        "windows": tuple(side // grid for side in token_sides),
+        "windows": [side // grid for side in token_sides],
         "mask_padding": True,
     }
-    return FusionSpec(strategy="spatial-vision-aggregator", grid=grid, options=options).model_dump(mode="json")
+    return FusionSpec(strategy="spatial-vision-aggregator", grid=grid, options=options)
 
 
-def _plan_reinjection(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plan_reinjection(config: Mapping[str, Any]) -> ReinjectionSpec:
     return ReinjectionSpec(
         start=int(config["start_of_vision_sampler_layers"]),
         stride=int(config["stride_of_vision_sampler_layers"]),
         count=int(config["num_of_vision_sampler_layers"]),
-    ).model_dump()
+    )
 
 
 def _aggregator_table() -> KeyTable:

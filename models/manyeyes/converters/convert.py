@@ -24,6 +24,7 @@ from manyeyes.encoders import Encoder, fit_encoder_weights
 from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import BundleError, CheckpointError, RecipeError, did_you_mean
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration, write_manifest
+from manyeyes.model.configuration import EncoderConfig
 from manyeyes.model.language_model import check_vocabulary, find_image_token_id
 from manyeyes.processor import SHARED, ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
@@ -307,21 +308,21 @@ def config_of_plan(plan: Plan, *, image_token_id: int) -> ManyEyesConfig:
     text_config = AutoConfig.for_model(**plan.text_config)
     return ManyEyesConfig(
         text_config=text_config,
-        encoders=[
-            {
-                "name": entry.name,
-                "encoder": entry.row,
-                "image_size": entry.image_size,
-                "small": False,
-                "architecture": dict(entry.architecture),
-            }
+        encoders=tuple(
+            EncoderConfig(
+                name=entry.name,
+                encoder=entry.row,
+                image_size=entry.image_size,
+                small=False,
+                architecture=dict(entry.architecture),
+            )
             for entry in plan.encoders
-        ],
-        fusion=dict(plan.fusion),
-        projector=dict(plan.projector),
-        reinjection=None if plan.reinjection is None else dict(plan.reinjection),
-        layout=None if plan.layout is None else dict(plan.layout),
-        shared_pixels=None if plan.shared_pixels is None else dict(plan.shared_pixels),
+        ),
+        fusion=plan.fusion,
+        projector=plan.projector,
+        reinjection=plan.reinjection,
+        layout=plan.layout,
+        shared_pixels=plan.shared_pixels,
         image_token_id=image_token_id,
     )
 
@@ -343,7 +344,7 @@ def _make_processor(
         num_image_tokens=model.num_image_tokens,
         image_token_id=model.config.image_token_id,
         max_length=plan.max_length,
-        layout=None if layout is None else dict(layout),
+        layout=None if layout is None else layout.as_dict(),
         sends_image_sizes=model.fusion.uses_image_sizes,
         image_marks=list(plan.image_marks) if any(plan.image_marks) else None,
     )

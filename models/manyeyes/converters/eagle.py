@@ -54,6 +54,7 @@ from manyeyes.converters.tables import (
 )
 from manyeyes.encoders.vit import resample_positions
 from manyeyes.errors import CheckpointError
+from manyeyes.model.configuration import SharedPixelsConfig
 from manyeyes.recipe import FusionSpec, SharedSpec
 
 SAM, EVA02, PIX2STRUCT = "sam-l16-1024-eagle", "eva02-l16-det-1024", "pix2struct-l16-1024"
@@ -278,15 +279,15 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
     return Plan(
         text_config=text_config,
         encoders=plans,
-        fusion=FusionSpec(
-            grid=_grid(config, experts, canvas), options={"align_corners": True, "average": False}
-        ).model_dump(),
+        fusion=FusionSpec(grid=_grid(config, experts, canvas), options={"align_corners": True, "average": False}),
         projector=projector,
         keys=join_tables(
             language_table(tied=bool(text_config.get("tie_word_embeddings"))), *tables, projector_table, _NEWLINE
         ),
         template=_template(checkpoint),
-        shared_pixels={"image_size": canvas, **SharedSpec().model_dump(include={"align_corners", "antialias"})},
+        shared_pixels=SharedPixelsConfig(
+            image_size=canvas, **SharedSpec().model_dump(include={"align_corners", "antialias"})
+        ),
         shared_transform=pixels_of(_CONVNEXT, image_size=canvas, fit="pad" if fit == "pad" else "crop"),
         image_marks=_MARKS if marks else ("", ""),
         new_tokens=(*patch, *(_MARKS if marks else ())),

@@ -80,14 +80,14 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
     marks = bool(config.get("mm_use_im_start_end"))
     patch = ("<im_patch>",) if config.get("mm_use_im_patch_token", True) else ()
     newline = KeyTable(takes=(Take("newline", (home + "image_newline",)),))
-    if layout is None or not layout["newline"]:
+    if layout is None or not layout.newline:
         newline = KeyTable(
             takes=(), leaves=(Leave(escaped(home) + "image_newline", "no rows to end, by its configuration"),)
         )
     return Plan(
         text_config=text_config,
         encoders=(encoder,),
-        fusion=FusionSpec(grid=grid).model_dump(),
+        fusion=FusionSpec(grid=grid),
         projector=projector,
         keys=join_tables(
             language_table(tied=bool(text_config.get("tie_word_embeddings"))),
@@ -127,7 +127,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
             )
 
 
-def plan_projector(kind: str, *, stored: str = "model.mm_projector") -> tuple[dict[str, Any], KeyTable]:
+def plan_projector(kind: str, *, stored: str = "model.mm_projector") -> tuple[ProjectorSpec, KeyTable]:
     """LLaVA's projectors: ``linear``, ``mlp2x_gelu`` (or another number of layers) and ``identity``.
 
     Args:
@@ -141,10 +141,10 @@ def plan_projector(kind: str, *, stored: str = "model.mm_projector") -> tuple[di
         CheckpointError: Another kind.
     """
     if kind == "identity":
-        return ProjectorSpec(kind="identity").model_dump(), KeyTable(takes=())
+        return ProjectorSpec(kind="identity"), KeyTable(takes=())
     if kind == "linear":
         rule = Take(r"projector\.layers\.linear_1\.(weight|bias)", (stored + r".\1",))
-        return ProjectorSpec(kind="linear").model_dump(), KeyTable(takes=(rule,))
+        return ProjectorSpec(kind="linear"), KeyTable(takes=(rule,))
     match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if match is None or int(match[1]) < 1:
         raise CheckpointError(
@@ -155,7 +155,7 @@ def plan_projector(kind: str, *, stored: str = "model.mm_projector") -> tuple[di
         Take(rf"projector\.layers\.linear_{layer + 1}\.(weight|bias)", (rf"{stored}.{2 * layer}.\1",))
         for layer in range(depth)
     )
-    return ProjectorSpec(kind="mlp", depth=depth).model_dump(), KeyTable(takes=rules)
+    return ProjectorSpec(kind="mlp", depth=depth), KeyTable(takes=rules)
 
 
 _RESAMPLER = KeyTable(
@@ -191,7 +191,7 @@ def _plan_tower(checkpoint: OriginalCheckpoint, encoders: EncoderSources, *, hom
     return encoder, KeyTable(takes=(), leaves=(Leave(escaped(tower) + ".*", why),))
 
 
-def _plan_layout(config: Mapping[str, Any], *, image_size: int) -> dict[str, Any] | None:
+def _plan_layout(config: Mapping[str, Any], *, image_size: int) -> TokenLayout | None:
     if config.get("image_aspect_ratio") != "anyres":
         # An image of one tile has no newline, whatever the merge: process_images makes one tensor of such images, and
         # LLaVA's code merges lists alone.
@@ -217,7 +217,7 @@ def _plan_layout(config: Mapping[str, Any], *, image_size: int) -> dict[str, Any
         newline=unpads,
         unpad=unpads,
         tile_size=image_size,
-    ).as_dict()
+    )
 
 
 def _read_pinpoints(value: Any) -> list[tuple[int, int]]:

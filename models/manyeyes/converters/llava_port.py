@@ -71,8 +71,8 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
     return Plan(
         text_config=text_config,
         encoders=(encoder,),
-        fusion=FusionSpec(grid=encoder.image_size // int(encoder.architecture.get("patch_size", 14))).model_dump(),
-        projector=ProjectorSpec(kind="mlp", depth=2).model_dump(),
+        fusion=FusionSpec(grid=encoder.image_size // int(encoder.architecture.get("patch_size", 14))),
+        projector=ProjectorSpec(kind="mlp", depth=2),
         keys=join_tables(
             language,
             KeyTable(takes=(projector,), leaves=(Leave(r".*image_newline", "one tile, no rows"),)),

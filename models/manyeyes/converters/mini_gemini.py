@@ -33,6 +33,7 @@ from manyeyes.converters.tables import (
     scale_last,
 )
 from manyeyes.errors import CheckpointError
+from manyeyes.model.configuration import SharedPixelsConfig
 from manyeyes.processor import SHARED
 from manyeyes.recipe import FusionSpec
 from manyeyes.runtime.tiling import TokenLayout
@@ -84,14 +85,14 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
     _compare_beginnings(checkpoint, template, model_type=model_type)
     layout = None
     if image_grid > 1:
-        layout = TokenLayout(tiling="grid", image_grid=image_grid, whole=(_CONVNEXT,), tile_size=canvas).as_dict()
+        layout = TokenLayout(tiling="grid", image_grid=image_grid, whole=(_CONVNEXT,), tile_size=canvas)
     fit = "pad" if config.get("image_aspect_ratio") == "pad" else "crop"
     marks = bool(config.get("mm_use_im_start_end"))
     patch = ("<im_patch>",) if config.get("mm_use_im_patch_token", True) else ()
     return Plan(
         text_config=text_config,
         encoders=(clip, convnext),
-        fusion=FusionSpec(strategy="patch-info-mining", grid=grid, options={"image_grid": image_grid}).model_dump(),
+        fusion=FusionSpec(strategy="patch-info-mining", grid=grid, options={"image_grid": image_grid}),
         projector=projector,
         keys=join_tables(
             _mixtral_table(text_config) if model_type == "mixtral" else KeyTable(takes=()),
@@ -103,9 +104,9 @@ def plan(checkpoint: OriginalCheckpoint, encoders: EncoderSources) -> Plan:
         ),
         template=template,
         layout=layout,
-        shared_pixels={"image_size": canvas, "align_corners": False, "antialias": False},
+        shared_pixels=SharedPixelsConfig(image_size=canvas, align_corners=False, antialias=False),
         shared_transform=replace(clip.transform, size=canvas, fit="pad" if fit == "pad" else "crop"),
-        processor_layout=None if layout is None else {**layout, "whole": [SHARED]},
+        processor_layout=None if layout is None else replace(layout, whole=(SHARED,)),
         image_marks=_MARKS if marks else ("", ""),
         new_tokens=(*patch, *(_MARKS if marks else ())),
         max_length=int(config.get("tokenizer_model_max_length") or DEFAULT_MAX_LENGTH),

@@ -10,7 +10,10 @@ from typing import Any
 from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.source import OriginalCheckpoint
 from manyeyes.converters.tables import KeyTable
+from manyeyes.model.configuration import SharedPixelsConfig
+from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
 from manyeyes.runtime.preprocess import ImageTransform
+from manyeyes.runtime.tiling import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Plan:
     Attributes:
         text_config: ``config.json`` of the language model, with ``model_type``.
         encoders: In the order of their channels.
-        fusion: ``strategy``, ``grid`` and ``options``, as in a recipe.
-        projector: ``kind``, ``depth`` and ``options``, as in a recipe.
+        fusion: As in a recipe.
+        projector: As in a recipe.
         keys: Rules for every tensor of ours that no encoder brings along, and for every stored key.
         template: Row of CHAT_TEMPLATES.
-        reinjection: ``start``, ``stride`` and ``count``, or None.
-        layout: ``TokenLayout.as_dict``, or None.
-        shared_pixels: ``image_size``, ``align_corners`` and ``antialias``, or None.
+        reinjection: As in a recipe; None where the language model does not look back.
+        layout: How an image becomes tiles; None for one tile.
+        shared_pixels: What every encoder's input is made from; None where each has its own.
         shared_transform: With ``shared_pixels``: how the one tensor is made.
         processor_layout: The processor's layout where it differs from ``layout``; None where it does not.
         image_marks: Text before and after each image, such as ``<im_start>`` and ``<im_end>``.
@@ -58,15 +61,15 @@ class Plan:
 
     text_config: Mapping[str, Any]
     encoders: tuple[EncoderPlan, ...]
-    fusion: Mapping[str, Any]
-    projector: Mapping[str, Any]
+    fusion: FusionSpec
+    projector: ProjectorSpec
     keys: KeyTable
     template: str
-    reinjection: Mapping[str, Any] | None = None
-    layout: Mapping[str, Any] | None = None
-    shared_pixels: Mapping[str, Any] | None = None
+    reinjection: ReinjectionSpec | None = None
+    layout: TokenLayout | None = None
+    shared_pixels: SharedPixelsConfig | None = None
     shared_transform: ImageTransform | None = None
-    processor_layout: Mapping[str, Any] | None = None
+    processor_layout: TokenLayout | None = None
     image_marks: tuple[str, str] = ("", "")
     new_tokens: tuple[str, ...] = ()
     max_length: int = 2048

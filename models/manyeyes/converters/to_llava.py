@@ -25,8 +25,11 @@ from manyeyes.converters.tensor_files import Planned, write_tensors
 from manyeyes.encoders import encoder_row
 from manyeyes.errors import CheckpointError
 from manyeyes.model import ManyEyesConfig, checkpoint_digest
+from manyeyes.model.configuration import EncoderConfig
 from manyeyes.processor import ManyEyesProcessor
+from manyeyes.recipe import ProjectorSpec
 from manyeyes.runtime.preprocess import ImageTransform
+from manyeyes.runtime.tiling import TokenLayout
 from manyeyes.storage import new_folder
 
 TOWER_FOLDER = "vision_tower"
@@ -57,14 +60,14 @@ def write_llava(checkpoint: Path, out: Path) -> None:
     config = ManyEyesConfig.from_pretrained(checkpoint, local_files_only=True)
     processor = ManyEyesProcessor.from_pretrained(checkpoint, local_files_only=True)
     entry = _check(config)
-    name = str(entry["name"])
+    name = entry.name
     transform = processor.image_transforms[name]
-    architecture = {**encoder_row(entry["encoder"]).architecture, **entry.get("architecture", {})}
+    architecture = {**encoder_row(entry.encoder).architecture, **(entry.architecture or {})}
     plan = EncoderPlan(
         name=name,
-        row=entry["encoder"],
-        image_size=entry["image_size"],
-        architecture=entry.get("architecture", {}),
+        row=entry.encoder,
+        image_size=entry.image_size,
+        architecture=entry.architecture or {},
         transform=transform,
     )
     kind = _projector_type(config.projector)
@@ -90,30 +93,30 @@ def write_llava(checkpoint: Path, out: Path) -> None:
                 f"{_TOWER}post_layernorm.bias": torch.zeros(architecture["width"]),
             },
         )
-        _write_json(tower / "config.json", _tower_config(architecture, blocks=blocks, size=entry["image_size"]))
+        _write_json(tower / "config.json", _tower_config(architecture, blocks=blocks, size=entry.image_size))
         _write_json(tower / "preprocessor_config.json", _preprocessor(transform))
         _write_json(folder / "config.json", _llava_config(config, processor, kind, transform, architecture))
         processor.tokenizer.save_pretrained(folder)
     ours.release()
 
 
-def _check(config: ManyEyesConfig) -> Mapping[str, Any]:
+def _check(config: ManyEyesConfig) -> EncoderConfig:
     encoders = config.encoders
-    names = [entry["encoder"] for entry in encoders]
+    names = [entry.encoder for entry in encoders]
     row = encoder_row(names[0])
-    grid = encoders[0]["image_size"] // int({**row.architecture, **encoders[0].get("architecture", {})}["patch_size"])
+    grid = encoders[0].image_size // int({**row.architecture, **(encoders[0].architecture or {})}["patch_size"])
     problems = {
         f"the encoders {', '.join(names)}": len(names) != 1
         or row.family != "clip"
         or not row.architecture["class_token"]
-        or encoders[0]["small"],
-        f"the fusion {config.fusion['strategy']} on a grid of {config.fusion['grid']}": config.fusion["strategy"]
+        or encoders[0].small,
+        f"the fusion {config.fusion.strategy} on a grid of {config.fusion.grid}": config.fusion.strategy
         != "channel-concat"
-        or config.fusion["grid"] != grid,
-        f"the projector {config.projector['kind']}": config.projector["kind"] not in ("linear", "mlp", "identity"),
+        or config.fusion.grid != grid,
+        f"the projector {config.projector.kind}": config.projector.kind not in ("linear", "mlp", "identity"),
         "reinjection": config.reinjection is not None,
         "shared pixels": config.shared_pixels is not None,
-        "tiles of a fixed grid": (config.layout or {}).get("tiling") == "grid",
+        "tiles of a fixed grid": config.layout is not None and config.layout.tiling == "grid",
         f"the language model {config.text_config.model_type}": config.text_config.model_type not in _MODEL_TYPES,
     }
     for found, refused in problems.items():
@@ -123,8 +126,7 @@ def _check(config: ManyEyesConfig) -> Mapping[str, Any]:
                 "LLaVA's layout holds one CLIP tower at its own grid, linear layers, and Llama, Mistral or MPT",
                 "It cannot be written as LLaVA's.",
             )
-    entry: Mapping[str, Any] = encoders[0]
-    return entry
+    return encoders[0]
 
 
 def _reverse(table: KeyTable, ours: OriginalCheckpoint) -> dict[str, tuple[str, int, int]]:
@@ -172,8 +174,8 @@ def _write(
     write_tensors(folder, planned, read)
 
 
-def _projector_type(projector: Mapping[str, Any]) -> str:
-    return f"mlp{projector['depth']}x_gelu" if projector["kind"] == "mlp" else str(projector["kind"])
+def _projector_type(projector: ProjectorSpec) -> str:
+    return f"mlp{projector.depth}x_gelu" if projector.kind == "mlp" else projector.kind
 
 
 def _llava_config(
@@ -191,8 +193,8 @@ def _llava_config(
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         text["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     model_type, architecture_name = _MODEL_TYPES[config.text_config.model_type]
-    layout = config.layout or {}
-    anyres = layout.get("tiling") == "anyres"
+    layout = config.layout or TokenLayout()
+    anyres = layout.tiling == "anyres"
     if transform.fit == "stretch" and not anyres:
         raise CheckpointError('images are fitted by "stretch"', "pad or crop", "It cannot be written as LLaVA's.")
     return {
@@ -210,7 +212,7 @@ def _llava_config(
         "mm_patch_merge_type": _merge_type(layout),
         "image_aspect_ratio": "anyres" if anyres else {"pad": "pad", "crop": "square"}[transform.fit],
         "image_grid_pinpoints": (
-            [[columns * transform.size, rows * transform.size] for columns, rows in layout["pinpoints"]]
+            [[columns * transform.size, rows * transform.size] for columns, rows in layout.pinpoints]
             if anyres
             else None
         ),
@@ -221,10 +223,10 @@ def _llava_config(
     }
 
 
-def _merge_type(layout: Mapping[str, Any]) -> str:
-    if layout.get("newline"):
+def _merge_type(layout: TokenLayout) -> str:
+    if layout.newline:
         return "spatial_unpad"
-    return "spatial" if layout.get("tiling") == "anyres" else "flat"
+    return "spatial" if layout.tiling == "anyres" else "flat"
 
 
 def _tower_config(architecture: Mapping[str, Any], *, blocks: int, size: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, VisualContext
 from manyeyes.processor import SHARED
-from manyeyes.runtime.tiling import TokenLayout, arrange_tokens
+from manyeyes.runtime.tiling import arrange_tokens
 
 _META = torch.device("meta")
 
@@ -62,9 +62,9 @@ class Counts:
 def image_shape(model: ManyEyesForConditionalGeneration) -> ImageShape:
     """Tiles and tokens of the largest image that the model's layout admits."""
     per_tile = model.num_image_tokens
-    if model.config.layout is None:
+    layout = model.config.layout
+    if layout is None:
         return ImageShape(tiles=1, tokens=per_tile, newlines=0)
-    layout = TokenLayout.from_dict(model.config.layout)
     grid = math.isqrt(per_tile)
     side = layout.tile_size
     # An image as large as a grid of tiles is cut into that grid, and shows no padding.
@@ -164,10 +164,10 @@ def _pixels(model: ManyEyesForConditionalGeneration, shape: ImageShape) -> dict[
         # A fixed grid of tiles is cut inside the model, from one tensor of the whole image.
         images = 1 if shared.image_grid > 1 else shape.tiles
         return {SHARED: torch.zeros(images, 3, shared.image_size, shared.image_size, device=_META)}
-    whole = () if model.config.layout is None else TokenLayout.from_dict(model.config.layout).whole
+    whole = () if model.config.layout is None else model.config.layout.whole
     return {
-        entry["name"]: torch.zeros(
-            1 if entry["name"] in whole else shape.tiles, 3, entry["image_size"], entry["image_size"], device=_META
+        entry.name: torch.zeros(
+            1 if entry.name in whole else shape.tiles, 3, entry.image_size, entry.image_size, device=_META
         )
         for entry in model.config.encoders
     }

@@ -27,7 +27,7 @@ from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
 from manyeyes.runtime.bundle_contents import GraphSignature, GraphTensor
-from manyeyes.runtime.tiling import NEWLINE, TokenLayout
+from manyeyes.runtime.tiling import NEWLINE
 from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
 
 
@@ -246,7 +246,7 @@ def export_vision(
     Raises:
         BundleError: The graph lacks an input.
     """
-    layout = None if model.config.layout is None else TokenLayout.from_dict(model.config.layout)
+    layout = model.config.layout
     images, num_tiles = Dim("images"), _ROWS
     tiles: Any = images
     if layout is not None and layout.tiling == "grid":

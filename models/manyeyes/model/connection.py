@@ -5,9 +5,8 @@ Shapes: I images, N visual tokens an image, D width of the language model, B row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.fusion.patch_info_mining import PatchInfoMining
 from manyeyes.model.projector import AnyProjector, build_projector
 from manyeyes.model.reinjection import Reinjection, VisualContext, reinjected_layers
+from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
 from manyeyes.runtime.tiling import NEWLINE, TokenLayout
 
 
@@ -68,10 +68,10 @@ def build_connection(
     encoder_grids: Sequence[int],
     hidden_size: int,
     num_layers: int,
-    fusion: Mapping[str, Any],
-    projector: Mapping[str, Any],
-    reinjection: Mapping[str, Any] | None = None,
-    layout: Mapping[str, Any] | None = None,
+    fusion: FusionSpec,
+    projector: ProjectorSpec,
+    reinjection: ReinjectionSpec | None = None,
+    layout: TokenLayout | None = None,
 ) -> Connection:
     """Make fusion, projector and reinjection, freshly initialised from torch's global generator.
 
@@ -80,41 +80,41 @@ def build_connection(
         encoder_grids: Side of each encoder's map, in cells.
         hidden_size: Width of the language model.
         num_layers: Its layers.
-        fusion: ``strategy``, ``grid`` and ``options``.
-        projector: ``kind``, ``depth`` and ``options``.
-        reinjection: ``start``, ``stride`` and ``count``; None for none.
-        layout: As ``TokenLayout.as_dict``; None for the tokens as they are.
+        fusion: Which, its grid and its options.
+        projector: Which, its depth and its options.
+        reinjection: After which layers the language model looks back; None for none.
+        layout: How an image becomes tiles and its tokens a sequence; None for the tokens as they are.
 
     Raises:
         RecipeError: An unknown name or option, or parts that cannot be combined.
         ShapeError: Grids or widths that do not fit together.
     """
     fused = build_fusion(
-        fusion["strategy"],
+        fusion.strategy,
         encoder_channels=encoder_channels,
-        grid=fusion["grid"],
+        grid=fusion.grid,
         encoder_grids=encoder_grids,
-        options=fusion.get("options"),
+        options=fusion.options,
     )
     projected = build_projector(
-        projector["kind"],
-        depth=projector["depth"],
+        projector.kind,
+        depth=projector.depth,
         in_channels=fused.channels,
         out_channels=hidden_size,
-        grid=fusion["grid"],
-        options=projector.get("options"),
+        grid=fusion.grid,
+        options=projector.options,
     )
     injected = None
     if reinjection is not None:
         if not isinstance(fused, SpatialVisionAggregator):
             raise RecipeError(
-                f'model.reinjection with the fusion "{fusion["strategy"]}"',
+                f'model.reinjection with the fusion "{fusion.strategy}"',
                 "it looks at the windows of spatial-vision-aggregator",
                 "Use that fusion, or drop model.reinjection.",
             )
         if projected.token_grid(fused.grid) != fused.grid:
             raise RecipeError(
-                f'model.reinjection with the projector "{projector["kind"]}"',
+                f'model.reinjection with the projector "{projector.kind}"',
                 "each visual token must keep its cell of the grid",
                 "Use mlp, linear or identity.",
             )
@@ -126,9 +126,9 @@ def build_connection(
             num_heads=fused.num_heads,
         )
     if layout is not None:
-        _check_layout(TokenLayout.from_dict(layout), fused, projected)
+        _check_layout(layout, fused, projected)
     newline = None
-    if layout is not None and layout.get("newline"):
+    if layout is not None and layout.newline:
         # LLaVA-1.6 and Cambrian-1 both start from a normal distribution of this width.
         newline = nn.Parameter(torch.randn(hidden_size) / hidden_size**0.5)
     return Connection(fusion=fused, projector=projected, reinjection=injected, newline=newline)

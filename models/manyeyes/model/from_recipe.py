@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.encoders import encoder_row, encoder_transform
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.model.configuration import ManyEyesConfig
+from manyeyes.model.configuration import EncoderConfig, ManyEyesConfig, SharedPixelsConfig
 from manyeyes.model.modeling import ManyEyesForConditionalGeneration
 from manyeyes.processor import SHARED, ManyEyesProcessor
 from manyeyes.recipe import EncoderSpec, FusionSpec, LayoutSpec, ModelSpec, SharedSpec
@@ -35,12 +35,12 @@ def configure(
     """
     return ManyEyesConfig(
         text_config=text_config,
-        encoders=[_encoder_entry(entry) for entry in chosen],
-        fusion=_fusion_entry(spec, chosen),
-        projector=spec.projector.model_dump(),
-        reinjection=spec.reinjection.model_dump() if spec.reinjection and len(chosen) == len(spec.encoders) else None,
-        layout=_layout_entry(spec, chosen),
-        shared_pixels=_shared_entry(spec),
+        encoders=tuple(_encoder(entry) for entry in chosen),
+        fusion=_fusion(spec, chosen),
+        projector=spec.projector,
+        reinjection=spec.reinjection if len(chosen) == len(spec.encoders) else None,
+        layout=_layout(spec, chosen),
+        shared_pixels=_shared_pixels(spec),
         image_token_id=image_token_id,
     )
 
@@ -80,7 +80,7 @@ def choose_encoders(spec: ModelSpec, names: Sequence[str] | None) -> list[Encode
     return [entry for entry in spec.encoders if names is None or entry.name in names]
 
 
-def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any] | None:
+def _layout(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> TokenLayout | None:
     if spec.layout is None or len(chosen) < len(spec.encoders):
         return None
     names = [entry.name for entry in chosen]
@@ -95,18 +95,18 @@ def _layout_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, A
     if not tiled:
         raise RecipeError("model.layout.whole names every encoder", "one must see tiles", "Leave the first one out.")
     size = _shared_size(spec) if spec.preprocess == "shared" else _encoder_size(tiled[0])
-    return TokenLayout(**spec.layout.model_dump(), tile_size=size).as_dict()
+    return TokenLayout(**spec.layout.model_dump(), tile_size=size)
 
 
-def _fusion_entry(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, Any]:
+def _fusion(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> FusionSpec:
     if len(chosen) == len(spec.encoders):
-        return spec.fusion.model_dump()
+        return spec.fusion
     # Prealign: one encoder has nothing to be fused with; the joint fusion starts after it.
-    return FusionSpec(strategy="channel-concat", grid=spec.fusion.grid).model_dump()
+    return FusionSpec(strategy="channel-concat", grid=spec.fusion.grid)
 
 
-def _encoder_entry(entry: EncoderSpec) -> dict[str, Any]:
-    return {"name": entry.name, "encoder": entry.encoder, "image_size": _encoder_size(entry), "small": entry.small}
+def _encoder(entry: EncoderSpec) -> EncoderConfig:
+    return EncoderConfig(name=entry.name, encoder=entry.encoder, image_size=_encoder_size(entry), small=entry.small)
 
 
 def _encoder_size(entry: EncoderSpec) -> int:
@@ -124,15 +124,13 @@ def _shared_size(spec: ModelSpec) -> int:
     return max(_encoder_size(entry) * (1 if entry.name in layout.whole else grid) for entry in spec.encoders)
 
 
-def _shared_entry(spec: ModelSpec) -> dict[str, Any] | None:
+def _shared_pixels(spec: ModelSpec) -> SharedPixelsConfig | None:
     if spec.preprocess != "shared":
         return None
     shared = spec.shared or SharedSpec()
-    return {
-        "image_size": _shared_size(spec),
-        "align_corners": shared.align_corners,
-        "antialias": shared.antialias,
-    }
+    return SharedPixelsConfig(
+        image_size=_shared_size(spec), align_corners=shared.align_corners, antialias=shared.antialias
+    )
 
 
 def image_transforms(spec: ModelSpec, chosen: Sequence[EncoderSpec]) -> dict[str, ImageTransform]:
@@ -151,8 +149,8 @@ def _transform(entry: EncoderSpec, size: int) -> ImageTransform:
 
 
 def _processor_layout(config: ManyEyesConfig) -> dict[str, Any] | None:
-    layout: dict[str, Any] | None = config.layout
-    if layout is None or config.shared_pixels is None or layout["tiling"] != "grid":
-        return layout
-    # The model cuts the tiles of a fixed grid itself, from the one tensor that shows the whole image.
-    return {**layout, "whole": [SHARED]}
+    layout = config.layout
+    if layout is not None and layout.tiling == "grid" and config.shared_pixels is not None:
+        # The model cuts the tiles of a fixed grid itself, from the one tensor that shows the whole image.
+        layout = replace(layout, whole=(SHARED,))
+    return None if layout is None else layout.as_dict()

@@ -66,17 +66,18 @@ def find_differences(
         RecipeError: ``spec`` names something that there is not.
     """
     names = [entry.name for entry in spec.encoders]
-    saved = [entry["name"] for entry in config.encoders]
+    saved = [entry.name for entry in config.encoders]
     if names != saved:
         return [FieldDifference("model.encoders", names, saved)]
     wanted = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
+    values, saved_values = wanted.to_dict(), config.to_dict()
     pairs: list[tuple[str, Any, Any]] = [
-        *((f"model.encoders.{i}", ours, config.encoders[i]) for i, ours in enumerate(wanted.encoders)),
-        ("model.fusion", wanted.fusion, config.fusion),
-        ("model.reinjection", wanted.reinjection, config.reinjection),
-        ("model.layout", wanted.layout, config.layout),
-        ("model.projector", _projector(wanted.projector), _projector(config.projector)),
-        ("model.shared", wanted.shared_pixels, config.shared_pixels),
+        *((f"model.encoders.{i}", own, saved_values["encoders"][i]) for i, own in enumerate(values["encoders"])),
+        ("model.fusion", values["fusion"], saved_values["fusion"]),
+        ("model.reinjection", values["reinjection"], saved_values["reinjection"]),
+        ("model.layout", values["layout"], saved_values["layout"]),
+        ("model.projector", _projector(values["projector"]), _projector(saved_values["projector"])),
+        ("model.shared", values["shared_pixels"], saved_values["shared_pixels"]),
         ("model.chat.template", spec.chat.template, processor.template),
         ("model.chat.system", spec.chat.system, processor.system),
         ("model.language_model.max_length", spec.language_model.max_length, processor.max_length),

@@ -27,7 +27,7 @@ from manyeyes.fusion import run_encoders
 from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import branches
 from manyeyes.model.branches import BranchBatch
-from manyeyes.model.configuration import ManyEyesConfig
+from manyeyes.model.configuration import EncoderConfig, ManyEyesConfig
 from manyeyes.model.connection import (
     Connection,
     VisualTokens,
@@ -110,15 +110,15 @@ def gather_pixels(
     return {**(pixel_values or {}), **dotted} or None, others
 
 
-def build_encoders(encoders: Sequence[Mapping[str, Any]]) -> nn.ModuleDict:
+def build_encoders(encoders: Sequence[EncoderConfig]) -> nn.ModuleDict:
     """Make the encoders that a configuration names, freshly initialised."""
     return nn.ModuleDict(
         {
-            entry["name"]: build_encoder(
-                entry["encoder"],
-                image_size=entry["image_size"],
-                small=entry["small"],
-                architecture=_as_built(entry.get("architecture")),
+            entry.name: build_encoder(
+                entry.encoder,
+                image_size=entry.image_size,
+                small=entry.small,
+                architecture=_as_built(entry.architecture),
             )
             for entry in encoders
         }
@@ -235,9 +235,9 @@ class ManyEyesParts(PreTrainedModel, ABC):
         shared = self.config.shared_pixels
         if shared is None:
             return None
-        layout = TokenLayout.from_dict(self.config.layout or {})
+        layout = self.config.layout or TokenLayout()
         image_grid = layout.image_grid if layout.tiling == "grid" else 1
-        return SharedPixels(**shared, image_grid=image_grid, whole=layout.whole)
+        return SharedPixels(**shared.model_dump(), image_grid=image_grid, whole=layout.whole)
 
     def encoder_features(self, pixel_values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """First half of ``encode_images``: what a feature cache may keep.

@@ -11,7 +11,7 @@ windows on the model between calls, and skips all of this when it trains on GPUs
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from manyeyes.errors import RecipeError
 from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows
+from manyeyes.recipe import ReinjectionSpec
 
 VISUAL_CONTEXT = "visual_context"
 """The keyword argument that carries a ``VisualContext`` to decoder layers."""
@@ -101,17 +102,17 @@ class _AfterLayer:
         return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
 
 
-def reinjected_layers(spec: Mapping[str, Any], *, num_layers: int) -> list[int]:
+def reinjected_layers(spec: ReinjectionSpec, *, num_layers: int) -> list[int]:
     """Which decoder layers are followed by a block.
 
     Args:
-        spec: ``start``, ``stride`` and ``count`` of a recipe; a count of None takes as many as fit.
+        spec: A count of None takes as many as fit.
         num_layers: Layers of the decoder.
 
     Raises:
         RecipeError: More than fit.
     """
-    start, stride, count = spec["start"], spec["stride"], spec["count"]
+    start, stride, count = spec.start, spec.stride, spec.count
     fitting = list(range(start, num_layers, stride))
     if not fitting or (count is not None and count > len(fitting)):
         raise RecipeError(

@@ -340,14 +340,14 @@ def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcess
 
 def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path) -> str:
     assert job.encoder is not None
-    entry = next(entry for entry in model.config.encoders or [] if entry["name"] == job.encoder)
+    entry = next(entry for entry in model.config.encoders if entry.name == job.encoder)
     encoder = model.encoders[job.encoder]
     with new_folder(path) as folder:
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
         facts = EncoderFacts(
             name=job.encoder,
-            encoder=entry["encoder"],
-            image_size=entry["image_size"],
+            encoder=entry.encoder,
+            image_size=entry.image_size,
             sha256=hashlib.sha256(data).hexdigest(),
         )
         (folder / ENCODER_WEIGHTS).write_bytes(data)
@@ -357,9 +357,9 @@ def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path
 
 def _load_encoder(model: ManyEyesForConditionalGeneration, name: str, path: Path) -> None:
     facts = _read_encoder_facts(path)
-    entry = next((entry for entry in model.config.encoders or [] if entry["name"] == name), None)
+    entry = next((entry for entry in model.config.encoders if entry.name == name), None)
     found = (facts.name, facts.encoder, facts.image_size)
-    if entry is None or found != (name, entry["encoder"], entry["image_size"]):
+    if entry is None or found != (name, entry.encoder, entry.image_size):
         raise CheckpointError(
             f'{path} holds encoder "{facts.name}" ({facts.encoder}, {facts.image_size} pixels)',
             f'"{name}" of this recipe is needed',
