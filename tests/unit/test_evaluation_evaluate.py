@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError, RecordError
-from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark, load_benchmark
+from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded, Row, find_benchmark, load_benchmark
 from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.scorecard import read_scorecard
@@ -55,6 +56,22 @@ def test_an_image_is_shown_once_and_equal_questions_without_one_are_asked_once(
     run(answerer, snapshot, tmp_path)
     assert answerer.images == IMAGES
     assert answerer.questions == 72 + 4
+
+
+def test_an_answer_is_graded_once(snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded: list[str] = []
+
+    def grade(row: Row, prediction: str, variant: str) -> Graded:
+        graded.append(row["id"])
+        return EASY_VQA.grade(row, prediction, variant)
+
+    monkeypatch.setitem(BENCHMARKS, "easy-vqa", replace(EASY_VQA, grade=grade))
+    shown: list[float] = []
+    answerer = RuleAnswerer(rule_with_errors(IMAGES, [3]))
+    card = run(answerer, snapshot, tmp_path, on_progress=lambda progress: shown.append(progress.score))
+    # 72 items with the image and 72 without, of which progress was shown all along.
+    assert sorted(graded) == sorted(2 * [outcome.id for outcome in read_outcomes(tmp_path / "items.parquet").outcomes])
+    assert shown[-1] == pytest.approx(card.benchmarks["easy-vqa"].image_off)
 
 
 def test_files_say_what_the_scorecard_says(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -224,7 +241,7 @@ def test_a_wrong_scorecard_says_which_field(tmp_path: Path, snapshot: Snapshot) 
     content = json.loads((tmp_path / "scorecard.json").read_text(encoding="utf-8"))
     content["benchmarks"]["easy-vqa"]["score"] = 140
     (tmp_path / "scorecard.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(EvaluationError, match=r"benchmarks\.easy-vqa\.score"):
+    with pytest.raises(EvaluationError, match=r"benchmarks\.easy-vqa: .*score 140.0 is above the maximum"):
         read_scorecard(tmp_path / "scorecard.json")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded, Row
 from manyeyes.evaluation.benchmarks.llava_bench import read_marks
 from manyeyes.evaluation.benchmarks.mm_vet import read_correctness
 from manyeyes.evaluation.judging.judge import Judge, JudgeError
@@ -240,6 +241,20 @@ def test_all_verdicts_failing_is_no_score_at_all() -> None:
         judge = make_judge(server.endpoint, max_unjudged=0.9)
         report = judge_predictions("llava-bench-coco", COCO, answers(COCO), judge)
     assert (report.score, report.judged, report.unjudged) == (None, 0, 6)
+
+
+def test_answer_that_needs_no_judge_is_graded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graded: list[str] = []
+
+    def grade(row: Row, prediction: str, variant: str) -> Graded:
+        graded.append(prediction)
+        return BENCHMARKS["mathvista"].grade(row, prediction, variant)
+
+    monkeypatch.setitem(JUDGINGS, "mathvista", replace(JUDGINGS["mathvista"], ask=lambda *_: None, direct=grade))
+    judge = make_judge("http://127.0.0.1:1/v1")
+    verdicts = judge_items(BENCHMARKS["mathvista"], [(MATHVISTA, "4"), (MATHVISTA, "5")], judge, variant="official")
+    assert [verdict.value.score for verdict in verdicts if verdict.value] == [1.0, 0.0]
+    assert graded == ["4", "5"]
 
 
 def test_judge_that_goes_away_ends_the_run_and_the_next_run_asks_the_rest(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,48 +21,17 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
-from manyeyes.evaluation.benchmarks.items import MultipleChoice, RowReader
+from manyeyes.evaluation.benchmarks.items import RowReader
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
+from manyeyes.evaluation.output import Interval, ScoredBenchmark
 from manyeyes.evaluation.score import ITEMS_FILE, SCORE_FILE, ScoreReport, read_json_lines
-from manyeyes.evaluation.scorecard import Interval, read_scorecard
+from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.evaluation.statistics.significance import POWER, PairedTest, average_difference, compare_scores, holm
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 
 ANSWERS = "answers"
 """Kind of a model that is known by its answers alone."""
-
-
-class AskedScore(Protocol):
-    """A figure and what was asked for it; a scorecard's are such."""
-
-    @property
-    def variant(self) -> str:
-        """Whose scoring."""
-
-    @property
-    def benchmark_digest(self) -> str:
-        """Equal where the same questions were asked."""
-
-    @property
-    def multiple_choice(self) -> MultipleChoice:
-        """How options were chosen."""
-
-    @property
-    def n(self) -> int:
-        """Items."""
-
-    @property
-    def n_total(self) -> int:
-        """Items that the benchmark has."""
-
-    @property
-    def score(self) -> float:
-        """In the benchmark's unit."""
-
-    @property
-    def ci95(self) -> Interval:
-        """Its 95% interval."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +53,8 @@ class Results:
     kind: str
     recipe: str
     data_md5: str
-    scores: Mapping[str, AskedScore]
+    scores: Mapping[str, ScoredBenchmark]
     items: OutcomeFile
-
-
-@dataclass(frozen=True)
-class _ScoredAnswers:
-    """The figure of a folder of ``manyeyes score``."""
-
-    variant: str
-    benchmark_digest: str
-    n: int
-    n_total: int
-    score: float
-    ci95: Interval
-    multiple_choice: MultipleChoice = "generate"
 
 
 def read_results(path: Path, *, name: str = "", scorecard: str = "scorecard.json") -> Results:
@@ -164,16 +120,7 @@ def _read_scored_answers(folder: Path, name: str) -> Results:
         kind=ANSWERS,
         recipe="",
         data_md5="",
-        scores={
-            report.benchmark: _ScoredAnswers(
-                variant=report.variant,
-                benchmark_digest=report.references_digest,
-                n=report.n,
-                n_total=report.n,
-                score=report.score,
-                ci95=report.ci95,
-            )
-        },
+        scores={report.benchmark: report},
         items=OutcomeFile(digest, ANSWERS, digests, [_outcome(report.benchmark, line, folder) for line in lines]),
     )
 
@@ -361,11 +308,13 @@ def _common(first: Results, second: Results) -> tuple[list[str], dict[str, str]]
             left_out[name] = "no such benchmark in this version"
         elif score.variant != other.variant:
             left_out[name] = f"scored as {score.variant} and as {other.variant}"
-        elif score.multiple_choice != other.multiple_choice:
+        elif score.asked.multiple_choice != other.asked.multiple_choice:
             said = {"generate": "written", "prefill": "chosen after one prefill"}
-            left_out[name] = f"answers are {said[score.multiple_choice]} and {said[other.multiple_choice]}"
-        elif score.benchmark_digest != other.benchmark_digest:
-            left_out[name] = f"other questions ({score.n:,} of {score.n_total:,}; {other.n:,} of {other.n_total:,})"
+            first_said, second_said = (said[side.asked.multiple_choice] for side in (score, other))
+            left_out[name] = f"answers are {first_said} and {second_said}"
+        elif score.asked.digest != other.asked.digest:
+            counts = (f"{side.n:,} of {side.asked.n_total:,}" for side in (score, other))
+            left_out[name] = f"other questions ({'; '.join(counts)})"
         else:
             names.append(name)
     left_out |= {name: "only the second was asked" for name in second.scores if name not in first.scores}
@@ -374,8 +323,8 @@ def _common(first: Results, second: Results) -> tuple[list[str], dict[str, str]]
 
 def _compared(
     name: str,
-    first: AskedScore,
-    second: AskedScore,
+    first: ScoredBenchmark,
+    second: ScoredBenchmark,
     test: PairedTest,
     p_holm: float,
     outcomes: Sequence[tuple[Outcome, Outcome]],

@@ -61,13 +61,13 @@ class GradedAnswers:
 
 
 def grade_answers(
-    benchmark: Benchmark, predictions: Mapping[Condition, Mapping[str, str]], judge: Judge | None
+    benchmark: Benchmark, answers: Mapping[Condition, Answered], judge: Judge | None
 ) -> GradedAnswers | str:
     """Grade the answers under every condition.
 
     Args:
         benchmark: Its items.
-        predictions: Text by item id, by condition.
+        answers: By condition; where rules can score them they are graded already.
         judge: Used where the benchmark's answers are judged; ``None`` for a benchmark that rules can score.
 
     Returns:
@@ -79,13 +79,14 @@ def grade_answers(
     row, variant = benchmark.row, benchmark.variant
     if judge is None or row.name not in JUDGINGS:
         by_rules = {
-            condition: [row.grade(item.row, texts[item.id], variant) for item in benchmark.items]
-            for condition, texts in predictions.items()
+            condition: [answered.graded[item.id] for item in benchmark.items] for condition, answered in answers.items()
         }
         return GradedAnswers(benchmark, by_rules, unjudged=0)
     verdicts = {
-        condition: judge_items(row, [(item.row, texts[item.id]) for item in benchmark.items], judge, variant=variant)
-        for condition, texts in predictions.items()
+        condition: judge_items(
+            row, [(item.row, answered.predictions[item.id]) for item in benchmark.items], judge, variant=variant
+        )
+        for condition, answered in answers.items()
     }
     named = name_judge(judge, JUDGINGS[row.name])
     reasons = [
@@ -209,7 +210,7 @@ def evaluate(
                 and is_possible(benchmark, condition)
             }
             predictions = {condition: answered.predictions for condition, answered in answers.items()}
-            verdicts = grade_answers(benchmark, predictions, judge)
+            verdicts = grade_answers(benchmark, answers, judge)
             if not isinstance(verdicts, GradedAnswers):
                 # The answers stay where they are, so that the next call asks the judge alone.
                 skipped[benchmark.row.name] = verdicts

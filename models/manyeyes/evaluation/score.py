@@ -20,14 +20,13 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     IMAGES,
     CheckedRow,
     MissingColumnError,
-    Unit,
     is_of_type,
     refuse_hidden,
 )
+from manyeyes.evaluation.output import Asked, ScoredBenchmark
 from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
 from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.storage import check_out, write_file
-from manyeyes.strict import StrictModel
 
 LISTED_IDS = 20
 DEEPEST = 64
@@ -38,24 +37,14 @@ _REFERENCES = 'one object a line: {"id": ..., the benchmark\'s columns}'
 _PREDICTIONS = 'one object a line: {"id": ..., "prediction": "..."}'
 
 
-class ScoreReport(StrictModel):
-    """``score.json``, and what ``manyeyes score --json`` prints."""
+class ScoreReport(ScoredBenchmark):
+    """``score.json``, and what ``manyeyes score --json`` prints. A missing prediction is an item, and wrong."""
 
     benchmark: str = Field(description="Row of BENCHMARKS.")
-    variant: str = Field(description="Whose scoring: official, lmms, vlmevalkit or cambrian.")
-    score: float = Field(description="Percent; MME and OCRBench in points.")
-    unit: Unit = Field(description="Of score and ci95; relative: percent of what the reference answers get.")
-    scores: dict[str, float] = Field(description="Sub-scores by name, each in its own unit: percent or points.")
-    scores_ci95: dict[str, tuple[float, float]] = Field(
-        default={}, description="95% interval of each of scores, clustered; in its own unit."
-    )
-    n: int = Field(ge=0, description="Items of the references; a missing prediction is one of them, and wrong.")
-    parse_failures: int = Field(ge=0, description="Predictions that no answer could be read from.")
     missing: int = Field(ge=0, description="Items without a prediction.")
     unexpected: int = Field(ge=0, description="Predictions for items that the references lack; not scored.")
     duplicates: int = Field(ge=0, description="Further predictions or references of an id; the first counts.")
     empty: int = Field(ge=0, description="Predictions of nothing but white space; scored as any other text.")
-    ci95: tuple[float, float] = Field(description="95% interval of score, clustered; in the unit of score.")
     clusters: int = Field(ge=0, description="Images or documents behind the interval.")
     missing_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
     unexpected_ids: list[str] = Field(max_length=LISTED_IDS, description="The first of them.")
@@ -68,6 +57,11 @@ class ScoreReport(StrictModel):
         "scores compare only where it is equal.",
     )
     per_item: str = Field(description="Path of the JSON Lines with each item's outcome; empty when not written.")
+
+    @property
+    def asked(self) -> Asked:
+        """What was asked for it; nobody knows how others chose between options."""
+        return Asked(self.references_digest, self.n, "generate")
 
 
 class JsonLine(dict[str, Any]):
@@ -149,9 +143,7 @@ def score_predictions(
     if out is not None:
         check_out(out)
     matched = match_predictions(row, references, predictions)
-    return build_score_report(
-        row, variant, matched, _grade(row, matched.known, matched.answers, variant, seed), out=out
-    )
+    return build_score_report(row, variant, matched, grade_predictions(row, matched, variant, seed=seed), out=out)
 
 
 def match_predictions(
@@ -191,6 +183,37 @@ def match_predictions(
     )
 
 
+def grade_predictions(
+    row: BenchmarkRow, matched: Matched, variant: str, *, seed: int | None = None
+) -> list[ScoredItem]:
+    """Grade every item by rules; one without a prediction is wrong.
+
+    Args:
+        row: The benchmark.
+        matched: Its references, and the predictions of them.
+        variant: Whose scoring.
+        seed: As ``score_predictions``.
+
+    Raises:
+        EvaluationError: A reference lacks a column that grading needs; names its place.
+    """
+    draw = random.Random(seed)
+    items = []
+    for item_id, reference in matched.known.items():
+        prediction = matched.answers.get(item_id)
+        try:
+            graded = row.grade(reference, prediction or "", variant)
+        except EvaluationError as error:
+            raise reference.placed(error) from error
+        if prediction is None:
+            graded = as_missing(graded)
+        elif graded.parsed is None and seed is not None and row.guess is not None:
+            guessed = row.grade(reference, row.guess(reference, draw), variant)
+            graded = replace(guessed, parsed=None)
+        items.append(ScoredItem(graded, prediction))
+    return items
+
+
 def build_score_report(
     row: BenchmarkRow,
     variant: str,
@@ -215,7 +238,6 @@ def build_score_report(
     """
     graded = [item.graded for item in items]
     scores = row.aggregate(graded, variant)
-    low, high = score_interval(row, graded, variant)
     missing = [item.graded.id for item in items if item.prediction is None]
     empty = [item.graded.id for item in items if item.prediction is not None and not item.prediction.strip()]
     failures = [item.graded.id for item in items if item.prediction is not None and item.graded.parsed is None]
@@ -234,7 +256,7 @@ def build_score_report(
         unexpected=len(matched.unexpected),
         duplicates=len(matched.repeated),
         empty=len(empty),
-        ci95=(low, high),
+        ci95=score_interval(row, graded, variant),
         clusters=len({item.cluster for item in graded}),
         missing_ids=missing[:LISTED_IDS],
         unexpected_ids=list(matched.unexpected[:LISTED_IDS]),
@@ -400,26 +422,6 @@ def _without_halves(value: Any) -> Any:
 def _is_deeper(value: object, levels: int) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(levels == 0 or _is_deeper(part, levels - 1) for part in parts)
-
-
-def _grade(
-    row: BenchmarkRow, known: Mapping[str, CheckedRow], answers: Mapping[str, str], variant: str, seed: int | None
-) -> list[ScoredItem]:
-    draw = random.Random(seed)
-    items = []
-    for item_id, reference in known.items():
-        prediction = answers.get(item_id)
-        try:
-            graded = row.grade(reference, prediction or "", variant)
-        except EvaluationError as error:
-            raise reference.placed(error) from error
-        if prediction is None:
-            graded = as_missing(graded)
-        elif graded.parsed is None and seed is not None and row.guess is not None:
-            guessed = row.grade(reference, row.guess(reference, draw), variant)
-            graded = replace(guessed, parsed=None)
-        items.append(ScoredItem(graded, prediction))
-    return items
 
 
 def _write_items(path: Path, row: BenchmarkRow, matched: Matched, items: Sequence[ScoredItem]) -> Path:

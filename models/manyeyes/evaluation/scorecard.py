@@ -5,23 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import (
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
 from manyeyes.evaluation.judging.judge import JudgeUse
-from manyeyes.evaluation.output import read_checked
+from manyeyes.evaluation.output import Asked, Interval, ScoredBenchmark, read_checked
 from manyeyes.export.model_facts import ModelFacts
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 
 ModelKind = Literal["torch", "bundle"]
-Interval = tuple[float, float]
 
 
 class ScoredModel(StrictModel):
@@ -63,25 +56,15 @@ class ImageCacheUse(StrictModel):
     from_disk: int = Field(ge=0, description="Were in the cache on disk.")
 
 
-class BenchmarkScore(StrictModel):
-    """One benchmark."""
+class BenchmarkScore(ScoredBenchmark):
+    """One benchmark, asked with the image and with what may take its place."""
 
-    n: int = Field(gt=0, description="Questions that were asked.")
     n_total: int = Field(gt=0, description="Questions that the benchmark has; n is lower when the recipe cuts it.")
     unjudged: int = Field(default=0, ge=0, description="Questions that the judge gave no verdict on; not in n.")
     images: int = Field(gt=0, description="Distinct images: the clusters of the intervals.")
-    variant: str = Field(default="official", description="Whose scoring.")
     judge: str = Field(default="", description="Language model that judged and what it was asked; empty for rules.")
-    unit: Unit = Field(default="percent", description="Of score, image_off, image_adds and their intervals.")
     maximum: float = Field(default=100, gt=0, description="The best score there is; in unit.")
-    score: float = Field(ge=0, description="The benchmark's figure, with the image; in unit.")
-    ci95: Interval = Field(description="95% interval of score, clustered by image; in unit.")
-    scores: dict[str, float] = Field(default={}, description="Sub-scores by name, with the image.")
-    scores_ci95: dict[str, Interval] = Field(
-        default={},
-        description="95% interval of each of scores, clustered by image, in its own unit; not widened for several.",
-    )
-    scores_image_off: dict[str, float] = Field(default={}, description="The same with the image removed.")
+    scores_image_off: dict[str, float] = Field(default={}, description="scores with the image removed.")
     image_off: float = Field(ge=0, description="The benchmark's figure with the image removed; in unit.")
     image_off_ci95: Interval = Field(description="95% interval of image_off, clustered by image; in unit.")
     image_adds: float = Field(description="score minus image_off; points.")
@@ -93,8 +76,7 @@ class BenchmarkScore(StrictModel):
         "be above it. null where an item has several right answers or shades of right.",
     )
     chance: float = Field(ge=0, le=100, description="What blind guessing gets on these items; percent.")
-    parse_failures: int = Field(ge=0, description="Answers with the image that no answer could be read from.")
-    parse_failures_image_off: int = Field(ge=0, description="The same with the image removed.")
+    parse_failures_image_off: int = Field(ge=0, description="parse_failures with the image removed.")
     conditions: dict[str, ConditionScore] = Field(
         default={}, description="By what took the image's place: grey, other-image."
     )
@@ -126,16 +108,21 @@ class BenchmarkScore(StrictModel):
     )
 
     @property
+    def asked(self) -> Asked:
+        """What was asked for it."""
+        return Asked(self.benchmark_digest, self.n_total, self.multiple_choice)
+
+    @property
     def mark(self) -> str:
         """What stands behind a figure in ``unit``."""
         return " points" if self.unit == "points" else "%"
 
-    @field_validator("score", "image_off")
-    @classmethod
-    def _is_possible(cls, value: float, info: ValidationInfo) -> float:
-        if info.data.get("unit") != "relative" and value > info.data.get("maximum", value):
-            raise ValueError(f"{value} is above the maximum, {info.data['maximum']}")
-        return value
+    @model_validator(mode="after")
+    def _is_possible(self) -> BenchmarkScore:
+        for name, value in (("score", self.score), ("image_off", self.image_off)):
+            if self.unit != "relative" and value > self.maximum:
+                raise ValueError(f"{name} {value} is above the maximum, {self.maximum}")
+        return self
 
     @model_validator(mode="after")
     def _intervals_hold(self) -> BenchmarkScore:

@@ -13,7 +13,7 @@ from manyeyes.evaluation.answering.answerers import AnsweredBatch, Answerer, Ans
 from manyeyes.evaluation.answering.conditions import Condition, Question, plan_questions
 from manyeyes.evaluation.answering.encoder_cache import ImageCounts
 from manyeyes.evaluation.answering.processes import AnswererPool
-from manyeyes.evaluation.benchmarks import Benchmark
+from manyeyes.evaluation.benchmarks import Benchmark, Graded
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.sessions import count_cuda_devices
@@ -52,22 +52,25 @@ class Answered:
 
     Attributes:
         predictions: Text by item id.
+        graded: What rules say of it, by item id; empty where a judge has to.
         asked: Questions that were asked now.
         from_cache: Questions whose answers were known.
         seconds: Spent on those that were asked.
     """
 
     predictions: dict[str, str]
+    graded: dict[str, Graded]
     asked: int
     from_cache: int
     seconds: float
 
 
 class _Tally:
-    """Predictions so far, and their score."""
+    """Predictions so far, what they are graded as, and their score."""
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.predictions: dict[str, str] = {}
+        self.graded: dict[str, Graded] = {}
         self._benchmark = benchmark
         self._correct = 0.0
 
@@ -77,7 +80,8 @@ class _Tally:
         for item in question.items:
             self.predictions[item.id] = text
             if not row.judged:
-                self._correct += row.grade(item.row, text, self._benchmark.variant).score
+                self.graded[item.id] = row.grade(item.row, text, self._benchmark.variant)
+                self._correct += self.graded[item.id].score
 
     @property
     def score(self) -> float:
@@ -176,7 +180,7 @@ def ask_benchmark(
             "every batch, whatever the order",
             "Check the answerer.",
         )
-    return Answered(tally.predictions, asked, from_cache, seconds)
+    return Answered(tally.predictions, tally.graded, asked, from_cache, seconds)
 
 
 def _naming_items(

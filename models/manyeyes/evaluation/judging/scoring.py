@@ -35,6 +35,7 @@ from manyeyes.evaluation.score import (
     ScoreReport,
     as_missing,
     build_score_report,
+    grade_predictions,
     match_predictions,
 )
 from manyeyes.strict import StrictModel
@@ -82,35 +83,51 @@ def judge_items(
         JudgeError: The judge cannot be asked at all; what it answered so far is in its cache.
     """
     judging = find_judging(row.name)
-    _check_items(row, judging, answers, variant)
+    prepared = [_Judged.prepare(row, judging, reference, prediction, variant) for reference, prediction in answers]
+    # All that is done with a verdict is done to an invented one: a wrong column is found before anything is paid for.
+    graded = [item for each in prepared if (item := each.direct or each.invented) is not None]
+    if graded:
+        row.aggregate(graded, variant)
 
-    def judge_one(item: tuple[Row, str]) -> Verdict[Graded]:
-        reference, prediction = item
-        messages = judging.ask(reference, prediction, variant)
-        if messages is None:
-            return Verdict((judging.direct or row.grade)(reference, prediction, variant))
+    def judge_one(item: _Judged) -> Verdict[Graded]:
+        if item.messages is None:
+            return Verdict(item.direct)
         return judge.ask(
-            messages,
-            read=lambda text: judging.read(reference, prediction, text, variant),
+            item.messages,
+            read=lambda text: judging.read(item.reference, item.prediction, text, variant),
             temperature=judging.temperature,
             max_tokens=judging.max_tokens,
         )
 
-    return ask_all(judge_one, answers, judge)
+    return ask_all(judge_one, prepared, judge)
 
 
-def _check_items(row: BenchmarkRow, judging: Judging, answers: Sequence[tuple[Row, str]], variant: str) -> None:
-    """Do all that is done with a verdict, on an invented one: a wrong column is found before anything is paid for."""
-    graded = []
-    for reference, prediction in answers:
-        if judging.ask(reference, prediction, variant) is None:
-            item: Graded | None = (judging.direct or row.grade)(reference, prediction, variant)
-        else:
-            item = judging.read(reference, prediction, judging.example, variant)
-        if item is not None:
-            graded.append(item)
-    if graded:
-        row.aggregate(graded, variant)
+@dataclass(frozen=True)
+class _Judged:
+    """One answer: what the judge is asked about it, or what it gets without a judge.
+
+    Attributes:
+        reference: The item's row.
+        prediction: What the model wrote.
+        messages: For the judge; None where rules decide.
+        direct: What rules say, where they decide.
+        invented: What the judge's example would give, where it decides.
+    """
+
+    reference: Row
+    prediction: str
+    messages: Sequence[Mapping[str, str]] | None
+    direct: Graded | None = None
+    invented: Graded | None = None
+
+    @classmethod
+    def prepare(cls, row: BenchmarkRow, judging: Judging, reference: Row, prediction: str, variant: str) -> _Judged:
+        messages = judging.ask(reference, prediction, variant)
+        if messages is None:
+            direct = (judging.direct or row.grade)(reference, prediction, variant)
+            return cls(reference, prediction, None, direct=direct)
+        invented = judging.read(reference, prediction, judging.example, variant)
+        return cls(reference, prediction, messages, invented=invented)
 
 
 def ask_all(ask: Callable[[T], Verdict[Graded]], questions: Sequence[T], judge: Judge) -> list[Verdict[Graded]]:
@@ -288,7 +305,7 @@ def score_ensemble(
     row = find_benchmark(BENCHMARK)
     variant = row.check_variant(variant)
     matched = [match_predictions(row, references, answers) for answers in (predictions, other)]
-    items = [_grade(row, part.known, part.answers, variant) for part in matched]
+    items = [grade_predictions(row, part, variant) for part in matched]
     pairs = [
         _Pair(reference, ours.graded, theirs.graded, (ours.prediction or "", theirs.prediction or ""))
         for reference, ours, theirs in zip(matched[0].known.values(), *items, strict=True)
@@ -332,13 +349,6 @@ def score_ensemble(
         unjudged_reasons=dict(list(reasons.items())[:LISTED_IDS]),
         judge=None if scheme == "complement" or judge is None else judge.use,
     )
-
-
-def _grade(row: BenchmarkRow, known: Mapping[str, Row], answers: Mapping[str, str], variant: str) -> list[ScoredItem]:
-    return [
-        ScoredItem(row.grade(reference, answers.get(item_id, ""), variant), answers.get(item_id))
-        for item_id, reference in known.items()
-    ]
 
 
 def _decide(row: BenchmarkRow, pairs: Sequence[_Pair], judge: Judge, *, variant: str) -> list[Verdict[Graded]]:

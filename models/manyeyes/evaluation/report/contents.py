@@ -22,8 +22,8 @@ from pydantic import Field
 
 from manyeyes import __version__
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.output import read_checked
-from manyeyes.evaluation.scorecard import Interval, Scorecard
+from manyeyes.evaluation.output import Interval, read_checked
+from manyeyes.evaluation.scorecard import Scorecard
 from manyeyes.recipe import Recipe
 from manyeyes.recipe.model import PART
 from manyeyes.strict import StrictModel
