@@ -388,10 +388,40 @@ I1128 20:51:11.833851      16 launcher_v2.go:206] publish success.
     assert [line.split()[0] for line in failure.log] == ["Traceback", "File", "ValueError:"]
 
 
+def test_account_that_lacks_a_right_is_named_from_a_drivers_log(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
+    failed = argo.node("root-driver", "Failed", message="main: Error (exit code 1)", templateName="system-dag-driver")
+    kubeflow.workflows[run.run_id] = [argo.manifest([failed], phase="Failed")]
+    kubeflow.logs[run.run_id, pod("root-driver", "system-dag-driver")] = (
+        'F1128 21:25:05.737751 16 main.go:127] KFP driver: configmaps "kfp-launcher" is forbidden: User '
+        '"system:serviceaccount:kubeflow:default" cannot get resource "configmaps" in API group ""\n'
+    )
+    (failure,) = failures_of(endpoint, read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id)))
+    assert failure.report.found == "the account default may not get configmaps"
+    assert "--service-account" in failure.report.do
+
+
+@pytest.mark.parametrize(
+    "message", ["etcdserver: request is too large", "workflow is longer than maximum allowed size"]
+)
+def test_run_whose_state_is_too_large_is_told_to_be_split(endpoint: Endpoint, kubeflow: Kubeflow, message: str) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
+    nodes = [*argo.groups(), *RESOLVED, *argo.step(SFT, "Pending", around="Running")]
+    kubeflow.workflows[run.run_id] = [argo.manifest(nodes, phase="Error", message=message)]
+    status = read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id))
+    assert ("sft", "stopped") in [(step.name, words_of(step)) for step in status.steps]
+    (failure,) = failures_of(endpoint, status)
+    assert failure.report.error == "RunTooLarge"
+    assert message in failure.report.found
+    assert "Split it" in failure.report.do
+
+
 def test_words_of_argo_for_the_whole_run_are_shown_where_no_step_failed(endpoint: Endpoint, kubeflow: Kubeflow) -> None:
     run, _ = started_run(endpoint, kubeflow)
     kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
-    message = "workflow is longer than maximum allowed size for sqldb"
+    message = "Max duration limit exceeded"
     kubeflow.workflows[run.run_id] = [argo.manifest([*argo.groups()], phase="Error", message=message)]
     (failure,) = failures_of(endpoint, read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id)))
     assert failure.report.found == message

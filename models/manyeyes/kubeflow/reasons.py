@@ -113,15 +113,8 @@ def explain(message: str, *, memory_limit: str = "") -> Reason | None:
             retry=True,
             from_outside=True,
         )
-    if forbidden := _FORBIDDEN.search(message):
-        return Reason(
-            f"the account {forbidden[1].rpartition(':')[2]} may not {forbidden[2]} {forbidden[3]}",
-            "an account with the rights that a run's pods need",
-            "Start it with --service-account manyeyes-runs, or give this account the role of "
-            "infra/k8s/base/runs/access.yaml.",
-            error="Forbidden",
-            user_error=True,
-        )
+    if forbidden := find_forbidden(message):
+        return forbidden
     if re.search(r"longer than the specified deadline|exceeded (its|workflow) deadline|DeadlineExceeded", message):
         return Reason(
             f"out of time: {message}",
@@ -143,3 +136,18 @@ def explain(message: str, *, memory_limit: str = "") -> Reason | None:
     # "main: Error (exit code 1)" says no more than this.
     text = re.sub(r"^(main: )?Error \(exit code (\d+)\)", r"exit code \2", message)
     return Reason(text, error="TaskFailed")
+
+
+def find_forbidden(text: str) -> Reason | None:
+    """The right that the pods' account lacks, as Kubernetes says it somewhere in a message or a log."""
+    found = _FORBIDDEN.search(text)
+    if not found:
+        return None
+    return Reason(
+        f"the account {found[1].rpartition(':')[2]} may not {found[2]} {found[3]}",
+        "an account with the rights that a run's pods need",
+        "Start it with --service-account manyeyes-runs, or give this account the role of "
+        "infra/k8s/base/runs/access.yaml.",
+        error="Forbidden",
+        user_error=True,
+    )

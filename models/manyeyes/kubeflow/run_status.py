@@ -14,6 +14,7 @@ from manyeyes.errors import EndpointError
 from manyeyes.harness.events import ErrorReport, find_error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import state_of
+from manyeyes.kubeflow.reasons import find_forbidden
 from manyeyes.kubeflow.workflow import OVER, State, StepStatus, is_machinery, plain, read_workflow, steps_of, tell_apart
 from manyeyes.pages import duration
 
@@ -193,7 +194,9 @@ def failures_of(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
         log = _log_of(endpoint, status, step)
         said = find_error_line(log)
         failures.append(
-            Failure(step.name, said) if said else Failure(step.name, _in_words(status, step), _last_lines(step, log))
+            Failure(step.name, said)
+            if said
+            else Failure(step.name, _in_words(status, step, log), _last_lines(step, log))
         )
     if not failures and status.state == "FAILED":
         failures.append(Failure(status.run.display_name or "", _said_by_backend(status)))
@@ -234,10 +237,10 @@ def _last_lines(step: StepStatus, log: str) -> list[str]:
     return [line.rstrip()[:_LOG_CHARACTERS] for line in (own or errors or lines)[-_LOG_LINES:]]
 
 
-def _in_words(status: RunStatus, step: StepStatus) -> ErrorReport:
-    if step.reason is None:
+def _in_words(status: RunStatus, step: StepStatus, log: str) -> ErrorReport:
+    reason = find_forbidden(log) or step.reason
+    if reason is None:
         return _said_by_backend(status).model_copy(update={"step": step.name})
-    reason = step.reason
     after = f", in the last of {len(step.attempts)} attempts" if len(step.attempts) > 1 else ""
     return ErrorReport(
         step=step.name,
@@ -258,6 +261,17 @@ def _said_by_backend(status: RunStatus) -> ErrorReport:
         messages.append(run.error.message)
     if status.message:
         messages.append(status.message)
+    # Of etcd, and of Argo, where even a compressed status is too large.
+    if messages and re.search(r"request is too large|longer than maximum allowed size", messages[0]):
+        return ErrorReport(
+            step=run.display_name or "",
+            error="RunTooLarge",
+            found=f"Kubernetes cannot keep the state of so large a run: {messages[0]}",
+            needed="a run whose state fits into one object of Kubernetes, 1 MB",
+            do="Split it: fewer variants, encoders or benchmarks in one run.",
+            retry=False,
+            user_error=True,
+        )
     return ErrorReport(
         step=run.display_name or "",
         error="RunFailed",

@@ -358,6 +358,9 @@ def _attempt(workflow: Workflow, node: Node, limit: str) -> Attempt:
         reason = None if state == "stopped" else reason or Reason("it ended without a word", error="TaskFailed")
     elif phase in ("Skipped", "Omitted"):
         state = "skipped"
+    elif workflow.over:
+        # What Argo had no time to see the end of.
+        state, reason = "stopped", None
     elif phase == "Running":
         state, reason = "running", None
     else:
