@@ -251,6 +251,23 @@ def test_sizes_are_estimated_anew_for_another_configuration(tmp_path: Path) -> N
     assert estimate_recipe(recipe, None).disk_gb > before.disk_gb
 
 
+def test_sizes_are_not_estimated_anew_for_what_they_do_not_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_language_model(tmp_path / "lm")
+    recipe = change_recipe(toy_recipe(), {"model.language_model.source": f"dir:{folder}"})
+    before = estimate_recipe(recipe, None)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("estimated anew")
+
+    monkeypatch.setattr("manyeyes.estimate.skeleton.estimate", refuse)
+    others = {"description": "in other words", "gate": [{"rule": "validation"}], "evaluation.batch_size": 9}
+    assert estimate_recipe(change_recipe(recipe, others), None) == before
+    with pytest.raises(AssertionError, match="anew"):
+        estimate_recipe(change_recipe(recipe, {"stages.sft.batch_size": 9}), None)
+
+
 def test_a_variants_text_is_another_for_other_weights(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "lm")
     grid = f"model.language_model.source=[as-is, 'dir:{folder}']"

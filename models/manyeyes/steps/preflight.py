@@ -33,6 +33,7 @@ from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.pages import Table, Text, step_page
 from manyeyes.recipe import ModelSpec, Recipe
+from manyeyes.recipe.partial import take_fields
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
 from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
@@ -316,6 +317,8 @@ def kept_estimate(recipe: Recipe, data: RemoteData | None) -> RecipeEstimate:
     Raises:
         ManyEyesError: The model cannot be built as the recipe says.
     """
+    # What the estimate reads: other words or another gate do not make it anew.
+    recipe = take_fields(recipe, ("model", "stages"), reader="the estimate")
     source = recipe.model.language_model.source
     with language_model_folder(recipe, data) as folder:
         config = language_model_config_file(source, snapshot_path=folder)
