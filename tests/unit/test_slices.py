@@ -238,12 +238,15 @@ def test_steps_that_read_no_data_are_not_given_any(recipe: Recipe) -> None:
 
 def test_an_encoder_that_is_prealigned_knows_nothing_of_its_company(recipe: Recipe) -> None:
     more = [*recipe.model_dump(mode="json")["model"]["encoders"], {"name": "third", "encoder": "vit-tiny-p16-64"}]
-    three = change_recipe(recipe, {"model.encoders": more})
+    chosen = {"stages.prealign.encoders": ["vit", "efficientnet"]}
+    three = change_recipe(recipe, {"model.encoders": more, **chosen})
     pinned = Pinned(three, data_md5="d" * 32, data_remote="nowhere", code_digest="c" * 64)
     assert pinned.of("prealign_encoder", encoder="vit").text() == slices(recipe)[VIT]
     # A step that trains it from its slice trains what the whole recipe would.
     alone = one_encoder(recipe, "vit")
     assert one_encoder(alone, "vit") == alone
+    with pytest.raises(RecipeError, match="prealign trains vit, efficientnet"):
+        pinned.of("prealign_encoder", encoder="vitt")
 
 
 def test_validation_tries_the_draws_of_more_epochs_than_are_trained(recipe: Recipe) -> None:

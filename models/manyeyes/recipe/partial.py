@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import create_model
 from pydantic_core import PydanticUndefined
 
-from manyeyes.errors import RecipeError
+from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.model import PART, FusionSpec, Part, Strict, model_inside
 from manyeyes.recipe.recipe import Recipe
 
@@ -61,9 +61,18 @@ def one_encoder(recipe: Recipe, name: str) -> Recipe:
     Args:
         recipe: With a prealign stage.
         name: Of the encoder.
+
+    Raises:
+        RecipeError: The stage does not train it.
     """
-    stage, model = recipe.stages.prealign, recipe.stage_model("prealign")
-    assert stage is not None
+    stage, known = recipe.stages.prealign, recipe.prealigned_encoders()
+    if stage is None or name not in known:
+        raise RecipeError(
+            f'encoder is "{name}"',
+            f"prealign trains {', '.join(known) or 'none: the recipe has no such stage'}",
+            did_you_mean(name, known) or "Name one of them.",
+        )
+    model = recipe.stage_model("prealign")
     # Shared pixels are as large as the encoder that needs most.
     if len(model.encoders) > 1 and model.preprocess == "independent":
         model = model.model_copy(

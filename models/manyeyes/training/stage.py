@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.encoders import Encoder, load_encoder_weights
-from manyeyes.errors import CheckpointError, RecipeError, did_you_mean
+from manyeyes.errors import CheckpointError, RecipeError
 from manyeyes.model import (
     ManyEyesForConditionalGeneration,
     ManyEyesProcessor,
@@ -117,8 +117,8 @@ def run_stage(
     """
     _stage_spec(recipe, stage, encoder)
     recipe = pin_recipe(recipe)
-    if encoder is not None:
-        recipe = one_encoder(recipe, encoder)
+    if stage == "prealign":
+        recipe = one_encoder(recipe, encoder or "")
     job = _Job(
         recipe=recipe,
         stage=stage,
@@ -210,13 +210,6 @@ def _stage_spec(recipe: Recipe, stage: StageName, encoder: str | None) -> StageS
     spec: StageSpec | None = getattr(recipe.stages, stage)
     if spec is None:
         raise RecipeError(f'the recipe has no stage "{stage}"', "a recipe with that stage", f"Add stages.{stage}.")
-    known = recipe.prealigned_encoders() if stage == "prealign" else []
-    if stage == "prealign" and encoder not in known:
-        raise RecipeError(
-            f'encoder is "{encoder}"',
-            f"prealign trains {', '.join(known)}",
-            did_you_mean(encoder or "", known) or "Name one of them.",
-        )
     if stage != "prealign" and encoder is not None:
         raise RecipeError(
             f'stage "{stage}" with encoder "{encoder}"', "it trains the whole model", "Leave encoder out."
