@@ -20,7 +20,7 @@ from manyeyes.kubeflow.workflow import StepStatus, read_workflow, steps_of
 from tests.pipelines import argo_toys as argo
 from tests.pipelines.argo_toys import GROUP, ITERATION, WORKFLOW
 from tests.pipelines.endpoint_toys import REFUSAL, Answer, snapshot, started_run, task
-from tests.pipelines.kfp_server import Kubeflow
+from tests.pipelines.kfp_server import Kubeflow, start_server
 from tests.pipelines.recording import RECORDED
 
 SFT, BUNDLE = f"{GROUP}.sft", f"{GROUP}.evaluate-2"
@@ -416,6 +416,29 @@ def test_run_whose_state_is_too_large_is_told_to_be_split(endpoint: Endpoint, ku
     assert failure.report.error == "RunTooLarge"
     assert message in failure.report.found
     assert "Split it" in failure.report.do
+
+
+def test_log_that_the_api_server_does_not_find_is_read_from_kubeflows_pages_without_credentials(
+    manyeyes: Callable[..., Answer], endpoint: Endpoint, kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = started_run(endpoint, kubeflow)
+    kubeflow.scripts[run.run_id] = [snapshot("FAILED")]
+    failed = argo.step(SFT, "Failed", message="main: Error (exit code 1)")
+    kubeflow.workflows[run.run_id] = [argo.manifest(failed, phase="Failed", compressed=True)]
+    kubeflow.token = "t0ken"
+    monkeypatch.setenv("KFP_TOKEN", "t0ken")
+    assert "KFP_UI_ENDPOINT" in manyeyes("pipeline", "status", run.run_id).err
+    server, pages = start_server()
+    try:
+        pages.logs[run.run_id, pod(f"{SFT}.executor")] = error_line(REFUSAL)
+        monkeypatch.setenv("KFP_UI_ENDPOINT", pages.url)
+        assert REFUSAL.found in manyeyes("pipeline", "status", run.run_id).err
+        assert [(path, headers.get("Authorization")) for _, path, headers in pages.requests] == [
+            ("/k8s/pod/logs", None)
+        ]
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_words_of_argo_for_the_whole_run_are_shown_where_no_step_failed(endpoint: Endpoint, kubeflow: Kubeflow) -> None:

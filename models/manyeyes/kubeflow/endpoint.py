@@ -491,19 +491,22 @@ class Endpoint:
 
         The API server serves logs itself (``ReadRunLogV1`` in kubeflow/pipelines, backend/src/apiserver/main.go), from
         the pod or, once that is gone, from the log archive; Kubeflow's UI, where the gateway lets only it through,
-        under another path, which takes the pod's name and not the id of Argo's node.
+        under another path, which takes the pod's name and not the id of Argo's node. In Kubeflow of one user the API
+        server finds archived logs only, by the run's status, and none where Argo has compressed that: so Kubeflow's
+        pages are asked as well where their address is known.
         """
-        base = self.settings.url
+        base, own = self.settings.url, self._own_headers()
         query = {"podname": pod, "runid": run_id}
         if self.settings.namespace:
             query["podnamespace"] = self.settings.namespace
-        paths = (
-            f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log",
-            f"/k8s/pod/logs?{urlencode(query)}",
-        )
-        for path in paths:
+        ui_path = f"/k8s/pod/logs?{urlencode(query)}"
+        places = [(f"{base}/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log", own), (base + ui_path, own)]
+        if self.settings.ui not in ("", base):
+            # Another address gets no credentials of this one.
+            places.append((self.settings.ui + ui_path, {}))
+        for url, headers in places:
             try:
-                reply = self._transport.once("GET", base + path, headers=self._own_headers())
+                reply = self._transport.once("GET", url, headers=headers)
             except EndpointError:
                 continue
             # Kubeflow's UI answers a path that it does not know with its front page, and the API server says in the

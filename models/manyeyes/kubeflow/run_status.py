@@ -247,7 +247,9 @@ def _in_words(status: RunStatus, step: StepStatus, log: str) -> ErrorReport:
         error=reason.error,
         found=f"{reason.text}{after}",
         needed=reason.needed,
-        do=reason.do or f"Read its log: kubectl logs {step.attempts[-1].pod} -c main",
+        do=reason.do
+        or f"Read its log: kubectl logs {step.attempts[-1].pod} -c main"
+        + ("" if log else ", or ask again with KFP_UI_ENDPOINT set: Kubeflow's pages hand out more logs."),
         retry=reason.retry,
         user_error=reason.user_error,
     )
