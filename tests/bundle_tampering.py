@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from manyeyes.errors import ManyEyesError
 from manyeyes.runtime.bundle import load_bundle
-from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
+from manyeyes.runtime.bundle_contents import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
 from tests.export_toys import picture, rewrite_manifest
 
 VALUES: tuple[Any, ...] = (

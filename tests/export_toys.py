@@ -28,8 +28,7 @@ from manyeyes.model import (
 from manyeyes.processor import SHARED
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Group
-from manyeyes.runtime.bundle_contents import BundleManifest
-from manyeyes.runtime.bundle_files import digest_files
+from manyeyes.runtime.bundle_contents import BundleManifest, digest_files
 from manyeyes.runtime.tiling import TokenLayout
 
 MD5 = "0" * 32

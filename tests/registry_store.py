@@ -16,7 +16,7 @@ from manyeyes.recipe import FloorRule
 from manyeyes.registry.gate import ChampionEvidence, decide, write_gate_report
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import RegisteredVersion, register
-from manyeyes.runtime.bundle_files import REQUIRED_FILES, digest_files
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
 
 IMAGES = 9

@@ -14,7 +14,7 @@ from PIL import Image
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.bundle import Bundle, load_bundle
-from manyeyes.runtime.bundle_files import REQUIRED_FILES, digest_files
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
 from manyeyes.runtime.preprocess import decode_image
 from tests.bundle_tampering import MODELS, ask_for_memory, tampered, use
 from tests.export_toys import Toy, make_groups, picture, rewrite_manifest

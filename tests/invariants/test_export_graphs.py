@@ -19,8 +19,7 @@ from manyeyes.export.model_facts import count_checkpoint
 from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle
-from manyeyes.runtime.bundle_contents import ChatFile, PreprocessFile
-from manyeyes.runtime.bundle_files import REQUIRED_FILES
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES, ChatFile, PreprocessFile
 from manyeyes.runtime.sessions import CPU, Graph
 from tests.export_toys import MD5, VOCABULARY, Toy, count_written, make_tokenizer
 

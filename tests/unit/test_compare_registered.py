@@ -11,7 +11,7 @@ from manyeyes.cli.main import cli
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.compare import ModelComparison
 from manyeyes.evaluation.scorecard import read_scorecard
-from manyeyes.harness.champion_scores import find_champion
+from manyeyes.steps.evaluate import find_champion
 from tests.evaluation_fakes import make_snapshot
 from tests.registry_store import IMAGES, make_candidate, put, store_uri
 

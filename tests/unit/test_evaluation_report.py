@@ -17,10 +17,10 @@ from manyeyes.evaluation.report.contents import Report, describe_reproduction, m
 from manyeyes.evaluation.report.tables import verdict
 from manyeyes.evaluation.report.writing import build_report, read_report, render_html, render_markdown, write_report
 from manyeyes.export.model_facts import count_model
-from manyeyes.harness.champion_scores import find_champion
 from manyeyes.pages import short_count
 from manyeyes.recipe import load_recipe
 from manyeyes.registry import pull as registry_champion
+from manyeyes.steps.evaluate import find_champion
 from tests.report_toys import make_evaluation
 
 NAMES = ["mme", "mmbench", "seed", "gqa", "ocrbench", "easy-vqa"]

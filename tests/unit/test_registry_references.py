@@ -13,10 +13,10 @@ from manyeyes.cli.main import cli
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import ManyEyesError, RegistryError, StorageError
 from manyeyes.harness.base import Reporter
-from manyeyes.harness.champion_scores import find_champion
 from manyeyes.registry.pull import champion_evidence, locate_model
 from manyeyes.registry.references import ModelReference, check_registry_name, parse_model_reference
 from manyeyes.registry.versions import promote, pull, read_aliases, rollback
+from manyeyes.steps.evaluate import find_champion
 from manyeyes.steps.plan_evaluation import plan_evaluation
 from manyeyes.steps.promote_version import promote_version
 from manyeyes.steps.restore_previous import restore_previous

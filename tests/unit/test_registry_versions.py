@@ -31,7 +31,7 @@ from manyeyes.registry.versions import (
     rollback,
 )
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
-from manyeyes.runtime.bundle_files import REQUIRED_FILES
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES
 from manyeyes.runtime.preprocess import decode_image
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri

@@ -23,9 +23,8 @@ from manyeyes.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import CheckedRow, Unit
 from manyeyes.evaluation.benchmarks.items import RowReader
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
-from manyeyes.evaluation.output import Interval, ScoredBenchmark
 from manyeyes.evaluation.score import ITEMS_FILE, SCORE_FILE, ScoreReport, read_json_lines
-from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.evaluation.scorecard import Interval, ScoredBenchmark, read_scorecard
 from manyeyes.evaluation.statistics.significance import POWER, PairedTest, average_difference, compare_scores, holm
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel

@@ -21,7 +21,7 @@ from manyeyes.evaluation.answering.conditions import plan_questions
 from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 from manyeyes.evaluation.benchmarks import Benchmark, Graded, MultipleChoice, load_benchmarks
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.output import Interval
+from manyeyes.evaluation.scorecard import Interval
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores, holm, score_interval
 from manyeyes.pages import Table, render, span
 from manyeyes.recipe import Recipe

@@ -23,7 +23,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     is_of_type,
     refuse_hidden,
 )
-from manyeyes.evaluation.output import Asked, ScoredBenchmark
+from manyeyes.evaluation.scorecard import Asked, ScoredBenchmark
 from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
 from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.storage import check_out, write_file

@@ -15,6 +15,13 @@ from manyeyes.export.parity import ParityReport
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle_contents import (
+    CHAT,
+    DECODER,
+    EMBED,
+    MANIFEST,
+    PREPROCESS,
+    TOKENIZER,
+    VISION,
     BundleFile,
     BundleManifest,
     BundleParity,
@@ -24,10 +31,10 @@ from manyeyes.runtime.bundle_contents import (
     PreprocessFile,
     SharedInput,
     TemplateText,
+    digest_files,
     read_file,
     read_part,
 )
-from manyeyes.runtime.bundle_files import CHAT, DECODER, EMBED, MANIFEST, PREPROCESS, TOKENIZER, VISION, digest_files
 from manyeyes.storage import hash_file, new_folder, write_file
 
 

@@ -3,7 +3,7 @@
 Importing this package registers the model with the Auto classes of transformers.
 """
 
-from manyeyes.model.branches import BranchBatch
+from manyeyes.model.branches import BranchAnswers, BranchBatch, BranchOutput, ManyEyesOutput
 from manyeyes.model.checkpoint import (
     CheckpointManifest,
     build_model,
@@ -17,7 +17,6 @@ from manyeyes.model.checkpoint import (
 )
 from manyeyes.model.configuration import ManyEyesConfig
 from manyeyes.model.modeling import ManyEyesForConditionalGeneration, build_encoders
-from manyeyes.model.outputs import BranchAnswers, BranchOutput, ManyEyesOutput
 from manyeyes.processor import ManyEyesProcessor
 
 __all__ = [

@@ -26,7 +26,7 @@ from manyeyes.errors import RecipeError, ShapeError
 from manyeyes.fusion import run_encoders
 from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import branches
-from manyeyes.model.branches import BranchBatch
+from manyeyes.model.branches import BranchAnswers, BranchBatch, BranchOutput, ManyEyesOutput
 from manyeyes.model.configuration import EncoderConfig, ManyEyesConfig
 from manyeyes.model.connection import (
     Connection,
@@ -38,7 +38,6 @@ from manyeyes.model.connection import (
     window_index,
 )
 from manyeyes.model.language_model import compute_logits, decoder_of
-from manyeyes.model.outputs import BranchAnswers, BranchOutput, ManyEyesOutput
 from manyeyes.model.reinjection import VISUAL_CONTEXT, check_read
 from manyeyes.processor import PIXELS, SHARED
 from manyeyes.runtime.tiling import TokenLayout

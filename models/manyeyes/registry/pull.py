@@ -35,7 +35,7 @@ from manyeyes.registry.references import (
     parse_model_reference,
 )
 from manyeyes.registry.tracking import connect
-from manyeyes.runtime.bundle_files import MANIFEST, check_files, digest_files, read_manifest
+from manyeyes.runtime.bundle_contents import MANIFEST, check_files, digest_files, read_manifest
 from manyeyes.storage import folder_beside, is_there, link_or_copy, new_folder, replaceable, storage_errors
 
 
@@ -338,7 +338,7 @@ def _digest(kind: Kind, folder: Path) -> str:
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(folder)
-    from manyeyes.runtime.bundle_files import check_files, digest_files, read_manifest
+    from manyeyes.runtime.bundle_contents import check_files, digest_files, read_manifest
 
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])

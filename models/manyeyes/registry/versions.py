@@ -46,7 +46,7 @@ from manyeyes.registry.references import (
     parse_model_reference,
 )
 from manyeyes.registry.tracking import Tracking, connect, step_run
-from manyeyes.runtime.bundle_files import check_files, read_manifest
+from manyeyes.runtime.bundle_contents import check_files, read_manifest
 from manyeyes.storage import link_or_copy
 
 if TYPE_CHECKING:

@@ -20,15 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyeyes.errors import BundleError, RecipeError, RecordError
-from manyeyes.runtime.bundle_contents import ChatFile, PreprocessFile, read_file
-from manyeyes.runtime.bundle_files import (
+from manyeyes.runtime.bundle_contents import (
     CHAT,
     DECODER,
     EMBED,
     PREPROCESS,
     TOKENIZER,
     VISION,
+    ChatFile,
+    PreprocessFile,
     check_files,
+    read_file,
     read_manifest,
 )
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids

@@ -16,8 +16,7 @@ from pydantic import Field, ValidationError
 from manyeyes.errors import EvaluationError, PipelineError
 from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes
-from manyeyes.evaluation.output import Interval
-from manyeyes.evaluation.scorecard import Scorecard
+from manyeyes.evaluation.scorecard import Interval, Scorecard
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
 from manyeyes.pages import Bar, Mark, Table, Text, amount, duration, render, span
 from manyeyes.search.variant import Variant

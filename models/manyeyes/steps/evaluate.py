@@ -1,4 +1,7 @@
-"""Scores a model on the recipe's benchmarks, with the image and without; once for torch, once for the bundle."""
+"""Scores a model on the recipe's benchmarks, with the image and without; once for torch, once for the bundle.
+
+Its report compares with the champion, whose absence is a sentence, never an error.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,51 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
 from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
+from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.export.model_facts import ModelFacts, count_checkpoint
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
-from manyeyes.harness.champion_scores import find_champion
-from manyeyes.harness.inputs import Pinned, parse_pinned, work_dir
+from manyeyes.harness.inputs import Pinned, cache_dir, parse_pinned, work_dir
 from manyeyes.harness.summary import EXAMPLE_FILE, ExampleSummary
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.answering.asking import EvaluationProgress
+
+
+def find_champion(registry_model: str) -> Champion:
+    """The registered scorecard of a model's champion.
+
+    Args:
+        registry_model: Name in the registry, for its champion of today; ``NAME/VERSION`` for the champion that an
+            earlier step found; empty: none is looked up.
+
+    Raises:
+        RegistryError: Neither of these.
+    """
+    if not registry_model:
+        return NO_CHAMPION
+    from manyeyes.registry.pull import champion_evidence
+    from manyeyes.registry.references import parse_model_reference
+
+    reference = parse_model_reference(registry_model)
+    if reference.alias is not None:
+        raise RegistryError(
+            f'champion is "{registry_model}"', "NAME or NAME/VERSION", f"For instance: {reference.name}"
+        )
+    work_dir = cache_dir() / "champions" / reference.name
+    try:
+        evidence = champion_evidence(reference.name, reference.version, work_dir=work_dir)
+    except RegistryUnreachableError:
+        return Champion(reason="The registry did not answer, so there is no champion to compare with.")
+    except RegistryError as error:
+        return Champion(reason=f"The champion of {registry_model} could not be read: {error.needed} is missing.")
+    except EvaluationError:
+        return Champion(reason=f"The champion of {registry_model} has a scorecard of another format.")
+    if evidence is None:
+        return Champion(reason=f"{registry_model} has no champion yet.")
+    return Champion(name=f"{reference.name} version {evidence.version}", scorecard=evidence.scorecard)
 
 
 def evaluate(
@@ -117,7 +155,7 @@ def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(model)
-    from manyeyes.runtime.bundle_files import read_manifest
+    from manyeyes.runtime.bundle_contents import read_manifest
 
     return str(read_manifest(model)["digest"])
 
@@ -125,7 +163,7 @@ def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
 def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
     if kind == "torch":
         return count_checkpoint(model)
-    from manyeyes.runtime.bundle_files import read_manifest
+    from manyeyes.runtime.bundle_contents import read_manifest
 
     found = read_manifest(model).get("model")
     return None if found is None else ModelFacts.model_validate(found)

@@ -13,8 +13,8 @@ from manyeyes.evaluation.report.contents import describe_reproduction, merge_run
 from manyeyes.evaluation.report.writing import read_report, write_report
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.champion_scores import find_champion
 from manyeyes.harness.inputs import parse_pinned
+from manyeyes.steps.evaluate import find_champion
 
 
 def merge_scorecards(

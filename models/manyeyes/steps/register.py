@@ -10,7 +10,7 @@ from manyeyes.errors import RegistryError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
-from manyeyes.runtime.bundle_files import read_manifest
+from manyeyes.runtime.bundle_contents import read_manifest
 
 
 def register(

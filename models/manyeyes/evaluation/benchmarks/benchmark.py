@@ -2,6 +2,8 @@
 
 Rows come in the hub's own schema, from Parquet or from JSON Lines. Everything here works without images and without a
 model, so that anyone's answers can be scored; ``items`` reads a snapshot.
+
+A benchmark that a language model judges also says how it is asked, and how its verdict is read.
 """
 
 from __future__ import annotations
@@ -434,3 +436,40 @@ def is_of_type(value: object, kind: str) -> bool:
         case "list of images":
             return value is None or isinstance(value, list | tuple)
     raise ValueError(f"no such type of column: {kind}")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What a judge is asked about one benchmark's answers.
+
+    Attributes:
+        ask: (row, prediction, variant) to the conversation, ``role`` and ``content`` of each turn; ``None`` where no
+            judge is needed.
+        read: (row, prediction, judge's text, variant) to the graded item; ``None`` where the text makes no sense.
+        direct: (row, prediction, variant) to the graded item where no judge is needed.
+        temperature: What the benchmark's authors used.
+        max_tokens: Longest verdict.
+        prompts: Name and version of the texts above; part of a report.
+        example: A judge's text that makes sense, with which a row is tried out before anybody is asked.
+    """
+
+    ask: Callable[[Row, str, str], Sequence[Mapping[str, str]] | None]
+    read: Callable[[Row, str, str, str], Graded | None]
+    temperature: float
+    max_tokens: int
+    prompts: str
+    example: str
+    direct: Callable[[Row, str, str], Graded] | None = None
+
+
+def needs_judge(row: Row, prediction: str, variant: str) -> Graded:  # noqa: ARG001
+    """The ``grade`` of a benchmark that only a judge can grade.
+
+    Raises:
+        EvaluationError: Always.
+    """
+    raise EvaluationError(
+        f'the answer to "{row["id"]}" is free text',
+        "a language model that judges it",
+        "Score it with: manyeyes judge; or give evaluation.judge in the recipe.",
+    )

@@ -22,9 +22,10 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     TEXT_OR_TEXTS,
     BenchmarkRow,
     Graded,
+    Judging,
     Row,
+    needs_judge,
 )
-from manyeyes.evaluation.benchmarks.judging import Judging, needs_judge
 
 CATEGORIES = ("conv", "detail", "complex")
 BEST_MARK = 10.0

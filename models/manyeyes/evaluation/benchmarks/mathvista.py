@@ -26,11 +26,11 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     TEXTS,
     BenchmarkRow,
     Graded,
+    Judging,
     Row,
     cluster_by,
     image_bytes,
 )
-from manyeyes.evaluation.benchmarks.judging import Judging
 from manyeyes.evaluation.benchmarks.rules import PHRASE, by_facet, levenshtein, outcome, percent, percents, unless
 
 CAMBRIAN_SUFFIX = "First show your reasoning process and then give the final answer."

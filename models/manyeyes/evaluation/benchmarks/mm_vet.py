@@ -18,11 +18,12 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     TEXT,
     BenchmarkRow,
     Graded,
+    Judging,
     Row,
     by_item,
     mean_percent,
+    needs_judge,
 )
-from manyeyes.evaluation.benchmarks.judging import Judging, needs_judge
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 """Recognition, reading, knowledge, language generation, spatial awareness, mathematics."""

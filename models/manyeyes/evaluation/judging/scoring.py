@@ -26,7 +26,7 @@ from pydantic import Field
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_benchmark, llava_bench, mm_vet
 from manyeyes.evaluation.benchmarks import mathvista as mathvista_judge
-from manyeyes.evaluation.benchmarks.judging import Judging
+from manyeyes.evaluation.benchmarks.benchmark import Judging
 from manyeyes.evaluation.benchmarks.scienceqa import options
 from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
 from manyeyes.evaluation.score import (

@@ -22,8 +22,7 @@ from pydantic import Field
 
 from manyeyes import __version__
 from manyeyes.evaluation.benchmarks.benchmark import Unit
-from manyeyes.evaluation.output import Interval, read_checked
-from manyeyes.evaluation.scorecard import Scorecard
+from manyeyes.evaluation.scorecard import Interval, Scorecard, read_checked
 from manyeyes.recipe import Recipe
 from manyeyes.recipe.model import PART
 from manyeyes.strict import StrictModel

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from manyeyes.evaluation.benchmarks import Benchmark
 from manyeyes.evaluation.outcomes import Outcome
-from manyeyes.evaluation.output import Interval
 from manyeyes.evaluation.report import tables as report_tables
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, SYSTEM_TITLES, Champion, compare_scorecard, weigh_cost
 from manyeyes.evaluation.report.contents import (
@@ -25,7 +24,7 @@ from manyeyes.evaluation.report.contents import (
     describe_reproduction,
     read_report,
 )
-from manyeyes.evaluation.scorecard import BenchmarkScore, Scorecard
+from manyeyes.evaluation.scorecard import BenchmarkScore, Interval, Scorecard
 from manyeyes.pages import Bar, Drawing, Mark, Point, make_picture, render, scatter, short_count, span, two_decimals
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, TOKENIZER_TEMPLATE, get_chat_template, render_turns
