@@ -66,8 +66,8 @@ def explain(message: str, *, memory_limit: str = "") -> Reason | None:
         return Reason(
             f"no node fits: {detail or kind}",
             "a node with what the step asks for",
-            "Ask for less in the profile (cpu_request, memory_request, gpu, node_selector, tolerations, volumes), or "
-            "add such a node.",
+            "Where other pods hold it, it starts once they end. Else ask for less in the profile (cpu_request, "
+            "memory_request, gpu, node_selector, tolerations, volumes), or add such a node.",
             error="NoNodeFits",
             user_error=True,
         )
