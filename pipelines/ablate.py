@@ -16,20 +16,22 @@ from components.validate_data.component import validate_data
 @dsl.pipeline(name="trials")
 def trials(
     variants: list,
+    batches: list,
     trial: str,
     compare: str,
     validation: dsl.Input[dsl.Dataset],
 ) -> dsl.Artifact:
-    """Train and score every variant, side by side, and compare them.
+    """Train and score every variant, batches of them side by side, and compare them.
 
     Args:
         variants: Texts of variants.
+        batches: The same, shared among a few steps.
         trial: What is pinned for train_trial.
         compare: What is pinned for compare_trials.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    with dsl.ParallelFor(variants) as variant:
-        scored = train_trial(variant=variant, validation=validation, pinned=trial)
+    with dsl.ParallelFor(batches, name="each batch") as batch:
+        scored = train_trial(variants=batch, validation=validation, pinned=trial)
     compared = compare_trials(
         variants=variants,
         trials=dsl.Collected(scored.outputs["trial"]),
@@ -69,7 +71,7 @@ def ablate(
     summary = summarise_run(
         pipeline="ablate", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="train and compare variants"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
         pinned = resolved.outputs
@@ -77,7 +79,8 @@ def ablate(
         validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
         trials(
             variants=planned.outputs["variants"],
+            batches=planned.outputs["batches"],
             validation=validation,
             trial=pinned["train_trial"],
             compare=pinned["compare_trials"],
-        )
+        ).set_display_name("train and compare")

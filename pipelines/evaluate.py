@@ -31,7 +31,7 @@ def benchmarks(
         merge: What is pinned for merge_scorecards.
         champion: What the report compares with.
     """
-    with dsl.ParallelFor(names) as benchmark:
+    with dsl.ParallelFor(names, name="each benchmark") as benchmark:
         scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, pinned=score)
     merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=merge)
     return merged.outputs["scorecard"]
@@ -67,7 +67,7 @@ def evaluate(
         "registry_model": "",
     }
     summary = summarise_run(pipeline="evaluate", subject=evaluate_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="score and report"):
         resolved = resolve_data(**form).set_caching_options(False)
         planned = plan_evaluation(
             evaluate_model=evaluate_model,

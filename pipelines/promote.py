@@ -18,6 +18,6 @@ def promote(registry_model: str, registry_version: str, reason: str, force: bool
         force: Promote a version that the gate failed, too.
     """
     summary = summarise_run(pipeline="promote", subject=registry_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="promote"):
         promoted = promote_version(model=registry_model, version=registry_version, reason=reason, force=force)
         promoted.set_caching_options(False)

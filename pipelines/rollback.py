@@ -16,5 +16,5 @@ def rollback(registry_model: str, reason: str) -> None:
         reason: Why. Kept with the version that is champion again as the tag promotion_reason.
     """
     summary = summarise_run(pipeline="rollback", subject=registry_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="roll back"):
         restore_previous(model=registry_model, reason=reason).set_caching_options(False)

@@ -38,16 +38,16 @@ def search_round(
 
     Args:
         round_number: 0 for the start set's.
-        candidates: Texts of variants; one empty text when the search has ended.
+        candidates: Batches of variants; one empty text when the search has ended.
         before: The search before this round.
         encoder_checkpoints: Prealigned encoders, or a marker.
         trial: What is pinned for train_trial.
         advance: What is pinned for advance_search.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    with dsl.ParallelFor(candidates) as candidate:
+    with dsl.ParallelFor(candidates, name="each batch") as candidate:
         scored = train_trial(
-            variant=candidate,
+            variants=candidate,
             validation=validation,
             encoder_checkpoints=encoder_checkpoints,
             pinned=trial,
@@ -80,7 +80,7 @@ def search_rounds_of(
         advance: What is pinned for advance_search.
         validation: Profile, verdict and quarantine of the snapshot.
     """
-    with dsl.ParallelFor(encoders) as encoder:
+    with dsl.ParallelFor(encoders, name="each encoder") as encoder:
         aligned = prealign_encoder(encoder=encoder.encoder, validation=validation, pinned=encoder.pinned)
     # No loop of Kubeflow ends by itself: every round that there may be is here, and once the search has ended the
     # others find one empty candidate and do nothing.
@@ -132,7 +132,7 @@ def search_encoders(
     summary = summarise_run(
         pipeline="search_encoders", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="search for encoders"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
         pinned = resolved.outputs

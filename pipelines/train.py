@@ -1,6 +1,8 @@
 """From a recipe and a snapshot to a judged, registered model."""
 
 # kfp reads the annotations themselves: no future import here.
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components.evaluate.component import evaluate
@@ -16,6 +18,15 @@ from components.summarise_run.component import summarise_run
 from components.validate_data.component import validate_data
 
 
+class Trained(NamedTuple):
+    """What the stages leave to the gate and the registry."""
+
+    scorecard: dsl.Artifact
+    bundle_scorecard: dsl.Artifact
+    bundle: dsl.Model
+    parity: dsl.Artifact
+
+
 # A pipeline of its own, because kfp.local 2.17 replaces every upstream parameter of a loop by the loop's item, and can
 # loop over a task's output only when it is called Output (kfp/local/orchestrator/task_spec_utils.py and
 # enhanced_dag_orchestrator.py). A nested pipeline's parameters are no upstream parameters. Fold it into train when that
@@ -25,17 +36,23 @@ def stages(
     encoders: list,
     pretrain: str,
     tune: str,
+    export: str,
+    score: str,
     validation: dsl.Input[dsl.Dataset],
-) -> dsl.Model:
-    """Run the recipe's stages.
+    registry_model: str,
+) -> Trained:
+    """Run the recipe's stages, score the model, export it, and score what was exported.
 
     Args:
         encoders: Encoders to prealign, each with what is pinned for it; one empty name for none.
         pretrain: What is pinned for pretrain_projector.
         tune: What is pinned for sft.
+        export: The same for export_onnx.
+        score: The same for evaluate.
         validation: Profile, verdict and quarantine of the snapshot.
+        registry_model: Name in the registry; reports compare with its champion.
     """
-    with dsl.ParallelFor(encoders) as encoder:
+    with dsl.ParallelFor(encoders, name="each encoder") as encoder:
         aligned = prealign_encoder(encoder=encoder.encoder, validation=validation, pinned=encoder.pinned)
     one_encoder = aligned.outputs["encoder_checkpoint"]
     # One dsl.Collected each: compiling changes the object.
@@ -48,7 +65,24 @@ def stages(
         validation=validation,
         pinned=tune,
     )
-    return trained.outputs["checkpoint"]
+    checkpoint = trained.outputs["checkpoint"]
+    scored = evaluate(kind="torch", model=checkpoint, registry_model=registry_model, pinned=score).set_display_name(
+        "evaluate the checkpoint"
+    )
+    exported = export_onnx(checkpoint=checkpoint, pinned=export)
+    bundle_scored = evaluate(
+        kind="bundle",
+        model=exported.outputs["bundle"],
+        other_scorecard=scored.outputs["scorecard"],
+        registry_model=registry_model,
+        pinned=score,
+    ).set_display_name("evaluate the bundle")
+    return Trained(
+        scorecard=scored.outputs["scorecard"],
+        bundle_scorecard=bundle_scored.outputs["scorecard"],
+        bundle=exported.outputs["bundle"],
+        parity=exported.outputs["parity"],
+    )
 
 
 @dsl.pipeline(name="train")
@@ -81,7 +115,7 @@ def train(
     summary = summarise_run(
         pipeline="train", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
-    with dsl.ExitHandler(summary.set_caching_options(False), name="run"):
+    with dsl.ExitHandler(summary.set_caching_options(False), name="train, judge and register"):
         checked = preflight(**form).set_caching_options(False)
         resolved = resolve_data(**form).set_caching_options(False).after(checked)
         pinned = resolved.outputs
@@ -92,30 +126,19 @@ def train(
             encoders=pinned["prealign_encoder"],
             pretrain=pinned["pretrain_projector"],
             tune=pinned["sft"],
+            export=pinned["export_onnx"],
+            score=pinned["evaluate"],
             validation=validation,
-        )
-        checkpoint = trained.output
-        torch_scores = evaluate(
-            kind="torch", model=checkpoint, registry_model=model_name, pinned=pinned["evaluate"]
-        ).set_display_name("evaluate the checkpoint")
-        exported = export_onnx(checkpoint=checkpoint, pinned=pinned["export_onnx"])
-        bundle_scores = evaluate(
-            kind="bundle",
-            model=exported.outputs["bundle"],
-            other_scorecard=torch_scores.outputs["scorecard"],
             registry_model=model_name,
-            pinned=pinned["evaluate"],
-        ).set_display_name("evaluate the bundle")
+        ).set_display_name("train, score and export")
         evidence = {
             "validation": validation,
-            "scorecard": torch_scores.outputs["scorecard"],
-            "bundle_scorecard": bundle_scores.outputs["scorecard"],
-            "parity": exported.outputs["parity"],
+            **{name: trained.outputs[name] for name in ("scorecard", "bundle_scorecard", "parity")},
         }
         judged = gate(registry_model=model_name, **evidence, pinned=pinned["gate"]).set_caching_options(False)
         register(
             registry_model=model_name,
-            bundle=exported.outputs["bundle"],
+            bundle=trained.outputs["bundle"],
             gate=judged.outputs["gate"],
             **evidence,
             pinned=pinned["register"],

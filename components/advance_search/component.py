@@ -18,7 +18,6 @@ def advance_search(
     search: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Advanced", [("candidates", list), ("encoders", list)]
 ):
@@ -32,23 +31,11 @@ def advance_search(
         search: search.json and the trials so far.
         metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
     from pathlib import Path
 
-    from manyeyes.harness.base import run_step
+    from manyeyes.kubeflow.component import run_component
     from manyeyes.search.search import has_ended
-    from manyeyes.steps.advance_search import STEPS
 
-    result = run_step(
-        STEPS["ended" if has_ended(Path(before.path)) else "going on"],
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        label=f"round {int(round_number)}",
-        outputs={"search": search},
-        pinned=pinned,
-        before=Path(before.path),
-        trials=[Path(artifact.path) for artifact in trials],
-    )
-    return tuple(result.values[name] for name in ("candidates", "encoders"))
+    kind = "ended" if has_ended(Path(before.path)) else "going on"
+    return run_component("advance_search", locals(), label=f"round {int(round_number)}", kind=kind)

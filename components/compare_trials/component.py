@@ -15,7 +15,6 @@ def compare_trials(
     comparison: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Put the trials of an ablation side by side.
 
@@ -26,20 +25,7 @@ def compare_trials(
         comparison: comparison.json and every trial.
         metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.compare_trials import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"comparison": comparison},
-        pinned=pinned,
-        variants=[str(text) for text in variants],
-        trials=[Path(artifact.path) for artifact in trials],
-    )
+    run_component("compare_trials", locals())

@@ -15,7 +15,6 @@ def evaluate(
     scorecard: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
     other_scorecard: dsl.Input[dsl.Artifact] = None,
     registry_model: str = "",
 ) -> None:
@@ -28,25 +27,9 @@ def evaluate(
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
-        notes: The same without pictures; the reason, when the step fails.
         other_scorecard: Another scorecard of the same model, to show the difference.
         registry_model: Name in the registry whose champion the report compares with; empty: none.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.evaluate import STEPS
-
-    run_step(
-        STEPS[kind],
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        label=kind,
-        outputs={"scorecard": scorecard},
-        kind=kind,
-        model=Path(model.path),
-        pinned=pinned,
-        other_scorecard=Path(other_scorecard.path) if other_scorecard else None,
-        registry_model=registry_model,
-    )
+    run_component("evaluate", locals(), label=kind, kind=kind)

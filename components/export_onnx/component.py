@@ -13,9 +13,7 @@ def export_onnx(
     pinned: str,
     bundle: dsl.Output[dsl.Model],
     parity: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Write the ONNX bundle and compare its answers with torch's.
 
@@ -24,21 +22,8 @@ def export_onnx(
         pinned: What resolve_data pinned for this step.
         bundle: The bundle.
         parity: parity.json.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.export_onnx import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"bundle": bundle, "parity": parity},
-        checkpoint=Path(checkpoint.path),
-        pinned=pinned,
-    )
+    run_component("export_onnx", locals())

@@ -12,11 +12,9 @@ def fetch_model(
     kind: str,
     model: str,
     model_digest: str,
-    pinned: str,  # noqa: ARG001  (part of the cache key)
+    pinned: str,
     fetched: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Fetch the model that is to be scored, and check each of its files.
 
@@ -26,20 +24,8 @@ def fetch_model(
         model_digest: Of the checkpoint or bundle.
         pinned: What plan_evaluation pinned for this step.
         fetched: The checkpoint or bundle.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.fetch_model import STEPS
+    from manyeyes.kubeflow.component import run_component
 
-    run_step(
-        STEPS[kind],
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"fetched": fetched},
-        kind=kind,
-        model=model,
-        model_digest=model_digest,
-    )
+    run_component("fetch_model", locals(), kind=kind)

@@ -16,9 +16,7 @@ def gate(
     bundle_scorecard: dsl.Input[dsl.Artifact],
     parity: dsl.Input[dsl.Artifact],
     gate: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Decide whether the model may be promoted.
 
@@ -30,25 +28,8 @@ def gate(
         bundle_scorecard: The bundle's scores.
         parity: How the bundle's answers differ from torch's.
         gate: gate.json.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.gate import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"gate": gate},
-        registry_model=registry_model,
-        pinned=pinned,
-        validation=Path(validation.path),
-        scorecard=Path(scorecard.path),
-        bundle_scorecard=Path(bundle_scorecard.path),
-        parity=Path(parity.path),
-    )
+    run_component("gate", locals())

@@ -14,7 +14,6 @@ def merge_scorecards(
     scorecard: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
     champion: str = "",
 ) -> None:
     """Put the scorecards of a model's benchmarks together.
@@ -25,21 +24,8 @@ def merge_scorecards(
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.
-        notes: The same without pictures; the reason, when the step fails.
         champion: NAME/VERSION in the registry to compare with; NAME alone has none yet. Empty: none is looked up.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.merge_scorecards import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"scorecard": scorecard},
-        scorecards=[Path(artifact.path) for artifact in scorecards],
-        pinned=pinned,
-        champion=champion,
-    )
+    run_component("merge_scorecards", locals())

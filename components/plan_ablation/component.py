@@ -13,30 +13,17 @@ from components import IMAGE
 def plan_ablation(
     pinned: str,
     ablate_grid: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Planned", [("variants", list)]
+    "Planned", [("variants", list), ("batches", list)]
 ):
     """Turn the grid of an ablation into variants.
 
     Args:
         pinned: What resolve_data pinned for this step.
         ablate_grid: One path=[value, value, ...] a line.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.plan_ablation import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    result = run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        pinned=pinned,
-        ablate_grid=ablate_grid,
-    )
-    return (result.values["variants"],)
+    return run_component("plan_ablation", locals())

@@ -14,9 +14,7 @@ def plan_evaluation(
     evaluate_model: str,
     evaluate_benchmarks: str,
     pinned: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Planned",
     [
@@ -36,20 +34,8 @@ def plan_evaluation(
         evaluate_model: A folder, s3://, or NAME, NAME@ALIAS, NAME/VERSION in the registry.
         evaluate_benchmarks: Names; empty: the recipe's own.
         pinned: What resolve_data pinned for this step.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.plan_evaluation import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    result = run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        evaluate_model=evaluate_model,
-        evaluate_benchmarks=evaluate_benchmarks,
-        pinned=pinned,
-    )
-    return tuple(result.values.values())
+    return run_component("plan_evaluation", locals())

@@ -13,9 +13,7 @@ def prealign_encoder(
     pinned: str,
     validation: dsl.Input[dsl.Dataset],
     encoder_checkpoint: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Train one encoder, with a projector of its own, against the frozen language model.
 
@@ -24,23 +22,8 @@ def prealign_encoder(
         pinned: What resolve_data pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoint: The encoder; its projector is dropped.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.prealign_encoder import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        label=encoder,
-        outputs={"encoder_checkpoint": encoder_checkpoint},
-        encoder=encoder,
-        pinned=pinned,
-        validation=Path(validation.path),
-    )
+    run_component("prealign_encoder", locals(), label=encoder)

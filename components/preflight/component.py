@@ -15,9 +15,7 @@ def preflight(
     data_md5: str,
     data_remote: str,
     registry_model: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for.
 
@@ -28,22 +26,8 @@ def preflight(
         data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
         data_remote: A folder or s3:// that holds it; empty: the checkout's own.
         registry_model: Name in the registry; empty: the recipe's own.
-        metrics: Scalars.
         report: For people.
-        notes: One table of everything that is wrong and how to fix it.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.preflight import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        recipe=recipe,
-        recipe_overrides=recipe_overrides,
-        recipe_text=recipe_text,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        registry_model=registry_model,
-    )
+    run_component("preflight", locals())

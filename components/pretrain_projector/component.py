@@ -14,9 +14,7 @@ def pretrain_projector(
     validation: dsl.Input[dsl.Dataset],
     encoder_checkpoints: dsl.Input[list[dsl.Model]],
     checkpoint: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Put the encoders together and train the projector alone.
 
@@ -25,22 +23,8 @@ def pretrain_projector(
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         checkpoint: The model.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.pretrain_projector import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"checkpoint": checkpoint},
-        pinned=pinned,
-        validation=Path(validation.path),
-        encoder_checkpoints=[Path(artifact.path) for artifact in encoder_checkpoints],
-    )
+    run_component("pretrain_projector", locals())

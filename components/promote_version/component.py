@@ -13,9 +13,7 @@ def promote_version(
     version: str,
     reason: str,
     force: bool,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Make a version the champion.
 
@@ -24,20 +22,8 @@ def promote_version(
         version: Number or alias.
         reason: Why; kept with the version.
         force: Promote a version that the gate failed, too.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.promote_version import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        model=model,
-        version=version,
-        reason=reason,
-        force=force,
-    )
+    run_component("promote_version", locals())

@@ -19,9 +19,7 @@ def register(
     parity: dsl.Input[dsl.Artifact],
     bundle: dsl.Input[dsl.Model],
     gate: dsl.Input[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Registered", [("name", str), ("version", str), ("aliases", list), ("verdict", str)]
 ):
@@ -36,27 +34,8 @@ def register(
         parity: How the bundle's answers differ from torch's.
         bundle: The bundle.
         gate: The gate's decision.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.register import STEP
-
-    result = run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        registry_model=registry_model,
-        pinned=pinned,
-        validation=Path(validation.path),
-        scorecard=Path(scorecard.path),
-        bundle_scorecard=Path(bundle_scorecard.path),
-        parity=Path(parity.path),
-        bundle=Path(bundle.path),
-        gate=Path(gate.path),
-    )
-    return tuple(result.values[name] for name in ("name", "version", "aliases", "verdict"))
+    return run_component("register", locals())

@@ -17,9 +17,7 @@ def resolve_data(
     data_md5: str,
     data_remote: str,
     registry_model: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Resolved",
     [
@@ -49,23 +47,8 @@ def resolve_data(
         data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
         data_remote: A folder or s3:// that holds it; empty: the checkout's own.
         registry_model: Name in the registry; empty: the recipe's own.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.resolve_data import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    result = run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        recipe=recipe,
-        recipe_overrides=recipe_overrides,
-        recipe_text=recipe_text,
-        data_md5=data_md5,
-        data_remote=data_remote,
-        registry_model=registry_model,
-    )
-    return tuple(result.values.values())
+    return run_component("resolve_data", locals())

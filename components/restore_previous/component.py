@@ -11,27 +11,15 @@ from components import IMAGE
 def restore_previous(
     model: str,
     reason: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Make the previous champion the champion again.
 
     Args:
         model: Name in the registry.
         reason: Why; kept with the version.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.restore_previous import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        model=model,
-        reason=reason,
-    )
+    run_component("restore_previous", locals())

@@ -14,9 +14,7 @@ def score_benchmark(
     model: dsl.Input[dsl.Model],
     pinned: str,
     scorecard: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Score a model on one benchmark, with the image and without.
 
@@ -26,24 +24,8 @@ def score_benchmark(
         model: Checkpoint or bundle.
         pinned: What plan_evaluation pinned for this step.
         scorecard: scorecard.json, items.parquet and the report.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.score_benchmark import STEPS
-
-    run_step(
-        STEPS[kind],
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        label=benchmark,
-        outputs={"scorecard": scorecard},
-        benchmark=benchmark,
-        kind=kind,
-        model=Path(model.path),
-        pinned=pinned,
-    )
+    run_component("score_benchmark", locals(), label=benchmark, kind=kind)

@@ -15,9 +15,7 @@ def sft(
     encoder_checkpoints: dsl.Input[list[dsl.Model]],
     pretrained: dsl.Input[dsl.Model],
     checkpoint: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> None:
     """Train the whole model on conversations.
 
@@ -27,23 +25,8 @@ def sft(
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         pretrained: Model of the pretrain stage.
         checkpoint: The model.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from pathlib import Path
+    from manyeyes.kubeflow.component import run_component
 
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.sft import STEP
-
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"checkpoint": checkpoint},
-        pinned=pinned,
-        validation=Path(validation.path),
-        encoder_checkpoints=[Path(artifact.path) for artifact in encoder_checkpoints],
-        pretrained=Path(pretrained.path),
-    )
+    run_component("sft", locals())

@@ -16,9 +16,7 @@ def start_search(
     search_rounds: int,
     search_min_gain: float,
     search: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-    notes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Started", [("candidates", list)]
 ):
@@ -30,22 +28,8 @@ def start_search(
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.
         search: search.json.
-        metrics: Scalars.
         report: For people.
-        notes: The same in short; the reason, when the step fails.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.start_search import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    result = run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        outputs={"search": search},
-        pinned=pinned,
-        search_start=search_start,
-        search_rounds=int(search_rounds),
-        search_min_gain=search_min_gain,
-    )
-    return (result.values["candidates"],)
+    return run_component("start_search", locals())

@@ -12,7 +12,6 @@ def summarise_run(
     pipeline: str,
     subject: str,
     run_id: str,
-    metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
     status: dsl.PipelineTaskFinalStatus,
@@ -24,23 +23,12 @@ def summarise_run(
         pipeline: Name of the pipeline.
         subject: What it was run for, for instance the recipe; the first line is shown.
         run_id: Of the pipeline run: dsl.PIPELINE_JOB_ID_PLACEHOLDER.
-        metrics: Scalars.
         report: The summary for people.
         notes: The same as Markdown.
         status: Kubeflow's verdict, which every exit handler gets.
         recipe_text: The recipe where it travels as text; its name is shown instead of the subject.
     """
-    from manyeyes.harness.base import run_step
-    from manyeyes.steps.summarise_run import STEP
+    from manyeyes.kubeflow.component import run_component
 
-    run_step(
-        STEP,
-        metrics=metrics,
-        report=report,
-        notes=notes,
-        pipeline=pipeline,
-        subject=recipe_text or subject,
-        run_id=run_id,
-        state=status.state,
-        message=status.error_message or "",
-    )
+    given = {"subject": recipe_text or subject, "state": status.state, "message": status.error_message or ""}
+    run_component("summarise_run", {**locals(), **given})

@@ -10,7 +10,7 @@ import pytest
 from manyeyes.data.snapshot import read_dvc_file
 from manyeyes.harness.base import Reporter, StepResult
 from manyeyes.recipe import load_recipe
-from manyeyes.search.trial import read_trial
+from manyeyes.search.trial import read_trial, trial_folders
 from manyeyes.search.variant import Variant
 from manyeyes.steps import train_trial as trials
 from tests.pinned_toys import pin
@@ -53,10 +53,10 @@ def test_trial_that_was_scored_is_never_trained_again(
     recipe = load_recipe(str(toy_checkout.path / "toy.yaml"))
     (tmp_path / "validation").mkdir()
 
-    def run(variant: Variant, out: str, name: str = "toy") -> StepResult:
+    def run(*variants: Variant, out: str, name: str = "toy") -> StepResult:
         return trials.train_trial(
             Reporter("trial"),
-            variant=variant.text(),
+            variants="\n".join(variant.text() for variant in variants),
             pinned=pin(
                 recipe.model_copy(update={"name": name}),
                 "train_trial",
@@ -68,7 +68,7 @@ def test_trial_that_was_scored_is_never_trained_again(
         )
 
     variant = Variant(encoders=("vit",), changes={"stages.prealign": None, "stages.pretrain": None})
-    run(variant, "first")
+    run(variant, out="first")
     first = read_trial(tmp_path / "first")
     assert [stage.stage for stage in first.stages] == ["sft"]
     assert first.visual_tokens == 16
@@ -86,11 +86,18 @@ def test_trial_that_was_scored_is_never_trained_again(
     monkeypatch.setattr(trials, "train_stage", refuse)
     # Asked for in other words, and under another name, it is the same trial.
     same = Variant(changes={"stages.pretrain": None, "stages.prealign": None})
-    result = run(same, "second", name="renamed")
+    result = run(same, out="second", name="renamed")
     second = read_trial(tmp_path / "second")
     assert "scored before" in result.headline
     assert second.variant == same
     assert json.loads(second.recipe)["name"] == "renamed"
     assert (second.scorecard, second.stages) == (first.scorecard, first.stages)
     with pytest.raises(AssertionError, match="trained again"):
-        run(Variant(changes={**same.changes, "seed": 2}), "third")
+        run(Variant(changes={**same.changes, "seed": 2}), out="third")
+    # A batch that was stopped goes on after the trials that it has.
+    both = run(same, variant, out="batch")
+    assert both.headline.startswith("best of 2: ")
+    assert both.headline.endswith(result.headline)
+    assert [read_trial(path).variant for path in trial_folders([tmp_path / "batch"])] == [same, variant]
+    with pytest.raises(AssertionError, match="trained again"):
+        run(same, Variant(changes={**same.changes, "seed": 2}), out="fourth")

@@ -64,7 +64,8 @@ def test_step_writes_reports_metrics_and_metadata(tmp_path: Path, run_dir: Path)
     result = run_step(step, **shown, label="a", outputs={"out": out}, number=21)
     assert result.values == {"number": 42}
     assert Path(out.path).read_text(encoding="utf-8") == "42"
-    assert out.metadata == {"digest": "abc", "step": "double[a]", "figure": "42"}
+    assert out.metadata == {"digest": "abc"}
+    assert shown["report"].metadata == {"digest": "abc", "step": "double[a]", "figure": "42"}
     written = json.loads(Path(shown["metrics"].path).read_text(encoding="utf-8"))
     assert written["number"] == 42.0
     assert set(written) == {"number", "seconds", "import_seconds"}
@@ -84,6 +85,20 @@ def test_step_writes_no_metrics_and_notes_where_its_component_has_none(tmp_path:
     run_step(Step("double", double, tracked=False), report=report, outputs={"out": out}, number=21)
     assert [path.name for path in (tmp_path / "task").iterdir()] == ["report"]
     assert report.metadata["figure"] == "42"
+
+
+def test_artifact_that_other_steps_take_bears_few_words(tmp_path: Path, run_dir: Path) -> None:
+    """Kubeflow repeats its metadata in the status of every step that takes it."""
+
+    def work(_reporter: Reporter, *, out: Path) -> StepResult:
+        out.write_text("42", encoding="utf-8")
+        return StepResult("42", metadata={"digest": "ab" * 32, "md5": "cd" * 16, "kind": "torch"})
+
+    out, report = LocalArtifact(str(tmp_path / "out")), artifacts(tmp_path)["report"]
+    out.uri = "minio://mlpipeline/v2/artifacts/out"  # type: ignore[attr-defined]
+    run_step(Step("work", work, tracked=False), report=report, outputs={"out": out})
+    assert out.metadata == {"digest": "ab" * 6, "md5": "cd" * 6, "kind": "torch", "store_session_info": ""}
+    assert report.metadata["digest"] == "ab" * 32
 
 
 def test_failed_step_without_notes_leaves_error_json_beside_its_report(tmp_path: Path, run_dir: Path) -> None:

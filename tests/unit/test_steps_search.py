@@ -20,7 +20,7 @@ from manyeyes.harness.inputs import mark_absent
 from manyeyes.recipe import load_recipe
 from manyeyes.search.search import MAX_ROUNDS, has_ended, read_search
 from manyeyes.search.trial import difference, mean_score, read_trial
-from manyeyes.search.variant import Variant, parse_variant
+from manyeyes.search.variant import Variant, parse_batch
 from manyeyes.steps.advance_search import NOTHING, advance_search
 from manyeyes.steps.compare_trials import AblationComparison, compare_trials
 from manyeyes.steps.start_search import start_search
@@ -51,8 +51,7 @@ def run_round(before: Path, candidates: list[str], snapshot: Snapshot, wrong: di
     """Close a round whose models are wrong about this many images, by set; the new search lies beside the old one."""
     after = before.with_name(f"{before.name}-next")
     trials = []
-    for text in candidates:
-        variant = parse_variant(text)
+    for variant in [found for batch in candidates for found in parse_batch(batch)]:
         folder = before.with_name(f"{before.name}-{variant.key}")
         trials.append(make_trial(folder, snapshot, variant, wrong=range(wrong[variant.key])))
     return advance_search(REPORTER, pinned=pinned("advance_search"), before=before, trials=trials[::-1], search=after)
@@ -229,12 +228,26 @@ def test_comparison_puts_every_variant_beside_the_first(
     for text in ("fusion.strategy=append ✓", "+16.67", SECOND, "2 G", "1 of 2"):
         assert text in result.html, text
     assert "fusion.strategy=append" in result.markdown
-    with pytest.raises(PipelineError, match=r"no trial of fusion\.strategy=mined"):
+
+    # One step may have trained several of them.
+    batch = tmp_path / "batch"
+    batch.mkdir()
+    for folder in trials[1:]:
+        folder.rename(batch / folder.name)
+    again = compare_trials(
+        REPORTER,
+        pinned=pinned("compare_trials"),
+        variants=[variant.text() for variant in variants],
+        trials=[batch, trials[0]],
+        comparison=tmp_path / "again",
+    )
+    assert again.html == result.html
+    with pytest.raises(PipelineError, match=r"no trial of .*fusion\.strategy=mined"):
         compare_trials(
             REPORTER,
             pinned=pinned("compare_trials"),
             variants=[variant.text() for variant in variants],
-            trials=trials[:2],
+            trials=trials[:1],
             comparison=tmp_path / "second",
         )
 

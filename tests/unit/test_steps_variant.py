@@ -9,7 +9,17 @@ import pytest
 from manyeyes.errors import PipelineError, RecipeError
 from manyeyes.harness.base import Reporter
 from manyeyes.recipe import Recipe, change_recipe, load_recipe
-from manyeyes.search.variant import MAX_VARIANTS, Variant, keep_encoders, parse_variant, read_grid
+from manyeyes.search.variant import (
+    MAX_BATCHES,
+    MAX_VARIANTS,
+    Variant,
+    batch_key,
+    in_batches,
+    keep_encoders,
+    parse_batch,
+    parse_variant,
+    read_grid,
+)
 from manyeyes.steps.plan_ablation import plan_ablation
 from tests.pinned_toys import pin
 
@@ -121,6 +131,24 @@ def test_plan_checks_every_variant_before_anything_is_trained(recipe: Recipe) ->
         plan("evaluation.max_items=[10, 20]")
     with pytest.raises(RecipeError, match="trains no model"):
         plan("stages={}".format("[as-is, {prealign: null}]"))
+
+
+def test_batches_hold_every_variant_once_and_are_about_as_large_as_each_other() -> None:
+    variants = read_grid("a=[1, 2, 3, 4, 5, 6]\nb=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]")
+    batches = [parse_batch(text) for text in in_batches(variants)]
+    assert len(batches) == MAX_BATCHES
+    assert {len(batch) for batch in batches} == {7, 8}
+    assert sorted(variant.text() for batch in batches for variant in batch) == sorted(v.text() for v in variants)
+
+
+def test_a_few_variants_are_trained_side_by_side_and_each_step_bears_its_variants_name() -> None:
+    variants = read_grid("fusion.grid=[4, 2]")
+    assert [parse_batch(text) for text in in_batches(variants)] == [[variants[0]], [variants[1]]]
+    assert batch_key(variants[0].text()) == "fusion.grid=4"
+    assert batch_key("\n".join(variant.text() for variant in variants)) == "fusion.grid=4 and 1 more"
+    assert batch_key("") == ""
+    with pytest.raises(PipelineError, match="variant is"):
+        parse_batch("no variant")
 
 
 def test_a_grid_of_billions_is_counted_and_not_made() -> None:

@@ -345,11 +345,30 @@ def run_step(
                 log.log_metrics(recorded)
                 log.set_tags(result_tags(result.headline, result.metadata))
                 _keep_report(log, report, name)
-        for artifact in (report, *outputs.values()):
-            artifact.metadata.update({**result.metadata, "step": name, "figure": result.headline})
+        report.metadata.update({**result.metadata, "step": name, "figure": result.headline})
+        for artifact in outputs.values():
+            artifact.metadata.update(_brief(artifact, result.metadata))
     gc.freeze()
     emit("finished", name, figure=result.headline, seconds=seconds, ended=ended, import_seconds=import_seconds)
     return result
+
+
+def _brief(artifact: OutputArtifact, metadata: Mapping[str, str | int | float]) -> dict[str, str | int | float]:
+    """What is written on an artifact that further steps take.
+
+    Kubeflow puts all of it into the inputs of each of them, six copies a step, and a run's status must stay small: so
+    digests are short there, and so is what Kubeflow itself would write about the store, half a kilobyte, unless there
+    is something under that name (RecordArtifact in backend/src/v2/metadata/client.go of kubeflow/pipelines). Its
+    launcher never reads that, and its pages read it for a preview alone.
+    """
+    brief = {
+        key: value[:12] if isinstance(value, str) and _is_digest(value) else value for key, value in metadata.items()
+    }
+    return {**brief, "store_session_info": ""} if "://" in getattr(artifact, "uri", "") else brief
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) in (32, 64) and all(character in "0123456789abcdef" for character in text)
 
 
 def _import_all(modules: Sequence[str]) -> float:

@@ -22,9 +22,35 @@ def compact(spec: dict[str, Any]) -> None:
             for kind in ("artifacts", "parameters"):
                 for definition in definitions.get(kind, {}).values():
                     definition.pop("description", None)
+    for group in [spec["root"], *spec["components"].values()]:
+        _drop_indirect(group.get("dag", {}).get("tasks", {}))
     for executor in spec["deploymentSpec"]["executors"].values():
         if "command" in executor.get("container", {}):
             executor["container"]["command"] = [_compact_part(part) for part in executor["container"]["command"]]
+
+
+def drop_schema_versions(spec: dict[str, Any]) -> None:
+    """Take the versions of artifact types out, in place: the SDK needs them to load a pipeline, Kubeflow does not."""
+    for component in spec["components"].values():
+        for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
+            for definition in definitions.get("artifacts", {}).values():
+                definition["artifactType"].pop("schemaVersion", None)
+
+
+def _drop_indirect(tasks: dict[str, Any]) -> None:
+    """Leave out what a task waits for in any case, because another one that it waits for does.
+
+    Kubeflow's page draws an arrow for each: a long one makes the graph wide.
+    """
+    direct = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
+
+    def before(name: str) -> set[str]:
+        return direct[name].union(*(before(earlier) for earlier in direct[name]))
+
+    for name, task in tasks.items():
+        indirect = set().union(*(before(earlier) for earlier in direct[name]))
+        if direct[name] & indirect:
+            task["dependentTasks"] = sorted(direct[name] - indirect)
 
 
 def _compact_part(part: str) -> str:

@@ -29,7 +29,7 @@ from pydantic import Field
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
-from manyeyes.kubeflow.compact import compact
+from manyeyes.kubeflow.compact import compact, drop_schema_versions
 from manyeyes.kubeflow.profiles import Profile, step_of
 from manyeyes.recipe import list_recipes
 from manyeyes.storage import write_file
@@ -117,6 +117,7 @@ def compile_pipeline(
     _inject(documents[0], "defaultValue", defaults or {})
     if digest:
         _put_image(documents[0], image, digest)
+        drop_schema_versions(documents[0])
     if commit:
         _put_commit(documents[0], commit)
     if profile is not None:

@@ -56,6 +56,15 @@ class Trial(StrictModel):
     )
 
 
+def trial_folders(batches: Sequence[Path]) -> list[Path]:
+    """The folder of every trial in what ``train_trial`` wrote: one trial, or several in folders of their own."""
+    found: list[Path] = []
+    for batch in batches:
+        alone = (batch / TRIAL_FILE).is_file()
+        found += [batch] if alone else sorted(path.parent for path in batch.glob(f"*/{TRIAL_FILE}"))
+    return found
+
+
 @dataclass(frozen=True)
 class Difference:
     """One trial's mean score minus another's, on the same questions.

@@ -20,6 +20,8 @@ from manyeyes.strict import StrictModel
 AS_IS = "as-is"
 # Each is a training of its own, and all of them travel in one parameter.
 MAX_VARIANTS = 64
+# Side by side: every pod more makes the one object larger in which Kubernetes keeps a run (kubeflow/sizes.py).
+MAX_BATCHES = 8
 _LABEL_CHARACTERS = 60
 
 
@@ -72,6 +74,31 @@ def parse_variant(text: str) -> Variant:
             'JSON with "encoders" or "changes"',
             'For instance: {"encoders": ["clip", "convnext"]}',
         ) from error
+
+
+def in_batches(variants: Sequence[Variant]) -> list[str]:
+    """Texts of variants, one a line, for at most ``MAX_BATCHES`` steps; each trains its own one after another.
+
+    Neighbours in a grid are about as large as each other, so they go to different batches.
+    """
+    texts = [variant.text() for variant in variants]
+    return ["\n".join(texts[first::MAX_BATCHES]) for first in range(min(MAX_BATCHES, len(texts)))]
+
+
+def parse_batch(text: str) -> list[Variant]:
+    """Read one of ``in_batches`` back; an empty text has no variants.
+
+    Raises:
+        PipelineError: Not such a text.
+    """
+    return [parse_variant(line) for line in text.split("\n") if line]
+
+
+def batch_key(text: str) -> str:
+    """What tells a batch of variants apart in a step's name: the first one's key, and how many more there are."""
+    batch = parse_batch(text)
+    more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+    return f"{batch[0].key}{more}" if batch else ""
 
 
 def keep_encoders(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import is_absent, parse_pinned
+from manyeyes.harness.inputs import parse_pinned
 from manyeyes.search.search import (
     close_round,
     copy_trials,
@@ -18,7 +18,8 @@ from manyeyes.search.search import (
     trial_folder,
     write_search,
 )
-from manyeyes.search.trial import read_trial
+from manyeyes.search.trial import read_trial, trial_folders
+from manyeyes.search.variant import in_batches
 
 NOTHING = [""]
 
@@ -50,7 +51,7 @@ def advance_search(
     state, known = read_search(before)
     copy_trials({key: trial_folder(before, key) for key in known}, search)
     if state.ended is None:
-        found = {read_trial(folder).variant.key: folder for folder in trials if not is_absent(folder)}
+        found = {read_trial(folder).variant.key: folder for folder in trial_folders(trials)}
         best = known[state.best].encoders if state.best else ()
         expected = {variant.key for variant in state.next_sets(best)}
         if set(found) != expected:
@@ -66,7 +67,7 @@ def advance_search(
     differences = gains(state, search)
     assert state.best is not None
     winner = known[state.best]
-    candidates = NOTHING if state.ended else [variant.text() for variant in state.next_sets(winner.encoders)]
+    candidates = NOTHING if state.ended else in_batches(state.next_sets(winner.encoders))
     recipe = parse_pinned(pinned).recipe
     return StepResult(
         headline=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"

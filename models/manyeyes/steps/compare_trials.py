@@ -13,7 +13,16 @@ from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import duration, span
-from manyeyes.search.trial import Difference, Row, Trial, difference, read_trial, render_trials, short_table
+from manyeyes.search.trial import (
+    Difference,
+    Row,
+    Trial,
+    difference,
+    read_trial,
+    render_trials,
+    short_table,
+    trial_folders,
+)
 from manyeyes.search.variant import parse_variant
 from manyeyes.strict import StrictModel
 
@@ -60,7 +69,7 @@ def compare_trials(
         EvaluationError: The trials were asked different questions.
     """
     recipe = parse_pinned(pinned).recipe
-    folders = {read_trial(folder).variant.text(): folder for folder in trials}
+    folders = {read_trial(folder).variant.text(): folder for folder in trial_folders(trials)}
     wanted = [parse_variant(text) for text in variants]
     missing = [variant.label for variant in wanted if variant.text() not in folders]
     if missing:

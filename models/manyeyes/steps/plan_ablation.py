@@ -6,7 +6,7 @@ from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import Table, step_page
-from manyeyes.search.variant import read_grid
+from manyeyes.search.variant import in_batches, read_grid
 from manyeyes.sources import pin_sources
 
 
@@ -55,7 +55,7 @@ def plan_ablation(
             f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.", {"": table}
         ),
         markdown=table.markdown() + "\n",
-        values={"variants": [variant.text() for variant in variants]},
+        values={"variants": [variant.text() for variant in variants], "batches": in_batches(variants)},
     )
 
 

@@ -6,6 +6,8 @@ nothing to MLflow; ``preflight`` has done so.
 
 from __future__ import annotations
 
+from typing import Any
+
 from manyeyes.data.snapshot import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
@@ -81,16 +83,20 @@ def resolve_data(
             {"": facts_table(facts_shown)},
         ),
         markdown=facts_table(facts_shown).markdown() + "\n",
-        values={
-            **{step: pinned.of(step).text() for step in _GIVEN},
-            # kfp cannot loop over nothing.
-            "prealign_encoder": [
-                {"encoder": name, "pinned": pinned.of("prealign_encoder", encoder=name).text()}
-                for name in encoders or [""]
-            ],
-            "registry_model": model,
-        },
+        values={**pin_steps(pinned), "registry_model": model},
     )
+
+
+def pin_steps(pinned: Pinned) -> dict[str, Any]:
+    """What each step starts from, by step; for ``prealign_encoder`` an item for each encoder."""
+    return {
+        **{step: pinned.of(step).text() for step in _GIVEN},
+        # kfp cannot loop over nothing.
+        "prealign_encoder": [
+            {"encoder": name, "pinned": pinned.of("prealign_encoder", encoder=name).text()}
+            for name in pinned.recipe.prealigned_encoders() or [""]
+        ],
+    }
 
 
 def read_recipe(recipe: str, overrides: str) -> Recipe:

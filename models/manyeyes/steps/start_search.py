@@ -9,7 +9,7 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
 from manyeyes.search.search import MAX_ROUNDS, Search, write_search
-from manyeyes.search.variant import Variant
+from manyeyes.search.variant import Variant, in_batches
 
 
 def start_search(
@@ -76,7 +76,7 @@ def start_search(
             f"Search in recipe {recipe.name}", "Which of its encoders belong together.", {"": facts_table(rows)}
         ),
         markdown=facts_table(rows).markdown() + "\n",
-        values={"candidates": [candidate.text() for candidate in begun.next_sets(())]},
+        values={"candidates": in_batches(begun.next_sets(()))},
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains and scores one variant of a recipe: the work of a search or an ablation."""
+"""Trains and scores variants of a recipe, one after another: the work of a search or an ablation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from manyeyes.errors import LockedError, RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import Pinned, is_absent, mark_absent, parse_pinned, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
-from manyeyes.pages import facts_table, step_page
+from manyeyes.pages import Table, facts_table, step_page
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.search.trial import ITEMS_FILE, TRIAL_FILE, Trial, TrialStage, mean_score, read_trial
-from manyeyes.search.variant import Variant, parse_variant
+from manyeyes.search.variant import Variant, parse_batch
 from manyeyes.sources import pin_recipe
 from manyeyes.steps.evaluate import evaluate
 
@@ -32,31 +32,60 @@ Result = TypeVar("Result")
 def train_trial(
     reporter: Reporter,
     *,
-    variant: str,
+    variants: str,
     pinned: str,
     validation: Path,
     trial: Path,
     encoder_checkpoints: Sequence[Path] = (),
 ) -> StepResult:
-    """Run every stage of the variant and score it; a variant that was scored before is taken as it is.
+    """Run every stage of each variant and score it; a variant that was scored before is taken as it is.
+
+    A step that is run again, after an eviction for instance, goes on with the variant that it was at.
 
     Args:
         reporter: Shows the progress.
-        variant: Text of a variant; empty: there is nothing to do, and a marker is left.
+        variants: Texts of variants, one a line; empty: there is nothing to do, and a marker is left.
         pinned: From ``resolve_data``.
         validation: Folder of ``validate_data``.
-        trial: Folder to write: ``trial.json`` and ``items.parquet``.
-        encoder_checkpoints: Folders of ``prealign_encoder``; the variant prealigns its encoders itself without them.
+        trial: Folder to write: ``trial.json`` and ``items.parquet``, of several variants in a folder each.
+        encoder_checkpoints: Folders of ``prealign_encoder``; a variant prealigns its encoders itself without them.
 
     Raises:
-        RecipeError: The variant is no recipe, or has no stage that makes a model.
-        PipelineError: ``variant`` is not the text of one.
+        RecipeError: A variant is no recipe, or has no stage that makes a model.
+        PipelineError: ``variants`` are not the texts of some.
     """
-    if not variant:
+    batch = parse_batch(variants)
+    if not batch:
         mark_absent(trial, "nothing to train")
         return StepResult("nothing to train", markdown="Nothing to train: the search has ended.\n")
+    if len(batch) == 1:
+        return _train_variant(reporter, batch[0], pinned, validation, trial, encoder_checkpoints)
+    results: list[StepResult] = []
+    for number, variant in enumerate(batch):
+        reporter.progress(f"variant {number + 1} of {len(batch)}: {variant.label}", done=number / len(batch))
+        folder = trial / variant.key
+        results.append(_train_variant(reporter, variant, pinned, validation, folder, encoder_checkpoints))
+    rows = [[variant.label, result.headline] for variant, result in zip(batch, results, strict=True)]
+    table = Table(("variant", "mean score"), rows)
+    best = max(range(len(batch)), key=lambda index: results[index].metrics["mean_score"])
+    return StepResult(
+        headline=f"best of {len(batch)}: {batch[best].label}, {results[best].headline}",
+        metrics={"trials": float(len(batch)), **results[best].metrics},
+        html=step_page("Trials", "Variants of the recipe, trained and scored one after another.", {"": table}),
+        markdown=table.markdown() + "\n",
+        metadata={"variants": len(batch)},
+    )
+
+
+def _train_variant(
+    reporter: Reporter,
+    parsed: Variant,
+    pinned: str,
+    validation: Path,
+    trial: Path,
+    encoder_checkpoints: Sequence[Path],
+) -> StepResult:
     inputs = parse_pinned(pinned)
-    parsed = parse_variant(variant)
     recipe = pin_recipe(parsed.apply(inputs.recipe))
     inputs = replace(inputs, recipe=recipe)
     if recipe.stages.pretrain is None and recipe.stages.sft is None:
@@ -109,7 +138,7 @@ def train_trial(
             f"Trial {parsed.label}", "One variant of the recipe, trained and scored.", {"": facts_table(rows)}
         ),
         markdown=facts_table(rows).markdown() + "\n",
-        metadata={"recipe_digest": result.recipe_digest, "data_md5": inputs.data_md5, "variant": variant},
+        metadata={"recipe_digest": result.recipe_digest, "data_md5": inputs.data_md5, "variant": parsed.text()},
     )
 
 
