@@ -398,6 +398,7 @@ def test_account_that_lacks_a_right_is_named_from_a_drivers_log(endpoint: Endpoi
         '"system:serviceaccount:kubeflow:default" cannot get resource "configmaps" in API group ""\n'
     )
     (failure,) = failures_of(endpoint, read_status(endpoint, endpoint.runs.run_service_get_run(run.run_id)))
+    assert failure.name == "Kubeflow's driver of the run"
     assert failure.report.found == "the account default may not get configmaps"
     assert "--service-account" in failure.report.do
 

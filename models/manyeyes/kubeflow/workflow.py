@@ -331,7 +331,7 @@ def _driver_status(workflow: Workflow, path: Path, planned: _Planned) -> StepSta
     last = _attempt(workflow, pods[-1], "") if pods else None
     if last is None or not (last.state == "failed" or (last.state == "waiting" and last.reason)):
         return None
-    group = _plain_name(_without_driver(path[-1]), planned.task)
+    group = "the run" if path == ("root-driver",) else _plain_name(_without_driver(path[-1]), planned.task)
     return StepStatus(
         key="/".join(path),
         name=f"Kubeflow's driver of {group}",
