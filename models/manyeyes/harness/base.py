@@ -169,6 +169,8 @@ def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+# What every step of a run has in common; metadata of a report says it.
+_OF_THE_RUN = ("recipe_digest", "data_md5", "code_digest")
 # Between two progress events of one step.
 _PROGRESS_INTERVAL_S = 1.0
 
@@ -357,12 +359,15 @@ def _brief(artifact: OutputArtifact, metadata: Mapping[str, str | int | float]) 
     """What is written on an artifact that further steps take.
 
     Kubeflow puts all of it into the inputs of each of them, six copies a step, and a run's status must stay small: so
-    digests are short there, and so is what Kubeflow itself would write about the store, half a kilobyte, unless there
-    is something under that name (RecordArtifact in backend/src/v2/metadata/client.go of kubeflow/pipelines). Its
-    launcher never reads that, and its pages read it for a preview alone.
+    digests are short there, those of the run's inputs stand in the report's metadata alone, and what Kubeflow itself
+    would write about the store, half a kilobyte, is left out by having something under that name (RecordArtifact in
+    backend/src/v2/metadata/client.go of kubeflow/pipelines). Its launcher never reads that, and its pages read it for a
+    preview alone.
     """
     brief = {
-        key: value[:12] if isinstance(value, str) and _is_digest(value) else value for key, value in metadata.items()
+        key: value[:12] if isinstance(value, str) and _is_digest(value) else value
+        for key, value in metadata.items()
+        if key not in _OF_THE_RUN
     }
     return {**brief, "store_session_info": ""} if "://" in getattr(artifact, "uri", "") else brief
 

@@ -29,12 +29,30 @@ def compact(spec: dict[str, Any]) -> None:
             executor["container"]["command"] = [_compact_part(part) for part in executor["container"]["command"]]
 
 
-def drop_schema_versions(spec: dict[str, Any]) -> None:
-    """Take the versions of artifact types out, in place: the SDK needs them to load a pipeline, Kubeflow does not."""
-    for component in spec["components"].values():
+def compact_for_cluster(documents: list[dict[str, Any]]) -> None:
+    """Take out, in place, what the SDK needs or writes and Kubeflow 2.17 does not read.
+
+    These are versions of artifact types, and the older of two spellings where the SDK writes both.
+
+    Args:
+        documents: A compiled pipeline, and its Kubernetes part where there is one.
+    """
+    for component in documents[0]["components"].values():
         for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
             for definition in definitions.get("artifacts", {}).values():
                 definition["artifactType"].pop("schemaVersion", None)
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        resources = executor.get("container", {}).get("resources", {})
+        for older in ("cpuRequest", "cpuLimit", "memoryRequest", "memoryLimit"):
+            if f"resource{older[0].upper()}{older[1:]}" in resources:
+                resources.pop(older, None)
+    platform = documents[1] if len(documents) > 1 else {}
+    kubernetes = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {})
+    for pod in kubernetes.get("executors", {}).values():
+        for secret in [*pod.get("secretAsEnv", []), *pod.get("configMapAsEnv", [])]:
+            for older in ("secretName", "configMapName"):
+                if f"{older}Parameter" in secret:
+                    secret.pop(older, None)
 
 
 def _drop_indirect(tasks: dict[str, Any]) -> None:

@@ -62,6 +62,19 @@ def pipeline_parameters(version: models.V2beta1PipelineVersion) -> dict[str, Any
     return found
 
 
+def check_run(version: models.V2beta1PipelineVersion, parameters: Mapping[str, Any]) -> None:
+    """Refuse a run of a version whose workflow would become too large.
+
+    Raises:
+        PipelineError: It would.
+    """
+    from manyeyes.kubeflow.sizes import check_size
+
+    stored = version.pipeline_spec or {}
+    spec = stored.get("pipeline_spec", stored)
+    check_size([spec, stored.get("platform_spec") or {}], parameters)
+
+
 def run_parameters(
     definitions: Mapping[str, Any], *, given: Sequence[str], assignments: Sequence[str] = (), recipe: str = ""
 ) -> dict[str, Any]:
@@ -174,6 +187,7 @@ def start_run(
     Returns:
         The run, and whether it is new.
     """
+    check_run(version, parameters)
     name = name or f"{pipeline}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     group = endpoint.experiment(experiment)
     body = models.V2beta1Run(

@@ -29,7 +29,7 @@ from pydantic import Field
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
-from manyeyes.kubeflow.compact import compact, drop_schema_versions
+from manyeyes.kubeflow.compact import compact, compact_for_cluster
 from manyeyes.kubeflow.profiles import Profile, step_of
 from manyeyes.recipe import list_recipes
 from manyeyes.storage import write_file
@@ -117,17 +117,23 @@ def compile_pipeline(
     _inject(documents[0], "defaultValue", defaults or {})
     if digest:
         _put_image(documents[0], image, digest)
-        drop_schema_versions(documents[0])
     if commit:
         _put_commit(documents[0], commit)
     if profile is not None:
         from manyeyes.kubeflow.profiles import apply_profile
 
         documents = apply_profile(documents, profile)
+    if image:
+        compact_for_cluster(documents)
     comments = [line for line in text.splitlines() if line.startswith("#")]
     body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
     write_file(out, "\n".join(comments) + "\n" + body)
     return out
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The YAML documents of a compiled pipeline: the pipeline, and its Kubernetes part where there is one."""
+    return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_LOADER))
 
 
 def image_digest(image: str) -> str:

@@ -18,10 +18,11 @@ from manyeyes import __version__
 from manyeyes.data.snapshot import read_default_remote, read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
 from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint
-from manyeyes.kubeflow.endpoint_runs import EXPERIMENT
-from manyeyes.kubeflow.pipeline import compile_pipeline, image_digest
+from manyeyes.kubeflow.endpoint_runs import EXPERIMENT, check_run
+from manyeyes.kubeflow.pipeline import compile_pipeline, image_digest, read_documents
 from manyeyes.kubeflow.profiles import load_profile
 from manyeyes.kubeflow.run import git_state, named_commit
+from manyeyes.kubeflow.sizes import check_size
 from manyeyes.storage import hash_file
 
 # What a compiled pipeline is made of.
@@ -114,6 +115,7 @@ def upload_pipeline(
             defaults=defaults,
             commit=named_commit(commit, dirty),
         )
+        _check_sizes(file)
         content = hash_file(file)[:16]
         version = version_name(commit or "nogit", digest, changed=content if dirty else "")
         pipeline_id = _pipeline_id(endpoint, name)
@@ -136,6 +138,14 @@ def upload_pipeline(
                 "Commit the change (a profile is part of the commit), or delete that version on the endpoint.",
             )
     return Uploaded(name, version, found.pipeline_version_id, new, bool(dirty))
+
+
+def _check_sizes(file: Path) -> None:
+    """Refuse what could not run with one of the recipes that the form offers."""
+    documents = read_documents(file)
+    form = documents[0].get("root", {}).get("inputDefinitions", {}).get("parameters", {})
+    for recipe in form.get("recipe", {}).get("literals", [None]):
+        check_size(documents, {"recipe": recipe} if recipe else {})
 
 
 def _pipeline_id(endpoint: Endpoint, name: str) -> str:
@@ -223,6 +233,7 @@ def create_schedule(
         PipelineError: One of that name does something else.
         EndpointError: The endpoint refuses, or it is unknown whether it was made.
     """
+    check_run(version, parameters)
     group = endpoint.experiment(experiment)
     body = models.V2beta1RecurringRun(
         display_name=name,

@@ -1,0 +1,99 @@
+"""How large runs become on Kubeflow: each pipeline with every published recipe, from what would be uploaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyeyes.errors import PipelineError
+from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline, read_documents
+from manyeyes.kubeflow.profiles import load_profile
+from manyeyes.kubeflow.sizes import WorkflowSize, check_size, known_outputs, workflow_size
+from manyeyes.recipe import list_recipes
+from tests.pipelines.checkout import ROOT
+
+IMAGE = "registry.example:5000/team/manyeyes-steps@sha256:" + "7" * 64
+# Argo compresses a workflow at this size, and Kubeflow's own list of tasks then stops.
+COMPRESSED_AT = 1024 * 1024
+GRID = "seed=[1, 2, 3, 4, 5, 6]\nmodel.projector.depth=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def uploaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compiled(request.param, tmp_path_factory.mktemp("uploaded"))
+
+
+def compiled(name: str, folder: Path) -> list[dict[str, Any]]:
+    profile = load_profile("laptop", root=ROOT)
+    path = compile_pipeline(name, folder / f"{name}.yaml", root=ROOT, image=IMAGE, profile=profile)
+    return read_documents(path)
+
+
+def size_of(documents: list[dict[str, Any]], **given: Any) -> WorkflowSize:
+    form = documents[0]["root"]["inputDefinitions"]["parameters"]
+    values = {name: definition.get("defaultValue", "") for name, definition in form.items()}
+    values |= {name: value for name, value in given.items() if name in form}
+    return workflow_size(documents, parameters=values, outputs=known_outputs(values))
+
+
+def test_every_published_recipe_runs_to_its_end(uploaded: list[dict[str, Any]]) -> None:
+    for recipe in list_recipes():
+        size = size_of(uploaded, recipe=recipe, ablate_grid=GRID)
+        size.check(recipe)
+        for task in size.tasks:
+            if task.step:
+                # It is given every variant's text.
+                most = 1.3 * MOST_A_STEP if task.step == "compare_trials" else MOST_A_STEP
+                assert task.status_bytes < most, (recipe, task)
+
+
+# Seen on a real Kubeflow before: 120 kB.
+MOST_A_STEP = 100_000
+
+
+def test_training_of_two_encoders_is_not_compressed_and_of_five_hardly(tmp_path: Path) -> None:
+    documents = compiled("train", tmp_path)
+    assert size_of(documents, recipe="tiny").total_bytes < 0.95 * COMPRESSED_AT
+    for recipe in ("eagle-x5-13b", "tiny-eagle-x5"):
+        assert size_of(documents, recipe=recipe).total_bytes < 1.05 * COMPRESSED_AT, recipe
+
+
+def test_sixty_variants_are_no_larger_than_eight_steps(tmp_path: Path) -> None:
+    documents = compiled("ablate", tmp_path)
+    size = size_of(documents, recipe="tiny", ablate_grid=GRID)
+    assert [task.step for task in size.tasks].count("train_trial") == 8
+    assert size.total_bytes < 1.2 * COMPRESSED_AT
+
+
+def test_search_over_five_encoders_counts_every_round(tmp_path: Path) -> None:
+    documents = compiled("search_encoders", tmp_path)
+    size = size_of(documents, recipe="tiny-eagle-x5")
+    steps = [task.step for task in size.tasks]
+    assert steps.count("advance_search") == 6
+    assert steps.count("prealign_encoder") == 3
+    assert steps.count("train_trial") == 1 + 5 * 5  # no round has more
+    size.check("a search")
+
+
+def test_what_would_end_before_its_end_is_refused_with_the_number(tmp_path: Path) -> None:
+    documents = compiled("train", tmp_path)
+    long = "description: " + "x" * 150_000
+    with pytest.raises(PipelineError, match=r"would be 15\d kB.*at most 131 kB"):
+        check_size(documents, {"recipe_text": long})
+    executor = documents[0]["deploymentSpec"]["executors"]["exec-sft"]["container"]
+    executor["env"].append({"name": "LONG", "value": "x" * 1_000_000})
+    with pytest.raises(PipelineError, match=r"train of tiny would be a workflow of [6-9]\.\d MB \(13 tasks\)"):
+        check_size(documents, {})
+
+
+def test_size_grows_with_what_a_step_is_given(tmp_path: Path) -> None:
+    documents = compiled("rollback", tmp_path)
+    short, long = (size_of(documents, reason="x" * count) for count in (0, 1000))
+    grown = {
+        task.name: more.status_bytes - task.status_bytes for task, more in zip(short.tasks, long.tasks, strict=True)
+    }
+    # Six copies in the nodes of the step, and two in the inputs of the driver of the whole.
+    assert grown["rollback/exit-handler-1/restore-previous"] == 6000
+    assert grown["rollback"] == 2000
