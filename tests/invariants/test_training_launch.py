@@ -71,7 +71,7 @@ def test_an_error_of_the_stage_is_the_error_of_the_launch(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_started_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_started_processes_end_with_a_killed_parent_even_while_they_wait_for_each_other(tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
     code = (
         "from pathlib import Path; from tests.invariants.test_training_launch import launch; "
@@ -83,14 +83,24 @@ def test_started_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.05)
-    workers = _children(parent.pid)
-    assert workers
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    first, second = _children(parent.pid)
+    # The first one is soon inside a collective, where Python handles no signal.
+    os.kill(second, signal.SIGSTOP)
+    try:
+        time.sleep(3)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert _ends(first)
+    finally:
+        os.kill(second, signal.SIGCONT)
+    assert _ends(second)
+
+
+def _ends(pid: int) -> bool:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(_alive(pid) for pid in workers):
+    while time.monotonic() < deadline and _alive(pid):
         time.sleep(0.05)
-    assert not any(_alive(pid) for pid in workers)
+    return not _alive(pid)
 
 
 def _children(pid: int) -> list[int]:

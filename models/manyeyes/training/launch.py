@@ -3,6 +3,12 @@
 Two processes of one thread train a small model nearly twice as fast as one process of two threads: its operations are
 too short to be cut in two. This process only watches them, so it sees any of them end, whatever the others wait for.
 Under ``torchrun``, which has started its processes already, nothing is started here.
+
+``torch.distributed.launcher``, the elastic launch of ``torchrun``, was tried in place of this and keeps less of what
+users have. It lets a process end with a killed launcher by SIGINT, which Python handles only between instructions: one
+that waits in a collective stayed; here it ends, because a thread of its own sees the socket end. An error of a process
+arrives as ``ChildFailedError``, not as itself. And the caller's handlers of SIGTERM and SIGINT and its environment stay
+changed. The figures are in docs/figures.md.
 """
 
 from __future__ import annotations
