@@ -32,6 +32,7 @@ from manyeyes.recipe import (
     load_recipe,
     parse_overrides,
     parse_recipe,
+    partial,
     read_recipe_text,
 )
 from manyeyes.recipe.model import Strict
@@ -107,6 +108,7 @@ def test_the_sweep_reaches_every_numeric_field() -> None:
     every = {
         (part, name)
         for part in Strict.__subclasses__()
+        if part.__module__ != partial.__name__  # made of these classes as steps read them; the others are the recipe's
         for name, field in part.model_fields.items()
         if types_in(field.annotation) & {int, float} and Any not in types_in(field.annotation)
     }

@@ -166,6 +166,7 @@ COMMANDS = {
         *("step", "gate", "--out", "OUT"),
         *(f"--{name}=full" for name in ("validation", "scorecard", "bundle-scorecard", "parity")),
     ],
+    "pipeline status": ["pipeline", "status", "run", "--html", "OUT"],
     "pipeline compile": ["pipeline", "compile", "promote", "--out", "OUT"],
 }
 
