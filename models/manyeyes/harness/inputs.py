@@ -101,6 +101,8 @@ class Pinned:
             step: A row of ``SLICES``.
             encoder: For ``prealign_encoder``, the encoder that is trained; empty where there is none to train.
         """
+        if step not in SLICES:
+            raise RuntimeError(f"{step} has no row in SLICES: add one with the fields of the recipe that it reads")
         recipe, paths = self.recipe, SLICES[step]
         if step == _WHOLE:
             return self
