@@ -102,8 +102,9 @@ class StepStatus:
     @property
     def seconds(self) -> float | None:
         """How long it took or, while it goes on, None."""
-        over = self.started is not None and self.ended is not None and self.state in OVER
-        return (self.ended - self.started).total_seconds() if over else None  # type: ignore[operator]
+        if self.started is None or self.ended is None or self.state not in OVER:
+            return None
+        return (self.ended - self.started).total_seconds()
 
 
 @dataclass(frozen=True)
