@@ -59,7 +59,8 @@ from manyeyes.pages import (
     step_page,
 )
 from manyeyes.recipe import load_recipe
-from manyeyes.registry.gate import GateReport, RuleResult, render_gate_html, render_gate_markdown
+from manyeyes.recipe.gate_rules import RuleResult
+from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
 from manyeyes.search.search import Search, SearchRound, search_html, search_markdown
 from manyeyes.search.trial import Difference, Row, Trial, TrialStage
 from manyeyes.search.variant import Variant

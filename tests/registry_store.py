@@ -12,7 +12,7 @@ import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.recipe import FloorRule
+from manyeyes.recipe.gate_rules import FloorRule
 from manyeyes.registry.gate import ChampionEvidence, decide, write_gate_report
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import RegisteredVersion, register

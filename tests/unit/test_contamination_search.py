@@ -26,8 +26,7 @@ from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError
-from manyeyes.recipe import ContaminationRule
-from manyeyes.registry.gate import Evidence, decide_rule
+from manyeyes.recipe.gate_rules import ContaminationRule, Evidence
 
 LONG = "Which of the two ships in the harbour carries the flag with a yellow cross on blue ground? The left one."
 
@@ -237,8 +236,8 @@ def test_the_gate_judges_what_training_saw(
     )
     rule = ContaminationRule(rule="contamination", max_images=max_images, max_texts=max_texts)
     validation = SimpleNamespace(contaminated_images=exact, eval_datasets=("val",))
-    evidence = Evidence(None, None, None, None, validation, None, report)  # type: ignore[arg-type]
-    result = decide_rule(rule, evidence)
+    evidence = Evidence(None, None, None, validation, None, report, None)  # type: ignore[arg-type]
+    result = rule.decide(evidence)
     assert (result.passed, result.found) == (passed, found)
 
 

@@ -11,9 +11,10 @@ import pytest
 from manyeyes.errors import PipelineError, RecipeError
 from manyeyes.harness.inputs import SLICES, Pinned, parse_pinned
 from manyeyes.recipe import Recipe, change_recipe, load_recipe
+from manyeyes.recipe.gate_rules import GATE_RULES
 from manyeyes.recipe.model import STAGE_NAMES, Strict, model_inside
 from manyeyes.recipe.partial import one_encoder
-from manyeyes.recipe.recipe import GATE_RULES
+from tests.gate_toys import RULES
 
 # Steps with one slice an encoder.
 VIT, NET = "prealign_encoder[vit]", "prealign_encoder[efficientnet]"
@@ -143,25 +144,12 @@ FIELDS["stages.prealign.encoders"] = (["vit"], VALIDATED | JOINT | TRIAL | {NET}
 # A checkpoint of pretrain is compared with what the recipe says of it.
 FIELDS["stages.pretrain.model"][1].add("sft")
 
-RULES: list[dict[str, Any]] = [
-    {"rule": "floor", "benchmark": "easy-vqa", "at_least": 1},
-    {"rule": "non-inferiority", "benchmark": "easy-vqa", "margin": -1},
-    {"rule": "image-adds", "benchmark": "easy-vqa", "at_least": 1},
-    {"rule": "parity"},
-    {"rule": "validation"},
-    {"rule": "contamination"},
-]
 TWO = {"evaluation.benchmarks": ["easy-vqa", "gqa"]}
-GATE_FIELDS: dict[str, Any] = {
-    **{f"{rule}.benchmark": "gqa" for rule in ("floor", "non-inferiority", "image-adds")},
-    **{"floor.at_least": 9, "non-inferiority.margin": -9, "image-adds.at_least": 9},
-    **{"parity.token_match": 0.5, "parity.max_abs_logit": 0.5, "parity.max_score_difference": 9},
-    **{"contamination.max_images": 9, "contamination.max_texts": 9},
-}
-for path, flipped in GATE_FIELDS.items():
-    kind, _, name = path.partition(".")
-    number = [rule["rule"] for rule in RULES].index(kind)
-    FIELDS[f"gate.{number}.{name}"] = (flipped, {"gate"}, TWO)
+for number, rule in enumerate(RULES):
+    for name, value in rule.items():
+        if name != "rule":
+            changed_value = "gqa" if name == "benchmark" else value / 2 or 9
+            FIELDS[f"gate.{number}.{name}"] = (changed_value, {"gate"}, TWO)
 
 
 def leaves(model: type[Strict], place: str = "") -> Iterator[str]:

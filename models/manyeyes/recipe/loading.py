@@ -18,9 +18,10 @@ import yaml
 from pydantic import ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
+from manyeyes.recipe.gate_rules import GATE_RULES
 from manyeyes.recipe.model import PART, Part, model_inside
 from manyeyes.recipe.partial import read_fields
-from manyeyes.recipe.recipe import GATE_RULES, Recipe, apply_override
+from manyeyes.recipe.recipe import Recipe, apply_override
 
 MAX_BYTES = 32_768
 """Longest recipe as canonical JSON.
