@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -75,6 +76,9 @@ class BranchAnswers:
 _PADDING, _PREFIX, _NOTHING = -1, -2, -3
 # Packs run together while the narrowest has so much of the widest's tokens; the rest of it is padding.
 _LEAST_FILLED = 2 / 3
+# Logits that are held at a time, 128 MB of them in fp32: 1,024 tokens with a vocabulary of 32,768. Fewer would be too
+# few for a GPU's matrix products.
+LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
@@ -392,17 +396,29 @@ def decode_branches(
 def summed_loss(language_model: PreTrainedModel, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy, summed, and over how many tokens.
 
+    Only supervised positions reach the head: with a large vocabulary it is the most expensive layer of all. Where their
+    logits would be more than ``LOGITS_AT_ONCE`` numbers they are made in chunks, and again in the backward pass.
+
     Args:
         language_model: Whose head is run.
         hidden_BTD: The decoder's last hidden state.
         labels_BT: Not shifted, -100 where the loss does not count.
     """
-    # Only supervised positions reach the head: with a large vocabulary it is the most expensive layer of all.
     targets = labels_BT[:, 1:]
     counted = targets != IGNORE_INDEX
-    logits = compute_logits(language_model, hidden_BTD[:, :-1][counted]).float()
-    loss = functional.cross_entropy(logits, targets[counted], reduction="sum")
-    return loss, counted.sum()
+    hidden, wanted = hidden_BTD[:, :-1][counted], targets[counted]
+    at_once = max(1, LOGITS_AT_ONCE // language_model.get_output_embeddings().weight.shape[0])
+    if len(wanted) <= at_once:
+        return _loss_of(language_model, hidden, wanted), counted.sum()
+    losses = [
+        checkpoint(_loss_of, language_model, some, own, use_reentrant=False, preserve_rng_state=False)
+        for some, own in zip(hidden.split(at_once), wanted.split(at_once), strict=True)
+    ]
+    return torch.stack(losses).sum(), counted.sum()
+
+
+def _loss_of(language_model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
+    return functional.cross_entropy(compute_logits(language_model, hidden).float(), wanted, reduction="sum")
 
 
 def positions(mask: Tensor) -> Tensor:
