@@ -122,6 +122,8 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "max_grad_norm": (9, False),
     "precision": ("bf16", False),
     "checkpoint_encoders": (True, False),
+    "checkpoint_language_model": (True, False),
+    "sharding": ("shard", False),
     "too_long": ("cut", True),
     "template": ("plain", True),
     "fit": ("crop", True),

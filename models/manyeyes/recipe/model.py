@@ -175,6 +175,16 @@ class StageSpec(Strict):
         description="Trained encoders compute the inside of their blocks again in the backward pass instead of keeping "
         "it: less memory, more time, the same gradients.",
     )
+    checkpoint_language_model: bool = Field(
+        default=False,
+        description="The language model computes the inside of its blocks again in the backward pass, all but "
+        "attention, instead of keeping it: less memory, more time, the same gradients.",
+    )
+    sharding: Literal["auto", "replicate", "shard"] = Field(
+        default="auto",
+        description="How several processes hold the model: each all of it, or each a share of every tensor. auto "
+        "shards where weights, gradients and moments would fill more than half of a process's memory.",
+    )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
         description="A conversation of more tokens than model.language_model.max_length is refused (validate_data "

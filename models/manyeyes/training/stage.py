@@ -45,6 +45,8 @@ from manyeyes.training.optimizer import (
 )
 from manyeyes.training.processes import Processes, training_processes
 
+# How often it saves, and what is held in which memory, do not change what it learns.
+_NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 
 
@@ -193,8 +195,7 @@ class _Job:
         facts = {
             "model": self.recipe.stage_model(self.stage).model_dump(mode="json"),
             "stage": self.stage,
-            # How often it saves, and what it keeps in memory, do not change what it learns.
-            "spec": self.spec.model_dump(mode="json", exclude={"checkpoint_every_s", "checkpoint_encoders"}),
+            "spec": self.spec.model_dump(mode="json", exclude=set(_NOT_LEARNED)),
             "seed": self.seed,
             "encoder": self.encoder,
             "data_md5": self.snapshot.md5,
