@@ -10,7 +10,14 @@ from PIL import Image
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime import preprocess
-from manyeyes.runtime.preprocess import ImageTransform, decode_image, normalize_pixels, resize_image, transform_image
+from manyeyes.runtime.preprocess import (
+    ImageTransform,
+    decode_image,
+    normalize_pixels,
+    read_decoded_size,
+    resize_image,
+    transform_image,
+)
 
 HALF = ImageTransform(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -244,3 +251,19 @@ def test_wrong_transform_is_refused(change: dict[str, object]) -> None:
 def test_wrong_array_is_refused() -> None:
     with pytest.raises(RecordError, match="float32"):
         resize_image(np.zeros((4, 4, 3), np.float32), HALF)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(9), 77])
+def test_the_decoded_size_is_known_before_decoding(kind: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encode(photo(), kind, exif=exif)
+    height, width, _ = decode_image(data).shape
+    assert read_decoded_size(data) == (width, height)
+
+
+def test_of_a_jpeg_the_header_says_the_decoded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "decode_image", None)
+    assert read_decoded_size(encode(photo(), "JPEG")) == (40, 24)

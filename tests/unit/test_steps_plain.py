@@ -14,7 +14,7 @@ from manyeyes.harness.base import Reporter
 from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import Artifact, Event
 from manyeyes.harness.inputs import Pinned, is_absent, locate_data, mark_absent, parse_pinned, training_datasets
-from manyeyes.harness.stage import LOCAL_BRANCHES, note_branches, parallel_branches
+from manyeyes.harness.stage import LOCAL_BRANCHES, note_branches, num_data_workers, parallel_branches
 from manyeyes.harness.summary import RunSummary, StepSummary, union_seconds, write_summary
 from manyeyes.kubeflow.summarise import in_words, summarise
 from manyeyes.pages import Curve, draw_curves, readable, step_page
@@ -251,3 +251,16 @@ def test_words_name_verdict_version_and_what_to_type_next() -> None:
     assert any("30 s (25%)" in line for line in lines)
     assert '  manyeyes ask m /i.png "what?"' in lines
     assert json.loads(summary.model_dump_json())["scorecard"]["easy-vqa"]["n"] == 9673
+
+
+def test_batches_are_built_ahead_where_a_gpu_trains_or_the_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MANYEYES_DATA_WORKERS", raising=False)
+    assert num_data_workers(threads=16, gpus=0) == 0
+    assert [num_data_workers(threads=threads, gpus=1) for threads in (1, 2, 3, 16)] == [1, 1, 2, 4]
+    for given in ("0", "7"):
+        monkeypatch.setenv("MANYEYES_DATA_WORKERS", given)
+        assert num_data_workers(threads=2, gpus=1) == int(given)
+    for wrong in ("-1", "two"):
+        monkeypatch.setenv("MANYEYES_DATA_WORKERS", wrong)
+        with pytest.raises(PipelineError, match=f'MANYEYES_DATA_WORKERS is "{wrong}"'):
+            num_data_workers(threads=2, gpus=0)

@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +153,9 @@ class Mixture:
         quarantine: frozenset[str] = frozenset(),
     ) -> None:
         self._parts = tuple(parts)
+        self._snapshot = snapshot
         self._seed = seed
+        self._quarantine = quarantine
         self._readers = [
             RecordReader(snapshot.shards(part.dataset), cached_groups=WINDOW_GROUPS) for part in self._parts
         ]
@@ -170,6 +173,10 @@ class Mixture:
                 "Look at validation.html for the reasons of the quarantine.",
             )
         self.digest = self._compute_digest(snapshot, quarantine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the shards itself."""
+        return partial(Mixture, seed=self._seed, quarantine=self._quarantine), (self._parts, self._snapshot)
 
     def __len__(self) -> int:
         """Samples in an epoch."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.bundle_contents import EncoderPixels, read_part
@@ -142,6 +142,24 @@ def read_image_size(data: bytes) -> tuple[int, int]:
     """
     with _opened(data) as image:
         return image.size
+
+
+def read_decoded_size(data: bytes) -> tuple[int, int]:
+    """Width and height that ``decode_image`` gives, in pixels; of a JPEG its header alone is read.
+
+    Args:
+        data: The file's bytes.
+
+    Raises:
+        RecordError: As ``decode_image``; pixels that are broken in a JPEG are not seen.
+    """
+    with _opened(data) as image:
+        if image.format == "JPEG":
+            width, height = image.size
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (height, width) if lies_on_its_side else (width, height)
+    height, width, _ = decode_image(data).shape
+    return width, height
 
 
 @contextmanager

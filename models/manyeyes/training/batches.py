@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from manyeyes.model import build_processor
 from manyeyes.processor import CutImage, ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe, StageName, StageSpec
 from manyeyes.runtime.chat import Encoded
+from manyeyes.runtime.preprocess import read_decoded_size
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
 CONVERSATIONS_IN_MEMORY = 100_000
@@ -60,6 +61,18 @@ class Batch:
     chains: dict[str, Tensor] | None
     num_supervised: int
     num_samples: int
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a GPU can fetch by itself, while the CPU goes on."""
+        return replace(self, **{field.name: _pinned(getattr(self, field.name)) for field in fields(self)})
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, dict):
+        return {name: _pinned(own) for name, own in value.items()}
+    return tuple(_pinned(own) for own in value) if isinstance(value, tuple) else value
 
 
 class SampleEncoder:
@@ -111,16 +124,64 @@ class BatchBuilder:
         mixture: Which sample comes when.
         processor: The model's.
         too_long: What becomes of conversations of more tokens than the language model takes.
+        sharers: How many builders share the memory for what comes again.
     """
 
     def __init__(
-        self, mixture: Mixture, processor: ManyEyesProcessor, *, too_long: Literal["refuse", "cut"] = "refuse"
+        self,
+        mixture: Mixture,
+        processor: ManyEyesProcessor,
+        *,
+        too_long: Literal["refuse", "cut"] = "refuse",
+        sharers: int = 1,
     ) -> None:
         self._mixture = mixture
         self._processor = processor
-        self._encoder = SampleEncoder(processor, too_long=too_long)
+        self._too_long = too_long
+        self._sharers = sharers
+        self._encoder = SampleEncoder(processor, too_long=too_long, kept=CONVERSATIONS_IN_MEMORY // sharers)
         self._cut: dict[str, CutImage] = {}
         self._cut_bytes = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes its own from the same arguments."""
+        made = partial(BatchBuilder, too_long=self._too_long, sharers=self._sharers)
+        return made, (self._mixture, self._processor)
+
+    def for_worker(self, workers: int) -> BatchBuilder:
+        """One that makes the same batches, for one of several processes that share this one's memory."""
+        return BatchBuilder(self._mixture, self._processor, too_long=self._too_long, sharers=workers)
+
+    def sample(self, position: int) -> Sample:
+        """The sample at a position, as ``build`` counts them.
+
+        Raises:
+            RecordError: The row is no record.
+            SnapshotError: A shard cannot be read.
+        """
+        return self._mixture.sample(*divmod(position, len(self._mixture)))
+
+    def count(self, positions: Sequence[int]) -> int:
+        """``num_supervised`` of the batch of these positions; no pixels are made for it.
+
+        Args:
+            positions: As for ``build``.
+
+        Raises:
+            RecordError: A conversation cannot be used.
+            SnapshotError: A shard cannot be read.
+        """
+        return sum(self._count(self.sample(position)) for position in positions)
+
+    def _count(self, sample: Sample) -> int:
+        with sample.named():
+            # Where sizes do not matter, any will do.
+            measure = read_decoded_size if self._processor.layout is not None else lambda _: (0, 0)
+            sizes = [measure(image.data) for image in shown_images(sample)]
+            conversations, group = self._encoder.encode(sample, sizes)
+        if group is None:
+            return sum(sum(conversation.supervised) for conversation in conversations)
+        return sum(label != IGNORE_INDEX for branch in group.branches for label in branch.labels)
 
     def build(self, positions: Sequence[int]) -> Batch:
         """The batch of these positions.
@@ -132,7 +193,7 @@ class BatchBuilder:
             RecordError: A conversation or an image cannot be used; names the data set and the record.
             SnapshotError: A shard cannot be read.
         """
-        samples = [self._mixture.sample(*divmod(position, len(self._mixture))) for position in positions]
+        samples = [self.sample(position) for position in positions]
         independent = [sample for sample in samples if sample.turns == "independent"]
         chained = [sample for sample in samples if sample.turns == "chained"]
         images: list[list[CutImage]] = []
@@ -170,7 +231,7 @@ class BatchBuilder:
         if known is not None:
             return known
         cut = self._processor.cut_image(image.data)
-        if self._cut_bytes + cut.nbytes <= PIXELS_IN_MEMORY_BYTES:
+        if self._cut_bytes + cut.nbytes <= PIXELS_IN_MEMORY_BYTES // self._sharers:
             self._cut[image.sha256] = cut
             self._cut_bytes += cut.nbytes
         return cut

@@ -11,9 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -26,7 +25,8 @@ from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration
 from manyeyes.recipe import StageSpec
 from manyeyes.storage import file_lock, new_folder, storage_errors
 from manyeyes.strict import StrictModel
-from manyeyes.training.batches import Batch, BatchBuilder
+from manyeyes.training.ahead import BatchStream
+from manyeyes.training.batches import Batch
 from manyeyes.training.optimizer import schedule_factor, set_learning_rates
 from manyeyes.training.processes import Processes
 
@@ -43,6 +43,9 @@ class HistoryPoint(StrictModel):
     learning_rate: float = Field(description="The highest of the groups' rates.")
     grad_norm: float = Field(description="Norm of the gradient at this step, before clipping.")
     samples_per_s: float = Field(description="Samples a second since the point before.")
+    data_wait: float | None = Field(
+        default=None, description="Share of the time since the point before in which training waited for data."
+    )
 
 
 class RunningState(StrictModel):
@@ -50,6 +53,7 @@ class RunningState(StrictModel):
 
     step: int = Field(description="Optimizer steps done.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
+    data_wait_s: float = Field(description="Seconds of those in which it waited for data.")
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     history: tuple[HistoryPoint, ...] = Field(description="Points so far.")
     sha256: str = Field(description="Of the file with parameters and optimizer state, hexadecimal.")
@@ -83,6 +87,7 @@ def save_running(
     *,
     step: int,
     seconds: float,
+    data_wait_s: float,
     first_loss: float,
     history: list[HistoryPoint],
     parameters: Mapping[str, nn.Parameter],
@@ -94,6 +99,7 @@ def save_running(
         folder: The stage's working folder.
         step: Optimizer steps done.
         seconds: Seconds trained so far.
+        data_wait_s: Seconds of those in which it waited for data.
         first_loss: Loss of the first step.
         history: Points so far.
         parameters: Those that train, by name; the others come from the stage's inputs.
@@ -119,6 +125,7 @@ def save_running(
     state = RunningState(
         step=step,
         seconds=seconds,
+        data_wait_s=data_wait_s,
         first_loss=first_loss,
         history=tuple(history),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -196,13 +203,14 @@ class Progress(StrictModel):
     learning_rate: float = Field(description="The highest of the groups' rates.")
     grad_norm: float = Field(description="Norm of the gradient, before clipping.")
     samples_per_s: float = Field(description="Samples a second in this attempt.")
+    data_wait: float = Field(description="Share of this attempt's time in which training waited for data.")
     eta_s: float = Field(description="Seconds until the last step at this speed.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
 
 
 def train(
     model: ManyEyesForConditionalGeneration,
-    builder: BatchBuilder,
+    stream: BatchStream,
     stage: StageSpec,
     *,
     steps: int,
@@ -221,7 +229,7 @@ def train(
 
     Args:
         model: Frozen but for ``parameters``.
-        builder: Batches by position in the stream of samples.
+        stream: This process's batches of each step.
         stage: Batch size, schedule and the like.
         steps: Optimizer steps.
         num_samples: Samples in all; the last step takes what is left.
@@ -237,32 +245,32 @@ def train(
 
     Raises:
         RecipeError: The loss is no longer a finite number.
+        RecordError: A record cannot be used.
+        ProcessLostError: A worker ended.
         StorageError: No space for a running checkpoint; the one before is untouched.
     """
     found = load_running(folder, parameters=parameters, optimizer=optimizer)
     begin = found.step if found else 0
     history = list(found.history) if found else []
     first_loss, seconds_before = (found.first_loss, found.seconds) if found else (math.nan, 0.0)
+    waited_before = found.data_wait_s if found else 0.0
     trained = list(parameters.values())
     started = saved = reported = marked = time.monotonic()
-    losses, samples, samples_since_mark = [], 0, 0
+    losses, samples, samples_since_mark, waited_at_mark = [], 0, 0, 0.0
     every = max(1, steps // HISTORY_POINTS)
+    stream.go_to(begin)
     for step in range(begin, steps):
         torch.manual_seed(_step_seed(seed, step, processes.rank))
         rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
-        positions = range(step * stage.batch_size, min((step + 1) * stage.batch_size, num_samples))
-        own = positions[processes.rank :: processes.size]
-        batches, total = processes.share(
-            partial(_micro_batches, builder, own, stage),
-            count=lambda batches: sum(batch.num_supervised for batch in batches),
-        )
+        share, total = processes.share(stream.next_step, count=lambda share: share.num_supervised)
         step_loss = torch.zeros(1, device=processes.device)
-        for batch in batches:
+        for batch in share.batches:
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
                 loss = batch_loss(model, batch, device=processes.device) / max(1.0, total)
             if loss.requires_grad:  # not where only encoders train and no sample shows its image
                 loss.backward()
             step_loss += loss.detach()
+            del batch, loss
         processes.sum_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
         loss_value = processes.sum(step_loss).item()
@@ -278,17 +286,24 @@ def train(
         losses.append(loss_value)
         if step == 0:
             first_loss = loss_value
-        samples += len(positions)
-        samples_since_mark += len(positions)
+        num_new = min(stage.batch_size, num_samples - step * stage.batch_size)
+        samples += num_new
+        samples_since_mark += num_new
         now = time.monotonic()
         done, last = step + 1, step + 1 == steps
         point = HistoryPoint(
-            step=done, loss=loss_value, learning_rate=rate, grad_norm=norm, samples_per_s=samples / (now - started)
+            step=done,
+            loss=loss_value,
+            learning_rate=rate,
+            grad_norm=norm,
+            samples_per_s=samples / (now - started),
+            data_wait=stream.waited_s / (now - started),
         )
         if done % every == 0 or last:
-            speed = samples_since_mark / (now - marked)
-            history.append(point.model_copy(update={"loss": sum(losses) / len(losses), "samples_per_s": speed}))
-            losses, samples_since_mark, marked = [], 0, now
+            speed, waited = samples_since_mark / (now - marked), (stream.waited_s - waited_at_mark) / (now - marked)
+            means = {"loss": sum(losses) / len(losses), "samples_per_s": speed, "data_wait": waited}
+            history.append(point.model_copy(update=means))
+            losses, samples_since_mark, marked, waited_at_mark = [], 0, now, stream.waited_s
         if processes.is_main and (now - reported >= PROGRESS_EVERY_S or last):
             report(done, point, point.samples_per_s, seconds_before + now - started)
             reported = now
@@ -297,6 +312,7 @@ def train(
                 folder,
                 step=done,
                 seconds=seconds_before + now - started,
+                data_wait_s=waited_before + stream.waited_s,
                 first_loss=first_loss,
                 history=history,
                 parameters=parameters,
@@ -304,7 +320,14 @@ def train(
             )
             saved = time.monotonic()
     seconds = seconds_before + time.monotonic() - started
-    state = RunningState(step=steps, seconds=seconds, first_loss=first_loss, history=tuple(history), sha256="")
+    state = RunningState(
+        step=steps,
+        seconds=seconds,
+        data_wait_s=waited_before + stream.waited_s,
+        first_loss=first_loss,
+        history=tuple(history),
+        sha256="",
+    )
     return state, begin
 
 
@@ -317,12 +340,12 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
     visual_tokens = None
     if batch.pixel_values:
         visual_tokens = model.encode_images(
-            {name: pixels.to(device) for name, pixels in batch.pixel_values.items()},
-            **{name: tensor.to(device) for name, tensor in batch.size_inputs.items()},
+            {name: pixels.to(device, non_blocking=True) for name, pixels in batch.pixel_values.items()},
+            **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.size_inputs.items()},
         )
     losses: list[Tensor | None] = []
     if batch.prefixes is not None:
-        prefixes = {name: tensor.to(device) for name, tensor in batch.prefixes.items()}
+        prefixes = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.prefixes.items()}
         spans = prefixes["image_spans"]
         cache = model.prefill_prefix(
             prefixes["input_ids"],
@@ -331,10 +354,10 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
             image_spans=spans if len(spans) else None,
         )
         for bucket in batch.branches:
-            branches = {name: tensor.to(device) for name, tensor in bucket.items()}
+            branches = {name: tensor.to(device, non_blocking=True) for name, tensor in bucket.items()}
             losses.append(model.forward_branches(BranchBatch(cache, prefixes["attention_mask"], **branches)).loss)
     if batch.chains is not None:
-        chains = {name: tensor.to(device) for name, tensor in batch.chains.items()}
+        chains = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.chains.items()}
         spans = chains["image_spans"]
         losses.append(
             model(
@@ -348,11 +371,6 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
             ).loss
         )
     return torch.stack([loss for loss in losses if loss is not None]).sum()
-
-
-def _micro_batches(builder: BatchBuilder, positions: Sequence[int], stage: StageSpec) -> list[Batch]:
-    size = stage.micro_batch_size or stage.batch_size
-    return [builder.build(positions[start : start + size]) for start in range(0, len(positions), size)]
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -31,6 +32,7 @@ from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
+from manyeyes.training.ahead import batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import HistoryPoint, Progress, drop_running, stage_lock, train
 from manyeyes.training.optimizer import (
@@ -59,6 +61,7 @@ class StageReport(StrictModel):
     steps: int = Field(description="Optimizer steps.")
     samples: int = Field(description="Samples seen, each epoch counted.")
     seconds: float = Field(description="Seconds of training over all attempts, loading and saving left out.")
+    data_wait_s: float | None = Field(default=None, description="Seconds of those in which training waited for data.")
     resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
@@ -88,6 +91,7 @@ def run_stage(
     encoder_checkpoints: Mapping[str, Path] | None = None,
     checkpoint: Path | None = None,
     quarantine: frozenset[str] = frozenset(),
+    data_workers: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> StageReport:
     """Run a stage, or go on with it where a killed run left off, or hand out the result of a finished one.
@@ -104,6 +108,7 @@ def run_stage(
         encoder_checkpoints: Results of ``prealign`` by encoder name; used where the model is built.
         checkpoint: Result of the stage before. The model is built from the recipe when left out.
         quarantine: Rows to leave out, as ``manyeyes.data.quarantine.row_name`` writes them.
+        data_workers: Processes that build batches ahead of each training process; the result does not depend on them.
         on_progress: Called about once a second, and after the last step, by the main process.
 
     Returns:
@@ -116,6 +121,8 @@ def run_stage(
         LockedError: Another process trains this very stage.
         StorageError: No space; the last running checkpoint is untouched.
         SnapshotError: A shard cannot be read.
+        RecordError: A record cannot be used.
+        ProcessLostError: A process that trains or builds batches ended.
     """
     _stage_spec(recipe, stage, encoder)
     recipe = pin_recipe(recipe)
@@ -136,7 +143,7 @@ def run_stage(
     done = folder / "done"
     with training_processes() as processes, _owned(folder, processes):
         if not done.exists():
-            _train_and_save(job, folder, done, processes=processes, on_progress=on_progress)
+            _train_and_save(job, folder, done, processes=processes, data_workers=data_workers, on_progress=on_progress)
         processes.wait()
         if processes.is_main:
             drop_running(folder)
@@ -231,6 +238,7 @@ def _train_and_save(
     done: Path,
     *,
     processes: Processes,
+    data_workers: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     spec = job.spec
@@ -269,24 +277,36 @@ def _train_and_save(
                     learning_rate=point.learning_rate,
                     grad_norm=point.grad_norm,
                     samples_per_s=speed,
+                    data_wait=point.data_wait or 0.0,
                     eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / speed,
                     seconds=seconds,
                 )
             )
 
-    state, begin = train(
-        model,
-        BatchBuilder(mixture, processor_of_stage(processor, spec), too_long=spec.too_long),
-        spec,
-        steps=steps,
+    plan = partial(
+        micro_batches,
+        batch_size=spec.batch_size,
+        micro_batch_size=spec.micro_batch_size,
         num_samples=num_samples,
-        parameters=parameters,
-        optimizer=build_optimizer(groups, rates, spec),
-        processes=processes,
-        folder=folder,
-        seed=job.seed,
-        report=report,
+        rank=processes.rank,
+        num_ranks=processes.size,
     )
+    builder = BatchBuilder(mixture, processor_of_stage(processor, spec), too_long=spec.too_long)
+    pinned = processes.device.type == "cuda"
+    with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned) as stream:
+        state, begin = train(
+            model,
+            stream,
+            spec,
+            steps=steps,
+            num_samples=num_samples,
+            parameters=parameters,
+            optimizer=build_optimizer(groups, rates, spec),
+            processes=processes,
+            folder=folder,
+            seed=job.seed,
+            report=report,
+        )
     if not processes.is_main:
         return
     merge_adapters(model.to("cpu").eval())
@@ -303,6 +323,7 @@ def _train_and_save(
             steps=steps,
             samples=num_samples,
             seconds=state.seconds,
+            data_wait_s=state.data_wait_s,
             resumed_from_step=begin or None,
             first_loss=state.first_loss,
             final_loss=state.history[-1].loss,
