@@ -353,7 +353,7 @@ def _memory_file() -> int:
 # --- what a worker does --------------------------------------------------------------------------------------------
 
 
-def work(descriptor: int) -> None:
+def build_batches(descriptor: int) -> None:
     """Build and count what comes, until the training process closes the socket or is gone.
 
     Args:
@@ -376,4 +376,4 @@ def work(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]))
+    build_batches(int(sys.argv[1]))
