@@ -11,7 +11,7 @@ from typing import Any
 
 # (file, module, class, who writes it)
 FORMATS = [
-    ("summary.json", "manyeyes.harness.summary", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
+    ("summary.json", "manyeyes.harness.events", "RunSummary", "`manyeyes run`, in `runs/<run-id>/`"),
     ("scorecard.json", "manyeyes.evaluation.scorecard", "Scorecard", "the step `evaluate`"),
     ("report.json", "manyeyes.evaluation.report.contents", "Report", "the steps `evaluate` and `merge_scorecards`"),
     ("score.json", "manyeyes.evaluation.score", "ScoreReport", "`manyeyes score`; with `--json` on stdout too"),

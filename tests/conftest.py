@@ -21,4 +21,4 @@ def own_keep_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
             made.append(tmp_path_factory.mktemp("kept"))
         return Path(given) if given else made[0]
 
-    monkeypatch.setattr("manyeyes.steps.kept.keep_dir", keep_dir)
+    monkeypatch.setattr("manyeyes.harness.kept.keep_dir", keep_dir)

@@ -30,6 +30,9 @@ from manyeyes.evaluation.compare import (
     ComparedBenchmark,
     ComparedModel,
     ModelComparison,
+    render_comparison,
+    render_comparison_text,
+    render_correlation,
 )
 from manyeyes.evaluation.outcomes import OutcomeFile
 from manyeyes.evaluation.reliance import (
@@ -39,14 +42,11 @@ from manyeyes.evaluation.reliance import (
     render_reliance,
     render_reliance_text,
 )
-from manyeyes.evaluation.report.compare_page import render_comparison, render_comparison_text, render_correlation
 from manyeyes.evaluation.report.writing import build_report, render_html, render_markdown
 from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
 from manyeyes.harness.events import ErrorReport, Problem
-from manyeyes.kubeflow.reasons import Reason
-from manyeyes.kubeflow.run_page import render_status
-from manyeyes.kubeflow.run_status import Failure, RunStatus
-from manyeyes.kubeflow.workflow import Attempt, StepStatus
+from manyeyes.kubeflow.run_status import Failure, RunStatus, render_status
+from manyeyes.kubeflow.workflow import Attempt, Reason, StepStatus
 from manyeyes.pages import (
     Curve,
     Point,

@@ -13,9 +13,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from manyeyes.converters.convert import config_of_plan
-from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import Plan, System
+from manyeyes.converters.system import EncoderSources, Plan, System
 from manyeyes.converters.tables import Resolution
 from manyeyes.converters.tensor_files import StoredTensor
 from manyeyes.model import ManyEyesForConditionalGeneration

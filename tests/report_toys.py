@@ -16,7 +16,7 @@ from manyeyes.evaluation.scorecard import (
     ScoredModel,
     TypeScore,
 )
-from manyeyes.export.model_facts import ModelFacts
+from manyeyes.runtime.bundle_contents import ModelFacts
 from tests.evaluation_fakes import make_image
 
 IMAGES = 9

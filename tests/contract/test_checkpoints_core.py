@@ -25,9 +25,9 @@ from transformers import (
 from manyeyes.cli.main import cli
 from manyeyes.converters import llava
 from manyeyes.converters.convert import config_of_plan, convert
-from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.logits import prompt_logits
 from manyeyes.converters.source import OriginalCheckpoint
+from manyeyes.converters.system import EncoderSources
 from manyeyes.converters.tensor_files import StoredTensor
 from manyeyes.converters.to_llava import write_llava
 from manyeyes.errors import CheckpointError

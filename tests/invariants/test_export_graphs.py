@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyeyes.errors import BundleError, CheckpointError
+from manyeyes.estimate.skeleton import count_checkpoint
 from manyeyes.export.bundle import _save_tokenizer, export_bundle, load_manifest
 from manyeyes.export.graphs import check_exportable, export_decoder
-from manyeyes.export.model_facts import count_checkpoint
 from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle

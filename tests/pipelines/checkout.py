@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manyeyes.data.snapshot import hash_folder
-from manyeyes.harness.summary import SUMMARY_FILE, RunSummary
+from manyeyes.harness.events import SUMMARY_FILE, RunSummary
 from manyeyes.storage import hash_file
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from kfp import components
 
-from manyeyes.kubeflow.parameters import read_form
 from manyeyes.kubeflow.pipeline import PIPELINES
+from manyeyes.kubeflow.run import read_form
 from manyeyes.registry.versions import read_aliases
 from tests.evaluation_fakes import make_snapshot
 from tests.pipelines.checkout import ROOT, make_checkout

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.harness.events import EventReader
-from manyeyes.harness.summary import SUMMARY_FILE, RunSummary
+from manyeyes.harness.events import SUMMARY_FILE, EventReader, RunSummary
 from tests.pipelines.checkout import ROOT, is_alive
 
 RUN = """

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.harness.events import EventReader
-from manyeyes.harness.summary import RunSummary
+from manyeyes.harness.events import EventReader, RunSummary
 from tests.pipelines.checkout import Checkout
 
 # Steps in the order in which they end.

@@ -5,18 +5,19 @@ import pytest
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import mean_percent
-from manyeyes.evaluation.statistics import bootstrap
-from manyeyes.evaluation.statistics.bootstrap import (
+from manyeyes.evaluation.statistics import intervals as bootstrap
+from manyeyes.evaluation.statistics.intervals import (
     Aggregate,
     Clusters,
     average_interval,
+    clustered_error,
+    clustered_mean,
     draw_counts,
     percentile_interval,
     score_draws,
     seeded,
     standard_error,
 )
-from manyeyes.evaluation.statistics.scoring import clustered_error, clustered_mean
 from manyeyes.evaluation.statistics.significance import added_interval, score_interval
 from tests.benchmark_toys import f1, make_graded, make_row, pairs
 

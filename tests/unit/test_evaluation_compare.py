@@ -16,7 +16,7 @@ from manyeyes.evaluation import compare
 from manyeyes.evaluation.compare import ModelComparison, compare_results, read_compared_images, read_results
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes, write_outcomes
-from manyeyes.evaluation.statistics.scoring import clustered_error
+from manyeyes.evaluation.statistics.intervals import clustered_error
 from manyeyes.evaluation.statistics.significance import (
     average_difference,
     compare_scores,

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
 from manyeyes.errors import EvaluationError
+from manyeyes.evaluation.compare import render_correlation
 from manyeyes.evaluation.evaluate import evaluate
-from manyeyes.evaluation.report.compare_page import render_correlation
 from manyeyes.evaluation.statistics.correlation import correlate, read_scores
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 

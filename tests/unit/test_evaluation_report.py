@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
+from manyeyes.estimate.skeleton import count_model
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.outcomes import GROUPS
 from manyeyes.evaluation.report.comparison import Champion, Published, compare_scorecard, load_published, weigh_cost
 from manyeyes.evaluation.report.contents import Report, describe_reproduction, merge_runs
 from manyeyes.evaluation.report.tables import verdict
 from manyeyes.evaluation.report.writing import build_report, read_report, render_html, render_markdown, write_report
-from manyeyes.export.model_facts import count_model
 from manyeyes.pages import short_count
 from manyeyes.recipe import load_recipe
 from manyeyes.registry import pull as registry_champion

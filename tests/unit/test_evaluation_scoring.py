@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.statistics.scoring import clustered_mean, student_quantile
+from manyeyes.evaluation.statistics.intervals import clustered_mean, student_quantile
 
 
 @pytest.mark.parametrize("probability", [0.75, 0.95, 0.98])

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS, Graded
-from manyeyes.evaluation.statistics import bootstrap
-from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
-from manyeyes.evaluation.statistics.scoring import clustered_mean
+from manyeyes.evaluation.statistics import intervals as bootstrap
+from manyeyes.evaluation.statistics.intervals import clustered_mean, sub_score_intervals
 
 RANDOM = np.random.default_rng(5)
 

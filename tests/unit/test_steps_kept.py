@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
-from manyeyes.steps import kept as kept_module
-from manyeyes.steps.kept import keep_dir, kept
+from manyeyes.harness import kept as kept_module
+from manyeyes.harness.kept import keep_dir, kept
 from tests.model_toys import toy_spec, write_language_model
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from manyeyes.errors import PipelineError, RecipeError, SnapshotError
-from manyeyes.harness import code_digest as code_digest_module
+from manyeyes.harness import kept as code_digest_module
 from manyeyes.harness.base import Reporter
-from manyeyes.harness.code_digest import code_digest
-from manyeyes.harness.events import Artifact, Event
+from manyeyes.harness.events import Artifact, Event, RunSummary, StepSummary, union_seconds, write_summary
 from manyeyes.harness.inputs import Pinned, is_absent, locate_data, mark_absent, parse_pinned, training_datasets
+from manyeyes.harness.kept import code_digest
 from manyeyes.harness.stage import LOCAL_BRANCHES, note_branches, num_data_workers, parallel_branches
-from manyeyes.harness.summary import RunSummary, StepSummary, union_seconds, write_summary
 from manyeyes.kubeflow.summarise import in_words, summarise
 from manyeyes.pages import Curve, draw_curves, readable, step_page
 from manyeyes.recipe import load_recipe

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from manyeyes.recipe import Recipe
     from manyeyes.registry.pull import ModelLocation
 if TYPE_CHECKING:
-    from manyeyes.evaluation.compare import Results
-    from manyeyes.evaluation.report.compare_page import ReadImage
+    from manyeyes.evaluation.compare import ReadImage, Results
 if TYPE_CHECKING:
     from manyeyes.evaluation.judging.scoring import EnsembleReport, JudgeReport, Scheme
     from manyeyes.evaluation.score import ScoreReport
@@ -230,8 +229,14 @@ def compare_command(
     Writes compare.json, compare.html and compare.md into --out. Differences are paired by question and clustered by
     image, and corrected for the number of benchmarks.
     """
-    from manyeyes.evaluation.compare import COMPARE_FILE, compare_results, write_comparison
-    from manyeyes.evaluation.report.compare_page import images_to_show, render_comparison, render_comparison_text
+    from manyeyes.evaluation.compare import (
+        COMPARE_FILE,
+        compare_results,
+        images_to_show,
+        render_comparison,
+        render_comparison_text,
+        write_comparison,
+    )
     from manyeyes.storage import write_file
 
     ours, theirs = _results(first), _results(second)
@@ -350,7 +355,7 @@ def correlate_command(tables: tuple[Path, ...], groups: int, out: Path) -> None:
     TABLES: CSV with a column of models and one a benchmark, JSON {model: {benchmark: score}}, or folders that
     `manyeyes evaluate` wrote, a model each. Writes correlation.json and correlation.html into --out.
     """
-    from manyeyes.evaluation.report.compare_page import render_correlation
+    from manyeyes.evaluation.compare import render_correlation
     from manyeyes.evaluation.statistics.correlation import CORRELATION_FILE, correlate, read_scores
     from manyeyes.storage import write_file
 

@@ -98,8 +98,7 @@ def run(
     """Run a compiled PIPELINE on this machine."""
     from rich.console import Console
 
-    from manyeyes.kubeflow.parameters import local_parameters
-    from manyeyes.kubeflow.run import ProgressView, RunOptions, find_pipeline, run_pipeline
+    from manyeyes.kubeflow.run import ProgressView, RunOptions, find_pipeline, local_parameters, run_pipeline
     from manyeyes.kubeflow.summarise import in_words
 
     path = find_pipeline(pipeline, root=Path())

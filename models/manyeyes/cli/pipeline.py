@@ -90,8 +90,8 @@ def upload_command(names: Sequence[str], image: str, profile: str, data_remote: 
     A version is named <package version>-<git commit>-<image digest, first 12>; one that is there is left alone. The
     form offers the snapshot that data.dvc names and its remote, so that Start works untouched.
     """
-    from manyeyes.kubeflow.parameters import read_form
     from manyeyes.kubeflow.pipeline import PIPELINES, image_digest
+    from manyeyes.kubeflow.run import read_form
     from manyeyes.kubeflow.uploading import form_defaults, upload_pipeline
 
     image_digest(image)
@@ -227,7 +227,7 @@ def _show_steps(status: RunStatus) -> None:
 
 
 def _write_page(page: Path, endpoint: Endpoint, status: RunStatus, failures: Sequence[Failure]) -> None:
-    from manyeyes.kubeflow.run_page import render_status
+    from manyeyes.kubeflow.run_status import render_status
     from manyeyes.storage import write_file
 
     write_file(page, render_status(status, failures, ui=endpoint.settings.ui))

@@ -155,7 +155,7 @@ def projectors_command(name: str | None) -> None:
 
 
 def _kept(kind: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    from manyeyes.steps.kept import kept
+    from manyeyes.harness.kept import kept
 
     rows: dict[str, Any] = json.loads(kept(kind, make=lambda: json.dumps(make())))
     return rows

@@ -14,9 +14,9 @@ import click
 
 from manyeyes.cli.group import OutPath
 from manyeyes.harness.base import LocalArtifact, Step, StepResult, run_step
-from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.events import watching
 from manyeyes.harness.inputs import Pinned, locate_data
+from manyeyes.harness.kept import code_digest
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides
 from manyeyes.sources import pin_recipe
 

@@ -26,10 +26,18 @@ from manyeyes.converters.encoder_layouts import (
     plan_siglip,
     siglip_table,
 )
-from manyeyes.converters.encoder_sources import IMAGE_SIZE, INPUT_SIZE, EncoderSources, FoundEncoder, stated
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
+from manyeyes.converters.system import (
+    IMAGE_SIZE,
+    INPUT_SIZE,
+    EncoderPlan,
+    EncoderSources,
+    FoundEncoder,
+    Plan,
+    System,
+    stated,
+)
 from manyeyes.converters.tables import (
     KeyTable,
     Leave,

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from manyeyes.converters.encoder_sources import FoundEncoder
-from manyeyes.converters.system import EncoderPlan
+from manyeyes.converters.system import EncoderPlan, FoundEncoder
 from manyeyes.converters.tables import KeyTable, Leave, Shape, Take
 from manyeyes.encoders import encoder_row, encoder_transform
 from manyeyes.errors import CheckpointError

@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from manyeyes.converters import SYSTEMS
-from manyeyes.converters.encoder_sources import EncoderSources, read_encoder_configs
 from manyeyes.converters.source import OriginalCheckpoint, open_checkpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
+from manyeyes.converters.system import EncoderPlan, EncoderSources, Plan, System, read_encoder_configs
 from manyeyes.converters.tables import Resolution, Shape
 from manyeyes.converters.tensor_files import MAX_SHARD_BYTES, Planned, write_tensors
 from manyeyes.encoders import Encoder, fit_encoder_weights

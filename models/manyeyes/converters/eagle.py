@@ -23,14 +23,19 @@ from torch import Tensor
 
 from manyeyes.converters.clip import clip_table, escaped, plan_clip
 from manyeyes.converters.encoder_layouts import convnext_shapes, convnext_table, plan_convnext
-from manyeyes.converters.encoder_sources import (
+from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
+from manyeyes.converters.source import OriginalCheckpoint
+from manyeyes.converters.system import (
     GLOBAL_BLOCKS,
     HEADS,
     IMAGE_SIZE,
     INPUT_SIZE,
     WINDOW,
+    EncoderPlan,
     EncoderSources,
     FoundEncoder,
+    Plan,
+    System,
     changed,
     count_numbered,
     pixels_of,
@@ -39,9 +44,6 @@ from manyeyes.converters.encoder_sources import (
     stated,
     told_or_published,
 )
-from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
-from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
 from manyeyes.converters.tables import (
     KeyTable,
     Leave,

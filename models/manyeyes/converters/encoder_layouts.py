@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from manyeyes.converters.clip import escaped, exact_ratio, plan_clip
-from manyeyes.converters.encoder_sources import (
+from manyeyes.converters.system import (
     EPSILON,
     HEADS,
     IMAGE_SIZE,
+    EncoderPlan,
     FoundEncoder,
     changed,
     count_numbered,
@@ -27,7 +28,6 @@ from manyeyes.converters.encoder_sources import (
     told_or_published,
     weights_file,
 )
-from manyeyes.converters.system import EncoderPlan
 from manyeyes.converters.tables import KeyTable, Leave, Shape, Take
 from manyeyes.encoders import encoder_row
 from manyeyes.encoders.dinov2 import dinov2_keys

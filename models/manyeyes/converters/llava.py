@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from manyeyes.converters.clip import clip_folder_is_here, clip_row, clip_table, escaped, plan_clip
-from manyeyes.converters.encoder_sources import EncoderSources
 from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
+from manyeyes.converters.system import EncoderPlan, EncoderSources, Plan, System
 from manyeyes.converters.tables import (
     KeyTable,
     Leave,

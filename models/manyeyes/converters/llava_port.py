@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from manyeyes.converters.clip import clip_row, clip_table, plan_clip
-from manyeyes.converters.encoder_sources import EncoderSources, FoundEncoder
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, ENCODER
 from manyeyes.converters.source import OriginalCheckpoint, read_json
-from manyeyes.converters.system import Plan, System
+from manyeyes.converters.system import EncoderSources, FoundEncoder, Plan, System
 from manyeyes.converters.tables import KeyTable, Leave, Take, join_tables, language_table, plan_text_config
 from manyeyes.errors import CheckpointError
 from manyeyes.recipe import FusionSpec, ProjectorSpec

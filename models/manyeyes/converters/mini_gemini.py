@@ -18,10 +18,9 @@ from torch import Tensor
 
 from manyeyes.converters.clip import clip_row, clip_table, plan_clip
 from manyeyes.converters.encoder_layouts import convnext_shapes, convnext_table, plan_convnext, plan_outside_clip
-from manyeyes.converters.encoder_sources import EncoderSources, published_size
 from manyeyes.converters.llava import DEFAULT_MAX_LENGTH, plan_projector
 from manyeyes.converters.source import OriginalCheckpoint
-from manyeyes.converters.system import EncoderPlan, Plan, System
+from manyeyes.converters.system import EncoderPlan, EncoderSources, Plan, System, published_size
 from manyeyes.converters.tables import (
     KeyTable,
     Take,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from manyeyes.encoders.weights import meta_device
 from manyeyes.estimate import (
     GB,
     DiskNeed,
@@ -16,10 +19,11 @@ from manyeyes.estimate import (
     StageMemory,
     stage_memory,
 )
-from manyeyes.estimate.dry_run import ImageShape, count_sample, image_shape
+from manyeyes.estimate.dry_run import ImageShape, count_forward, count_sample, image_shape
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
+from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.training.optimizer import (
     ParameterGroups,
     adapters_alone,
@@ -165,3 +169,34 @@ def _disk(recipe: Recipe, total: int, trained: Mapping[str, int]) -> DiskNeed:
 
 def _round(value: float) -> float:
     return round(value, 6)
+
+
+def count_model(config: PreTrainedConfig) -> ModelFacts:
+    """What a model is in figures, by its configuration: counting needs no weights.
+
+    Args:
+        config: Of a ``ManyEyesForConditionalGeneration``; left as it is.
+    """
+    with meta_device():
+        model = ManyEyesForConditionalGeneration(copy.deepcopy(config)).eval()
+    counts = count_parameters(model)
+    shape = image_shape(model)
+    parts = {f"encoders.{name}": count for name, count in counts.encoders.items()} | {
+        "fusion": counts.fusion,
+        "projector": counts.projector,
+        "language_model": counts.language_model,
+        "reinjection": counts.reinjection,
+    }
+    return ModelFacts(
+        parameters=counts.total,
+        parts={name: count for name, count in parts.items() if count},
+        encoders=list(counts.encoders),
+        visual_tokens=shape.tokens,
+        flops_per_sample=count_forward(model, shape, text_tokens=TEXT_TOKENS),
+        text_tokens=TEXT_TOKENS,
+    )
+
+
+def count_checkpoint(checkpoint: Path) -> ModelFacts:
+    """Count the model of a checkpoint's folder; its weights are not read."""
+    return count_model(AutoConfig.from_pretrained(checkpoint))

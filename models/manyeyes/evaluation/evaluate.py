@@ -34,11 +34,10 @@ from manyeyes.evaluation.scorecard import (
     TypeScore,
     write_scorecard,
 )
-from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
-from manyeyes.evaluation.statistics.scoring import Estimate, clustered_mean
+from manyeyes.evaluation.statistics.intervals import Estimate, clustered_mean, sub_score_intervals
 from manyeyes.evaluation.statistics.significance import added_interval, score_interval
-from manyeyes.export.model_facts import ModelFacts
 from manyeyes.recipe import Recipe
+from manyeyes.runtime.bundle_contents import ModelFacts
 
 __all__ = ["UNFINISHED", "EvaluationProgress", "evaluate"]
 

@@ -26,7 +26,7 @@ from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.benchmarks.benchmark import Graded
 from manyeyes.evaluation.scorecard import BenchmarkScore, GroupAverage
-from manyeyes.evaluation.statistics.bootstrap import average_interval
+from manyeyes.evaluation.statistics.intervals import average_interval
 from manyeyes.storage import write_file
 
 _METADATA = b"manyeyes"

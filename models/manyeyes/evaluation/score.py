@@ -24,7 +24,7 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     refuse_hidden,
 )
 from manyeyes.evaluation.scorecard import Asked, ScoredBenchmark
-from manyeyes.evaluation.statistics.bootstrap import sub_score_intervals
+from manyeyes.evaluation.statistics.intervals import sub_score_intervals
 from manyeyes.evaluation.statistics.significance import score_interval
 from manyeyes.storage import check_out, write_file
 

@@ -15,7 +15,7 @@ from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
 from manyeyes.evaluation.judging.judge import JudgeUse
-from manyeyes.export.model_facts import ModelFacts
+from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
+from manyeyes.estimate.skeleton import count_model
 from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
-from manyeyes.export.model_facts import count_model
 from manyeyes.export.parity import ParityReport
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe

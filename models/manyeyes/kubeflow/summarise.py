@@ -8,21 +8,24 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from manyeyes.harness.events import Artifact, ErrorReport, Event, Problem
-from manyeyes.harness.inputs import parse_pinned
-from manyeyes.harness.summary import (
+from manyeyes.harness.events import (
     EXAMPLE_FILE,
+    Artifact,
     BundleSummary,
+    ErrorReport,
+    Event,
     ExampleSummary,
     GateRuleSummary,
     GateSummary,
     ModelSummary,
     ParitySummary,
+    Problem,
     RunSummary,
     ScoreSummary,
     StepSummary,
     union_seconds,
 )
+from manyeyes.harness.inputs import parse_pinned
 
 # Steps, train's aside, whose report is the result of their pipeline.
 _RESULT_STEPS = ("merge_scorecards", "advance_search", "compare_trials", "promote_version", "restore_previous")

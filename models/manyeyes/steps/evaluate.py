@@ -16,10 +16,10 @@ from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableE
 from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
-from manyeyes.export.model_facts import ModelFacts, count_checkpoint
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
+from manyeyes.harness.events import EXAMPLE_FILE, ExampleSummary
 from manyeyes.harness.inputs import Pinned, cache_dir, parse_pinned, work_dir
-from manyeyes.harness.summary import EXAMPLE_FILE, ExampleSummary
+from manyeyes.runtime.bundle_contents import ModelFacts, read_manifest
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.answering.asking import EvaluationProgress
@@ -155,16 +155,14 @@ def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(model)
-    from manyeyes.runtime.bundle_contents import read_manifest
-
     return str(read_manifest(model)["digest"])
 
 
 def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
     if kind == "torch":
-        return count_checkpoint(model)
-    from manyeyes.runtime.bundle_contents import read_manifest
+        from manyeyes.estimate.skeleton import count_checkpoint
 
+        return count_checkpoint(model)
     found = read_manifest(model).get("model")
     return None if found is None else ModelFacts.model_validate(found)
 

@@ -31,6 +31,7 @@ from manyeyes.estimate import RecipeEstimate
 from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
+from manyeyes.harness.kept import kept
 from manyeyes.pages import Table, Text, step_page
 from manyeyes.recipe import ModelSpec, Recipe
 from manyeyes.recipe.partial import take_fields
@@ -38,7 +39,6 @@ from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
 from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
 from manyeyes.sources import language_model_config_file, resolve_source
-from manyeyes.steps.kept import kept
 from manyeyes.steps.resolve_data import read_recipe
 from manyeyes.storage import hash_file
 from manyeyes.strict import StrictModel

@@ -11,8 +11,8 @@ from typing import Any
 from manyeyes.data.snapshot import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.code_digest import code_digest
 from manyeyes.harness.inputs import EVALUATION_STEPS, SLICES, Pinned, locate_data
+from manyeyes.harness.kept import code_digest
 from manyeyes.harness.stage import note_branches
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_text

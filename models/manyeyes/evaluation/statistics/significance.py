@@ -19,15 +19,18 @@ from scipy import special
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import BenchmarkRow, Graded
-from manyeyes.evaluation.statistics.bootstrap import (
+from manyeyes.evaluation.statistics.intervals import (
+    CONFIDENCE,
     DRAWS,
     Clusters,
+    clustered_error,
+    clustered_mean,
     percentile_interval,
     score_draws,
     seeded,
     standard_error,
+    student_quantile,
 )
-from manyeyes.evaluation.statistics.scoring import CONFIDENCE, clustered_error, clustered_mean, student_quantile
 
 POWER = 0.8
 
