@@ -11,6 +11,7 @@ from data_samples import make_record, make_snapshot
 
 from manyeyes.data import mixture as mixture_module
 from manyeyes.data.mixture import Mixture, Sample
+from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import Turn
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import DataError, RecordError, SnapshotError
@@ -198,3 +199,31 @@ def test_an_unknown_data_set_is_refused(snapshot: Snapshot) -> None:
 def test_a_position_outside_is_refused(snapshot: Snapshot) -> None:
     with pytest.raises(IndexError):
         Mixture([CHAINED], snapshot, seed=1).sample(0, 350)
+
+
+def test_all_data_sets_of_a_mixture_share_the_memory_for_one_window(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyeyes.data.mixture.WINDOW_GROUPS", 2)
+    mixture = Mixture([CHAINED, CHAINED, CHAINED], snapshot, seed=0)
+    held = [reader._cache for reader in mixture._readers]
+    for index in range(len(mixture)):
+        mixture.sample(0, index)
+        assert len(held[0]) <= 2
+    assert all(cache is held[0] for cache in held)
+
+
+@pytest.mark.parametrize("max_samples", [None, 40])
+def test_a_quarantine_leaves_out_its_rows_wherever_they_stand(snapshot: Snapshot, max_samples: int | None) -> None:
+    part = CHAINED.model_copy(update={"max_samples": max_samples})
+    whole = Mixture([CHAINED], snapshot, seed=4)
+    count = len(whole)
+    bad = {0, 1, count // 2, count - 1}
+    names = frozenset(row_name(CHAINED.dataset, row) for row in bad) | {
+        row_name(CHAINED.dataset, count + 5),
+        row_name("x", 3),
+    }
+    mixture = Mixture([part], snapshot, seed=4, quarantine=names)
+    rows = sorted(mixture._locate(2, index)[1] for index in range(len(mixture)))
+    assert len(rows) == len(set(rows)) == (max_samples or count - len(bad))
+    assert set(rows) <= set(range(count)) - bad

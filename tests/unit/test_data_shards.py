@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import make_record
 
-from manyeyes.data.shards import RecordReader, ShardWriter, write_shards
+from manyeyes.data.shards import RecordReader, ShardWriter, read_shard_metadata, write_shards
 from manyeyes.errors import RecordError, SnapshotError, StorageError
 
 RECORDS = [make_record(number, pairs=1 + number % 3, num_images=number % 3) for number in range(230)]
@@ -23,7 +25,7 @@ def test_what_is_written_is_read_back_at_any_place(tmp_path: Path) -> None:
         assert reader.read(index) == RECORDS[index]
     assert list(reader) == RECORDS
     assert [reader.read_id(index) for index in range(len(reader))] == [record.id for record in RECORDS]
-    assert reader.group_starts == (0, 100, 150)
+    assert reader.group_starts.tolist() == [0, 100, 150]
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -128,3 +130,23 @@ def test_reading_outside_is_an_index_error(tmp_path: Path) -> None:
     for index in (-1, 3):
         with pytest.raises(IndexError):
             reader.read(index)
+
+
+def test_of_shards_with_many_row_groups_few_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyeyes.data.shards.OPEN_GROUPS", 3)
+    records = [make_record(number, num_images=0) for number in range(600)]
+    reader = RecordReader(write_shards(records, tmp_path, "train", rows_per_shard=200), cached_groups=1)
+    for index in range(599, 0, -100):
+        assert reader.read(index) == records[index]
+        assert len(reader._open) == 1
+
+
+def test_a_footer_is_let_go_of_at_once(tmp_path: Path) -> None:
+    (path,) = write_shards([make_record(0)], tmp_path, "train")
+    gc.collect()
+    gc.disable()
+    try:
+        footer = weakref.ref(read_shard_metadata(path))
+        assert footer() is None
+    finally:
+        gc.enable()

@@ -12,18 +12,19 @@ import hashlib
 import itertools
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manyeyes.data.quarantine import rows_of
 from manyeyes.data.records import PLACEHOLDER, Record, Turn
-from manyeyes.data.shards import RecordReader
+from manyeyes.data.shards import GroupCache, RecordReader
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import DataError, RecordError
 from manyeyes.recipe import MixturePart
@@ -133,6 +134,9 @@ class Sample:
 class Mixture:
     """The samples of a stage.
 
+    What is kept is a few numbers a row group (100 records) and one window of positions; of a part with ``max_samples``,
+    8 bytes for each sample that was drawn.
+
     Args:
         parts: Data sets, and how each is shown.
         snapshot: Where they are.
@@ -156,15 +160,19 @@ class Mixture:
         self._snapshot = snapshot
         self._seed = seed
         self._quarantine = quarantine
+        cache: GroupCache = OrderedDict()  # a window's groups come from all parts
         self._readers = [
-            RecordReader(snapshot.shards(part.dataset), cached_groups=WINDOW_GROUPS) for part in self._parts
+            RecordReader(snapshot.shards(part.dataset), cached_groups=WINDOW_GROUPS, cache=cache)
+            for part in self._parts
         ]
         self._rows = [
-            _choose_rows(part, reader, number=number, seed=seed, quarantine=quarantine)
+            _choose_rows(part, len(reader), number=number, seed=seed, quarantine=quarantine)
             for number, (part, reader) in enumerate(zip(self._parts, self._readers, strict=True))
         ]
         self._starts = list(itertools.accumulate((len(rows) for rows in self._rows), initial=0))
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._groups = self._find_groups()
+        self._order: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._window: tuple[int, int, NDArray[np.int64]] | None = None
         if not len(self):
             raise DataError(
                 f"the mixture of {', '.join(part.dataset for part in self._parts)} has no samples"
@@ -204,26 +212,35 @@ class Mixture:
 
     def _locate(self, epoch: int, index: int) -> tuple[int, int]:
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._shuffle(epoch))
-        position = int(self._order[1][index])
-        number = bisect.bisect_right(self._starts, position) - 1
-        return number, int(self._rows[number][position - self._starts[number]])
+            self._order = (epoch, *self._shuffle_groups(epoch))
+        _, groups, starts = self._order
+        number = int(np.searchsorted(starts, index, side="right")) - 1
+        if self._window is None or self._window[:2] != (epoch, number):
+            chosen = groups[number * WINDOW_GROUPS : (number + 1) * WINDOW_GROUPS]
+            self._window = (epoch, number, self._shuffle_samples(epoch, chosen))
+        position = int(self._window[2][index - starts[number]])
+        part = bisect.bisect_right(self._starts, position) - 1
+        return part, self._rows[part][position - self._starts[part]]
 
-    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
-        """Positions in the order of an epoch: windows of shuffled row groups, shuffled inside."""
-        groups: list[NDArray[np.int64]] = []
-        start = 0
-        for rows, reader in zip(self._rows, self._readers, strict=True):
-            bounds = np.searchsorted(rows, reader.group_starts)
-            positions = np.arange(start, start + len(rows))
-            groups += [chunk for chunk in np.split(positions, bounds) if len(chunk)]
-            start += len(rows)
-        order = np.argsort(_keys(np.arange(len(groups)), self._seed, epoch, "groups"), kind="stable")
-        windows = []
-        for first in range(0, len(order), WINDOW_GROUPS):
-            window = np.concatenate([groups[group] for group in order[first : first + WINDOW_GROUPS]])
-            windows.append(window[np.argsort(_keys(window, self._seed, epoch, "samples"), kind="stable")])
-        return np.concatenate(windows).astype(np.int64)
+    def _find_groups(self) -> NDArray[np.int64]:
+        """First position and length of what is used of each row group, ``[G, 2]``; empty ones left out."""
+        found = []
+        for rows, reader, start in zip(self._rows, self._readers, self._starts, strict=False):
+            bounds = np.append(rows.count_below(reader.group_starts), len(rows))
+            lengths = np.diff(bounds)
+            found.append(np.stack([start + bounds[:-1], lengths], axis=1)[lengths > 0])
+        return np.concatenate(found)
+
+    def _shuffle_groups(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The row groups in the order of an epoch, and the first index of each window of them."""
+        order = np.argsort(_keys(np.arange(len(self._groups)), self._seed, epoch, "groups"), kind="stable")
+        lengths = np.add.reduceat(self._groups[order, 1], np.arange(0, len(order), WINDOW_GROUPS))
+        return order, np.cumsum(lengths) - lengths
+
+    def _shuffle_samples(self, epoch: int, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of one window in the order of an epoch."""
+        window = np.concatenate([np.arange(first, first + length) for first, length in self._groups[groups]])
+        return window[np.argsort(_keys(window, self._seed, epoch, "samples"), kind="stable")]
 
     def _compute_digest(self, snapshot: Snapshot, quarantine: frozenset[str]) -> str:
         facts = {
@@ -292,16 +309,62 @@ def _leading_placeholders(turns: Sequence[Turn]) -> str | None:
     return match.group()
 
 
-def _choose_rows(
-    part: MixturePart, reader: RecordReader, *, number: int, seed: int, quarantine: frozenset[str]
-) -> NDArray[np.int64]:
-    """Rows of a part that are used, ascending: without the quarantine, and at most ``max_samples``."""
-    rows = np.arange(len(reader), dtype=np.int64)
-    rows = np.setdiff1d(rows, np.array(rows_of(quarantine, part.dataset), np.int64))
-    if part.max_samples is not None and part.max_samples < len(rows):
-        keys = _keys(rows, seed, number, "choice")
-        rows = np.sort(rows[np.argsort(keys, kind="stable")[: part.max_samples]])
-    return rows
+class _Rows(Protocol):
+    """Rows of a part that are used, ascending."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> int: ...
+
+    def count_below(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many are used that come before each of some rows."""
+        ...
+
+
+class _AllBut:
+    """All rows but a few: what is kept are those."""
+
+    def __init__(self, count: int, excluded: NDArray[np.int64]) -> None:
+        self._count = count
+        self._excluded = excluded
+        self._before = excluded - np.arange(len(excluded))  # rows in use before each
+
+    def __len__(self) -> int:
+        return self._count - len(self._excluded)
+
+    def __getitem__(self, index: int) -> int:
+        return index + int(np.searchsorted(self._before, index, side="right"))
+
+    def count_below(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = rows - np.searchsorted(self._excluded, rows)
+        return counts
+
+
+class _Chosen:
+    """Some rows, 8 bytes each."""
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._rows[index])
+
+    def count_below(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._rows, rows)
+
+
+def _choose_rows(part: MixturePart, count: int, *, number: int, seed: int, quarantine: frozenset[str]) -> _Rows:
+    """Rows of a part that are used: without the quarantine, and at most ``max_samples``."""
+    excluded = np.unique(np.array(rows_of(quarantine, part.dataset), np.int64))
+    excluded = excluded[(excluded >= 0) & (excluded < count)]
+    if part.max_samples is None or part.max_samples >= count - len(excluded):
+        return _AllBut(count, excluded)
+    rows = np.delete(np.arange(count, dtype=np.int64), excluded)
+    keys = _keys(rows, seed, number, "choice")
+    return _Chosen(np.sort(rows[np.argsort(keys, kind="stable")[: part.max_samples]]))
 
 
 def _keys(values: NDArray[np.int64], *context: int | str) -> NDArray[np.uint64]:

@@ -7,7 +7,6 @@ is the least that can be read.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import errno
 import json
@@ -17,13 +16,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from manyeyes.data.records import ImageFile, Record, Turn, as_speaker
 from manyeyes.errors import RecordError, SnapshotError, StorageError
 
 ROWS_PER_GROUP = 100
+# Of what a reader keeps open; with images, a shard has about twenty row groups.
+OPEN_SHARDS = 16
+OPEN_GROUPS = 1000
 ROWS_PER_SHARD = 100_000
 BYTES_PER_SHARD = 256 * 1024**2
 
@@ -201,42 +205,41 @@ def write_shards(
     return writer.paths
 
 
+GroupCache = OrderedDict[tuple[int, int], pa.RecordBatch]
+"""Row groups in memory, by their reader and number; the one used last is at the end."""
+
+
 class RecordReader:
     """Random access to the records of several shards, by row group, with a small cache.
 
     Args:
         shards: Parquet files, in order; their rows are numbered through.
         cached_groups: How many row groups stay in memory.
+        cache: Where they stay, for readers that share the number.
 
     Raises:
         SnapshotError: A shard is missing, truncated, or has other columns.
     """
 
-    def __init__(self, shards: Sequence[Path], *, cached_groups: int = 4) -> None:
+    def __init__(self, shards: Sequence[Path], *, cached_groups: int = 4, cache: GroupCache | None = None) -> None:
         self.shards = list(shards)
         self._cached_groups = cached_groups
-        self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._cache: GroupCache = OrderedDict() if cache is None else cache
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: list[tuple[int, int]] = []  # (shard, row group within it)
-        self._starts: list[int] = []  # first row of each group
-        rows = 0
-        for shard, path in enumerate(self.shards):
-            metadata = read_shard_metadata(path)
-            for group in range(metadata.num_row_groups):
-                if metadata.row_group(group).num_rows == 0:
-                    continue
-                self._groups.append((shard, group))
-                self._starts.append(rows)
-                rows += metadata.row_group(group).num_rows
-        self._rows = rows
+        # (shard, row group within it, rows) of each row group that has some
+        groups = np.concatenate([np.zeros((0, 3), np.int64), *map(_list_groups, range(len(self.shards)), self.shards)])
+        self._groups = groups[:, :2].astype(np.int32)
+        self._starts = np.cumsum(groups[:, 2]) - groups[:, 2]
+        self._rows = int(groups[:, 2].sum())
 
     def __len__(self) -> int:
         return self._rows
 
     @property
-    def group_starts(self) -> tuple[int, ...]:
+    def group_starts(self) -> NDArray[np.int64]:
         """First row of each row group; reading in row groups' order costs least."""
-        return tuple(self._starts)
+        starts: NDArray[np.int64] = self._starts
+        return starts
 
     def read(self, index: int) -> Record:
         """Read one record.
@@ -268,16 +271,17 @@ class RecordReader:
     def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < self._rows:
             raise IndexError(f"record {index} of {self._rows}")
-        group = bisect.bisect_right(self._starts, index) - 1
-        batch = self._cache.get(group)
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        key = id(self), group
+        batch = self._cache.get(key)
         if batch is None:
             batch = self._read_group(group)
-            self._cache[group] = batch
+            self._cache[key] = batch
             while len(self._cache) > self._cached_groups:
                 self._cache.popitem(last=False)
         else:
-            self._cache.move_to_end(group)
-        return batch, index - self._starts[group]
+            self._cache.move_to_end(key)
+        return batch, index - int(self._starts[group])
 
     def __iter__(self) -> Iterator[Record]:
         """All records in order, one row group in memory at a time."""
@@ -287,17 +291,30 @@ class RecordReader:
                 yield _as_record(batch, row)
 
     def _read_group(self, group: int) -> pa.RecordBatch:
-        shard, row_group = self._groups[group]
+        shard, row_group = self._groups[group].tolist()
         path = self.shards[shard]
         try:
-            file = self._open.pop(shard, None) or pq.ParquetFile(path)
-            self._open[shard] = file
-            while len(self._open) > 16:
-                self._open.popitem(last=False)[1].close()
+            if shard not in self._open:
+                self._make_room(shard)
+                self._open[shard] = pq.ParquetFile(path)
+            file = self._open[shard]
+            self._open.move_to_end(shard)
             table = file.read_row_group(row_group, columns=SCHEMA.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return table.combine_chunks().to_batches()[0]
+
+    def _make_room(self, shard: int) -> None:
+        # A footer of 1,000 row groups takes 8 MB in memory, and 8 ms to read again.
+        groups = np.bincount(self._groups[:, 0], minlength=len(self.shards))
+        while self._open and (len(self._open) == OPEN_SHARDS or groups[[shard, *self._open]].sum() > OPEN_GROUPS):
+            self._open.popitem(last=False)[1].close()
+
+
+def _list_groups(shard: int, path: Path) -> NDArray[np.int64]:
+    metadata = read_shard_metadata(path)
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.array([(shard, group, count) for group, count in enumerate(rows) if count], np.int64).reshape(-1, 3)
 
 
 def read_shard_metadata(path: Path) -> pq.FileMetaData:
@@ -307,8 +324,9 @@ def read_shard_metadata(path: Path) -> pq.FileMetaData:
         SnapshotError: The shard is missing, truncated, or has other columns.
     """
     try:
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
+        # A footer that was asked for its own ``schema`` stays until the garbage collector comes, 8 MB of it.
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
     except FileNotFoundError as error:
         raise SnapshotError(
             f"shard {path} is missing", "every shard of the manifest", "Get the snapshot again."
