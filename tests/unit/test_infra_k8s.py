@@ -17,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
+from manyeyes.kubeflow.workflow import _retries_off
 
 INFRA = Path(__file__).parents[2] / "infra"
 OVERLAYS = ("laptop", "cluster")
@@ -98,6 +99,39 @@ def test_every_container_is_closed(overlay: str) -> None:
         for container in pod["spec"]["containers"]:
             assert {"requests", "limits"} <= container["resources"].keys(), name
             assert {"readinessProbe", "livenessProbe"} <= container.keys(), name
+
+
+# As Kubeflow Pipelines 2.17.0 has it.
+CONTROLLER = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: workflow-controller-configmap, namespace: kubeflow}
+data:
+  executor: "imagePullPolicy: IfNotPresent"
+  workflowDefaults: |
+    spec:
+      ttlStrategy: {secondsAfterCompletion: 3600, secondsAfterSuccess: 3600, secondsAfterFailure: 3600}
+      templateDefaults:
+        retryStrategy: {limit: '2', retryPolicy: OnError}
+"""
+
+
+@rendered
+def test_kubeflow_with_the_component_for_retries_tries_failed_pods_again_and_keeps_the_rest(tmp_path: Path) -> None:
+    def render_controller(components: list[str]) -> dict[str, Any]:
+        kustomization = {"resources": ["controller.yaml"], "components": components}
+        (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+        result = subprocess.run([str(KUBECTL), "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
+        return dict(yaml.safe_load(result.stdout)["data"])
+
+    (tmp_path / "controller.yaml").write_text(CONTROLLER, encoding="utf-8")
+    shutil.copytree(INFRA / "k8s/components/kubeflow-retries", tmp_path / "kubeflow-retries")
+    before, after = render_controller([]), render_controller(["kubeflow-retries"])
+    workflows = [{"spec": yaml.safe_load(data["workflowDefaults"])["spec"]} for data in (before, after)]
+    assert [_retries_off(workflow["spec"]) for workflow in workflows] == [True, False]
+    del workflows[0]["spec"]["templateDefaults"]
+    assert workflows[0] == workflows[1]
+    assert {**before, "workflowDefaults": ""} == {**after, "workflowDefaults": ""}
 
 
 @rendered

@@ -80,7 +80,10 @@ def test_a_step_joins_the_run_that_the_cluster_made_and_does_not_end_it(
         assert fails
     assert run.run_id == injected
     assert status(injected) == "RUNNING"
-    assert connect().client.get_run(injected).data.metrics == {"score": 99}
+    found = connect().client.get_run(injected)
+    assert found.data.metrics == {"score": 99}
+    # Two items of a loop are told apart.
+    assert found.info.run_name == "evaluate"
 
 
 def test_ending_no_run_is_refused() -> None:

@@ -276,6 +276,28 @@ def test_steps_are_found_in_the_groups_and_loops_that_kubeflow_gives_runs(
     assert [record.step for record in step_records()] == ["preflight", "prealign_encoder", "prealign_encoder", "sft"]
 
 
+def test_the_tree_that_a_real_kubeflow_made_of_a_train_run_gives_all_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Recorded of Kubeflow Pipelines 2.17.0 with plugins.mlflow and injectUserEnvVars.
+    recorded = Path(__file__).parents[1] / "pipelines/recorded/mlflow_tree.json"
+    tracking, made = connect(create=True), {}
+    for run in json.loads(recorded.read_text(encoding="utf-8")):
+        # Without the profile's MANYEYES_PIPELINE_RUN the tree alone says what belongs together.
+        tags = {key: value for key, value in run["tags"].items() if key != "manyeyes.pipeline_run"}
+        if run["parent"]:
+            tags["mlflow.parentRunId"] = made[run["parent"]]
+        created = tracking.client.create_run(tracking.experiment_id, tags=tags, run_name=run["name"]).info.run_id
+        tracking.client.set_terminated(created, run["status"])
+        made[run["id"]] = created
+        if run["name"] == "summarise-run":
+            monkeypatch.setenv("MLFLOW_RUN_ID", created)
+    found = [(record.step, record.state) for record in step_records()]
+    steps = ["preflight", "validate_data", "prealign_encoder[vit]", "prealign_encoder[efficientnet]"]
+    steps += ["pretrain_projector", "sft", "evaluate[torch]", "export_onnx", "evaluate[bundle]", "gate", "register"]
+    assert found == [(step, "finished") for step in steps]
+
+
 def test_recipe_that_travels_as_text_is_shown_by_its_name() -> None:
     first_line = summarise_module._first_line
     assert first_line('{"model": {}, "name": "mine"}') == "mine"

@@ -214,7 +214,7 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
     """The MLflow run of one step.
 
     Joins ``MLFLOW_RUN_ID`` where Kubeflow injected it; else a child of ``MANYEYES_PARENT_RUN_ID``; else a run of its
-    own. A run that is joined is not ended here.
+    own. A run that is joined is given the step's name, and is not ended here.
 
     Args:
         name: Of the step.
@@ -227,7 +227,8 @@ def step_run(name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[St
     joined = os.environ.get("MLFLOW_RUN_ID")
     if joined:
         run = StepRun(tracking, joined)
-        run.set_tags({STEP_TAG: name, **(tags or {})})
+        # Kubeflow calls the runs of a loop's items the same.
+        run.set_tags({STEP_TAG: name, "mlflow.runName": name, **(tags or {})})
         yield run
         return
     marks = {STEP_TAG: name, **(tags or {})}
