@@ -378,6 +378,16 @@ class ManyEyesProcessor(ProcessorMixin):
             raise RecordError("images without their sizes", "this model's layout depends on them", "Pass image_sizes.")
         return [len(self._arrange(size)) for size in image_sizes]
 
+    def count_tiles(self, image_sizes: Sequence[tuple[int, int]]) -> int:
+        """What encoders see of images: as many, or all their tiles.
+
+        Args:
+            image_sizes: Width and height of each; any without a layout.
+        """
+        if self._layout is None:
+            return len(image_sizes)
+        return sum(self._layout.num_tiles(*size) for size in image_sizes)
+
     def encode(
         self,
         turns: Conversation,

@@ -115,6 +115,8 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "max_samples": (9, False),
     "batch_size": (9, False),
     "micro_batch_size": (9, False),
+    "packing.tokens": (9, False),
+    "packing.images": (9, False),
     "schedule.kind": ("linear", False),
     "schedule.warmup_ratio": (0.5, False),
     "weight_decay": (0.5, False),
@@ -138,6 +140,8 @@ for stage in STAGE_NAMES:
     for name, (flipped, validated) in STAGE_FIELDS.items():
         concerned = OWN[stage] | TRIAL | {"export_onnx"} | (VALIDATED if validated else set())
         before: dict[str, Any] = {}
+        if name.startswith("packing"):
+            before = {f"stages.{stage}.packing": {"tokens": 5}}
         if name.startswith("lora"):
             before = {f"stages.{stage}.train": RATES, f"stages.{stage}.lora": {"rank": 2, "alpha": 2}}
         FIELDS[f"stages.{stage}.{name}"] = (flipped, concerned, before)

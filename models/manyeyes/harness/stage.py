@@ -41,7 +41,7 @@ def train_stage(
     import torch
 
     from manyeyes.training.launch import launch_stage
-    from manyeyes.training.loop import Progress
+    from manyeyes.training.loop import Progress, TokenCounts
 
     inputs = parse_pinned(pinned)
     threads = num_threads(branches=branches or parallel_branches(stage))
@@ -50,7 +50,9 @@ def train_stage(
     def show(progress: Progress) -> None:
         reporter.progress(
             f"step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
-            f"{progress.samples_per_s:,.0f} samples/s, waits for data {progress.data_wait:.0%} of the time",
+            f"{progress.samples_per_s:,.0f} samples/s, {progress.tokens_per_s:,.0f} tokens/s "
+            f"({progress.padding:.0%} padding beside them, {progress.supervised:.0%} supervised), "
+            f"waits for data {progress.data_wait:.0%} of the time",
             done=progress.step / progress.steps,
             eta_s=progress.eta_s,
             optimizer_step=progress.step,
@@ -59,6 +61,9 @@ def train_stage(
                 "learning_rate": progress.learning_rate,
                 "samples_per_s": progress.samples_per_s,
                 "data_wait": progress.data_wait,
+                "tokens_per_s": progress.tokens_per_s,
+                "padding": progress.padding,
+                "supervised": progress.supervised,
             },
         )
 
@@ -81,6 +86,8 @@ def train_stage(
     speed = report.samples / report.seconds if report.seconds else 0.0
     waited_s = report.data_wait_s or 0.0
     data_wait = waited_s / report.seconds if report.seconds else 0.0
+    tokens = report.tokens or TokenCounts()
+    tokens_per_s = tokens.real / report.seconds if report.seconds else 0.0
     rows: list[tuple[str, object]] = [
         ("optimizer steps", report.steps),
         ("samples", report.samples),
@@ -88,6 +95,8 @@ def train_stage(
         ("loss at the end", report.final_loss),
         ("seconds of training", report.seconds),
         ("samples a second", speed),
+        ("tokens a second", f"{tokens_per_s:,.0f} ({tokens.supervised_share:.1%} of them supervised)"),
+        ("padding", f"{tokens.padding:.1%} of what the language model computed"),
         ("seconds of waiting for data", f"{waited_s:,.1f} ({data_wait:.1%} of the training)"),
         ("continued from step", "never stopped" if report.resumed_from_step is None else report.resumed_from_step),
         *((f"trainable parameters of {group}", count) for group, count in report.trainable_parameters.items()),
@@ -105,6 +114,9 @@ def train_stage(
             "optimizer_steps": float(report.steps),
             "train_seconds": report.seconds,
             "data_wait": data_wait,
+            "tokens_per_s": tokens_per_s,
+            "padding": tokens.padding,
+            "supervised": tokens.supervised_share,
         },
         html=step_page(
             f"Stage {name}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from manyeyes.model.connection import (
 )
 from manyeyes.model.language_model import compute_logits, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, check_read
+from manyeyes.model.segments import PACKED_ATTENTION, SEGMENTS, Segments, check_segments_read, enable_packing
 from manyeyes.processor import PIXELS, SHARED
 from manyeyes.runtime.tiling import TokenLayout
 
@@ -371,8 +372,13 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
         context = visual_context(visual_windows, window_index)
         if context is not None:
             kwargs[VISUAL_CONTEXT] = context
+        segments: Segments | None = kwargs.get(SEGMENTS)
+        if segments is not None:
+            kwargs[SEGMENTS] = segments = replace(segments)
         outputs = decoder_of(self.language_model)(**kwargs)
         check_read(context, self.reinjection, self.language_model)
+        if segments is not None:
+            check_segments_read(segments, self.language_model)
         return outputs
 
     def forward(
@@ -389,6 +395,7 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
         layout: Tensor | None = None,
         visual_windows: VisualWindows | None = None,
         window_index: Tensor | None = None,
+        segments: Segments | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -411,6 +418,7 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
             layout: As ``encode_images``.
             visual_windows: With ``inputs_embeds`` and reinjection: what visual tokens look at.
             window_index: ``[B, T]``, each position's place in ``visual_windows``; -1 for none.
+            segments: Whose each token is, where one row holds several samples; once ``enable_packing`` was called.
             labels: ``[B, T]``, not shifted, -100 where the loss does not count; with labels no logits are returned.
             use_cache: Whether to return the cache.
             logits_to_keep: Logits of the last N positions only, or of these positions; 0 for all.
@@ -434,7 +442,13 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
             looks = self._looks(input_ids, visual_tokens, image_spans)
         else:
             looks = {"visual_windows": visual_windows, "window_index": window_index}
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if segments is not None:
+            self._check_packed(inputs_embeds, segments)
+            kwargs[SEGMENTS] = segments
+            position_ids = segments.positions().to(inputs_embeds.device)
+            # transformers leaves a mask of four dimensions as it is; else it would make one of [T, T].
+            attention_mask = inputs_embeds.new_zeros(1, 1, 1, 1)
+        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = branches.positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         outputs = self._decode(
             **looks,
@@ -463,6 +477,27 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def enable_packing(self, *, longest: int) -> None:
+        """Let ``forward`` take ``segments``; all else is computed as before.
+
+        Args:
+            longest: Tokens that a sample has at most.
+
+        Raises:
+            RecipeError: The language model's attention cannot be packed.
+        """
+        enable_packing(self.language_model, longest=longest)
+
+    def _check_packed(self, inputs_embeds: Tensor, segments: Segments) -> None:
+        if self.language_model.config._attn_implementation != PACKED_ATTENTION:
+            raise ShapeError("segments", "attention that looks at them is needed", "Call enable_packing once before.")
+        if inputs_embeds.shape[:2] != (1, segments.num_tokens):
+            raise ShapeError(
+                f"{' x '.join(map(str, inputs_embeds.shape[:2]))} tokens",
+                f"one row of {segments.num_tokens}, as segments say, is needed",
+                "Make the batch anew.",
+            )
+
     def prefill_prefix(
         self,
         input_ids: Tensor,
@@ -488,7 +523,9 @@ class ManyEyesForConditionalGeneration(ManyEyesParts, GenerationMixin):
         if self.training and getattr(decoder_of(self.language_model), "gradient_checkpointing", False):
             # transformers' GradientCheckpointingLayer drops the cache without an error: branches would not see it.
             raise RecipeError(
-                "gradient checkpointing is on", "branches share a cache, which it drops", "Use turns: chained."
+                "gradient checkpointing is on",
+                "branches share a cache, which it drops",
+                "Use turns: chained, or packing, which needs no cache.",
             )
         cache = DynamicCache(config=self.config.text_config)
         if input_ids.shape[1] > 0:

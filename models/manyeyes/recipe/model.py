@@ -143,6 +143,22 @@ class LoraSpec(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of an adapter's input.")
 
 
+class PackingSpec(Strict):
+    """Samples of different lengths share a row without padding; each sees itself alone. Losses are those without it.
+
+    A step's samples are shared out so that every process has about as much; a sample that is larger than a micro-batch
+    stands alone.
+    """
+
+    tokens: int = Field(gt=0, le=MAX_COUNT, description="Tokens of a micro-batch, visual tokens included.")
+    images: int | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_COUNT,
+        description="Images of a micro-batch, each tile counted; as many as come when left out.",
+    )
+
+
 class StageSpec(Strict):
     """One training stage. A group that ``train`` does not name is frozen, bit for bit."""
 
@@ -161,6 +177,9 @@ class StageSpec(Strict):
     batch_size: int = Field(gt=0, le=MAX_BATCH, description="Records (images) an optimizer step, over all processes.")
     micro_batch_size: int | None = Field(
         default=None, gt=0, le=MAX_BATCH, description="Records a forward pass; batch_size if unset."
+    )
+    packing: PackingSpec | None = Field(
+        default=None, description="Micro-batches of rows without padding, in place of micro_batch_size."
     )
     schedule: Schedule = Schedule()
     weight_decay: float = Field(default=0.0, ge=0, le=10)
@@ -206,6 +225,15 @@ class StageSpec(Strict):
         default=None, description="Train adapters of the language model in place of the language model."
     )
     checkpoint_every_s: float = Field(default=30.0, gt=0, le=1e9, description="Seconds between running checkpoints.")
+
+    @model_validator(mode="after")
+    def _packing_makes_the_micro_batches(self) -> StageSpec:
+        if self.packing is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                f"packing fills micro-batches by tokens and images, and micro_batch_size says {self.micro_batch_size} "
+                "records; set micro_batch_size to null, or leave packing out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_a_rate(self) -> StageSpec:

@@ -105,7 +105,8 @@ class BatchStream:
             SnapshotError: A shard cannot be read.
             ProcessLostError: A worker ended; names the records that it had.
         """
-        parts = self._plan(self._step)
+        with self._waiting():
+            parts = self._plan(self._step)
         self._step += 1
         if not parts:
             return StepBatches(0, iter(()))

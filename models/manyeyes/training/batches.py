@@ -25,10 +25,12 @@ from manyeyes.data.mixture import Mixture, Sample, draw_sample
 from manyeyes.data.records import ImageFile, Record, SampleProblem
 from manyeyes.errors import RecordError
 from manyeyes.model import build_processor
+from manyeyes.model.segments import Segments
 from manyeyes.processor import CutImage, ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe, StageName, StageSpec
 from manyeyes.runtime.chat import Encoded
 from manyeyes.runtime.preprocess import read_decoded_size
+from manyeyes.training.packing import SampleSize, pack_row
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
 CONVERSATIONS_IN_MEMORY = 100_000
@@ -50,7 +52,11 @@ class Batch:
             ``attention_mask`` and ``labels`` ``[Q, L]``, padded on the right.
         chains: What ``ManyEyesProcessor.pad`` made of the chained samples; None when there are none. Their images
             follow those of the prefixes.
+        packed: What ``packing.pack_row`` made of all samples, in place of the three before; None without packing.
+        segments: Whose each token of that row is.
         num_supervised: Tokens that the loss counts.
+        num_tokens: Tokens of the language model, visual ones included.
+        num_places: Those and padding.
         num_samples: Samples.
     """
 
@@ -59,7 +65,11 @@ class Batch:
     prefixes: dict[str, Tensor] | None
     branches: tuple[dict[str, Tensor], ...]
     chains: dict[str, Tensor] | None
+    packed: dict[str, Tensor] | None
+    segments: Segments | None
     num_supervised: int
+    num_tokens: int
+    num_places: int
     num_samples: int
 
     def pin_memory(self) -> Batch:
@@ -124,6 +134,7 @@ class BatchBuilder:
         mixture: Which sample comes when.
         processor: The model's.
         too_long: What becomes of conversations of more tokens than the language model takes.
+        packed: Whether a batch is one row without padding.
         sharers: How many builders share the memory for what comes again.
     """
 
@@ -133,11 +144,13 @@ class BatchBuilder:
         processor: ManyEyesProcessor,
         *,
         too_long: Literal["refuse", "cut"] = "refuse",
+        packed: bool = False,
         sharers: int = 1,
     ) -> None:
         self._mixture = mixture
         self._processor = processor
         self._too_long = too_long
+        self._packed = packed
         self._sharers = sharers
         self._encoder = SampleEncoder(processor, too_long=too_long, kept=CONVERSATIONS_IN_MEMORY // sharers)
         self._cut: dict[str, CutImage] = {}
@@ -145,12 +158,14 @@ class BatchBuilder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process makes its own from the same arguments."""
-        made = partial(BatchBuilder, too_long=self._too_long, sharers=self._sharers)
+        made = partial(BatchBuilder, too_long=self._too_long, packed=self._packed, sharers=self._sharers)
         return made, (self._mixture, self._processor)
 
     def for_worker(self, workers: int) -> BatchBuilder:
         """One that makes the same batches, for one of several processes that share this one's memory."""
-        return BatchBuilder(self._mixture, self._processor, too_long=self._too_long, sharers=workers)
+        return BatchBuilder(
+            self._mixture, self._processor, too_long=self._too_long, packed=self._packed, sharers=workers
+        )
 
     def sample(self, position: int) -> Sample:
         """The sample at a position, as ``build`` counts them.
@@ -174,14 +189,34 @@ class BatchBuilder:
         return sum(self._count(self.sample(position)) for position in positions)
 
     def _count(self, sample: Sample) -> int:
+        conversations, group, _ = self._read(sample)
+        if group is None:
+            return sum(sum(conversation.supervised) for conversation in conversations)
+        return sum(label != IGNORE_INDEX for branch in group.branches for label in branch.labels)
+
+    def measure(self, position: int) -> SampleSize:
+        """What the sample at a position costs; no pixels are made for it.
+
+        Args:
+            position: As for ``build``.
+
+        Raises:
+            RecordError: A conversation cannot be used.
+            SnapshotError: A shard cannot be read.
+        """
+        conversations, group, sizes = self._read(self.sample(position))
+        images = self._processor.count_tiles(sizes)
+        if group is None:
+            return SampleSize(sum(len(conversation.input_ids) for conversation in conversations), images)
+        return SampleSize(len(group.prefix_ids) + sum(len(branch.input_ids) for branch in group.branches), images)
+
+    def _read(self, sample: Sample) -> tuple[list[Encoded], BranchGroup | None, list[tuple[int, int]]]:
+        """A sample's tokens, and its images' sizes."""
         with sample.named():
             # Where sizes do not matter, any will do.
             measure = read_decoded_size if self._processor.layout is not None else lambda _: (0, 0)
             sizes = [measure(image.data) for image in shown_images(sample)]
-            conversations, group = self._encoder.encode(sample, sizes)
-        if group is None:
-            return sum(sum(conversation.supervised) for conversation in conversations)
-        return sum(label != IGNORE_INDEX for branch in group.branches for label in branch.labels)
+            return (*self._encoder.encode(sample, sizes), sizes)
 
     def build(self, positions: Sequence[int]) -> Batch:
         """The batch of these positions.
@@ -208,20 +243,30 @@ class BatchBuilder:
                 else:
                     groups.append(group)
         shown = [image for own in images for image in own]
-        prefixes, branches = _bucket(self._processor.pad_groups(groups)) if groups else (None, ())
-        padded_chains = self._processor.pad(chains, side="right", labels=True) if chains else None
+        packed = segments = prefixes = padded_chains = None
+        branches: tuple[dict[str, Tensor], ...] = ()
+        if self._packed:
+            packed, segments = pack_row(groups, chains)
+        else:
+            prefixes, branches = _bucket(self._processor.pad_groups(groups)) if groups else (None, ())
+            padded_chains = self._processor.pad(chains, side="right", labels=True) if chains else None
         if padded_chains is not None:
             padded_chains["image_spans"][:, 3] += sum(len(group.image_spans) for group in groups)
+        parts = [part for part in (packed, prefixes, *branches, padded_chains) if part is not None]
         return Batch(
             pixel_values=self._processor.normalize_images(shown) if shown else {},
             size_inputs=self._processor.size_inputs([image.size for image in shown]) if shown else {},
             prefixes=prefixes,
             branches=branches,
             chains=padded_chains,
-            num_supervised=sum(
-                int((padded["labels"] != IGNORE_INDEX).sum())
-                for padded in (*branches, *([padded_chains] if padded_chains is not None else []))
+            packed=packed,
+            segments=segments,
+            num_supervised=sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in parts if "labels" in part),
+            num_tokens=sum(
+                int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
+                for part in parts
             ),
+            num_places=sum(part["input_ids"].numel() for part in parts),
             num_samples=len(samples),
         )
 

@@ -46,6 +46,41 @@ class HistoryPoint(StrictModel):
     data_wait: float | None = Field(
         default=None, description="Share of the time since the point before in which training waited for data."
     )
+    tokens_per_s: float | None = Field(
+        default=None, description="Tokens of the language model a second since the point before, without padding."
+    )
+    padding: float | None = Field(
+        default=None, description="Share of padding in what the language model computed since the point before."
+    )
+    supervised: float | None = Field(
+        default=None, description="Share of supervised tokens among the real ones since the point before."
+    )
+
+
+class TokenCounts(StrictModel):
+    """What went through the language model."""
+
+    real: int = Field(default=0, description="Tokens, visual ones included.")
+    places: int = Field(default=0, description="Those and padding.")
+    supervised: int = Field(default=0, description="Tokens that the loss counts.")
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        """Both together."""
+        return TokenCounts(
+            real=self.real + other.real,
+            places=self.places + other.places,
+            supervised=self.supervised + other.supervised,
+        )
+
+    @property
+    def padding(self) -> float:
+        """Share of padding among the places."""
+        return 1 - self.real / max(1, self.places)
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of supervised tokens among the real ones."""
+        return self.supervised / max(1, self.real)
 
 
 class RunningState(StrictModel):
@@ -54,6 +89,7 @@ class RunningState(StrictModel):
     step: int = Field(description="Optimizer steps done.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
     data_wait_s: float = Field(description="Seconds of those in which it waited for data.")
+    tokens: TokenCounts = Field(description="What was trained on so far, over all attempts.")
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     history: tuple[HistoryPoint, ...] = Field(description="Points so far.")
     sha256: str = Field(description="Of the file with parameters and optimizer state, hexadecimal.")
@@ -88,6 +124,7 @@ def save_running(
     step: int,
     seconds: float,
     data_wait_s: float,
+    tokens: TokenCounts,
     first_loss: float,
     history: list[HistoryPoint],
     parameters: Mapping[str, nn.Parameter],
@@ -100,6 +137,7 @@ def save_running(
         step: Optimizer steps done.
         seconds: Seconds trained so far.
         data_wait_s: Seconds of those in which it waited for data.
+        tokens: What was trained on so far.
         first_loss: Loss of the first step.
         history: Points so far.
         parameters: Those that train, by name; the others come from the stage's inputs.
@@ -126,6 +164,7 @@ def save_running(
         step=step,
         seconds=seconds,
         data_wait_s=data_wait_s,
+        tokens=tokens,
         first_loss=first_loss,
         history=tuple(history),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -204,6 +243,9 @@ class Progress(StrictModel):
     grad_norm: float = Field(description="Norm of the gradient, before clipping.")
     samples_per_s: float = Field(description="Samples a second in this attempt.")
     data_wait: float = Field(description="Share of this attempt's time in which training waited for data.")
+    tokens_per_s: float = Field(description="Tokens a second in this attempt, without padding.")
+    padding: float = Field(description="Share of padding in what the language model computed in this attempt.")
+    supervised: float = Field(description="Share of supervised tokens among the real ones in this attempt.")
     eta_s: float = Field(description="Seconds until the last step at this speed.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
 
@@ -253,7 +295,8 @@ def train(
     begin = found.step if found else 0
     history = list(found.history) if found else []
     first_loss, seconds_before = (found.first_loss, found.seconds) if found else (math.nan, 0.0)
-    waited_before = found.data_wait_s if found else 0.0
+    waited_before, tokens_before = (found.data_wait_s, found.tokens) if found else (0.0, TokenCounts())
+    tokens = tokens_since_mark = TokenCounts()
     trained = list(parameters.values())
     started = saved = reported = marked = time.monotonic()
     losses, samples, samples_since_mark, waited_at_mark = [], 0, 0, 0.0
@@ -263,17 +306,19 @@ def train(
         torch.manual_seed(_step_seed(seed, step, processes.rank))
         rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
         share, total = processes.share(stream.next_step, count=lambda share: share.num_supervised)
-        step_loss = torch.zeros(1, device=processes.device)
+        step_loss, num_tokens, num_places = torch.zeros(1, device=processes.device), 0, 0
         for batch in share.batches:
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
                 loss = batch_loss(model, batch, device=processes.device) / max(1.0, total)
             if loss.requires_grad:  # not where only encoders train and no sample shows its image
                 loss.backward()
             step_loss += loss.detach()
+            num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
             del batch, loss
         processes.sum_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
-        loss_value = processes.sum(step_loss).item()
+        summed = processes.sum(torch.cat([step_loss, step_loss.new_tensor([num_tokens, num_places])]))
+        loss_value, *counts = summed.tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise RecipeError(
                 f"loss {loss_value} and gradient norm {norm} at step {step + 1}",
@@ -289,6 +334,8 @@ def train(
         num_new = min(stage.batch_size, num_samples - step * stage.batch_size)
         samples += num_new
         samples_since_mark += num_new
+        new = TokenCounts(real=round(counts[0]), places=round(counts[1]), supervised=round(total))
+        tokens, tokens_since_mark = tokens + new, tokens_since_mark + new
         now = time.monotonic()
         done, last = step + 1, step + 1 == steps
         point = HistoryPoint(
@@ -298,12 +345,23 @@ def train(
             grad_norm=norm,
             samples_per_s=samples / (now - started),
             data_wait=stream.waited_s / (now - started),
+            tokens_per_s=tokens.real / (now - started),
+            padding=tokens.padding,
+            supervised=tokens.supervised_share,
         )
         if done % every == 0 or last:
             speed, waited = samples_since_mark / (now - marked), (stream.waited_s - waited_at_mark) / (now - marked)
-            means = {"loss": sum(losses) / len(losses), "samples_per_s": speed, "data_wait": waited}
+            means = {
+                "loss": sum(losses) / len(losses),
+                "samples_per_s": speed,
+                "data_wait": waited,
+                "tokens_per_s": tokens_since_mark.real / (now - marked),
+                "padding": tokens_since_mark.padding,
+                "supervised": tokens_since_mark.supervised_share,
+            }
             history.append(point.model_copy(update=means))
             losses, samples_since_mark, marked, waited_at_mark = [], 0, now, stream.waited_s
+            tokens_since_mark = TokenCounts()
         if processes.is_main and (now - reported >= PROGRESS_EVERY_S or last):
             report(done, point, point.samples_per_s, seconds_before + now - started)
             reported = now
@@ -313,6 +371,7 @@ def train(
                 step=done,
                 seconds=seconds_before + now - started,
                 data_wait_s=waited_before + stream.waited_s,
+                tokens=tokens_before + tokens,
                 first_loss=first_loss,
                 history=history,
                 parameters=parameters,
@@ -324,6 +383,7 @@ def train(
         step=steps,
         seconds=seconds,
         data_wait_s=waited_before + stream.waited_s,
+        tokens=tokens_before + tokens,
         first_loss=first_loss,
         history=tuple(history),
         sha256="",
@@ -335,7 +395,7 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
     """Loss summed over the supervised tokens of a batch.
 
     Images run through the encoders once. Independent samples share the prefix that ends with their images; chained
-    ones run as whole rows.
+    ones run as whole rows; packed ones as one row, whatever they are.
     """
     visual_tokens = None
     if batch.pixel_values:
@@ -344,6 +404,20 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
             **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.size_inputs.items()},
         )
     losses: list[Tensor | None] = []
+    if batch.packed is not None:
+        row = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.packed.items()}
+        spans = row["image_spans"]
+        losses.append(
+            model(
+                input_ids=row["input_ids"],
+                segments=batch.segments,
+                visual_tokens=visual_tokens if len(spans) else None,
+                image_spans=spans if len(spans) else None,
+                labels=row["labels"],
+                use_cache=False,
+                num_items_in_batch=1,
+            ).loss
+        )
     if batch.prefixes is not None:
         prefixes = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.prefixes.items()}
         spans = prefixes["image_spans"]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import safetensors.torch
@@ -32,9 +32,9 @@ from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
-from manyeyes.training.ahead import batch_stream, micro_batches
+from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
-from manyeyes.training.loop import HistoryPoint, Progress, drop_running, stage_lock, train
+from manyeyes.training.loop import HistoryPoint, Progress, TokenCounts, drop_running, stage_lock, train
 from manyeyes.training.optimizer import (
     ParameterGroups,
     adapters_alone,
@@ -45,11 +45,14 @@ from manyeyes.training.optimizer import (
     merge_adapters,
     split_groups,
 )
+from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
 
 # How often it saves, and what is held in which memory, do not change what it learns.
 _NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
+# More than workers are ever ahead of training, in steps.
+PLANS_KEPT = 64
 
 
 class StageReport(StrictModel):
@@ -62,6 +65,7 @@ class StageReport(StrictModel):
     samples: int = Field(description="Samples seen, each epoch counted.")
     seconds: float = Field(description="Seconds of training over all attempts, loading and saving left out.")
     data_wait_s: float | None = Field(default=None, description="Seconds of those in which training waited for data.")
+    tokens: TokenCounts | None = Field(default=None, description="What went through the language model.")
     resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
@@ -278,20 +282,30 @@ def _train_and_save(
                     grad_norm=point.grad_norm,
                     samples_per_s=speed,
                     data_wait=point.data_wait or 0.0,
+                    tokens_per_s=point.tokens_per_s or 0.0,
+                    padding=point.padding or 0.0,
+                    supervised=point.supervised or 0.0,
                     eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / speed,
                     seconds=seconds,
                 )
             )
 
-    plan = partial(
-        micro_batches,
-        batch_size=spec.batch_size,
-        micro_batch_size=spec.micro_batch_size,
-        num_samples=num_samples,
-        rank=processes.rank,
-        num_ranks=processes.size,
+    builder = BatchBuilder(
+        mixture, processor_of_stage(processor, spec), too_long=spec.too_long, packed=spec.packing is not None
     )
-    builder = BatchBuilder(mixture, processor_of_stage(processor, spec), too_long=spec.too_long)
+    shared = {
+        "batch_size": spec.batch_size,
+        "num_samples": num_samples,
+        "rank": processes.rank,
+        "num_ranks": processes.size,
+    }
+    plan: Plan = partial(micro_batches, micro_batch_size=spec.micro_batch_size, **shared)
+    if spec.packing is not None:
+        model.enable_packing(longest=processor.max_length)
+        # Asked for twice: by what workers build ahead, and by training.
+        plan = lru_cache(PLANS_KEPT)(
+            partial(packed_micro_batches, measure=builder.measure, packing=spec.packing, **shared)
+        )
     pinned = processes.device.type == "cuda"
     with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned) as stream:
         state, begin = train(
@@ -324,6 +338,7 @@ def _train_and_save(
             samples=num_samples,
             seconds=state.seconds,
             data_wait_s=state.data_wait_s,
+            tokens=state.tokens,
             resumed_from_step=begin or None,
             first_loss=state.first_loss,
             final_loss=state.history[-1].loss,
