@@ -11,7 +11,7 @@ import pytest
 
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.report.comparison import Champion
-from manyeyes.evaluation.report.writing import write_report
+from manyeyes.evaluation.report.writing import build_report, write_report
 from manyeyes.recipe import load_recipe
 from tests import page_toys
 from tests.page_toys import render_all
@@ -55,9 +55,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card, outcomes, benchmarks = make_evaluation(list(BENCHMARKS))
     champion, _, _ = make_evaluation(list(BENCHMARKS), seed=1, digest="k" * 64, kind="bundle")
     name = "manyeyes-a-rather-long-model-name-of-somebody version 12"
-    write_report(
-        folder, card, outcomes, benchmarks, recipe=load_recipe("tiny"), champion=Champion(name, scorecard=champion)
+    report = build_report(
+        card, outcomes, benchmarks, recipe=load_recipe("tiny"), champion=Champion(name, scorecard=champion)
     )
+    write_report(folder, report, benchmarks)
     return folder / "report.html"
 
 

@@ -101,7 +101,8 @@ def test_a_figure_that_is_changed_in_json_changes_the_pages(report: Report, plac
 
 def test_files_are_written_and_the_json_is_read_back(tmp_path: Path) -> None:
     card, outcomes, benchmarks = make_evaluation(["gqa"])
-    written = write_report(tmp_path, card, outcomes, benchmarks)
+    written = build_report(card, outcomes, benchmarks)
+    write_report(tmp_path, written, benchmarks)
     assert read_report(tmp_path / "report.json") == written
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:)', html) == []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from manyeyes.encoders import Encoder, fit_encoder_weights
 from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import BundleError, CheckpointError, RecipeError, did_you_mean
 from manyeyes.model import ManyEyesConfig, ManyEyesForConditionalGeneration, write_manifest
-from manyeyes.model.configuration import EncoderConfig
+from manyeyes.model.configuration import MAKES_NO_SENSE, EncoderConfig
 from manyeyes.model.language_model import check_vocabulary, find_image_token_id
 from manyeyes.processor import SHARED, ManyEyesProcessor
 from manyeyes.runtime.preprocess import ImageTransform
@@ -257,15 +256,7 @@ def _sensible(config: Path) -> Iterator[None]:
         yield
     except BundleError as error:
         raise CheckpointError(f"{config}: {error.found}", error.needed, "Fetch it again.") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except MAKES_NO_SENSE as error:
         raise CheckpointError(
             f"{config} makes no sense ({type(error).__name__}: {error})",
             "the configuration that was published with these weights",

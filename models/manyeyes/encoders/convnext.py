@@ -20,10 +20,9 @@ from typing import Literal
 import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
-from torch.nn import functional
 
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size, resample_bilinear
 from manyeyes.encoders.weights import strip_prefix
 
 _FIRST_STRIDE, _LAST_STRIDE = 4, 32
@@ -68,14 +67,7 @@ class ConvNextEncoder(Encoder):
             maps.append(feature)
         if not self.every_stage:
             return maps[-1]
-        return torch.cat([self._resample(stage_map) for stage_map in maps], dim=1)
-
-    def _resample(self, feature: Tensor) -> Tensor:
-        if feature.shape[-1] == self.grid:
-            return feature
-        size = (self.grid, self.grid)
-        resampled = functional.interpolate(feature.float(), size=size, mode="bilinear", align_corners=False)
-        return resampled.to(feature.dtype)
+        return torch.cat([resample_bilinear(stage_map, self.grid) for stage_map in maps], dim=1)
 
 
 def _build(architecture: Mapping[str, object], image_size: int) -> ConvNextEncoder:

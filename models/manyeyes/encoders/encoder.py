@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -185,6 +186,14 @@ def check_image_size(image_size: int, *, multiple: int) -> None:
         )
 
 
+def resample_bilinear(feature: Tensor, grid: int) -> Tensor:
+    """Feature map ``[B, C, h, w]`` to ``[B, C, grid, grid]``: bilinear, in fp32; as it is where it has that size."""
+    if feature.shape[-1] == grid:
+        return feature
+    resampled = functional.interpolate(feature.float(), size=(grid, grid), mode="bilinear", align_corners=False)
+    return resampled.to(feature.dtype)
+
+
 # Shape suffixes: B batch, N tokens (prefix tokens first, then patches row by row), C channels.
 
 
@@ -228,6 +237,26 @@ class BlockEncoder(Encoder):
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """What leaves the last block, ``[B, N, width]``, to the feature map, ``[B, channels, grid, grid]``."""
 
+    def as_map(self, tokens_BNC: Tensor) -> Tensor:
+        """The patches among the tokens as a map, ``[B, C, grid, grid]``."""
+        patches_BNC = tokens_BNC[:, self.num_prefix_tokens :]
+        return patches_BNC.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, 3, H, W]`` to ``[B, channels, grid, grid]``."""
         return self.finish(self.forward_blocks(self.embed(pixel_values), start=0, stop=self.num_blocks))
+
+
+class StackEncoder(BlockEncoder):
+    """One whose blocks are ``net.blocks``, each of which takes the tokens alone."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.net.blocks)  # type: ignore[arg-type]
+
+    def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
+        """Run some of the blocks."""
+        for block in self.net.blocks[start:stop]:  # type: ignore[index]
+            tokens_BNC = self.run_part(block, tokens_BNC)
+        return tokens_BNC

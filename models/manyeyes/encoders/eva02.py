@@ -54,8 +54,7 @@ class Eva02Encoder(BlockEncoder):
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, and the patches as a map."""
-        patches_BNC: Tensor = self.net.norm(tokens_BNC)[:, self.num_prefix_tokens :]
-        return patches_BNC.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+        return self.as_map(self.net.norm(tokens_BNC))
 
 
 def _build(architecture: Mapping[str, object], image_size: int) -> Eva02Encoder:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from manyeyes.encoders.clip import MEAN, STD
-from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, StackEncoder, TensorMap, check_image_size
 from manyeyes.encoders.vit import resample_positions
 from manyeyes.encoders.weights import strip_prefix
 
@@ -184,25 +184,14 @@ class DetectorNet(nn.Module):
         )
 
 
-class Eva02DetectorEncoder(BlockEncoder):
+class Eva02DetectorEncoder(StackEncoder):
     """EVA-02 of a detector; the feature map is its last block, with no norm."""
 
     net: DetectorNet
 
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks there are."""
-        return len(self.net.blocks)
-
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches and learned positions."""
         return self.net.patch_embed(pixel_values) + self.net.pos_embed  # type: ignore[no-any-return]
-
-    def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
-        """Run some of the blocks."""
-        for block in list(self.net.blocks)[start:stop]:
-            tokens_BNC = self.run_part(block, tokens_BNC)
-        return tokens_BNC
 
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """The tokens as a map."""

@@ -18,7 +18,7 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, StackEncoder, TensorMap, check_image_size
 from manyeyes.encoders.vit import build_vit, fit_vit
 from manyeyes.encoders.weights import VIT_RULES, from_transformers_vit, join, rename, strip_prefix
 
@@ -53,15 +53,10 @@ class _BeitArchitecture:
     heads: int
 
 
-class BeitEncoder(BlockEncoder):
+class BeitEncoder(StackEncoder):
     """BEiT without its head; the feature map is its last block, with no norm."""
 
     net: Beit
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks there are."""
-        return len(self.net.blocks)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and patches; positions join in every block, relative to each other."""
@@ -69,16 +64,9 @@ class BeitEncoder(BlockEncoder):
         token = self.net.cls_token.expand(patches_BNC.shape[0], -1, -1)
         return torch.cat([token, patches_BNC], dim=1)
 
-    def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
-        """Run some of the blocks."""
-        for block in self.net.blocks[start:stop]:
-            tokens_BNC = self.run_part(block, tokens_BNC)
-        return tokens_BNC
-
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """The patches as a map."""
-        patches_BNC = tokens_BNC[:, self.num_prefix_tokens :]
-        return patches_BNC.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+        return self.as_map(tokens_BNC)
 
 
 def _build_beit(architecture: Mapping[str, object], image_size: int) -> BeitEncoder:

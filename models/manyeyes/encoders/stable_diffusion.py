@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, TensorMap, check_image_size, resample_bilinear
 from manyeyes.encoders.weights import strip_prefix
 from manyeyes.errors import SourceError
 
@@ -165,7 +165,7 @@ class StableDiffusionEncoder(Encoder):
         for block in unet.up_blocks:
             taken, skipped = skipped[-len(block.resnets) :], skipped[: -len(block.resnets)]
             sample = self.run_part(_prompted(block, prompt_BNC), sample, tuple(taken), time_BC)
-            maps.append(self._resample(sample))
+            maps.append(resample_bilinear(sample, self.grid))
         return torch.cat(maps, dim=1)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
@@ -176,13 +176,6 @@ class StableDiffusionEncoder(Encoder):
         feature = self.run_part(half.mid_block, feature)
         moments = self.net.vae.quant_conv(half.conv_out(half.conv_act(half.conv_norm_out(feature))))
         return moments[:, :_LATENT_CHANNELS]  # type: ignore[no-any-return]
-
-    def _resample(self, feature: Tensor) -> Tensor:
-        if feature.shape[-1] == self.grid:
-            return feature
-        size = (self.grid, self.grid)
-        resampled = functional.interpolate(feature.float(), size=size, mode="bilinear", align_corners=False)
-        return resampled.to(feature.dtype)
 
 
 def _prompted(block: nn.Module, prompt_BNC: Tensor) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, StackEncoder, TensorMap, check_image_size
 from manyeyes.errors import SourceError
 
 Method = Literal["antialias", "plain", "offset"]
@@ -90,31 +90,19 @@ class _Architecture:
     ragged: bool = False
 
 
-class VitEncoder(BlockEncoder):
+class VitEncoder(StackEncoder):
     """A vision transformer without its head; the feature map is its last layer, after the norm where there is one."""
 
     net: VisionTransformer
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks there are."""
-        return len(self.net.blocks)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches, class token, positions."""
         tokens_BNC: Tensor = self.net.norm_pre(self.net._pos_embed(self.net.patch_embed(pixel_values)))
         return tokens_BNC
 
-    def forward_blocks(self, tokens_BNC: Tensor, *, start: int, stop: int) -> Tensor:
-        """Run some of the blocks."""
-        for block in self.net.blocks[start:stop]:
-            tokens_BNC = self.run_part(block, tokens_BNC)
-        return tokens_BNC
-
     def finish(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, and the patches as a map."""
-        patches_BNC: Tensor = self.net.norm(tokens_BNC)[:, self.num_prefix_tokens :]
-        return patches_BNC.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # type: ignore[no-any-return]
+        return self.as_map(self.net.norm(tokens_BNC))
 
 
 def build_vit(architecture: Mapping[str, object], image_size: int) -> VitEncoder:

@@ -24,7 +24,7 @@ from manyeyes.evaluation.benchmarks import Benchmark, Graded, Item, load_benchma
 from manyeyes.evaluation.judging.judge import Judge
 from manyeyes.evaluation.judging.scoring import JUDGINGS, enough_judged, judge_items, name_judge
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, average_groups, write_outcomes
-from manyeyes.evaluation.report.writing import NO_CHAMPION, Champion, write_report
+from manyeyes.evaluation.report.writing import NO_CHAMPION, Champion, build_report, write_report
 from manyeyes.evaluation.scorecard import (
     BenchmarkScore,
     ConditionScore,
@@ -231,7 +231,7 @@ def evaluate(
     card = scorecard()
     digests = {benchmark.row.name: benchmark.digest for benchmark in scored}
     write_outcomes(OutcomeFile(model_digest, answerer.name, digests, outcomes), out_dir / "items.parquet")
-    write_report(out_dir, card, outcomes, scored, recipe=recipe, champion=champion)
+    write_report(out_dir, build_report(card, outcomes, scored, recipe=recipe, champion=champion), scored)
     write_scorecard(card, out_dir / "scorecard.json")
     (out_dir / UNFINISHED).unlink(missing_ok=True)
     if work_dir == out_dir / "unfinished" and all(reason == UNJUDGED for reason in skipped.values()):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
 from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import BundleError, CheckpointError, SourceError, StorageError
-from manyeyes.model.configuration import ManyEyesConfig
+from manyeyes.model.configuration import MAKES_NO_SENSE, ManyEyesConfig
 from manyeyes.model.from_recipe import choose_encoders, configure, image_transforms, make_processor
 from manyeyes.model.language_model import (
     check_vocabulary,
@@ -431,17 +430,7 @@ def _sensible(path: Path) -> Iterator[None]:
             yield
     except BundleError as error:
         raise CheckpointError(f"{path}: {error.found}", error.needed, "Write the checkpoint again.") from error
-    # What transformers and torch raise for values of a wrong type, or out of range, in config.json.
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (OSError, *MAKES_NO_SENSE) as error:
         raise CheckpointError(
             f"checkpoint {path} makes no sense ({type(error).__name__}: {error})",
             "config.json, processor_config.json and a tokenizer as they were written",

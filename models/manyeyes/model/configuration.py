@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -14,6 +15,17 @@ from manyeyes.runtime.tiling import TokenLayout
 from manyeyes.strict import StrictModel
 
 _Part = TypeVar("_Part", bound=BaseModel)
+
+MAKES_NO_SENSE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and torch raise for values of a wrong type, or out of range, in a ``config.json``."""
 
 
 class EncoderConfig(StrictModel):

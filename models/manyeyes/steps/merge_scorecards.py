@@ -10,7 +10,7 @@ from manyeyes.evaluation.benchmarks import load_benchmarks
 from manyeyes.evaluation.judging.judge import add_uses
 from manyeyes.evaluation.outcomes import OutcomeFile, average_groups, read_outcomes, write_outcomes
 from manyeyes.evaluation.report.contents import describe_reproduction, merge_runs
-from manyeyes.evaluation.report.writing import read_report, write_report
+from manyeyes.evaluation.report.writing import build_report, read_report, write_report
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
@@ -53,8 +53,7 @@ def merge_scorecards(
     reproduction = describe_reproduction(
         card.model.kind, benchmarks=names, recipe=inputs.recipe, data_md5=card.data_md5
     ).model_copy(update={"runs": merge_runs([run for report in reports for run in report.runs])})
-    write_report(
-        scorecard,
+    report = build_report(
         card,
         outcomes,
         benchmarks,
@@ -62,6 +61,7 @@ def merge_scorecards(
         champion=find_champion(champion),
         reproduction=reproduction,
     )
+    write_report(scorecard, report, benchmarks)
     write_scorecard(card, scorecard / "scorecard.json")
     return StepResult(
         headline=", ".join(f"{name} {score.score:.1f}{score.mark}" for name, score in card.benchmarks.items()),

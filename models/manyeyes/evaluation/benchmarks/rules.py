@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from manyeyes.errors import EvaluationError
-from manyeyes.evaluation.benchmarks.benchmark import Graded, Row
+from manyeyes.evaluation.benchmarks.benchmark import Graded, Row, read_from
 from manyeyes.evaluation.benchmarks.option_letters import Options
 
 PHRASE = "\nAnswer the question using a single word or phrase."
@@ -252,6 +252,21 @@ def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
     matches = sum(gold == answer for gold in golds)
     agree = (matches - 1) if matches else 0
     return (matches * min(1.0, agree / 3) + (len(golds) - matches) * min(1.0, matches / 3)) / len(golds)
+
+
+def grade_vqa(
+    row: Row, prediction: str, variant: str, *, cluster: str, facets: Mapping[str, str] | None = None
+) -> Graded:
+    """VQA accuracy on normalised text; ``vlmevalkit`` has a normaliser of its own, the others agree."""
+    normalise = normalise_vlmevalkit if variant == "vlmevalkit" else normalise_evalai
+    answer = normalise(prediction)
+    return Graded(
+        id=row["id"],
+        cluster=cluster,
+        parsed=read_from(prediction, answer),
+        score=vqa_accuracy(answer, [normalise(gold) for gold in row["answers"]]),
+        facets=facets or {},
+    )
 
 
 def anls(answer: str, golds: Sequence[str]) -> float:

@@ -16,9 +16,8 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     Graded,
     Row,
     cluster_by,
-    read_from,
 )
-from manyeyes.evaluation.benchmarks.rules import PHRASE, normalise_evalai, normalise_vlmevalkit, vqa_accuracy
+from manyeyes.evaluation.benchmarks.rules import PHRASE, grade_vqa
 from manyeyes.evaluation.benchmarks.vizwiz import commonest
 
 
@@ -36,15 +35,8 @@ def prompt(row: Row, style: str) -> str:
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
-    """VQA accuracy; ``vlmevalkit`` has a normaliser of its own, the others agree."""
-    normalise = normalise_vlmevalkit if variant == "vlmevalkit" else normalise_evalai
-    answer = normalise(prediction)
-    return Graded(
-        id=row["id"],
-        cluster=_cluster(row),
-        parsed=read_from(prediction, answer),
-        score=vqa_accuracy(answer, [normalise(gold) for gold in row["answers"]]),
-    )
+    """VQA accuracy."""
+    return grade_vqa(row, prediction, variant, cluster=_cluster(row))
 
 
 _cluster = cluster_by("image_id")

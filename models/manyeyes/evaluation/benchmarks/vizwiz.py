@@ -19,9 +19,8 @@ from manyeyes.evaluation.benchmarks.benchmark import (
     by_item,
     facet_of,
     mean_percent_by,
-    read_from,
 )
-from manyeyes.evaluation.benchmarks.rules import PHRASE, normalise_evalai, normalise_vlmevalkit, vqa_accuracy
+from manyeyes.evaluation.benchmarks.rules import PHRASE, grade_vqa
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -33,16 +32,8 @@ def prompt(row: Row, style: str) -> str:
 
 
 def grade(row: Row, prediction: str, variant: str) -> Graded:
-    """VQA accuracy; ``vlmevalkit`` has a normaliser of its own."""
-    normalise = normalise_vlmevalkit if variant == "vlmevalkit" else normalise_evalai
-    answer = normalise(prediction)
-    return Graded(
-        id=row["id"],
-        cluster=by_item(row),
-        parsed=read_from(prediction, answer),
-        score=vqa_accuracy(answer, [normalise(gold) for gold in row["answers"]]),
-        facets={"type": facet_of(row, "category")},
-    )
+    """VQA accuracy."""
+    return grade_vqa(row, prediction, variant, cluster=by_item(row), facets={"type": facet_of(row, "category")})
 
 
 def commonest(row: Row) -> str:

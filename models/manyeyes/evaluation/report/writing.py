@@ -297,36 +297,13 @@ def _shorten(text: str) -> str:
     return f"{text[:_LONGEST_TEXT]}… ({len(text):,} characters)"
 
 
-def write_report(
-    folder: Path,
-    scorecard: Scorecard,
-    outcomes: Sequence[Outcome],
-    benchmarks: Sequence[Benchmark],
-    *,
-    recipe: Recipe | None = None,
-    champion: Champion = NO_CHAMPION,
-    reproduction: Reproduction | None = None,
-) -> Report:
-    """Write the three files into a folder.
-
-    Args:
-        folder: For the files.
-        scorecard: The figures.
-        outcomes: Every item's answer.
-        benchmarks: For images, titles and prompts, in any order.
-        recipe: What was asked.
-        champion: What to compare with.
-        reproduction: Where other processes answered; this one did when left out.
-
-    Returns:
-        What ``report.json`` holds.
+def write_report(folder: Path, report: Report, benchmarks: Sequence[Benchmark]) -> None:
+    """Write the three files into a folder; ``benchmarks`` have the images of the examples.
 
     Raises:
         RecordError: An image of an example cannot be decoded.
         StorageError: No space, or no permission.
     """
-    report = build_report(scorecard, outcomes, benchmarks, recipe=recipe, champion=champion, reproduction=reproduction)
     write_file(folder / "report.html", render_html(report, read_pictures(report, benchmarks)))
     write_file(folder / "report.md", render_markdown(report))
     write_file(folder / "report.json", report.model_dump_json(indent=2) + "\n")
-    return report
