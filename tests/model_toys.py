@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
@@ -16,6 +18,18 @@ from manyeyes.recipe import ModelSpec
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 TEXT = "what colour is the shape? is there a red circle? yes no USER: ASSISTANT:"
+# What the configuration of a language model of any kind takes.
+ANY_MODEL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def toy_config(vocab_size: int, **changes: Any) -> LlamaConfig:
@@ -80,3 +94,9 @@ def toy_spec(folder: Path, /, **changes: Any) -> ModelSpec:
 def toy_images(count: int, *, seed: int = 0) -> list[NDArray[np.uint8]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

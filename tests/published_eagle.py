@@ -17,8 +17,6 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
     Pix2StructVisionConfig,
     Pix2StructVisionModel,
     SamVisionConfig,
@@ -331,16 +329,7 @@ def published_towers() -> sizes.Shapes:
     """Names and shapes of X5's experts as ``NVEagle/Eagle-X5-7B`` stores them."""
     prefix = "model.vision_tower.vision_towers.{}.vision_tower."
     with torch.device("meta"):
-        clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-            )
-        )
+        clip = sizes.clip_l14_336()
         convnext = ConvNeXt(depths=(3, 4, 30, 3), dims=(384, 768, 1536, 3072), num_classes=1024)
         sam = SamVisionEncoder(
             SamVisionConfig(

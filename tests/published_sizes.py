@@ -98,6 +98,18 @@ def cambrian_connector() -> Shapes:
     return shapes
 
 
+def clip_l14_336() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    return CLIPVisionModel(config)
+
+
 def cambrian_towers() -> dict[str, Shapes]:
     """Names and shapes of its encoders, each as its publisher stores it."""
     with torch.device("meta"):
@@ -112,16 +124,7 @@ def cambrian_towers() -> dict[str, Shapes]:
             global_pool="map",
             num_classes=0,
         )
-        clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-            )
-        )
+        clip = clip_l14_336()
         dinov2 = Dinov2Model(
             Dinov2Config(
                 hidden_size=1536,

@@ -362,3 +362,10 @@ def write_language_model(toy: LlavaToy) -> Path:
     (toy.folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     write_weights(toy.folder, toy.language_model.state_dict(), shards=2, form="bin")
     return toy.folder
+
+
+def llava_beside_clip(folder: Path) -> LlavaToy:
+    """A LLaVA in ``llava`` whose tower lies in ``clip``."""
+    toy = LlavaToy(folder / "llava")
+    toy.tower = make_clip(folder / "clip")
+    return toy

@@ -40,9 +40,7 @@ PICTURE = toys.photograph(90, 61)
 
 @pytest.fixture
 def toy(tmp_path: Path) -> LlavaToy:
-    toy = LlavaToy(tmp_path / "llava")
-    toy.tower = toys.make_clip(tmp_path / "clip")
-    return toy
+    return toys.llava_beside_clip(tmp_path)
 
 
 def _convert(tmp_path: Path, **options: Any) -> Path:

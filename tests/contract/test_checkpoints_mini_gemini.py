@@ -12,8 +12,6 @@ from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
     GemmaConfig,
     GemmaForCausalLM,
     MixtralConfig,
@@ -206,16 +204,7 @@ def test_mini_gemini_7b_at_its_true_size_needs_no_configuration_of_its_towers(tm
         stored |= {own + "0.weight": (channels,), own + "0.bias": (channels,)}
         stored |= {own + "1.weight": (1024, channels), own + "1.bias": (1024,)}
     with torch.device("meta"):
-        clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-            )
-        )
+        clip = sizes.clip_l14_336()
         convnext = ConvNeXt(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536), num_classes=0)
     for key, shape in sizes.shapes_under("", clip).items():
         stored["model.vision_tower.vision_tower.vision_model." + key.removeprefix("vision_model.")] = shape

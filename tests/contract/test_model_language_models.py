@@ -22,20 +22,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from manyeyes.errors import RecipeError
 from manyeyes.model import BranchBatch, build_model
 from manyeyes.model.language_model import compute_logits, decoder_of
-from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
+from tests.model_toys import ANY_MODEL, toy_config, toy_images, toy_spec, write_language_model
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+COMMON: dict[str, Any] = {**ANY_MODEL, "initializer_range": 0.2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama, tied": toy_config(300),
     "llama, untied": toy_config(300, tie_word_embeddings=False),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from manyeyes.errors import RecordError
 from manyeyes.evaluation.answering.answerers import BundleAnswerer, TorchAnswerer
@@ -21,7 +18,7 @@ from manyeyes.export.bundle import export_bundle
 from manyeyes.model import build_model, load_checkpoint, save_checkpoint
 from manyeyes.runtime.bundle import Group, load_bundle
 from tests.evaluation_fakes import make_recipe, make_snapshot
-from tests.model_toys import toy_images, toy_spec, write_language_model
+from tests.model_toys import png, toy_images, toy_spec, write_language_model
 
 TOKENS = 5
 
@@ -45,12 +42,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         folder / "checkpoint", folder / "bundle", recipe=recipe, data_md5="0" * 32, code_digest="c"
     )
     return Toy(folder / "checkpoint", digest, folder / "bundle", manifest.digest)
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from manyeyes.errors import RecordError
 from manyeyes.evaluation.answering.answerers import BundleAnswerer, TorchAnswerer
@@ -19,7 +16,7 @@ from manyeyes.model import load_checkpoint
 from manyeyes.runtime.bundle import Group
 from tests.evaluation_fakes import make_recipe, make_snapshot
 from tests.export_toys import Toy
-from tests.model_toys import toy_images
+from tests.model_toys import png, toy_images
 
 LETTERS = ("A", "B", "C", "D")
 YES_NO = ("Yes", "No", "yes", "no")
@@ -28,12 +25,6 @@ YES_NO = ("Yes", "No", "yes", "no")
 PAIR = ("circle", "no")
 WORDS = ("circle", "cir", "c", "no")
 TOKENS = 4
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration, branches, build_model
 from manyeyes.model.branches import can_pack, plan_packs
 from manyeyes.processor import ManyEyesProcessor
-from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
+from tests.model_toys import ANY_MODEL, toy_config, toy_images, toy_spec, write_language_model
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
+COMMON: dict[str, Any] = {**ANY_MODEL, "initializer_range": 0.3}
 GPT2 = GPT2Config(
     vocab_size=300,
     n_embd=32,

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from manyeyes.cli.main import main
 from manyeyes.tokenizer_files import load_published_tokenizer
+from tests.cli_calls import call
 from tests.published_toys import write_sentencepiece
 from tests.unit.test_runtime_templates import EXPECTED, TURNS, make_tokenizer
 
@@ -27,20 +26,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", "chat", "render", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 @pytest.mark.parametrize("where", [".", "tokenizer.json"])
 def test_json_has_text_ids_and_mask(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, where: str
 ) -> None:
-    assert call(monkeypatch, "vicuna_v1", "record.json", "--json", "--tokenizer", where, "--system", "S") == 0
+    assert (
+        call(monkeypatch, "chat", "render", "vicuna_v1", "record.json", "--json", "--tokenizer", where, "--system", "S")
+        == 0
+    )
     shown = json.loads(capsys.readouterr().out)
     assert shown["text"] == "S USER: <image>\nQ ASSISTANT: A</s>USER: QQ ASSISTANT: AA</s>"
     expected = EXPECTED["vicuna_v1"][1].replace("I", "-200").split()
@@ -54,7 +47,7 @@ def test_visual_tokens_may_be_as_many_as_the_model_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     options = ["--json", "--tokenizer", ".", "--image-tokens", "3", "--image-token-id", "0"]
-    assert call(monkeypatch, "chatml_direct", "record.json", *options) == 0
+    assert call(monkeypatch, "chat", "render", "chatml_direct", "record.json", *options) == 0
     shown = json.loads(capsys.readouterr().out)
     start, length = shown["image_spans"][0]
     assert shown["ids"][start : start + length] == [0, 0, 0]
@@ -64,7 +57,7 @@ def test_conversation_that_ends_with_a_question_gets_a_generation_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     (folder / "turns.json").write_text(json.dumps(RECORD["conversations"][:1]), encoding="utf-8")
-    assert call(monkeypatch, "gemma", "turns.json", "--json") == 0
+    assert call(monkeypatch, "chat", "render", "gemma", "turns.json", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["text"] == "<start_of_turn>user\n<image>\nQ<end_of_turn>\n<start_of_turn>model\n"
     assert "ids" not in shown
@@ -74,14 +67,14 @@ def test_list_of_records_gives_a_list(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     (folder / "records.json").write_text(json.dumps([RECORD, RECORD]), encoding="utf-8")
-    assert call(monkeypatch, "mpt", "records.json", "--json") == 0
+    assert call(monkeypatch, "chat", "render", "mpt", "records.json", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_without_json_every_token_has_its_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    assert call(monkeypatch, "chatml_direct", "record.json", "--tokenizer", ".") == 0
+    assert call(monkeypatch, "chat", "render", "chatml_direct", "record.json", "--tokenizer", ".") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines if " learned " in line] == ["'A'", "'<|im_end|>'", "'AA'", "'<|im_end|>'"]
     assert any(line.split()[:2] == ["-200", "'<image>'"] for line in lines)
@@ -96,7 +89,7 @@ def test_the_tokenizers_own_template_is_read_from_its_folder(
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}), encoding="utf-8")
-    assert call(monkeypatch, "tokenizer", "record.json", "--json", "--tokenizer", ".") == 0
+    assert call(monkeypatch, "chat", "render", "tokenizer", "record.json", "--json", "--tokenizer", ".") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["text"] == "<s>[user]<image>\nQ</s>[assistant]A</s>[user]QQ</s>[assistant]AA</s>"
     assert sum(shown["supervised"]) == 4
@@ -132,14 +125,14 @@ def test_wrong_input_is_explained_and_exits_with_2(
     expected: str,
 ) -> None:
     (folder / "given.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    assert call(monkeypatch, arguments[0], "given.json", "--json", *arguments[1:]) == 2
+    assert call(monkeypatch, "chat", "render", arguments[0], "given.json", "--json", *arguments[1:]) == 2
     assert expected in capsys.readouterr().err
 
 
 def test_missing_file_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    assert call(monkeypatch, "mpt", "no.json") == 2
+    assert call(monkeypatch, "chat", "render", "mpt", "no.json") == 2
     assert "no.json" in capsys.readouterr().err
 
 
@@ -155,7 +148,7 @@ def test_folder_with_sentencepieces_model_alone_is_read_as_convert_reads_it(
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}",
         encoding="utf-8",
     )
-    assert call(monkeypatch, *arguments, "record.json", "--json", "--tokenizer", ".") == 0
+    assert call(monkeypatch, "chat", "render", *arguments, "record.json", "--json", "--tokenizer", ".") == 0
     shown = json.loads(capsys.readouterr().out)
     converted = load_published_tokenizer(tmp_path)
     behind_image = shown["ids"][sum(shown["image_spans"][0]) :]

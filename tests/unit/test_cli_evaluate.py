@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from manyeyes.cli.evaluation import choose_benchmarks, model_folder
-from manyeyes.cli.main import main
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.answering import asking as answering
 from manyeyes.evaluation.answering.answerers import AnswererSpec
@@ -18,16 +16,8 @@ from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings
 from manyeyes.evaluation.answering.processes import AnswererPool
 from manyeyes.harness import events
 from manyeyes.registry.pull import ModelLocation
+from tests.cli_calls import call
 from tests.evaluation_fakes import make_recipe
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.cli.main import main
 from manyeyes.recipe import list_recipes
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.cli_calls import call
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from data_samples import make_snapshot
 from PIL import Image
 
 from bench.contamination import CHANGES, encode, photographs
-from manyeyes.cli.main import main
 from manyeyes.data.contamination import fingerprints
 from manyeyes.data.contamination.findings import ContaminationReport, Pair, Thresholds, read_contamination
 from manyeyes.data.contamination.search import find_contamination
@@ -27,6 +25,7 @@ from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import SnapshotError
 from manyeyes.recipe.gate_rules import ContaminationRule, Evidence
+from tests.cli_calls import call
 
 LONG = "Which of the two ships in the harbour carries the flag with a yellow cross on blue ground? The left one."
 
@@ -241,24 +240,20 @@ def test_the_gate_judges_what_training_saw(
     assert (result.passed, result.found) == (passed, found)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", "data", "contamination", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_the_command_writes_the_report(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
-    assert call(monkeypatch, str(snapshot.path), "--benchmarks", "toy-test", "--out", str(out)) == 0
+    assert (
+        call(monkeypatch, "data", "contamination", str(snapshot.path), "--benchmarks", "toy-test", "--out", str(out))
+        == 0
+    )
     output = capsys.readouterr()
     assert "1 exact and 2 near duplicates among training images, 1 samples with shared text" in output.out
     assert "0% comparing toy-train" in output.err
     assert len((out / "contaminated.jsonl").read_text(encoding="utf-8").splitlines()) == 4
-    assert call(monkeypatch, str(snapshot.path), "--benchmarks", "toy-test", "--radius", "9") == 2
+    assert (
+        call(monkeypatch, "data", "contamination", str(snapshot.path), "--benchmarks", "toy-test", "--radius", "9") == 2
+    )
     assert "Correct --radius." in capsys.readouterr().err

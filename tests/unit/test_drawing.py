@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import manyeyes.runtime.bundle
-from manyeyes.cli.main import main
 from manyeyes.drawing import (
     DrawingWarning,
     draw,
@@ -36,6 +34,7 @@ from manyeyes.drawing import (
     save_images,
 )
 from manyeyes.errors import DrawingError
+from tests.cli_calls import call
 
 FEW_STEPS = {"num_inference_steps": 2, "height": 16, "width": 16}
 
@@ -303,20 +302,27 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     return stand_in
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", "ask", "model", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_ask_draws_into_the_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: Asked, folder: Path, tmp_path: Path
 ) -> None:
     settings = [word for name, value in FEW_STEPS.items() for word in ("--draw-set", f"{name}={value}")]
-    assert ask(monkeypatch, "-", "Draw a cat", "--draw", str(folder), "--out", "out", "--seed", "4", *settings) == 0
+    assert (
+        call(
+            monkeypatch,
+            "ask",
+            "model",
+            "-",
+            "Draw a cat",
+            "--draw",
+            str(folder),
+            "--out",
+            "out",
+            "--seed",
+            "4",
+            *settings,
+        )
+        == 0
+    )
     assert (asked.question, asked.images, asked.max_new_tokens) == ("Draw a cat <GEN>", 0, 512)
     text, path = capsys.readouterr().out.splitlines()
     assert text == "A cat."
@@ -329,7 +335,7 @@ def test_ask_says_that_there_is_nothing_to_draw(
 ) -> None:
     asked.answer_text = "A cat. <h> a red"
     with warnings.catch_warnings(record=True) as caught:
-        assert ask(monkeypatch, "a.png", "Draw it", "--draw", str(folder)) == 0
+        assert call(monkeypatch, "ask", "model", "a.png", "Draw it", "--draw", str(folder)) == 0
     assert not [warning for warning in caught if issubclass(warning.category, DrawingWarning)]
     output = capsys.readouterr()
     assert output.out == "A cat. <h> a red\n"
@@ -341,7 +347,7 @@ def test_ask_says_that_there_is_nothing_to_draw(
 def test_ask_without_draw_is_a_plain_question(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: Asked
 ) -> None:
-    assert ask(monkeypatch, "a.png", "What is it?") == 0
+    assert call(monkeypatch, "ask", "model", "a.png", "What is it?") == 0
     assert (asked.question, asked.images, asked.max_new_tokens) == ("What is it?", 1, 32)
     assert capsys.readouterr().out == asked.answer_text + "\n"
 
@@ -350,6 +356,6 @@ def test_ask_refuses_a_pipeline_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: Asked, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert ask(monkeypatch, "-", "Draw a cat", "--draw", "empty") == 2
+    assert call(monkeypatch, "ask", "model", "-", "Draw a cat", "--draw", "empty") == 2
     assert 'drawing pipeline "empty" cannot be loaded' in capsys.readouterr().err
     assert asked.question == ""

@@ -14,12 +14,13 @@ import click
 import mlflow
 import pytest
 
-from manyeyes.cli.main import cli, main
+from manyeyes.cli.main import cli
 from manyeyes.errors import RegistryError
 from manyeyes.registry import tracking
 from manyeyes.registry.pull import champion_evidence, locate_model
 from manyeyes.registry.tracking import connect, find_experiment, step_records, step_run, version_url
 from manyeyes.registry.versions import promote, read_aliases, rollback
+from tests.cli_calls import call
 from tests.evaluation_fakes import make_snapshot
 from tests.registry_store import IMAGES, make_candidate, put, store_uri
 
@@ -141,15 +142,6 @@ def everything_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def call(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    monkeypatch.setattr(sys, "argv", ["manyeyes", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_every_verb_says_whether_it_reads_or_writes() -> None:
     assert set(verbs()) == {*READS, *REFUSED, *WRITES}
 
@@ -158,7 +150,7 @@ def test_every_verb_says_whether_it_reads_or_writes() -> None:
 def test_a_verb_makes_nothing_where_there_is_no_registry(
     verb: str, environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = call(monkeypatch, (READS | REFUSED)[verb])
+    code = call(monkeypatch, *(READS | REFUSED)[verb])
     assert everything_below(environment) == {"registry", "work"}
     if NAME in " ".join((READS | REFUSED)[verb]):
         assert code == 2
@@ -224,9 +216,9 @@ def reader(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_user_who_may_only_read_pulls_and_compares(
     reader: Server, environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call(monkeypatch, ["pull", NAME, "pulled"]) == 0
-    assert call(monkeypatch, ["compare", f"{NAME}/1", f"{NAME}/2", "--out", "compared"]) == 0
-    assert call(monkeypatch, ["ask", NAME, "-", "what is it?"]) == 2  # it has the bundle, which is a pretended one
+    assert call(monkeypatch, "pull", NAME, "pulled") == 0
+    assert call(monkeypatch, "compare", f"{NAME}/1", f"{NAME}/2", "--out", "compared") == 0
+    assert call(monkeypatch, "ask", NAME, "-", "what is it?") == 2  # it has the bundle, which is a pretended one
     assert (environment / "work" / "pulled" / "manifest.json").is_file()
     assert reader.refused == []
 
