@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from manyeyes.estimate import SHIPPED, shipped_facts
+from manyeyes.estimate.skeleton import count_facts
+from manyeyes.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = sorted((ROOT / "models" / "manyeyes").glob("*/README.md"))
@@ -17,6 +22,21 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "infr
 def test_formats_page_is_current() -> None:
     rendered = runpy.run_path(str(ROOT / "docs" / "formats.py"))["render"]()
     assert (ROOT / "docs" / "formats.md").read_text(encoding="utf-8") == rendered, "run: make docs"
+
+
+def test_recipes_page_and_the_shipped_facts_are_current() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
+    shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    assert {key for _, key in made["published"]()} == set(shipped), "run: make docs"
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made["render"](shipped), "run: make docs"
+
+
+# One of each structure; all of them take minutes.
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "mini-gemini-7b-hd", "cambrian-1-8b", "eagle-x4-7b"])
+def test_shipped_facts_are_what_is_counted(name: str) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
+    keys = {recipe.name: key for recipe, key in made["published"]()}
+    assert shipped_facts(keys[name]) == count_facts(load_recipe(name)), "run: make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

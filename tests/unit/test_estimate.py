@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyeyes.cli.recipes import recipe_as_json, recipe_as_text
 from manyeyes.errors import RecipeError, SourceError
-from manyeyes.estimate import RecipeEstimate, as_rows, dry_run, stage_memory
+from manyeyes.estimate import RecipeEstimate, as_rows, dry_run
 from manyeyes.estimate.dry_run import count_sample, image_shape
-from manyeyes.estimate.skeleton import estimate
-from manyeyes.model import ManyEyesForConditionalGeneration, build_model, build_skeleton
-from manyeyes.model.language_model import language_model_config, load_language_model_config
-from manyeyes.recipe import Recipe, load_recipe
+from manyeyes.estimate.memory import LOGITS_AT_ONCE, StageFacts, find_fits, stage_memory, way_of
+from manyeyes.estimate.skeleton import count_facts, estimate
+from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model, build_skeleton
+from manyeyes.model.language_model import decoder_layers, decoder_of, language_model_config, load_language_model_config
+from manyeyes.recipe import Recipe, StageSpec, load_recipe
 from manyeyes.training.optimizer import freeze_others, learning_rates
 from tests.model_toys import toy_spec, write_language_model
 
@@ -96,7 +98,7 @@ def test_remembered_calls_cost_what_they_cost_when_worked_out(
     groups = skeleton.parameter_groups()
     freeze_others(groups, learning_rates(TRAINED[trained], groups))
     shape = image_shape(skeleton)
-    lengths = {"text_tokens": TEXT, "longest_text": 2 * TEXT, "supervised": SUPERVISED}
+    lengths: dict[str, Any] = {"text_tokens": TEXT, "longest_text": 2 * TEXT, "supervised": SUPERVISED}
     monkeypatch.setattr(dry_run, "_CALLS", {})
     first = count_sample(skeleton, shape, **lengths)
     assert dry_run._CALLS
@@ -132,19 +134,116 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_the_real_model(
     assert found == pytest.approx(measured, rel=0.05)
 
 
-def test_memory_is_the_formula_by_hand() -> None:
-    full = stage_memory(
-        parameters=1_000_000_000, trained=100_000_000, saved_bytes=50_000_000, micro_batch=8, tokens=1, bf16=False
+FACTS = StageFacts(
+    encoder=None,
+    parameters={"encoders": 200_000_000, "fusion": 0, "projector": 20_000_000, "language_model": 1_000_000_000},
+    trained={"encoders": 0, "fusion": 0, "projector": 20_000_000, "language_model": 1_000_000_000},
+    layers=10,
+    layers_parameters=900_000_000,
+    layer_parameters=90_000_000,
+    linear_widths=1_000_000,
+    vocabulary=32_000,
+    image_bytes=10_000_000,
+    layers_bytes=400_000_000,
+    layer_bytes=40_000_000,
+    inputs_bytes=50_000_000,
+    attention_bytes=50_000_000,
+    other_bytes=5_000_000,
+    tokens=2048,
+    text_tokens=1472,
+    flops=1,
+)
+
+
+def spec_of(**fields: Any) -> StageSpec:
+    given = {"train": {"projector": 1e-3, "language_model": 1e-3}, "mixture": [{"dataset": "d"}], "batch_size": 16}
+    return StageSpec.model_validate({**given, "precision": "bf16", **fields})
+
+
+def test_memory_of_one_process_is_the_formula_by_hand() -> None:
+    spec = spec_of(precision="fp32", micro_batch_size=8)
+    memory = stage_memory(FACTS, spec, way_of(spec, 1))
+    assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx((4.88, 4.08, 8.16))
+    assert memory.activations == pytest.approx(8 * 0.415)
+    # Half a layer's bytes, logits of a chunk of 2^25 numbers, and the runtime.
+    assert memory.working == pytest.approx(8 * 0.02 + 16 * 2**25 / 1e9 + 2)
+    half = stage_memory(FACTS, spec_of(micro_batch_size=8), way_of(spec, 1))
+    assert half.weights == pytest.approx(4.88 + 2.44)  # what autocast copies
+
+
+def test_memory_of_several_processes_is_shared_but_for_what_is_gathered() -> None:
+    spec = spec_of(micro_batch_size=8, checkpoint_language_model=True)
+    memory = stage_memory(FACTS, spec, way_of(spec, 4))
+    assert way_of(spec, 4).micro_batch == 4  # 16 records over four processes
+    gathered = 2 * (0.1 + 2 * 0.09)
+    assert memory.weights == pytest.approx((2 * 0.2 + 4 * 1.02) / 4 + gathered)
+    assert memory.gradients == pytest.approx(4 * 1.02 / 4 + 2 * (0.1 + 0.09) + 4 * 0.1)
+    assert memory.optimizer == pytest.approx(8 * 1.02 / 4)
+    assert memory.activations == pytest.approx(4 * (0.01 + 0.05 + 0.05 + 0.04 + 0.005))
+    whole = spec.model_copy(update={"sharding": "replicate"})
+    assert stage_memory(FACTS, whole, way_of(whole, 4)).optimizer == pytest.approx(8 * 1.02)
+
+
+def test_packed_rows_take_what_their_tokens_and_images_do() -> None:
+    packed = spec_of(packing={"tokens": 4096, "images": 3}, checkpoint_language_model=True)
+    memory = stage_memory(FACTS, packed, way_of(packed, 4))
+    assert memory.activations == pytest.approx(3 * 0.01 + 2 * (0.05 + 0.05 + 0.04 + 0.005))
+
+
+def test_gpus_that_a_stage_fits_on_come_with_the_nearest_change_where_a_node_is_not_enough() -> None:
+    large = FACTS.model_copy(
+        update={
+            "parameters": {**FACTS.parameters, "language_model": 34_000_000_000},
+            "trained": {**FACTS.trained, "language_model": 34_000_000_000},
+            "layers_parameters": 33_000_000_000,
+            "layer_parameters": 550_000_000,
+        }
     )
-    assert (full.weights, full.gradients, full.optimizer) == (4.0, 0.4, 0.8)
-    assert full.activations == pytest.approx(0.4)
-    half = stage_memory(
-        parameters=1_000_000_000, trained=100_000_000, saved_bytes=50_000_000, micro_batch=8, tokens=1, bf16=True
-    )
-    # A bf16 copy of what trains, and activations of half the size.
-    assert half.weights == pytest.approx(4.2)
-    assert (half.gradients, half.optimizer) == (0.4, 0.8)
-    assert half.activations == pytest.approx(0.2)
+    shown = list(map(str, find_fits([large], spec_of(batch_size=512, micro_batch_size=8))))
+    assert shown[0] == "16 x 80 GB"
+    assert shown[1].endswith("80 GB (LoRA)")
+    assert not any("LoRA" in fit for fit in map(str, find_fits([FACTS], spec_of())))
+
+
+def test_logits_are_made_in_the_chunks_that_the_estimate_counts() -> None:
+    assert LOGITS_AT_ONCE == branches.LOGITS_AT_ONCE
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "mini-gemini-8x7b", "cambrian-1-8b"])
+def test_two_layers_of_each_kind_tell_what_all_cost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = count_facts(load_recipe(name))
+
+    def whole(stack: torch.nn.ModuleList, run: Any) -> Any:
+        cost = run()
+        with dry_run._only(stack, range(len(stack) - 1)):
+            less = run()
+        one = dry_run._Cost(cost.flops - less.flops, cost.saved - less.saved)
+        return cost, [one] * len(stack)
+
+    monkeypatch.setattr(dry_run, "_count_layers", whole)
+    for stage, (facts,) in count_facts(load_recipe(name)).stages.items():
+        counted = found.stages[stage][0]
+        assert counted.flops == facts.flops
+        assert counted.layers_bytes + counted.other_bytes == facts.layers_bytes + facts.other_bytes
+        assert counted.image_bytes == facts.image_bytes
+
+
+def test_layers_that_are_computed_again_keep_their_inputs(real: ManyEyesForConditionalGeneration, folder: Path) -> None:
+    part = {"train": {"projector": 1e-3, "language_model": 1e-3}, "mixture": [{"dataset": "d"}], "batch_size": 1}
+    values = {"model": toy_spec(folder).model_dump(), "stages": {"sft": part}}
+    (facts,) = count_facts(load_recipe("tiny", overrides=values)).stages["sft"]
+    inputs: list[int] = []
+    layers = decoder_layers(real.language_model)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel() * args[0].element_size()))
+        for layer in layers
+    ]
+    width = real.config.text_config.hidden_size
+    with torch.no_grad():
+        decoder_of(real.language_model)(inputs_embeds=torch.zeros(1, facts.tokens, width), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert facts.inputs_bytes == sum(inputs)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +284,7 @@ def test_stages_need_what_they_train(toy: tuple[Recipe, RecipeEstimate]) -> None
     assert found.disk_gb.bundle == pytest.approx(4 * total / 1e9, abs=1e-6)
     shown = dict(as_rows(found))
     assert shown["parameters"] == total
-    assert "micro-batch 16 of 256 tokens" in shown["memory of sft, each device"]
+    assert "micro-batch 16 of 256 tokens" in shown["memory of sft, one process"]
 
 
 def test_micro_batch_and_stages_change_memory_as_they_should(toy: tuple[Recipe, RecipeEstimate]) -> None:

@@ -261,11 +261,17 @@ def test_sizes_are_not_estimated_anew_for_what_they_do_not_depend_on(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("estimated anew")
 
-    monkeypatch.setattr("manyeyes.estimate.skeleton.estimate", refuse)
-    others = {"description": "in other words", "gate": [{"rule": "validation"}], "evaluation.batch_size": 9}
+    monkeypatch.setattr("manyeyes.estimate.skeleton.count_facts", refuse)
+    others = {
+        "description": "in other words",
+        "gate": [{"rule": "validation"}],
+        "evaluation.batch_size": 9,
+        "stages.sft.batch_size": 9,
+        "stages.sft.train.projector": 0.5,
+    }
     assert estimate_recipe(change_recipe(recipe, others), None) == before
     with pytest.raises(AssertionError, match="anew"):
-        estimate_recipe(change_recipe(recipe, {"stages.sft.batch_size": 9}), None)
+        estimate_recipe(change_recipe(recipe, {"stages.sft.checkpoint_encoders": True}), None)
 
 
 def test_a_variants_text_is_another_for_other_weights(tmp_path: Path) -> None:

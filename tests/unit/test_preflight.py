@@ -12,7 +12,7 @@ import pytest
 from manyeyes.errors import PreflightError
 from manyeyes.harness.base import LocalArtifact, Reporter, run_step
 from manyeyes.harness.events import ErrorReport
-from manyeyes.recipe import Recipe
+from manyeyes.recipe import Recipe, load_recipe
 from manyeyes.registry.tracking import connect
 from manyeyes.steps import preflight as preflight_checks
 from manyeyes.steps.preflight import (
@@ -23,6 +23,7 @@ from manyeyes.steps.preflight import (
     check_disk,
     check_memory,
     check_sources,
+    estimate_recipe,
     find_data,
     preflight,
 )
@@ -30,9 +31,7 @@ from tests.pipelines.checkout import push
 from tests.registry_store import store_uri
 from tests.training_toys import toy_recipe, toy_snapshot
 
-NEED = Need(
-    memory_gb={"pretrain": 3.0, "sft": 8.0}, fixed_gb={"pretrain": 2.0, "sft": 6.0}, disk_gb=2.0, least_disk_gb=1.0
-)
+NEED = Need(stages={}, disk_gb=2.0, least_disk_gb=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_nothing_wrong_leaves_a_run_and_no_probe(
     error, markdown = look(recipe, remote)
     assert error is None
     assert "| fine | data set toy-train | 12 records |" in markdown
-    assert "| warning | memory | the memory of the nodes that train is not known here |" in markdown
+    assert "| warning | memory of sft | the memory of the nodes that train is not known here |" in markdown
     client = connect().client
     (run,) = client.search_runs(
         [connect(create=True).experiment_id], "tags.`manyeyes.step` = 'preflight'", max_results=1
@@ -139,8 +138,8 @@ def test_nothing_wrong_leaves_a_run_and_no_probe(
     assert client.list_artifacts(run.info.run_id) == []
     assert client.search_registered_models("name LIKE 'manyeyes-preflight-%'") == []
     # torch is not loaded for a recipe that was estimated before.
-    assert list((estimates / "estimates").glob("*.json"))
-    monkeypatch.setattr("manyeyes.estimate.skeleton.estimate", lambda *_, **__: pytest.fail("estimated again"))
+    assert list((estimates / "facts").glob("*.json"))
+    monkeypatch.setattr("manyeyes.estimate.skeleton.count_facts", lambda *_, **__: pytest.fail("estimated again"))
     assert look(recipe, remote)[0] is None
 
 
@@ -210,15 +209,45 @@ def test_parts_of_the_snapshot_and_of_the_hub_are_looked_for(
     assert 'Did you mean "pretrained/lm"?' in checks[2].do
 
 
-@pytest.mark.parametrize(("capacity", "state"), [("5", "problem"), ("7", "warning"), ("9", "ok")])
-def test_memory_is_compared_with_what_the_training_nodes_have(
-    capacity: str, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert check_memory(NEED)[0].state == "warning"
+def memory_of(devices: str, capacity: str, monkeypatch: pytest.MonkeyPatch, **fields: object) -> dict[str, Check]:
+    published = load_recipe("llava-1.5-7b", overrides={f"stages.sft.{name}": value for name, value in fields.items()})
+    monkeypatch.setenv("MANYEYES_DEVICES", devices)
     monkeypatch.setenv("MANYEYES_DEVICE_MEMORY_GB", capacity)
-    (check,) = check_memory(NEED)
-    assert (check.state, check.needed) == (state, "8.00 GB for sft, 6.00 GB of it whatever the batch")
-    assert ("micro_batch_size" in check.do) == (state == "warning")
+    checks = check_memory(published, estimate_recipe(published, None))
+    return {check.subject.removeprefix("memory of "): check for check in checks}
+
+
+def test_stage_that_does_not_fit_is_refused_with_the_nearest_change_that_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert {check.state for check in memory_of("pretrain=2,sft=2", "80", monkeypatch).values()} == {"ok"}
+    found = memory_of("pretrain=2,sft=2", "80", monkeypatch, micro_batch_size=64)
+    assert (found["pretrain"].state, found["sft"].state) == ("ok", "problem")
+    assert found["sft"].needed.endswith("whatever the micro-batch")
+    assert "on each of 2 devices" in found["sft"].needed
+    assert '--set "stages.sft.micro_batch_size=8"' in found["sft"].do
+    assert "devices of this size" in found["sft"].do
+    # What no micro-batch changes is too much for one: others, or adapters.
+    alone = memory_of("pretrain=1,sft=1", "60", monkeypatch)["sft"]
+    assert alone.state == "problem"
+    assert "lora={rank: 64, alpha: 16}" in alone.do
+    changed = memory_of("pretrain=1,sft=1", "60", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)[
+        "sft"
+    ]
+    assert changed.state == "ok", changed
+
+
+def test_machine_without_a_gpu_is_warned_where_only_the_batch_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = load_recipe("mini-gemini-2b", overrides={"stages.sft.micro_batch_size": 64})
+    need = estimate_recipe(published, None)
+    monkeypatch.setattr(preflight_checks, "device_memory", lambda: (110.0, preflight_checks._NO_GPU))
+    check = check_memory(published, need)[-1]
+    assert check.state == "warning"
+    assert "micro_batch_size" in check.do
+    monkeypatch.setattr(preflight_checks, "device_memory", lambda: (10.0, preflight_checks._NO_GPU))
+    assert check_memory(published, need)[-1].state == "problem"
+    monkeypatch.setattr(preflight_checks, "device_memory", lambda: None)
+    assert {check.state for check in check_memory(published, need)} == {"warning"}
 
 
 def test_memory_of_this_machine_counts_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:

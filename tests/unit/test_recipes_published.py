@@ -17,6 +17,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from manyeyes.cli.main import cli
 from manyeyes.estimate import ParameterCounts
 from manyeyes.estimate.dry_run import image_shape
+from manyeyes.estimate.memory import find_fits
 from manyeyes.estimate.skeleton import count_parameters, estimate
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
@@ -24,7 +25,7 @@ from manyeyes.model.language_model import language_model_config
 from manyeyes.recipe import Recipe, StageSpec, list_recipes, load_recipe
 from manyeyes.runtime.templates import get_chat_template
 from manyeyes.sources import committed_config
-from manyeyes.steps.preflight import check_sources
+from manyeyes.steps.preflight import check_sources, kept_facts
 from manyeyes.training.optimizer import learning_rates, split_groups
 
 LLAVA = ["llava-7b-v0", "llava-13b-v0", "llava-13b-v0-scienceqa", "llava-1.5-7b", "llava-1.5-13b", "llava-1.5-7b-lora"]
@@ -311,3 +312,15 @@ def test_high_resolution_is_for_sft_alone(name: str) -> None:
     assert first.model_copy(update=other) == normal.model.model_copy(update=other)
     assert first.language_model.max_length == normal.model.language_model.max_length
     assert last == hd.model
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if not name.startswith("tiny")])
+def test_each_stage_trains_on_the_gpus_that_it_is_meant_for(name: str) -> None:
+    given = recipe(name)
+    facts = kept_facts(given, None)
+    large = facts.parameters.language_model > 14e9
+    least, most = (1, 2) if name == "llava-1.5-7b" else (1, 32) if large else (1, 8)
+    for stage_name, spec in given.present_stages():
+        as_is = [fit for fit in find_fits(facts.stages[stage_name], spec) if not fit.change and fit.device_gb == 80]
+        assert as_is, stage_name
+        assert least <= as_is[0].devices <= most, (stage_name, as_is[0])

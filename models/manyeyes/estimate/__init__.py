@@ -4,29 +4,30 @@ Everything comes from the recipe and the language model's ``config.json`` alone:
 (``manyeyes.estimate.skeleton``), and one sample is run through it there (``manyeyes.estimate.dry_run``). Those two load
 torch; this file does not, so that a kept estimate is shown at once.
 
-The formulas, with N the parameters of the stage's model, n those that train, b the micro-batch and A the bytes that one
-sample keeps for its backward pass in fp32::
+In two halves: ``RecipeFacts`` hold what has to be counted on the model, which depends on few fields of a recipe.
+Memory, disk and the GPUs that a stage fits on follow from them by formulas: those of ``manyeyes.estimate.memory``, and
+of disk, with N the parameters of the model and t those that train::
 
-    weights     4 N             fp32; bf16 runs under autocast, which keeps a bf16 copy of what trains: + 2 n
-    gradients   4 n
-    optimizer   8 n             AdamW: two moments in fp32
-    activations A b             of samples as long as the recipe admits; bf16: half of it
-    running     2 x 12 n        on disk: trained weights and moments; the old one goes when the new one is whole
+    running     2 x 12 t        on disk: trained weights and moments; the old one goes when the new one is whole
     checkpoint  4 N             on disk, twice a stage: in the working folder and as the step's output
     bundle      4 N             on disk
-
-What the runtime itself takes (a CUDA context, the allocator's slack, NCCL's buffers) is not in it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from manyeyes.estimate.memory import GB, Fit, StageFacts, StageMemory, find_fits, way_of, worst_memory
+from manyeyes.recipe import Recipe
 from manyeyes.strict import StrictModel
 
-GB = 1e9
+SHIPPED = Path(__file__).with_name("published.json")
 
 
 class ParameterCounts(StrictModel):
@@ -40,15 +41,14 @@ class ParameterCounts(StrictModel):
     total: int
 
 
-class StageMemory(StrictModel):
-    """Where the memory of one stage goes, on each device, in GB (1e9 bytes)."""
+class RecipeFacts(StrictModel):
+    """What has to be counted on a recipe's model."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    micro_batch: int = Field(description="Samples a forward pass.")
-    tokens: int = Field(description="Tokens of the longest sample, visual ones included.")
+    parameters: ParameterCounts
+    visual_tokens: int = Field(description="Of one image in the sequence; with tiles, of the largest image.")
+    channels: int = Field(description="Width of a visual token before the projector.")
+    text_tokens: int = Field(description="Tokens of text in the sample whose operations are counted.")
+    stages: dict[str, tuple[StageFacts, ...]] = Field(description="By stage; prealign has one an encoder.")
 
 
 class DiskNeed(StrictModel):
@@ -66,8 +66,11 @@ class RecipeEstimate(StrictModel):
     parameters: ParameterCounts
     visual_tokens: int = Field(description="Of one image in the sequence; with tiles, of the largest image.")
     channels: int = Field(description="Width of a visual token before the projector.")
-    memory_gb: dict[str, float] = Field(description="Peak of each device by stage, 1e9 bytes; prealign: of its worst.")
+    memory_gb: dict[str, float] = Field(
+        description="Peak by stage where one process trains it, 1e9 bytes; prealign: of its worst."
+    )
     memory_parts_gb: dict[str, StageMemory] = Field(description="The same by what it is for.")
+    fits: dict[str, list[Fit]] = Field(description="By stage: the fewest GPUs of 80, 48 and 24 GB that it fits on.")
     disk_gb: DiskNeed
     flops_per_sample: dict[str, float] = Field(
         description="Forward and backward of one image with text_tokens, by stage; prealign: of all its encoders."
@@ -75,27 +78,80 @@ class RecipeEstimate(StrictModel):
     text_tokens: int = Field(description="Tokens of text in that sample.")
 
 
-def stage_memory(
-    *, parameters: int, trained: int, saved_bytes: int, micro_batch: int, tokens: int, bf16: bool
-) -> StageMemory:
-    """The formulas in the head of this module.
+def needs(recipe: Recipe, facts: RecipeFacts) -> RecipeEstimate:
+    """What a recipe needs, from what was counted on its model."""
+    memory, fits = {}, {}
+    for name, spec in recipe.present_stages():
+        memory[name] = worst_memory(facts.stages[name], spec, way_of(spec, 1))
+        fits[name] = find_fits(facts.stages[name], spec)
+    return RecipeEstimate(
+        parameters=facts.parameters,
+        visual_tokens=facts.visual_tokens,
+        channels=facts.channels,
+        memory_gb={name: _round(parts.total) for name, parts in memory.items()},
+        memory_parts_gb=memory,
+        fits=fits,
+        disk_gb=_disk(facts),
+        flops_per_sample={name: float(sum(branch.flops for branch in found)) for name, found in facts.stages.items()},
+        text_tokens=facts.text_tokens,
+    )
+
+
+def counted_fields(recipe: Recipe) -> str:
+    """The fields of a recipe that its facts depend on, as JSON: no rates, batch sizes or data sets."""
+    fields = ("encoders", "precision", "checkpoint_encoders", "model", "lora")
+    stages = {
+        name: {
+            "train": sorted(spec.train),
+            **spec.model_dump(mode="json", include=set(fields), exclude_defaults=True),
+        }
+        for name, spec in recipe.present_stages()
+    }
+    model = recipe.model.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({"model": model, "stages": stages}, sort_keys=True)
+
+
+def facts_key(fields: str, config_digest: str) -> str:
+    """Under what the facts of a recipe are shipped.
 
     Args:
-        parameters: Of the stage's model.
-        trained: Those of them that train.
-        saved_bytes: What one sample keeps for its backward pass, in fp32.
-        micro_batch: Samples a forward pass.
-        tokens: Of such a sample.
-        bf16: Whether the stage runs in bf16.
+        fields: From ``counted_fields``.
+        config_digest: sha256 of the language model's ``config.json``.
     """
-    return StageMemory(
-        weights=(4 * parameters + (2 * trained if bf16 else 0)) / GB,
-        gradients=4 * trained / GB,
-        optimizer=8 * trained / GB,
-        activations=saved_bytes * micro_batch * (0.5 if bf16 else 1.0) / GB,
-        micro_batch=micro_batch,
-        tokens=tokens,
+    return hashlib.sha256(json.dumps([fields, config_digest]).encode()).hexdigest()
+
+
+def shipped_facts(key: str) -> RecipeFacts | None:
+    """What was counted for a published recipe; None for others.
+
+    ``docs/recipes.py`` makes the file, and the tests count again.
+    """
+    found = _shipped().get(key)
+    return None if found is None else RecipeFacts.model_validate(found)
+
+
+@cache
+def _shipped() -> dict[str, Any]:
+    shipped: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return shipped
+
+
+def _disk(facts: RecipeFacts) -> DiskNeed:
+    stages = [name for name in facts.stages if name != "prealign"]
+    trained = [sum(branch.trained.values()) for found in facts.stages.values() for branch in found]
+    running = 2 * 12 * max(trained, default=0) / GB
+    checkpoints = 2 * 4 * facts.parameters.total * len(stages) / GB
+    bundle = 4 * facts.parameters.total / GB
+    return DiskNeed(
+        running=_round(running),
+        checkpoints=_round(checkpoints),
+        bundle=_round(bundle),
+        total=_round(running + checkpoints + bundle),
     )
+
+
+def _round(value: float) -> float:
+    return round(value, 6)
 
 
 def as_rows(found: RecipeEstimate) -> list[tuple[str, Any]]:
@@ -112,12 +168,13 @@ def as_rows(found: RecipeEstimate) -> list[tuple[str, Any]]:
         parts = found.memory_parts_gb[name]
         rows.append(
             (
-                f"memory of {name}, each device",
+                f"memory of {name}, one process",
                 f"{memory:,.2f} GB: weights {parts.weights:,.2f}, gradients {parts.gradients:,.2f}, optimizer "
-                f"{parts.optimizer:,.2f}, activations {parts.activations:,.2f} (micro-batch {parts.micro_batch} of "
-                f"{parts.tokens:,} tokens)",
+                f"{parts.optimizer:,.2f}, activations {parts.activations:,.2f}, working {parts.working:,.2f} "
+                f"(micro-batch {parts.micro_batch} of {parts.tokens:,} tokens)",
             )
         )
+        rows.append((f"{name} fits on", ", ".join(map(str, found.fits[name])) or "no number of GPUs up to 64"))
         flops = found.flops_per_sample[name]
         rows.append((f"FLOPs of a sample in {name}", f"{flops:.3e} (an image and {found.text_tokens} tokens of text)"))
     disk = found.disk_gb

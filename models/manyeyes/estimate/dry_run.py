@@ -3,17 +3,21 @@
 The real model runs, forward and backward, at its true sizes and with the real frozen and trained groups, on tensors
 that have a shape and no memory. Floating-point operations are counted by the formulas of ``torch.utils.flop_counter``;
 kept tensors by ``torch.autograd.graph.saved_tensors_hooks``.
+
+Of the language model's layers, two of each kind run: what one more of them adds is added for those left out. That is
+exact, because a layer's cost depends on its kind and its place alone: the first one's input may need no gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -21,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
+from manyeyes.encoders import Encoder
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.model.connection import VisualTokens
-from manyeyes.model.language_model import compute_logits, decoder_of
+from manyeyes.model.language_model import compute_logits, decoder_layers, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, VisualContext
 from manyeyes.processor import SHARED
 from manyeyes.runtime.tiling import arrange_tokens
@@ -50,13 +55,27 @@ class ImageShape:
 class Counts:
     """What one sample costs.
 
+    Bytes are those of distinct tensors kept for the backward pass, in the dtype of the model; parameters and buffers
+    are left out.
+
     Attributes:
         flops: Forward and backward; a multiplication and an addition count as two.
-        saved_bytes: Bytes of distinct tensors kept for the backward pass in fp32, parameters and buffers left out.
+        image_bytes: Of encoders, fusion and projector.
+        layers_bytes: Of all layers of the language model.
+        layer_bytes: Of the one that keeps most.
+        other_bytes: Of what stands around the layers, the loss with it.
     """
 
     flops: int
-    saved_bytes: int
+    image_bytes: int
+    layers_bytes: int
+    layer_bytes: int
+    other_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """All that is kept."""
+        return self.image_bytes + self.layers_bytes + self.other_bytes
 
 
 def image_shape(model: ManyEyesForConditionalGeneration) -> ImageShape:
@@ -75,7 +94,13 @@ def image_shape(model: ManyEyesForConditionalGeneration) -> ImageShape:
 
 
 def count_sample(
-    model: ManyEyesForConditionalGeneration, shape: ImageShape, *, text_tokens: int, longest_text: int, supervised: int
+    model: ManyEyesForConditionalGeneration,
+    shape: ImageShape,
+    *,
+    text_tokens: int,
+    longest_text: int,
+    supervised: int,
+    checkpoint_encoders: bool = False,
 ) -> Counts:
     """Run one image and its text through the model on the meta device, forward and backward.
 
@@ -85,6 +110,7 @@ def count_sample(
         text_tokens: Tokens beside the visual ones, for the operations.
         longest_text: The same for the bytes.
         supervised: Tokens that reach the head, at most; the last ones.
+        checkpoint_encoders: Encoders compute the inside of their blocks again, for the bytes.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -95,20 +121,115 @@ def count_sample(
             kept[key] = tensor
         return tensor
 
+    def held() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
     keeping = torch.autograd.graph.saved_tensors_hooks
-    with _FusedKernels():
+
+    def see() -> Tensor | VisualTokens:
+        return model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
+
+    def through_layers() -> _Cost:
         with _OperationCounter() as counter:
-            # The images cost the same whatever stands beside them: they run once.
-            with keeping(keep, lambda tensor: tensor):
-                seen = model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
-            loss = _loss(model, seen, shape, text_tokens=text_tokens, supervised=min(text_tokens, supervised))
+            loss = _loss(model, shown, shape, text_tokens=text_tokens, supervised=min(text_tokens, supervised))
             if loss.requires_grad:
                 loss.backward(retain_graph=True)
+        before = held()
         with keeping(keep, lambda tensor: tensor):
-            _loss(model, seen, shape, text_tokens=longest_text, supervised=min(longest_text, supervised))
+            _loss(model, shown, shape, text_tokens=longest_text, supervised=min(longest_text, supervised))
+        return _Cost(int(counter.flops), held() - before)
+
+    with _FusedKernels(autocast=model.dtype == torch.bfloat16):
+        # The images cost the same whatever stands beside them: they run once. So does their backward pass, where they
+        # give one tensor.
+        with _OperationCounter() as images:
+            with keeping(keep, lambda tensor: tensor):
+                seen = see()
+            shown = seen
+            if isinstance(seen, Tensor) and seen.requires_grad:
+                shown = seen.detach().requires_grad_()
+                seen.backward(torch.empty_like(seen), retain_graph=True)
+        image_bytes = held()
+        if checkpoint_encoders:
+            # What is computed again is no part of what the model computes: operations were counted without.
+            kept.clear()
+            with _checkpointing(model), keeping(keep, lambda tensor: tensor):
+                again = see()
+            image_bytes = held()
+            del again
+        stack = decoder_layers(model.language_model)
+        whole, each = _count_layers(stack, through_layers)
     model.zero_grad(set_to_none=True)
-    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Counts(flops=int(counter.flops), saved_bytes=saved)
+    layers_bytes = sum(cost.saved for cost in each)
+    return Counts(
+        flops=int(images.flops) + whole.flops,
+        image_bytes=image_bytes,
+        layers_bytes=layers_bytes,
+        layer_bytes=max(cost.saved for cost in each),
+        other_bytes=whole.saved - layers_bytes,
+    )
+
+
+@contextmanager
+def _checkpointing(model: ManyEyesForConditionalGeneration) -> Iterator[None]:
+    encoders = [encoder for encoder in model.encoders.values() if isinstance(encoder, Encoder)]
+    for encoder in encoders:
+        encoder.set_checkpointing(True)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.set_checkpointing(False)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Operations, and bytes kept for the backward pass."""
+
+    flops: int
+    saved: int
+
+
+def _count_layers(stack: nn.ModuleList, run: Callable[[], _Cost]) -> tuple[_Cost, list[_Cost]]:
+    """What running the whole stack costs, and what each layer adds to it.
+
+    Args:
+        stack: The layers of a decoder; whole again afterwards.
+        run: Runs the decoder.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for number, layer in enumerate(stack):
+        # Apart from the others: what is before the first layer may need no gradient.
+        kinds.setdefault((_kind_of_layer(layer), number == 0), []).append(number)
+    chosen = sorted(number for numbers in kinds.values() for number in numbers[:2])
+    with _only(stack, chosen):
+        base = run()
+    flops, saved, each = base.flops, base.saved, [base] * len(stack)
+    for numbers in kinds.values():
+        with _only(stack, [number for number in chosen if number != numbers[:2][-1]]):
+            less = run()
+        one = _Cost(base.flops - less.flops, base.saved - less.saved)
+        flops += one.flops * (len(numbers) - len(numbers[:2]))
+        saved += one.saved * (len(numbers) - len(numbers[:2]))
+        for number in numbers:
+            each[number] = one
+    return _Cost(flops, saved), each
+
+
+def _kind_of_layer(layer: nn.Module) -> Any:
+    parameters = tuple((name, one.shape, one.requires_grad) for name, one in layer.named_parameters())
+    return type(layer), parameters, len(layer._forward_hooks)
+
+
+@contextmanager
+def _only(stack: nn.ModuleList, numbers: Sequence[int]) -> Iterator[None]:
+    """Leave some layers in the stack."""
+    layers = stack._modules
+    stack._modules = {str(place): layers[str(number)] for place, number in enumerate(numbers)}
+    try:
+        yield
+    finally:
+        stack._modules = layers
 
 
 def count_forward(model: ManyEyesForConditionalGeneration, shape: ImageShape, *, text_tokens: int) -> int:
@@ -119,7 +240,7 @@ def count_forward(model: ManyEyesForConditionalGeneration, shape: ImageShape, *,
         shape: What the image becomes.
         text_tokens: Tokens beside the visual ones; only the last one reaches the head.
     """
-    with torch.no_grad(), _FusedKernels(), _OperationCounter() as counter:
+    with torch.no_grad(), _FusedKernels(autocast=False), _OperationCounter() as counter:
         seen = model.encode_images(_pixels(model, shape), image_sizes=_image_sizes(model, shape))
         _loss(model, seen, shape, text_tokens=text_tokens, supervised=1)
     return int(counter.flops)
@@ -294,8 +415,32 @@ class _FusedAttention(torch.autograd.Function):
         )
 
 
+# What autocast computes in bf16 and in fp32 on CUDA (torch 2.14); it leaves the meta device alone.
+_IN_BF16 = {
+    functional.linear,
+    functional.conv2d,
+    functional.scaled_dot_product_attention,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    torch._grouped_mm,
+}
+_IN_FP32 = {functional.layer_norm, functional.group_norm, functional.softmax, torch.softmax, Tensor.softmax}
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    leaves, nesting = tree_flatten(values)
+    cast = [leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    return tree_unflatten(cast, nesting)
+
+
 class _FusedKernels(TorchFunctionMode):
     """Stands in for kernels that the meta device lacks, or that it computes otherwise than devices do."""
+
+    def __init__(self, *, autocast: bool) -> None:
+        super().__init__()
+        self._autocast = autocast
 
     def __torch_function__(
         self,
@@ -305,6 +450,8 @@ class _FusedKernels(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
+        if self._autocast and (func in _IN_BF16 or func in _IN_FP32):
+            args, given = _cast((args, given), torch.bfloat16 if func in _IN_BF16 else torch.float32)
         if func is torch._grouped_mm:  # what functional.grouped_mm calls
             # Which expert a token goes to cannot be known here, and does not matter: experts are of one size. Elsewhere
             # than on the meta device this kernel takes fp32 too (torch 2.14).

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel
+import torch
+from torch import nn
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.encoders.weights import meta_device
-from manyeyes.estimate import (
-    GB,
-    DiskNeed,
-    ParameterCounts,
-    RecipeEstimate,
-    StageMemory,
-    stage_memory,
-)
+from manyeyes.estimate import ParameterCounts, RecipeEstimate, RecipeFacts, needs
 from manyeyes.estimate.dry_run import ImageShape, count_forward, count_sample, image_shape
+from manyeyes.estimate.memory import StageFacts
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
-from manyeyes.model.language_model import language_model_config
+from manyeyes.model.language_model import decoder_layers, language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.training.optimizer import (
@@ -40,7 +35,12 @@ TEXT_TOKENS, SUPERVISED_TOKENS = 128, 64
 
 
 def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEstimate:
-    """Work out what a recipe needs, offline.
+    """Work out what a recipe needs, offline; arguments and errors as ``count_facts``."""
+    return needs(recipe, count_facts(recipe, snapshot_path=snapshot_path))
+
+
+def count_facts(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeFacts:
+    """Count what a recipe's needs follow from, offline.
 
     Args:
         recipe: The recipe.
@@ -58,30 +58,14 @@ def estimate(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeEsti
     stages = {}
     for name, spec in recipe.present_stages():
         own = model if not spec.model else build_skeleton(recipe.stage_model(name), text_config=text_config)
-        stages[name] = _stage(recipe, name, spec, own, shape if own is model else image_shape(own), text_config)
-    parameters = count_parameters(model)
-    disk = _disk(recipe, parameters.total, {name: stage.trained for name, stage in stages.items()})
-    return RecipeEstimate(
-        parameters=parameters,
+        stages[name] = tuple(_stage(recipe, name, spec, own, shape if own is model else image_shape(own), text_config))
+    return RecipeFacts(
+        parameters=count_parameters(model),
         visual_tokens=shape.tokens,
         channels=model.fusion.channels,
-        memory_gb={name: _round(stage.total_gb) for name, stage in stages.items()},
-        memory_parts_gb={name: stage.memory for name, stage in stages.items()},
-        disk_gb=disk,
-        flops_per_sample={name: float(stage.flops) for name, stage in stages.items()},
         text_tokens=_text_tokens(recipe.model.language_model.max_length, shape.tokens),
+        stages=stages,
     )
-
-
-class _Stage(BaseModel):
-    memory: StageMemory
-    flops: int
-    trained: int
-
-    @property
-    def total_gb(self) -> float:
-        parts = self.memory
-        return parts.weights + parts.gradients + parts.optimizer + parts.activations
 
 
 def _stage(
@@ -91,47 +75,87 @@ def _stage(
     model: ManyEyesForConditionalGeneration,
     shape: ImageShape,
     text_config: PreTrainedConfig,
-) -> _Stage:
+) -> list[StageFacts]:
     max_length = recipe.stage_model(name).language_model.max_length
     if name != "prealign":
-        return _count_stage(spec, model, shape, max_length)
-    branches = []
+        return [_count_stage(spec, model, shape, max_length, encoder=None)]
+    found = []
     for encoder in recipe.prealigned_encoders():
         alone = build_skeleton(recipe.stage_model(name), text_config=text_config, encoders=[encoder])
-        branches.append(_count_stage(spec, alone, image_shape(alone), max_length))
-    largest = max(branches, key=lambda branch: branch.total_gb)
-    return largest.model_copy(update={"flops": sum(branch.flops for branch in branches)})
+        found.append(_count_stage(spec, alone, image_shape(alone), max_length, encoder=encoder))
+    return found
 
 
 def _count_stage(
-    spec: StageSpec, model: ManyEyesForConditionalGeneration, shape: ImageShape, max_length: int
-) -> _Stage:
+    spec: StageSpec, model: ManyEyesForConditionalGeneration, shape: ImageShape, max_length: int, *, encoder: str | None
+) -> StageFacts:
+    layers = decoder_layers(model.language_model)
+    linear = [module for module in layers.modules() if type(module) is nn.Linear]
+    linear_widths = sum(module.in_features + module.out_features for module in linear)
+    each = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    config = model.language_model.config.get_text_config()
     groups: ParameterGroups = model.parameter_groups()
     if spec.lora is not None:
         add_adapters(model.requires_grad_(False), spec.lora, seed=0)
         groups = adapters_alone(model.parameter_groups())
     groups = split_groups(groups, spec.train)
     rates = learning_rates(spec.train, groups)
-    trained = sum(parameter.numel() for parameter in freeze_others(groups, rates).values())
+    trained = freeze_others(groups, rates)
     model.train()
     for group in groups:
         if group not in rates:
             model.get_submodule(group).eval()
+    # Many processes compute in it; one alone runs under autocast, see manyeyes.estimate.memory.
+    model.to(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
     longest = max(max_length - shape.tokens, 1)
     text = _text_tokens(max_length, shape.tokens)
-    counts = count_sample(model, shape, text_tokens=text, longest_text=longest, supervised=SUPERVISED_TOKENS)
-    micro_batch = spec.micro_batch_size or spec.batch_size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    merge_adapters(model)
-    memory = stage_memory(
-        parameters=parameters,
-        trained=trained,
-        saved_bytes=counts.saved_bytes,
-        micro_batch=micro_batch,
-        tokens=shape.tokens + longest,
-        bf16=spec.precision == "bf16",
+    counts = count_sample(
+        model,
+        shape,
+        text_tokens=text,
+        longest_text=longest,
+        supervised=SUPERVISED_TOKENS,
+        checkpoint_encoders=spec.checkpoint_encoders,
     )
-    return _Stage(memory=memory, flops=counts.flops, trained=trained)
+    # Where a layer is computed again, its input is kept, and what its attention gave: a vector and a logarithm a head.
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    assert isinstance(head, torch.Tensor)
+    width = table.element_size()
+    heads, in_head = config.num_attention_heads, getattr(config, "head_dim", None)
+    of_heads = heads * (in_head or config.hidden_size // heads) * width + 4 * heads
+    places = len(layers) * (shape.tokens + longest)
+    facts = StageFacts(
+        encoder=encoder,
+        parameters=_by_part((name, parameter) for name, parameter in model.named_parameters()),
+        trained=_by_part(trained.items()),
+        layers=len(layers),
+        layers_parameters=sum(each),
+        layer_parameters=max(each),
+        linear_widths=linear_widths,
+        vocabulary=head.shape[0],
+        image_bytes=counts.image_bytes,
+        layers_bytes=counts.layers_bytes,
+        layer_bytes=counts.layer_bytes,
+        inputs_bytes=places * table.shape[1] * width,
+        attention_bytes=places * of_heads,
+        other_bytes=counts.other_bytes,
+        tokens=shape.tokens + longest,
+        text_tokens=longest,
+        flops=counts.flops,
+    )
+    model.to(torch.float32)
+    merge_adapters(model)
+    return facts
+
+
+def _by_part(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    homes = {"reinjection": "fusion", "newline": "projector"}
+    counts = dict.fromkeys(("encoders", "fusion", "projector", "language_model"), 0)
+    for name, parameter in parameters:
+        first = name.partition(".")[0]
+        counts[homes.get(first, first)] += parameter.numel()
+    return counts
 
 
 def _text_tokens(max_length: int, visual_tokens: int) -> int:
@@ -152,23 +176,6 @@ def count_parameters(model: ManyEyesForConditionalGeneration) -> ParameterCounts
         reinjection=reinjection,
         total=sum(groups.values()),
     )
-
-
-def _disk(recipe: Recipe, total: int, trained: Mapping[str, int]) -> DiskNeed:
-    stages = [name for name, _ in recipe.present_stages() if name != "prealign"]
-    running = 2 * 12 * max(trained.values(), default=0) / GB
-    checkpoints = 2 * 4 * total * len(stages) / GB
-    bundle = 4 * total / GB
-    return DiskNeed(
-        running=_round(running),
-        checkpoints=_round(checkpoints),
-        bundle=_round(bundle),
-        total=_round(running + checkpoints + bundle),
-    )
-
-
-def _round(value: float) -> float:
-    return round(value, 6)
 
 
 def count_model(config: PreTrainedConfig) -> ModelFacts:

@@ -166,11 +166,20 @@ class Profile(StrictModel):
             raise ValueError(f"env.MANYEYES_WORKDIR is {workdir}, which lies on none of volumes: it would not last")
         return self
 
+    def _devices(self) -> str:
+        """GPUs of each stage's step, for preflight; empty where there are none."""
+        steps = {"prealign": "prealign_encoder", "pretrain": "pretrain_projector", "sft": "sft"}
+        gpus = {stage: self.steps[step].gpu for stage, step in steps.items() if step in self.steps}
+        return ",".join(f"{stage}={gpu.count}" for stage, gpu in gpus.items() if gpu is not None and gpu.count)
+
     def settings_of(self, step: str) -> StepSettings:
         """The settings of one step, with the defaults filled in."""
         own = self.steps.get(step, StepSettings())
         given = {name: getattr(own, name) for name in own.model_fields_set}
         env = {**self.env, **self.defaults.env, **own.env}
+        if step == "preflight":
+            devices = self._devices()
+            env = {**({"MANYEYES_DEVICES": devices} if devices else {}), **env}
         return self.defaults.model_copy(update={**given, "env": env})
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.errors import SourceError
+from manyeyes.errors import RecipeError, SourceError
 from manyeyes.sources import committed_config, language_model_config_file, resolve_source
 
 _SCRATCH = "scratch:"
@@ -136,6 +136,24 @@ def decoder_of(language_model: PreTrainedModel) -> nn.Module:
     """The transformer inside a causal language model, without its head."""
     decoder: nn.Module = getattr(language_model, language_model.base_model_prefix)
     return decoder
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a causal language model's decoder, in order.
+
+    Raises:
+        RecipeError: A family whose decoder is no stack of layers.
+    """
+    decoder = decoder_of(language_model)
+    num_layers = language_model.config.get_text_config().num_hidden_layers
+    stacks = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+    if len(stacks) != 1:
+        raise RecipeError(
+            f"a language model of the kind {type(decoder).__name__}",
+            f"a decoder that is one stack of {num_layers} layers",
+            "Use a language model that has one, for instance Llama, Mistral, Qwen2 or Gemma.",
+        )
+    return stacks[0]
 
 
 def compute_logits(language_model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ from pydantic import Field
 from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import MANIFEST, RemoteFile, SnapshotManifest, list_files, normalise_md5
 from manyeyes.errors import ManyEyesError, PreflightError, SnapshotError, SourceError, did_you_mean
-from manyeyes.estimate import RecipeEstimate
+from manyeyes.estimate import RecipeEstimate, RecipeFacts, counted_fields, facts_key, needs, shipped_facts
+from manyeyes.estimate.memory import COUNTS, StageFacts, Way, changes, way_of, worst_memory
 from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.harness.kept import kept
 from manyeyes.pages import Table, Text, step_page
-from manyeyes.recipe import ModelSpec, Recipe
+from manyeyes.recipe import ModelSpec, Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import take_fields
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
@@ -147,10 +148,9 @@ class RemoteData:
 
 
 class Need(StrictModel):
-    """What a recipe needs of a machine, in GB (1e9 bytes)."""
+    """What a recipe needs of a machine; disk in GB (1e9 bytes)."""
 
-    memory_gb: dict[str, float] = Field(description="Peak of each device by stage.")
-    fixed_gb: dict[str, float] = Field(description="The part of it that no batch size changes.")
+    stages: dict[str, tuple[StageFacts, ...]] = Field(description="What the memory of each stage follows from.")
     disk_gb: float = Field(description="Running checkpoints, results and bundle.")
     least_disk_gb: float = Field(description="Running checkpoints and bundle alone.")
 
@@ -301,37 +301,41 @@ def estimate_recipe(recipe: Recipe, data: RemoteData | None) -> Need:
     Raises:
         ManyEyesError: The model cannot be built as the recipe says.
     """
-    found = kept_estimate(recipe, data)
-    parts = found.memory_parts_gb.items()
-    return Need(
-        memory_gb=found.memory_gb,
-        fixed_gb={name: part.weights + part.gradients + part.optimizer for name, part in parts},
-        disk_gb=found.disk_gb.total,
-        least_disk_gb=found.disk_gb.running + found.disk_gb.bundle,
-    )
+    facts = kept_facts(recipe, data)
+    disk = needs(recipe, facts).disk_gb
+    return Need(stages=facts.stages, disk_gb=disk.total, least_disk_gb=disk.running + disk.bundle)
 
 
 def kept_estimate(recipe: Recipe, data: RemoteData | None) -> RecipeEstimate:
-    """The estimate of a recipe, kept between runs: making it takes torch, which takes seconds to load.
+    """The estimate of a recipe; what has to be counted for it takes torch, which takes seconds to load, and is kept.
 
     Raises:
         ManyEyesError: The model cannot be built as the recipe says.
     """
-    # What the estimate reads: other words or another gate do not make it anew.
+    return needs(recipe, kept_facts(recipe, data))
+
+
+def kept_facts(recipe: Recipe, data: RemoteData | None) -> RecipeFacts:
+    """What is counted on a recipe's model: shipped for the published recipes, kept between runs for the others.
+
+    Raises:
+        ManyEyesError: The model cannot be built as the recipe says.
+    """
     recipe = take_fields(recipe, ("model", "stages"), reader="the estimate")
     source = recipe.model.language_model.source
     with language_model_folder(recipe, data) as folder:
         config = language_model_config_file(source, snapshot_path=folder)
 
         def make() -> str:
-            from manyeyes.estimate.skeleton import estimate
+            from manyeyes.estimate.skeleton import count_facts
 
             check_parts(recipe.model)
-            return estimate(recipe, snapshot_path=folder).model_dump_json()
+            return count_facts(recipe, snapshot_path=folder).model_dump_json()
 
         # A file that is not there is refused where it is read.
-        digest = hash_file(config) if config.is_file() else "none"
-        return RecipeEstimate.model_validate_json(kept("estimates", recipe.digest, digest, make=make))
+        fields, digest = counted_fields(recipe), hash_file(config) if config.is_file() else "none"
+        shipped = shipped_facts(facts_key(fields, digest))
+        return shipped or RecipeFacts.model_validate_json(kept("facts", fields, digest, make=make))
 
 
 @contextmanager
@@ -376,26 +380,54 @@ def _space(subject: str, folder: Path, wanted_gb: float, least_gb: float, *, her
     return Check(subject, "ok", found, needed)
 
 
-def check_memory(need: Need | None) -> list[Check]:
-    """Memory of each device that trains, against the recipe's largest stage."""
-    if need is None or not need.memory_gb:
-        return []
-    stage = max(need.memory_gb, key=lambda name: need.memory_gb[name])
-    wanted, fixed = need.memory_gb[stage], need.fixed_gb[stage]
-    needed = f"{wanted:,.2f} GB for {stage}, {fixed:,.2f} GB of it whatever the batch"
+def check_memory(recipe: Recipe | None, need: Need | None) -> list[Check]:
+    """Memory of the devices that train, against each stage's; what does not fit is said with the nearest change.
+
+    A machine without a GPU may be lucky: samples are rarely as long as they can be, and it has room to swap.
+    """
+    checks: list[Check] = []
     known = device_memory()
-    if known is None:
-        return [Check("memory", "warning", "the memory of the nodes that train is not known here", needed, _KNOWN)]
-    capacity, where = known
-    found = f"{capacity:,.1f} GB ({where})"
-    if fixed > capacity:
-        return [Check("memory", "problem", found, needed, "Use a larger device, or train fewer parts.")]
-    if wanted > capacity:
-        do = f"Lower stages.{stage}.micro_batch_size, or use a larger device."
-        return [Check("memory", "warning", found, needed, do)]
-    return [Check("memory", "ok", found, needed)]
+    for name, spec in recipe.present_stages() if recipe is not None and need is not None else ():
+        way = way_of(spec, devices_of(name))
+        branches = need.stages[name] if need is not None else ()
+        memory = worst_memory(branches, spec, way)
+        subject = f"memory of {name}"
+        each = f"each of {way.devices} devices" if way.devices > 1 else "one device"
+        needed = f"{memory.total:,.2f} GB on {each}, {memory.fixed:,.2f} GB of it whatever the micro-batch"
+        if known is None:
+            found = "the memory of the nodes that train is not known here"
+            checks.append(Check(subject, "warning", found, needed, _KNOWN))
+            continue
+        capacity, where = known
+        found = f"{capacity:,.1f} GB ({where})"
+        if memory.total <= capacity:
+            checks.append(Check(subject, "ok", found, needed))
+            continue
+        lucky = memory.fixed <= capacity and where == _NO_GPU
+        do = _nearest_change(name, branches, spec, way, capacity, more=where != _NO_GPU)
+        checks.append(Check(subject, "warning" if lucky else "problem", found, needed, do))
+    return checks
 
 
+def _nearest_change(
+    stage: StageName, branches: Sequence[StageFacts], spec: StageSpec, way: Way, capacity_gb: float, *, more: bool
+) -> str:
+    """What makes a stage fit: another field of the recipe, or more devices."""
+    ways: list[str] = []
+    for change, other in changes(spec, way):
+        if worst_memory(branches, spec, other).total <= capacity_gb:
+            fields = [f"micro_batch_size={other.micro_batch}"] if other.micro_batch < way.micro_batch else []
+            fields += ["checkpoint_language_model=true"] if other.recompute and not way.recompute else []
+            fields += [f"lora={{rank: {other.rank}, alpha: 16}}"] if change == "LoRA" else []
+            ways.append(" ".join(f'--set "stages.{stage}.{field}"' for field in fields))
+            break
+    counts = [count for count in COUNTS if more and way.devices < count <= spec.batch_size]
+    fits = (count for count in counts if worst_memory(branches, spec, way_of(spec, count)).total <= capacity_gb)
+    ways += [f"{count} devices of this size" for count in fits][:1]
+    return f"It fits with {', or with '.join(ways)}." if ways else "Use larger devices, or train fewer parts."
+
+
+_NO_GPU = "this machine, without a GPU"
 _KNOWN = "Give the training steps a device of that size; MANYEYES_DEVICE_MEMORY_GB tells preflight what they have."
 
 
@@ -411,15 +443,33 @@ def device_memory() -> tuple[float, str] | None:
         return float(given), "MANYEYES_DEVICE_MEMORY_GB"
     if not trains_here():
         return None
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_GPU_TIMEOUT_S, check=False
-        )
-        sizes = [float(line) for line in answer.stdout.split() if line.replace(".", "").isdigit()]
-        if sizes:
-            return min(sizes) * 2**20 / _GB, "the smallest GPU of this machine"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GB, "this machine, without a GPU"
+    sizes = _gpus()
+    if sizes:
+        return min(sizes), "the smallest GPU of this machine"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GB, _NO_GPU
+
+
+def devices_of(stage: StageName) -> int:
+    """How many devices train a stage: the cluster profile says it, or this machine."""
+    for entry in os.environ.get("MANYEYES_DEVICES", "").split(","):
+        name, _, count = entry.partition("=")
+        if name.strip() == stage and count.strip().isdigit():
+            return max(1, int(count))
+    given = os.environ.get("MANYEYES_PROCESSES", "")
+    if given.isdigit():
+        return max(1, int(given))
+    return max(1, len(_gpus())) if trains_here() else 1
+
+
+def _gpus() -> list[float]:
+    """GB of each GPU of this machine."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=_GPU_TIMEOUT_S, check=False
+    )
+    return [float(line) * 2**20 / _GB for line in answer.stdout.split() if line.replace(".", "").isdigit()]
 
 
 def _tried(subject: str, found: str, call: Callable[[], object]) -> Check:
@@ -601,7 +651,7 @@ def _look(
             with found.collecting("model"):
                 need = estimate_recipe(parsed, data)
     found.checks += check_disk(need, data)
-    found.checks += check_memory(need)
+    found.checks += check_memory(parsed, need)
 
 
 def _mlflow_rows(left: Sequence[str]) -> list[Check]:

@@ -1,0 +1,255 @@
+"""Memory of each GPU that trains, and which GPUs a stage fits on: formulas over ``StageFacts``, without torch.
+
+With f the frozen parameters of the stage's model, t those that train, l a layer of the language model, r what of the
+language model is no layer, n the processes (one a GPU), b the micro-batch, w the bytes of a weight in computation (2
+for bf16, 4 for fp32)::
+
+    one process, or each holds all (sharding: replicate)
+      weights     4 f + 4 t            bf16 runs under autocast, whose copies come on top: + 2 (f + t)
+      gradients   4 t
+      optimizer   8 t                  AdamW: two moments in fp32
+    n processes, each with a share (sharding: shard, and what auto comes to where memory is short)
+      weights     w f / n + 4 t / n    fp32 masters of what trains; frozen parts in the dtype of computation
+                  + w (r + 2 l)        gathered: what is no layer, the layer at work and the one that is fetched ahead
+      gradients   4 t / n              shards
+                  + w (r + l)          not yet reduced: what is no layer, and the layer at work
+                  + 4 max(r, l)        reduced in fp32; adapters stand for r + l in both where there are some
+      optimizer   8 t / n
+    either way
+      activations b A                  what the code keeps for its backward pass, counted on the meta device
+      working     b A_l / 2 + logits   a layer's gradients while it runs backward; logits, made in chunks
+      runtime     2 GB                 the CUDA context, NCCL's buffers, cuBLAS's workspace
+
+Where layers are computed again, A is each layer's input, what its attention gave, and one layer's inside. With
+adapters the language model's own weights are frozen. A GPU of 80 GB has 80e9 bytes here; it really has 7% more, which
+is what the allocator may lose. Samples are as long as the recipe admits; auto is taken for shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from pydantic import Field
+
+from manyeyes.recipe import StageSpec
+from manyeyes.strict import StrictModel
+
+GB = 1e9
+GPU_SIZES_GB = (80, 48, 24)
+# Of one node, then nodes of eight.
+COUNTS = (1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64)
+ONE_NODE = 8
+
+_RUNTIME_BYTES = 2 * 10**9
+# manyeyes.model.branches.LOGITS_AT_ONCE, which cannot be imported without torch; a test holds them equal.
+LOGITS_AT_ONCE = 2**25
+# Logits in bf16 and fp32, their softmax, and the gradients of the first two.
+_BYTES_A_LOGIT = 16
+# Measured on a Llama (docs/recipes.md): under autocast the residual stream is fp32.
+_AUTOCAST = 1.25
+# Of an adapted layer: every linear layer's input is kept again, after its dropout, and in fp32.
+_ADAPTED = 1.5
+_ADAPTER_RANK = 64
+
+
+class StageFacts(StrictModel):
+    """Of a stage, what its memory follows from. Bytes are those that one sample of the greatest length keeps."""
+
+    encoder: str | None = Field(description="The encoder that prealign trains alone.")
+    parameters: dict[str, int] = Field(description="Of encoders, fusion, projector and language_model.")
+    trained: dict[str, int] = Field(description="Those of them that train, adapters under language_model.")
+    layers: int = Field(description="Of the language model.")
+    layers_parameters: int = Field(description="Of all its layers, adapters left out.")
+    layer_parameters: int = Field(description="Of its largest layer.")
+    linear_widths: int = Field(
+        description="Inputs and outputs of its layers' linear layers, added up: parameters of adapters of rank 1."
+    )
+    vocabulary: int = Field(description="Rows of its head.")
+    image_bytes: int = Field(description="Kept by encoders, fusion and projector.")
+    layers_bytes: int = Field(description="Kept by all layers of the language model.")
+    layer_bytes: int = Field(description="Kept by the one that keeps most.")
+    inputs_bytes: int = Field(description="Of the inputs of all layers.")
+    attention_bytes: int = Field(description="Of the outputs of attention in all layers.")
+    other_bytes: int = Field(description="Kept around the layers.")
+    tokens: int = Field(description="Of that sample, visual ones included.")
+    text_tokens: int = Field(description="Those of them that are text.")
+    flops: int = Field(description="Forward and backward of a sample of text_tokens tokens beside its image.")
+
+
+class StageMemory(StrictModel):
+    """Where the memory of one stage goes, on each device, in GB (1e9 bytes)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float = Field(default=0.0, description="A layer's gradients, logits, and what the runtime takes.")
+    micro_batch: int = Field(description="Samples a forward pass.")
+    tokens: int = Field(description="Tokens of the longest sample, visual ones included.")
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.fixed + self.activations
+
+    @property
+    def fixed(self) -> float:
+        """What no micro-batch changes much."""
+        return self.weights + self.gradients + self.optimizer + self.working
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a stage is trained, as far as its memory is concerned.
+
+    Attributes:
+        devices: Processes, one a device.
+        sharded: Each holds a share of every tensor; else each holds all of them.
+        micro_batch: Samples a forward pass on each.
+        recompute: Layers of the language model are computed again in the backward pass.
+        rank: Of adapters in place of the language model; None without.
+    """
+
+    devices: int
+    sharded: bool
+    micro_batch: int
+    recompute: bool
+    rank: int | None = None
+
+
+class Fit(StrictModel):
+    """Devices that a stage fits on."""
+
+    devices: int = Field(description="How many.")
+    device_gb: int = Field(description="Memory of each, GB.")
+    memory_gb: float = Field(description="What the stage takes of it.")
+    change: str = Field(description="What has to be changed in the recipe for it; empty for nothing.")
+
+    def __str__(self) -> str:
+        changed = f" ({self.change})" if self.change else ""
+        return f"{self.devices} x {self.device_gb} GB{changed}"
+
+
+def way_of(spec: StageSpec, devices: int) -> Way:
+    """How a recipe trains a stage on so many devices."""
+    share = -(-spec.batch_size // devices)
+    return Way(
+        devices=devices,
+        sharded=devices > 1 and spec.sharding != "replicate",
+        micro_batch=min(spec.micro_batch_size or spec.batch_size, share),
+        recompute=spec.checkpoint_language_model,
+        rank=spec.lora.rank if spec.lora else None,
+    )
+
+
+def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
+    """The formulas in the head of this module."""
+    bf16 = spec.precision == "bf16"
+    width, n = 2 if bf16 else 4, way.devices
+    trained = dict(facts.trained)
+    adapters_added = way.rank is not None and spec.lora is None
+    total = sum(facts.parameters.values())
+    if adapters_added:
+        trained["language_model"] = (way.rank or 0) * facts.linear_widths
+        total += trained["language_model"]
+    t = sum(trained.values())
+    root = facts.parameters["language_model"] - facts.layers_parameters
+    layer = facts.layer_parameters
+    if not way.sharded:
+        weights = 4.0 * total + (2 * total if bf16 else 0)
+        gradients, optimizer = 4.0 * t, 8.0 * t
+    else:
+        weights = width * (total - t) / n + 4 * t / n + width * (root + 2 * layer)
+        own = trained["language_model"]
+        # Adapters lie in the layers alone. The gradient of what is no layer is whole until the backward pass ends.
+        in_layer = min(layer, own / facts.layers)
+        outside = root if own > in_layer * facts.layers else 0
+        gradients = 4 * t / n + width * (outside + in_layer) + 4 * max(outside, in_layer)
+        optimizer = 8 * t / n
+    layer_bytes = facts.layer_bytes * (_ADAPTED if adapters_added else 1.0)
+    layers_bytes = facts.layers_bytes * (_ADAPTED if adapters_added else 1.0)
+    if way.recompute:
+        layers_bytes = facts.inputs_bytes + facts.attention_bytes + layer_bytes
+    samples = images = float(way.micro_batch)
+    if spec.packing is not None:
+        # Rows of so many tokens, as if of samples of the greatest length; short ones bring more images.
+        samples = max(1.0, spec.packing.tokens / facts.tokens)
+        images = spec.packing.images or samples * facts.tokens / max(1, facts.tokens - facts.text_tokens)
+    kept = images * facts.image_bytes + samples * (layers_bytes + facts.other_bytes)
+    if not way.sharded and bf16:
+        kept *= _AUTOCAST
+    logits = _BYTES_A_LOGIT * min(LOGITS_AT_ONCE, samples * facts.text_tokens * facts.vocabulary)
+    working = samples * layer_bytes / 2 + logits + _RUNTIME_BYTES
+    return StageMemory(
+        weights=weights / GB,
+        gradients=gradients / GB,
+        optimizer=optimizer / GB,
+        activations=kept / GB,
+        working=working / GB,
+        micro_batch=way.micro_batch,
+        tokens=facts.tokens,
+    )
+
+
+def worst_memory(branches: Iterable[StageFacts], spec: StageSpec, way: Way) -> StageMemory:
+    """Of the stage, or of the encoder that takes most where each is prealigned alone."""
+    return max((stage_memory(facts, spec, way) for facts in branches), key=lambda memory: memory.total)
+
+
+def changes(spec: StageSpec, way: Way) -> Iterator[tuple[str, Way]]:
+    """What can be changed in a recipe so that it takes less, the nearest first.
+
+    Returns:
+        In words and as a way to train; adapters only where the language model trains.
+    """
+    at_once = way.micro_batch if spec.packing is None else 1
+    while at_once > 1:
+        at_once //= 2
+        yield f"micro-batch {at_once}", _with(way, micro_batch=at_once)
+    if not way.recompute:
+        yield "recompute", _with(way, recompute=True)
+        yield "recompute, micro-batch 1", _with(way, recompute=True, micro_batch=1)
+    if "language_model" in spec.train and way.rank is None:
+        yield "LoRA", _with(way, recompute=True, micro_batch=1, rank=_ADAPTER_RANK)
+
+
+def _with(way: Way, **changed: int | bool) -> Way:
+    return replace(way, **changed)  # type: ignore[arg-type]
+
+
+def find_fits(branches: Iterable[StageFacts], spec: StageSpec) -> list[Fit]:
+    """For each size of GPU the fewest that the stage fits on as the recipe says.
+
+    Where that is more than a node, and a change makes it fit on a node or less, the nearest change is offered as well.
+    """
+    branches = list(branches)
+    found = []
+    for size in GPU_SIZES_GB:
+        as_is = next(_on(branches, spec, size, COUNTS, ""), None)
+        changed = None
+        if as_is is None or as_is.devices > ONE_NODE:
+            nodes = [count for count in COUNTS if count <= ONE_NODE]
+            names = dict.fromkeys(name for count in nodes for name, _ in changes(spec, way_of(spec, count)))
+            # The nearest change decides, and then the number.
+            changed = next((fit for name in names for fit in _on(branches, spec, size, nodes, name)), None)
+        # Several nodes of smaller GPUs are worth a line only where nothing else will do.
+        if as_is is not None and (changed is None or size == GPU_SIZES_GB[0]):
+            found.append(as_is)
+        found += [changed] if changed is not None else []
+    return found
+
+
+def _on(branches: list[StageFacts], spec: StageSpec, size_gb: int, counts: Iterable[int], change: str) -> Iterator[Fit]:
+    for count in counts:
+        if count > spec.batch_size:
+            return
+        way = way_of(spec, count)
+        if change:
+            found = dict(changes(spec, way)).get(change)
+            if found is None:
+                continue
+            way = found
+        total = worst_memory(branches, spec, way).total
+        if total <= size_gb:
+            yield Fit(devices=count, device_gb=size_gb, memory_gb=round(total, 3), change=change)
