@@ -11,9 +11,12 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot
 from moto.server import ThreadedMotoServer
 
+from manyeyes.data.fetching import list_files
+from manyeyes.data.mixture import Mixture
 from manyeyes.data.remote import S3Remote, open_remote
-from manyeyes.data.snapshot import hash_folder, list_files, open_snapshot
+from manyeyes.data.snapshot import hash_folder, open_snapshot
 from manyeyes.errors import SnapshotError
+from manyeyes.recipe import MixturePart
 
 URL = "s3://bucket/some/prefix"
 
@@ -64,10 +67,15 @@ def find_key(md5: str, relpath: str) -> str:
     return f"some/prefix/files/md5/{entry.md5[:2]}/{entry.md5[2:]}"
 
 
-def test_a_snapshot_is_fetched_from_s3(md5: str, tmp_path: Path) -> None:
-    snapshot = open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache")
-    assert hash_folder(snapshot.path) == md5
+def materialise(md5: str, cache: Path) -> Path:
+    """Folder of a snapshot with all its shards."""
+    snapshot = open_snapshot(md5=md5, remote=URL, cache_dir=cache)
     assert len(snapshot.shards("toy-train")) == 10
+    return snapshot.path
+
+
+def test_a_snapshot_is_fetched_from_s3(md5: str, tmp_path: Path) -> None:
+    assert hash_folder(materialise(md5, tmp_path / "cache")) == md5
 
 
 def test_a_broken_off_download_asks_for_the_rest_only(
@@ -86,16 +94,16 @@ def test_a_broken_off_download_asks_for_the_rest_only(
             yield chunk
 
     monkeypatch.setattr(S3Remote, "stream", count)
-    snapshot = open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache")
+    path = materialise(md5, tmp_path / "cache")
     assert received["toy/train-00003.parquet"] == len(shard) - 700
-    assert hash_folder(snapshot.path) == md5
+    assert hash_folder(path) == md5
 
 
 def test_a_start_longer_than_the_object_is_thrown_away(md5: str, tmp_path: Path) -> None:
     partial = tmp_path / "cache" / "snapshots" / f"{md5}.partial" / "toy"
     partial.mkdir(parents=True)
     (partial / ".train-00003.parquet.part").write_bytes(b"x" * 1_000_000)
-    assert hash_folder(open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache").path) == md5
+    assert hash_folder(materialise(md5, tmp_path / "cache")) == md5
 
 
 def test_a_connection_that_breaks_off_is_taken_up_again(
@@ -117,21 +125,21 @@ def test_a_connection_that_breaks_off_is_taken_up_again(
         yield data
 
     monkeypatch.setattr(remote, "_read_body", break_off_once)
-    assert hash_folder(open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache").path) == md5
+    assert hash_folder(materialise(md5, tmp_path / "cache")) == md5
     assert broken
 
 
 def test_a_damaged_object_is_refused(md5: str, client: Any, tmp_path: Path) -> None:
     client.put_object(Bucket="bucket", Key=find_key(md5, "toy/train-00002.parquet"), Body=b"damaged")
     with pytest.raises(SnapshotError, match=r"toy/train-00002\.parquet .* has md5"):
-        open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache" / "snapshots" / md5).exists()
+        materialise(md5, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*train-00002.parquet*"))
 
 
 def test_a_missing_object_is_named(md5: str, client: Any, tmp_path: Path) -> None:
     client.delete_object(Bucket="bucket", Key=find_key(md5, "toy/train-00002.parquet"))
     with pytest.raises(SnapshotError, match=r"lacks toy/train-00002\.parquet") as caught:
-        open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache")
+        materialise(md5, tmp_path / "cache")
     assert not caught.value.retry
 
 
@@ -157,3 +165,28 @@ def test_a_store_that_does_not_answer_is_worth_a_retry(monkeypatch: pytest.Monke
     with pytest.raises(SnapshotError, match="cannot be reached") as caught:
         list_files(open_remote(URL), "0" * 32)
     assert caught.value.retry
+
+
+def test_a_mixture_fetches_shards_from_s3_when_it_reads_them(md5: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    mixture = Mixture([MixturePart(dataset="toy-train")], open_snapshot(md5=md5, remote=URL, cache_dir=cache), seed=0)
+    assert list(cache.rglob("*.parquet")) == []
+    ids = {mixture.sample(0, index).record.id for index in range(len(mixture))}
+    assert len(ids) == 40
+    assert len(list(cache.rglob("*.parquet"))) == 10
+
+
+def test_a_shard_that_is_damaged_in_s3_stops_who_reads_it(md5: str, client: Any, tmp_path: Path) -> None:
+    key = find_key(md5, "toy/train-00004.parquet")
+    data = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+    client.put_object(Bucket="bucket", Key=key, Body=b"x" + data[1:])
+    snapshot = open_snapshot(md5=md5, remote=URL, cache_dir=tmp_path / "cache")
+    mixture = Mixture([MixturePart(dataset="toy-train")], snapshot, seed=0)
+
+    def read_all() -> None:
+        for index in range(len(mixture)):
+            mixture.sample(0, index)
+
+    with pytest.raises(SnapshotError, match=r"train-00004\.parquet .* has md5"):
+        read_all()
+    assert not list((tmp_path / "cache").rglob("*train-00004*"))

@@ -11,12 +11,13 @@ import pytest
 from data_samples import lay_out_remote, make_record, make_snapshot, write_remote
 
 from manyeyes.data.builders.manifest import add_pretrained, write_snapshot_manifest
+from manyeyes.data.fetching import list_files
 from manyeyes.data.remote import FolderRemote, open_remote
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import (
     DvcOutput,
+    Snapshot,
     hash_folder,
-    list_files,
     open_folder,
     open_snapshot,
     read_default_remote,
@@ -40,6 +41,14 @@ def remote(folder: Path, tmp_path: Path) -> tuple[str, str]:
     return md5, write_remote(tmp_path / "remote", objects)
 
 
+def materialise(md5: str, url: str, cache: Path) -> Snapshot:
+    """A snapshot with all its shards."""
+    snapshot = open_snapshot(md5=md5, remote=url, cache_dir=cache)
+    for dataset in snapshot.manifest.datasets:
+        snapshot.shards(dataset)
+    return snapshot
+
+
 def test_the_manifest_says_what_is_there(folder: Path) -> None:
     snapshot = open_folder(folder)
     train = snapshot.manifest.datasets["toy-train"]
@@ -59,7 +68,7 @@ def test_the_md5_is_the_one_that_dvc_documents(folder: Path) -> None:
 
 def test_a_snapshot_is_materialised_whole(remote: tuple[str, str], folder: Path, tmp_path: Path) -> None:
     md5, url = remote
-    snapshot = open_snapshot(md5=f"{md5}.dir", remote=url, cache_dir=tmp_path / "cache")
+    snapshot = materialise(f"{md5}.dir", url, tmp_path / "cache")
     assert snapshot.path == tmp_path / "cache" / "snapshots" / md5
     assert snapshot.md5 == md5 == hash_folder(snapshot.path)
     assert list(RecordReader(snapshot.shards("toy-test"))) == list(RecordReader([folder / "toy/test-00000.parquet"]))
@@ -81,12 +90,11 @@ def test_a_damaged_object_is_refused_and_nothing_is_left_under_its_name(
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
     cache = tmp_path / "cache"
     with pytest.raises(SnapshotError, match=rf"test-00000\.parquet .* has md5 .*; md5 {entry.md5}"):
-        open_snapshot(md5=md5, remote=url, cache_dir=cache)
-    assert not (cache / "snapshots" / md5).exists()
+        materialise(md5, url, cache)
     assert not list(cache.rglob("*test-00000.parquet*"))
     # Once the remote is fixed, the same call succeeds, with what was good already.
     damaged.write_bytes((folder / "toy/test-00000.parquet").read_bytes())
-    assert hash_folder(open_snapshot(md5=md5, remote=url, cache_dir=cache).path) == md5
+    assert hash_folder(materialise(md5, url, cache).path) == md5
 
 
 def test_a_broken_off_download_goes_on_where_it_stopped(
@@ -107,7 +115,7 @@ def test_a_broken_off_download_goes_on_where_it_stopped(
         return stream(self, key, offset=offset, what=what)
 
     monkeypatch.setattr(FolderRemote, "stream", remember)
-    snapshot = open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache")
+    snapshot = materialise(md5, url, tmp_path / "cache")
     assert asked == {"manifest.json": 0, "toy/test-00000.parquet": 0, "toy/train-00002.parquet": 1000}
     assert hash_folder(snapshot.path) == md5
 
@@ -117,7 +125,7 @@ def test_a_wrong_start_of_a_download_is_thrown_away(remote: tuple[str, str], tmp
     partial = tmp_path / "cache" / "snapshots" / f"{md5}.partial" / "toy"
     partial.mkdir(parents=True)
     (partial / ".train-00002.parquet.part").write_bytes(b"not the start of that file")
-    assert hash_folder(open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache").path) == md5
+    assert hash_folder(materialise(md5, url, tmp_path / "cache").path) == md5
 
 
 def test_a_full_disk_is_a_storage_error_and_the_next_call_goes_on(
@@ -129,11 +137,11 @@ def test_a_full_disk_is_a_storage_error_and_the_next_call_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("manyeyes.data.snapshot.os.fsync", refuse)
+        patch.setattr("manyeyes.data.fetching.os.fsync", refuse)
         with pytest.raises(StorageError, match="no space left"):
             open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache" / "snapshots" / md5).exists()
-    assert hash_folder(open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache").path) == md5
+    assert hash_folder(materialise(md5, url, tmp_path / "cache").path) == md5
 
 
 def test_an_object_that_cannot_be_read_is_the_remotes_fault(remote: tuple[str, str], tmp_path: Path) -> None:
@@ -143,11 +151,11 @@ def test_an_object_that_cannot_be_read_is_the_remotes_fault(remote: tuple[str, s
     broken.unlink()
     broken.mkdir()
     with pytest.raises(SnapshotError, match=f"{entry.md5[2:]} cannot be read"):
-        open_snapshot(md5=md5, remote=url, cache_dir=tmp_path / "cache")
+        materialise(md5, url, tmp_path / "cache")
 
 
 def _open(md5: str, remote: str, cache: Path) -> str:
-    return hash_folder(open_snapshot(md5=md5, remote=remote, cache_dir=cache).path)
+    return hash_folder(materialise(md5, remote, cache).path)
 
 
 def test_several_processes_open_one_snapshot_at_once(remote: tuple[str, str], tmp_path: Path) -> None:

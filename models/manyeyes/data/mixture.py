@@ -161,8 +161,13 @@ class Mixture:
         self._seed = seed
         self._quarantine = quarantine
         cache: GroupCache = OrderedDict()  # a window's groups come from all parts
+        self._source = snapshot.on_demand([part.dataset for part in self._parts])
+        if self._source is not None:
+            self._source.ends()
         self._readers = [
-            RecordReader(snapshot.shards(part.dataset), cached_groups=WINDOW_GROUPS, cache=cache)
+            RecordReader(
+                snapshot.shard_paths(part.dataset), cached_groups=WINDOW_GROUPS, cache=cache, source=self._source
+            )
             for part in self._parts
         ]
         self._rows = [
@@ -216,11 +221,22 @@ class Mixture:
         _, groups, starts = self._order
         number = int(np.searchsorted(starts, index, side="right")) - 1
         if self._window is None or self._window[:2] != (epoch, number):
-            chosen = groups[number * WINDOW_GROUPS : (number + 1) * WINDOW_GROUPS]
-            self._window = (epoch, number, self._shuffle_samples(epoch, chosen))
-        position = int(self._window[2][index - starts[number]])
+            first = number * WINDOW_GROUPS
+            self._window = (epoch, number, self._shuffle_samples(epoch, groups[first : first + WINDOW_GROUPS]))
+            self._fetch_ahead(groups[first : first + 2 * WINDOW_GROUPS])
+        return self._place(int(self._window[2][index - starts[number]]))
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Part and row of a position."""
         part = bisect.bisect_right(self._starts, position) - 1
         return part, self._rows[part][position - self._starts[part]]
+
+    def _fetch_ahead(self, groups: NDArray[np.int64]) -> None:
+        if self._source is None:
+            return
+        firsts = [self._place(int(position)) for position in self._groups[groups, 0]]
+        shards = [self._readers[part].shard_of(row) for part, row in firsts]
+        self._source.fetch_ahead(list(dict.fromkeys(shards)))
 
     def _find_groups(self) -> NDArray[np.int64]:
         """First position and length of what is used of each row group, ``[G, 2]``; empty ones left out."""

@@ -14,7 +14,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -205,6 +205,22 @@ def write_shards(
     return writer.paths
 
 
+class ShardSource(Protocol):
+    """Has shards on this disk when they are needed."""
+
+    def ends(self) -> None:
+        """Have the footers of all shards at hand."""
+
+    def end(self, path: Path) -> Path | pa.Buffer:
+        """A shard, or as much of it as holds its footer."""
+
+    def fetch(self, path: Path) -> None:
+        """Return when a shard is on this disk."""
+
+    def fetch_ahead(self, paths: Sequence[Path]) -> None:
+        """Fetch shards while this process does something else."""
+
+
 GroupCache = OrderedDict[tuple[int, int], pa.RecordBatch]
 """Row groups in memory, by their reader and number; the one used last is at the end."""
 
@@ -216,18 +232,29 @@ class RecordReader:
         shards: Parquet files, in order; their rows are numbered through.
         cached_groups: How many row groups stay in memory.
         cache: Where they stay, for readers that share the number.
+        source: Has the shards where they are needed; None where they are on this disk.
 
     Raises:
         SnapshotError: A shard is missing, truncated, or has other columns.
     """
 
-    def __init__(self, shards: Sequence[Path], *, cached_groups: int = 4, cache: GroupCache | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        cached_groups: int = 4,
+        cache: GroupCache | None = None,
+        source: ShardSource | None = None,
+    ) -> None:
         self.shards = list(shards)
         self._cached_groups = cached_groups
         self._cache: GroupCache = OrderedDict() if cache is None else cache
+        self._source = source
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         # (shard, row group within it, rows) of each row group that has some
-        groups = np.concatenate([np.zeros((0, 3), np.int64), *map(_list_groups, range(len(self.shards)), self.shards)])
+        ends = (path if source is None else source.end(path) for path in self.shards)
+        lists = map(_list_groups, range(len(self.shards)), self.shards, ends)
+        groups = np.concatenate([np.zeros((0, 3), np.int64), *lists])
         self._groups = groups[:, :2].astype(np.int32)
         self._starts = np.cumsum(groups[:, 2]) - groups[:, 2]
         self._rows = int(groups[:, 2].sum())
@@ -296,13 +323,32 @@ class RecordReader:
         try:
             if shard not in self._open:
                 self._make_room(shard)
-                self._open[shard] = pq.ParquetFile(path)
+                self._open[shard] = self._open_shard(path)
             file = self._open[shard]
             self._open.move_to_end(shard)
             table = file.read_row_group(row_group, columns=SCHEMA.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return table.combine_chunks().to_batches()[0]
+
+    def _open_shard(self, path: Path) -> pq.ParquetFile:
+        if self._source is None:
+            return pq.ParquetFile(path)
+        self._source.fetch(path)
+        try:
+            return pq.ParquetFile(path)
+        except FileNotFoundError:  # another process made room meanwhile
+            self._source.fetch(path)
+            return pq.ParquetFile(path)
+
+    def shard_of(self, index: int) -> Path:
+        """The shard that a record is in.
+
+        Args:
+            index: As for ``read``.
+        """
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.shards[int(self._groups[group, 0])]
 
     def _make_room(self, shard: int) -> None:
         # A footer of 1,000 row groups takes 8 MB in memory, and 8 ms to read again.
@@ -311,21 +357,25 @@ class RecordReader:
             self._open.popitem(last=False)[1].close()
 
 
-def _list_groups(shard: int, path: Path) -> NDArray[np.int64]:
-    metadata = read_shard_metadata(path)
+def _list_groups(shard: int, path: Path, end: Path | pa.Buffer) -> NDArray[np.int64]:
+    metadata = read_shard_metadata(path, end=end)
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     return np.array([(shard, group, count) for group, count in enumerate(rows) if count], np.int64).reshape(-1, 3)
 
 
-def read_shard_metadata(path: Path) -> pq.FileMetaData:
+def read_shard_metadata(path: Path, *, end: Path | pa.Buffer | None = None) -> pq.FileMetaData:
     """Footer of a shard, its columns checked.
+
+    Args:
+        path: The shard.
+        end: As much of it as holds the footer, where it is not on this disk.
 
     Raises:
         SnapshotError: The shard is missing, truncated, or has other columns.
     """
     try:
         # A footer that was asked for its own ``schema`` stays until the garbage collector comes, 8 MB of it.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(pa.BufferReader(end) if isinstance(end, pa.Buffer) else path) as file:
             metadata, schema = file.metadata, file.schema_arrow
     except FileNotFoundError as error:
         raise SnapshotError(

@@ -2,8 +2,8 @@
 
 A DVC 3 remote keeps a folder as a JSON list of ``{"md5", "relpath"}`` at ``files/md5/<2>/<30>.dir`` and every file at
 ``files/md5/<2>/<30>``. ``open_snapshot`` reads that layout from a folder or from S3, checks every file's md5 once, and
-keeps the folder under ``<cache>/snapshots/<md5>``. Files are fetched in parallel, and a broken-off download goes on
-where it stopped.
+keeps the folder under ``<cache>/snapshots/<md5>``; shards come when they are asked for. Files are fetched in parallel,
+and a broken-off download goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,174 +12,22 @@ import configparser
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import pydantic
 import yaml
 from pydantic import Field
 
-from manyeyes.data.remote import Remote, open_remote
+from manyeyes.data.fetching import RemoteShards, ShardsOnDemand, download_folder, normalise_md5, shards_limit
+from manyeyes.data.remote import open_remote
 from manyeyes.data.shards import storage_error
 from manyeyes.errors import SnapshotError, did_you_mean
 from manyeyes.storage import file_lock, hash_file
 from manyeyes.strict import StrictModel
-
-_MD5 = re.compile(r"[0-9a-f]{32}")
-_TRANSFERS = 16
-_CHUNK = 1024**2
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file of a snapshot in a remote.
-
-    Attributes:
-        relpath: Path inside the snapshot.
-        md5: Of its content; its address in the remote.
-    """
-
-    relpath: str
-    md5: str
-
-
-def normalise_md5(md5: str) -> str:
-    """Strip ``.dir`` and check the rest.
-
-    Raises:
-        SnapshotError: Not 32 hexadecimal digits.
-    """
-    plain = md5.strip().lower().removesuffix(".dir")
-    if not _MD5.fullmatch(plain):
-        raise SnapshotError(f'data md5 is "{md5}"', "32 hexadecimal digits", "Copy it from data.dvc (outs[0].md5).")
-    return plain
-
-
-def list_files(remote: Remote, md5: str) -> list[RemoteFile]:
-    """The files of a folder, from its listing in the remote.
-
-    Args:
-        remote: Where it is.
-        md5: Of the folder, without ``.dir``.
-
-    Raises:
-        SnapshotError: The remote lacks it, does not answer (``retry``), or its listing is damaged.
-    """
-    key = f"{_key(md5)}.dir"
-    data = remote.read(key)
-    if data is None:
-        if remote.read(f"{md5[:2]}/{md5[2:]}.dir") is not None:
-            raise SnapshotError(
-                f"remote {remote.url} holds {md5} in the layout of DVC 2",
-                "the layout of DVC 3 (files/md5/...)",
-                "Run: dvc cache migrate --dvc-files && dvc push, with DVC 3",
-            )
-        raise SnapshotError(
-            f"remote {remote.url} has no snapshot {md5}", f"an object {key}", "Push it: dvc push. Or correct data_md5."
-        )
-    _check_md5(data, md5, where=f"{remote.url}/{key}")
-    try:
-        files = [RemoteFile(relpath=entry["relpath"], md5=entry["md5"]) for entry in json.loads(data)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SnapshotError(
-            f"{remote.url}/{key} is not a listing", "JSON of md5 and relpath", "Run: dvc push"
-        ) from error
-    for file in files:
-        parts = PurePosixPath(file.relpath).parts
-        if not parts or ".." in parts or parts[0] == "/" or not _MD5.fullmatch(file.md5):
-            raise SnapshotError(
-                f'{remote.url}/{key} lists "{file.relpath}" ({file.md5})',
-                "paths inside the folder",
-                "Add the data again.",
-            )
-    return files
-
-
-def _key(md5: str) -> str:
-    return f"files/md5/{md5[:2]}/{md5[2:]}"
-
-
-def _check_md5(data: bytes, md5: str, *, where: str) -> None:
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise _mismatch(where, found=found, needed=md5)
-
-
-def _mismatch(where: str, *, found: str, needed: str) -> SnapshotError:
-    return SnapshotError(
-        f"{where} has md5 {found}",
-        f"md5 {needed}",
-        "The remote's copy is damaged: delete it there and push it again from a good copy (dvc push).",
-    )
-
-
-def download_folder(md5: str, *, remote: Remote, path: Path) -> None:
-    """Fetch every file into ``<path>.partial``, which becomes ``path`` when it is complete.
-
-    A file is in there under its own name only after its md5 was checked, so what is there need not be fetched again.
-
-    Args:
-        md5: Of the folder, without ``.dir``.
-        remote: Where it is.
-        path: Folder to make.
-
-    Raises:
-        SnapshotError: The remote lacks a file, does not answer (``retry``), or holds one that does not match its md5.
-        OSError: No space or no permission.
-    """
-    files = list_files(remote, md5)
-    partial = path.with_name(f"{md5}.partial")
-    _for_all(lambda file: _fetch(file, remote=remote, folder=partial), files)
-    partial.rename(path)
-
-
-def _for_all(call: Callable[[RemoteFile], None], files: Sequence[RemoteFile]) -> None:
-    with ThreadPoolExecutor(max_workers=_TRANSFERS) as pool:
-        futures = [pool.submit(call, file) for file in files]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _fetch(file: RemoteFile, *, remote: Remote, folder: Path) -> None:
-    target = folder / file.relpath
-    if target.is_file():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    resumed = part.is_file()
-    found = _download(file, remote=remote, part=part)
-    if found != file.md5 and resumed:  # what was there before may have been the wrong bytes
-        part.unlink()
-        found = _download(file, remote=remote, part=part)
-    if found != file.md5:
-        part.unlink()
-        raise _mismatch(f"{file.relpath} ({remote.url}/{_key(file.md5)})", found=found, needed=file.md5)
-    part.replace(target)
-
-
-def _download(file: RemoteFile, *, remote: Remote, part: Path) -> str:
-    """Go on with a download where ``part`` ends, and return the md5 of the whole."""
-    hasher = hashlib.md5(usedforsecurity=False)
-    with part.open("a+b") as out:
-        out.seek(0)
-        while chunk := out.read(_CHUNK):
-            hasher.update(chunk)
-        if hasher.hexdigest() != file.md5 or out.tell() == 0:
-            for chunk in remote.stream(_key(file.md5), offset=out.tell(), what=file.relpath):
-                out.write(chunk)
-                hasher.update(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    return hasher.hexdigest()
-
 
 _Entry = TypeVar("_Entry")
 
@@ -233,11 +81,13 @@ class Snapshot:
         path: Its folder.
         md5: As DVC computes it for the folder, without the ``.dir`` suffix: 32 hexadecimal digits.
         manifest: What is in it.
+        remote: Where shards come from that are not there yet; None where all are.
     """
 
     path: Path
     md5: str
     manifest: SnapshotManifest
+    remote: RemoteShards | None = None
 
     def dataset(self, name: str) -> DatasetEntry:
         """What the manifest says of a data set.
@@ -248,12 +98,37 @@ class Snapshot:
         return _look_up(self.manifest.datasets, name, what="data set")
 
     def shards(self, dataset: str) -> list[Path]:
-        """The shards of a data set, in order.
+        """The shards of a data set, in order, fetched where they are not there yet.
+
+        Raises:
+            SnapshotError: No such data set; or the remote lacks a shard, does not answer (``retry``), or holds one that
+                does not match its md5.
+            StorageError: No space or no permission.
+        """
+        paths = [shard.path for shard in self.dataset(dataset).shards]
+        if self.remote is not None:
+            self.remote.fetch(paths)
+        return [self.path / path for path in paths]
+
+    def shard_paths(self, dataset: str) -> list[Path]:
+        """Where the shards of a data set are or will be, in order; none is fetched.
 
         Raises:
             SnapshotError: No such data set.
         """
         return [self.path / shard.path for shard in self.dataset(dataset).shards]
+
+    def on_demand(self, datasets: Sequence[str]) -> ShardsOnDemand | None:
+        """The shards of some data sets for who reads them one after the other; None where all are on this disk.
+
+        Raises:
+            SnapshotError: No such data set.
+            PipelineError: ``MANYEYES_SHARDS_GB`` is no number.
+        """
+        if self.remote is None:
+            return None
+        sizes = {shard.path: shard.bytes for dataset in datasets for shard in self.dataset(dataset).shards}
+        return ShardsOnDemand(self.remote, self.path, sizes, most_bytes=shards_limit())
 
     def pretrained(self, name: str) -> Path:
         """Folder of a pretrained part.
@@ -282,7 +157,7 @@ class DvcOutput:
 
 
 def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
-    """Open a snapshot, fetching what is not there yet.
+    """Open a snapshot; what is not there yet is fetched, a shard when it is asked for.
 
     Several processes may open the same snapshot at once: one fetches, the others wait.
 
@@ -301,10 +176,11 @@ def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
         try:
             with file_lock(path.parent / f"{md5}.lock"):
                 if not path.is_dir():
-                    download_folder(md5, remote=open_remote(remote), path=path)
+                    download_folder(md5, remote=open_remote(remote), path=path, first=MANIFEST, later=_list_shards)
         except OSError as error:
             raise storage_error(error, path) from error
-    return Snapshot(path=path, md5=md5, manifest=_read_manifest(path))
+    manifest = _read_manifest(path, whole=False)
+    return Snapshot(path=path, md5=md5, manifest=manifest, remote=RemoteShards(md5, remote, path))
 
 
 def open_folder(path: Path) -> Snapshot:
@@ -426,7 +302,18 @@ def _look_up(table: dict[str, _Entry], name: str, *, what: str) -> _Entry:
     return table[name]
 
 
-def _read_manifest(path: Path) -> SnapshotManifest:
+def _list_shards(manifest: Path) -> list[str]:
+    """The shards that a manifest names; none where it is missing or no manifest, which its reader says."""
+    if not manifest.is_file():
+        return []
+    try:
+        datasets = SnapshotManifest.model_validate_json(manifest.read_bytes()).datasets
+    except pydantic.ValidationError:
+        return []
+    return [shard.path for dataset in datasets.values() for shard in dataset.shards]
+
+
+def _read_manifest(path: Path, *, whole: bool = True) -> SnapshotManifest:
     file = path / MANIFEST
     if not file.is_file():
         raise SnapshotError(f"{path} has no {MANIFEST}", "a snapshot", "Make one: manyeyes data build easy-vqa OUT")
@@ -438,7 +325,8 @@ def _read_manifest(path: Path) -> SnapshotManifest:
         raise SnapshotError(f"{file}: {place}: {first['msg']}", "a snapshot's manifest", "Build it again.") from error
     for dataset in manifest.datasets.values():
         for shard in dataset.shards:
-            _check_size(path / shard.path, shard.bytes)
+            if whole or (path / shard.path).is_file():
+                _check_size(path / shard.path, shard.bytes)
     return manifest
 
 

@@ -548,8 +548,7 @@ def _explain_missing_column(expectation: SuiteExpectation, column: str, profile:
 
 
 def _check_shards(snapshot: Snapshot, dataset: str) -> None:
-    for shard in snapshot.dataset(dataset).shards:
-        path = snapshot.path / shard.path
+    for shard, path in zip(snapshot.dataset(dataset).shards, snapshot.shards(dataset), strict=True):
         found = hash_file(path)
         if found != shard.sha256:
             raise SnapshotError(

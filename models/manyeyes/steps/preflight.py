@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Literal
 import pydantic
 from pydantic import Field
 
+from manyeyes.data.fetching import RemoteFile, list_files, normalise_md5, shards_limit
 from manyeyes.data.remote import Remote, open_remote
-from manyeyes.data.snapshot import MANIFEST, RemoteFile, SnapshotManifest, list_files, normalise_md5
+from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
 from manyeyes.errors import ManyEyesError, PreflightError, SnapshotError, SourceError, did_you_mean
 from manyeyes.estimate import RecipeEstimate, RecipeFacts, counted_fields, facts_key, needs, shipped_facts
 from manyeyes.estimate.memory import COUNTS, StageFacts, Way, changes, way_of, worst_memory
@@ -360,7 +361,9 @@ def check_disk(need: Need | None, data: RemoteData | None) -> list[Check]:
         here = trains_here() or bool(os.environ.get("MANYEYES_WORKDIR"))
         do = "Free some space, or set MANYEYES_WORKDIR to a larger disk."
         checks.append(_space("disk for checkpoints", work_dir(), need.disk_gb, need.least_disk_gb, here=here, do=do))
-    if data is not None and not (cache_dir() / "snapshots" / data.md5).is_dir():
+    folder = None if data is None else cache_dir() / "snapshots" / data.md5
+    # With a bound, and where it has begun to come, how much of it will be there at once is not known here.
+    if data is not None and folder is not None and not folder.is_dir() and shards_limit() is None:
         size = data.num_bytes / _GB
         do = "Free some space, or set MANYEYES_CACHE to a larger disk."
         checks.append(_space("disk for the snapshot", cache_dir(), size, size, here=True, do=do))

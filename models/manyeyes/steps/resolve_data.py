@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from manyeyes.data.snapshot import normalise_md5
+from manyeyes.data.fetching import normalise_md5
 from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import EVALUATION_STEPS, SLICES, Pinned, locate_data

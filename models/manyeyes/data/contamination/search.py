@@ -306,7 +306,8 @@ def open_source(name: str, *, snapshot: Snapshot) -> Source:
     name, digest = split_pin(name)
     if name in snapshot.manifest.datasets:
         entry = snapshot.dataset(name)
-        return Source(name, tuple((snapshot.path / shard.path, shard.sha256) for shard in entry.shards))
+        digests = [shard.sha256 for shard in entry.shards]
+        return Source(name, tuple(zip(snapshot.shards(name), digests, strict=True)))
     path = Path(name)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
