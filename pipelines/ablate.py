@@ -6,7 +6,6 @@ from kfp import dsl
 from components.compare_trials.component import compare_trials
 from components.plan_ablation.component import plan_ablation
 from components.preflight.component import preflight
-from components.resolve_data.component import resolve_data
 from components.summarise_run.component import summarise_run
 from components.train_trial.component import train_trial
 from components.validate_data.component import validate_data
@@ -32,11 +31,12 @@ def trials(
     """
     with dsl.ParallelFor(batches, name="each batch") as batch:
         scored = train_trial(variants=batch, validation=validation, pinned=trial)
+    # Never cached, and cheap: how a run ended that is otherwise from the cache is known by it.
     compared = compare_trials(
         variants=variants,
         trials=dsl.Collected(scored.outputs["trial"]),
         pinned=compare,
-    )
+    ).set_caching_options(False)
     return compared.outputs["comparison"]
 
 
@@ -72,9 +72,7 @@ def ablate(
         pipeline="ablate", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
     with dsl.ExitHandler(summary.set_caching_options(False), name="train and compare variants"):
-        checked = preflight(**form).set_caching_options(False)
-        resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs
+        pinned = preflight(**form).set_caching_options(False).outputs
         planned = plan_ablation(pinned=pinned["plan_ablation"], ablate_grid=ablate_grid)
         validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
         trials(

@@ -6,7 +6,6 @@ from kfp import dsl
 from components.fetch_model.component import fetch_model
 from components.merge_scorecards.component import merge_scorecards
 from components.plan_evaluation.component import plan_evaluation
-from components.resolve_data.component import resolve_data
 from components.score_benchmark.component import score_benchmark
 from components.summarise_run.component import summarise_run
 
@@ -33,7 +32,10 @@ def benchmarks(
     """
     with dsl.ParallelFor(names, name="each benchmark") as benchmark:
         scored = score_benchmark(benchmark=benchmark, kind=kind, model=model, pinned=score)
-    merged = merge_scorecards(scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=merge)
+    # Never cached, and cheap: how a run ended that is otherwise from the cache is known by it.
+    merged = merge_scorecards(
+        scorecards=dsl.Collected(scored.outputs["scorecard"]), champion=champion, pinned=merge
+    ).set_caching_options(False)
     return merged.outputs["scorecard"]
 
 
@@ -58,21 +60,16 @@ def evaluate(
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
         data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
     """
-    form = {
-        "recipe": recipe,
-        "recipe_overrides": recipe_overrides,
-        "recipe_text": recipe_text,
-        "data_md5": data_md5,
-        "data_remote": data_remote,
-        "registry_model": "",
-    }
     summary = summarise_run(pipeline="evaluate", subject=evaluate_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
     with dsl.ExitHandler(summary.set_caching_options(False), name="score and report"):
-        resolved = resolve_data(**form).set_caching_options(False)
         planned = plan_evaluation(
             evaluate_model=evaluate_model,
             evaluate_benchmarks=evaluate_benchmarks,
-            pinned=resolved.outputs["plan_evaluation"],
+            recipe=recipe,
+            recipe_overrides=recipe_overrides,
+            recipe_text=recipe_text,
+            data_md5=data_md5,
+            data_remote=data_remote,
         ).set_caching_options(False)
         fetched = fetch_model(
             pinned=planned.outputs["fetch_model"],

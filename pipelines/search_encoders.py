@@ -1,14 +1,13 @@
 """Finds the best set of encoders of a recipe, round by round."""
 
 # kfp reads the annotations themselves: no future import here.
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
 from components.advance_search.component import advance_search
 from components.prealign_encoder.component import prealign_encoder
 from components.preflight.component import preflight
-from components.resolve_data.component import resolve_data
 from components.start_search.component import start_search
 from components.summarise_run.component import summarise_run
 from components.train_trial.component import train_trial
@@ -19,6 +18,7 @@ from manyeyes.search.search import MAX_ROUNDS
 class Round(NamedTuple):
     """What a round leaves to the next one."""
 
+    goes_on: str
     candidates: list
     search: dsl.Artifact
 
@@ -38,7 +38,7 @@ def search_round(
 
     Args:
         round_number: 0 for the start set's.
-        candidates: Batches of variants; one empty text when the search has ended.
+        candidates: Batches of variants.
         before: The search before this round.
         encoder_checkpoints: Prealigned encoders, or a marker.
         trial: What is pinned for train_trial.
@@ -52,13 +52,55 @@ def search_round(
             encoder_checkpoints=encoder_checkpoints,
             pinned=trial,
         )
+    # Never cached, and cheap: how a run ended that is otherwise from the cache is known by it.
     advanced = advance_search(
         round_number=round_number,
         before=before,
         trials=dsl.Collected(scored.outputs["trial"]),
         pinned=advance,
-    )
-    return Round(candidates=advanced.outputs["candidates"], search=advanced.outputs["search"])
+    ).set_caching_options(False)
+    return Round(**{name: advanced.outputs[name] for name in ("goes_on", "candidates", "search")})
+
+
+def _rounds_from(number: int) -> Any:
+    """The pipeline of a round and of those after it, each of which begins only when the search goes on.
+
+    No loop of Kubeflow ends by itself, so every round that there may be is here, inside the one before it. The
+    condition is on a parameter of the nested pipeline: kfp.local 2.17 cannot resolve the output of a nested pipeline in
+    a condition, and takes it for one that does not hold ("Could not resolve CEL parameter", enhanced_dag_orchestrator).
+    """
+    following = _rounds_from(number + 1) if number < MAX_ROUNDS else None
+
+    @dsl.pipeline(name=f"rounds-from-{number}")
+    def rounds(
+        goes_on: str,
+        candidates: list,
+        search: dsl.Input[dsl.Artifact],
+        encoder_checkpoints: dsl.Input[list[dsl.Model]],
+        trial: str,
+        advance: str,
+        validation: dsl.Input[dsl.Dataset],
+    ) -> None:
+        shared: dict[str, Any] = {"validation": validation, "trial": trial, "advance": advance}
+        with dsl.If(goes_on == "yes", name="the search goes on"):
+            closed = search_round(
+                round_number=number,
+                candidates=candidates,
+                before=search,
+                encoder_checkpoints=encoder_checkpoints,
+                **shared,
+            ).set_display_name(f"round {number}")
+            if following is not None:
+                following(
+                    **{name: closed.outputs[name] for name in ("goes_on", "candidates", "search")},
+                    encoder_checkpoints=encoder_checkpoints,
+                    **shared,
+                ).set_display_name("further rounds")
+
+    return rounds
+
+
+_further_rounds = _rounds_from(1)
 
 
 @dsl.pipeline(name="search-rounds")
@@ -69,7 +111,7 @@ def search_rounds_of(
     trial: str,
     advance: str,
     validation: dsl.Input[dsl.Dataset],
-) -> dsl.Artifact:
+) -> None:
     """Prealign every encoder once, then go round by round.
 
     Args:
@@ -82,20 +124,21 @@ def search_rounds_of(
     """
     with dsl.ParallelFor(encoders, name="each encoder") as encoder:
         aligned = prealign_encoder(encoder=encoder.encoder, validation=validation, pinned=encoder.pinned)
-    # No loop of Kubeflow ends by itself: every round that there may be is here, and once the search has ended the
-    # others find one empty candidate and do nothing.
-    for number in range(MAX_ROUNDS + 1):
-        closed = search_round(
-            round_number=number,
-            candidates=candidates,
-            before=search,
-            encoder_checkpoints=dsl.Collected(aligned.outputs["encoder_checkpoint"]),
-            validation=validation,
-            trial=trial,
-            advance=advance,
-        ).set_display_name("start set" if number == 0 else f"round {number}")
-        candidates, search = closed.outputs["candidates"], closed.outputs["search"]
-    return search
+    shared: dict[str, Any] = {"validation": validation, "trial": trial, "advance": advance}
+    one_encoder = aligned.outputs["encoder_checkpoint"]
+    # One dsl.Collected each: compiling changes the object.
+    started = search_round(
+        round_number=0,
+        candidates=candidates,
+        before=search,
+        encoder_checkpoints=dsl.Collected(one_encoder),
+        **shared,
+    ).set_display_name("start set")
+    _further_rounds(
+        **{name: started.outputs[name] for name in ("goes_on", "candidates", "search")},
+        encoder_checkpoints=dsl.Collected(one_encoder),
+        **shared,
+    ).set_display_name("further rounds")
 
 
 @dsl.pipeline(name="search-encoders")
@@ -133,9 +176,7 @@ def search_encoders(
         pipeline="search_encoders", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
     with dsl.ExitHandler(summary.set_caching_options(False), name="search for encoders"):
-        checked = preflight(**form).set_caching_options(False)
-        resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs
+        pinned = preflight(**form).set_caching_options(False).outputs
         begun = start_search(
             pinned=pinned["start_search"],
             search_start=search_start,

@@ -7,12 +7,10 @@ from kfp import dsl
 
 from components.evaluate.component import evaluate
 from components.export_onnx.component import export_onnx
-from components.gate.component import gate
 from components.prealign_encoder.component import prealign_encoder
 from components.preflight.component import preflight
 from components.pretrain_projector.component import pretrain_projector
 from components.register.component import register
-from components.resolve_data.component import resolve_data
 from components.sft.component import sft
 from components.summarise_run.component import summarise_run
 from components.validate_data.component import validate_data
@@ -116,10 +114,8 @@ def train(
         pipeline="train", subject=recipe, recipe_text=recipe_text, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
     )
     with dsl.ExitHandler(summary.set_caching_options(False), name="train, judge and register"):
-        checked = preflight(**form).set_caching_options(False)
-        resolved = resolve_data(**form).set_caching_options(False).after(checked)
-        pinned = resolved.outputs
-        model_name = resolved.outputs["registry_model"]
+        pinned = preflight(**form).set_caching_options(False).outputs
+        model_name = pinned["registry_model"]
 
         validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
         trained = stages(
@@ -131,15 +127,10 @@ def train(
             validation=validation,
             registry_model=model_name,
         ).set_display_name("train, score and export")
-        evidence = {
-            "validation": validation,
-            **{name: trained.outputs[name] for name in ("scorecard", "bundle_scorecard", "parity")},
-        }
-        judged = gate(registry_model=model_name, **evidence, pinned=pinned["gate"]).set_caching_options(False)
-        register(
+        registered = register(
             registry_model=model_name,
-            bundle=trained.outputs["bundle"],
-            gate=judged.outputs["gate"],
-            **evidence,
+            validation=validation,
+            **{name: trained.outputs[name] for name in ("scorecard", "bundle_scorecard", "parity", "bundle")},
             pinned=pinned["register"],
-        ).set_caching_options(False)
+        )
+        registered.set_caching_options(False).set_display_name("gate and register")

@@ -1,4 +1,4 @@
-"""What ``resolve_data`` pins, for steps that no pipeline runs."""
+"""What ``preflight`` pins, for steps that no pipeline runs."""
 
 from __future__ import annotations
 

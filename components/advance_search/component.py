@@ -19,23 +19,19 @@ def advance_search(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Advanced", [("candidates", list), ("encoders", list)]
+    "Advanced", [("goes_on", str), ("candidates", list), ("encoders", list)]
 ):
     """Close one round of a search: who won, whether to go on, and with which sets.
 
     Args:
         round_number: 0 for the start set's.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         before: The search before this round.
         trials: This round's trials.
         search: search.json and the trials so far.
         metrics: Scalars.
         report: For people.
     """
-    from pathlib import Path
-
     from manyeyes.kubeflow.component import run_component
-    from manyeyes.search.search import has_ended
 
-    kind = "ended" if has_ended(Path(before.path)) else "going on"
-    return run_component("advance_search", locals(), label=f"round {int(round_number)}", kind=kind)
+    return run_component("advance_search", locals(), advance_search, label=f"round {int(round_number)}")

@@ -20,7 +20,7 @@ def compare_trials(
 
     Args:
         variants: From plan_ablation; the first is what the others are compared with.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         trials: One of every variant.
         comparison: comparison.json and every trial.
         metrics: Scalars.

@@ -23,7 +23,7 @@ def evaluate(
     Args:
         kind: torch for a checkpoint, bundle for an ONNX bundle.
         model: Checkpoint or bundle.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         scorecard: scorecard.json, items.parquet and the report.
         metrics: Scalars.
         report: For people.

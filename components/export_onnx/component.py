@@ -19,7 +19,7 @@ def export_onnx(
 
     Args:
         checkpoint: The model.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         bundle: The bundle.
         parity: parity.json.
         report: For people.

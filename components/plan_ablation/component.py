@@ -20,10 +20,10 @@ def plan_ablation(
     """Turn the grid of an ablation into variants.
 
     Args:
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         ablate_grid: One path=[value, value, ...] a line.
         report: For people.
     """
     from manyeyes.kubeflow.component import run_component
 
-    return run_component("plan_ablation", locals())
+    return run_component("plan_ablation", locals(), plan_ablation)

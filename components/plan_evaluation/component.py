@@ -1,4 +1,4 @@
-"""Find the model to score and the benchmarks to ask."""
+"""Pin recipe, data and code, and find the model to score and the benchmarks to ask."""
 
 # kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
 # of the body inside the body.
@@ -13,7 +13,11 @@ from components import IMAGE
 def plan_evaluation(
     evaluate_model: str,
     evaluate_benchmarks: str,
-    pinned: str,
+    recipe: str,
+    recipe_overrides: str,
+    recipe_text: str,
+    data_md5: str,
+    data_remote: str,
     report: dsl.Output[dsl.HTML],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Planned",
@@ -28,14 +32,18 @@ def plan_evaluation(
         ("champion", str),
     ],
 ):
-    """Find the model to score and the benchmarks to ask.
+    """Pin recipe, data and code, and find the model to score and the benchmarks to ask.
 
     Args:
         evaluate_model: A folder, s3://, or NAME, NAME@ALIAS, NAME/VERSION in the registry.
         evaluate_benchmarks: Names; empty: the recipe's own.
-        pinned: What resolve_data pinned for this step.
+        recipe: A shipped recipe.
+        recipe_overrides: One a.b=value a line.
+        recipe_text: A recipe of your own, as YAML, instead of a shipped one.
+        data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
+        data_remote: A folder or s3:// that holds it; empty: the checkout's own.
         report: For people.
     """
     from manyeyes.kubeflow.component import run_component
 
-    return run_component("plan_evaluation", locals())
+    return run_component("plan_evaluation", locals(), plan_evaluation)

@@ -19,7 +19,7 @@ def prealign_encoder(
 
     Args:
         encoder: Its name in the recipe; empty: the recipe has no such stage.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoint: The encoder; its projector is dropped.
         report: For people.

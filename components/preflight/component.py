@@ -1,7 +1,9 @@
-"""Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for."""
+"""Check everything that a run needs, say all that is wrong at once, and pin recipe, data and code."""
 
 # kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
 # of the body inside the body.
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components import IMAGE
@@ -16,8 +18,27 @@ def preflight(
     data_remote: str,
     registry_model: str,
     report: dsl.Output[dsl.HTML],
-) -> None:
-    """Check everything that a run needs, and show all that is wrong at once, before any GPU is asked for.
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Resolved",
+    [
+        ("validate_data", str),
+        ("prealign_encoder", list),
+        ("pretrain_projector", str),
+        ("sft", str),
+        ("evaluate", str),
+        ("export_onnx", str),
+        ("register", str),
+        ("start_search", str),
+        ("advance_search", str),
+        ("plan_ablation", str),
+        ("compare_trials", str),
+        ("train_trial", str),
+        ("registry_model", str),
+    ],
+):
+    """Check everything that a run needs, say all that is wrong at once, and pin recipe, data and code.
+
+    The cache keys of all later steps are made of what it pins.
 
     Args:
         recipe: A shipped recipe.
@@ -30,4 +51,4 @@ def preflight(
     """
     from manyeyes.kubeflow.component import run_component
 
-    run_component("preflight", locals())
+    return run_component("preflight", locals(), preflight)

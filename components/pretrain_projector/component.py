@@ -19,7 +19,7 @@ def pretrain_projector(
     """Put the encoders together and train the projector alone.
 
     Args:
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         checkpoint: The model.

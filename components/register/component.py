@@ -1,4 +1,4 @@
-"""Register the model with its evidence; promote it when the gate says so."""
+"""Decide whether the model may be promoted, register it with its evidence, and promote it when the gate says so."""
 
 # kfp reads the annotations themselves, and takes this file's text into the pipeline: no future import, and all imports
 # of the body inside the body.
@@ -18,24 +18,30 @@ def register(
     bundle_scorecard: dsl.Input[dsl.Artifact],
     parity: dsl.Input[dsl.Artifact],
     bundle: dsl.Input[dsl.Model],
-    gate: dsl.Input[dsl.Artifact],
+    gate: dsl.Output[dsl.Artifact],
+    gate_report: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.HTML],
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Registered", [("name", str), ("version", str), ("aliases", list), ("verdict", str)]
 ):
-    """Register the model with its evidence; promote it when the gate says so.
+    """Decide whether the model may be promoted, register it with its evidence, and promote it when the gate says so.
+
+    Two steps in one pod: nothing is ever between them, and neither is ever cached.
 
     Args:
         registry_model: Name in the registry.
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         validation: Verdict on the snapshot.
         scorecard: Torch's scores.
         bundle_scorecard: The bundle's scores.
         parity: How the bundle's answers differ from torch's.
         bundle: The bundle.
         gate: The gate's decision.
+        gate_report: The gate's page, for people.
         report: For people.
     """
     from manyeyes.kubeflow.component import run_component
 
-    return run_component("register", locals())
+    # A further attempt in this pod does not judge anew: aliases may have moved.
+    run_component("gate", locals(), report="gate_report", once=True)
+    return run_component("register", locals(), register)

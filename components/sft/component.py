@@ -20,7 +20,7 @@ def sft(
     """Train the whole model on conversations.
 
     Args:
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         encoder_checkpoints: Prealigned encoders, in the recipe's order.
         pretrained: Model of the pretrain stage.

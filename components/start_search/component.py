@@ -23,7 +23,7 @@ def start_search(
     """Check what a search is asked for and name the start set.
 
     Args:
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         search_start: Names of the start set, separated by commas; empty: the recipe's first encoder.
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.
@@ -32,4 +32,4 @@ def start_search(
     """
     from manyeyes.kubeflow.component import run_component
 
-    return run_component("start_search", locals())
+    return run_component("start_search", locals(), start_search)

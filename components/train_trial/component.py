@@ -19,8 +19,8 @@ def train_trial(
     """Train and score variants of a recipe, one after another.
 
     Args:
-        variants: Texts of variants, one a line; empty: nothing to do.
-        pinned: What resolve_data pinned for this step.
+        variants: Texts of variants, one a line.
+        pinned: What preflight pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         trial: trial.json and items.parquet, of several variants in a folder each.
         report: For people.
@@ -29,4 +29,4 @@ def train_trial(
     from manyeyes.kubeflow.component import run_component
     from manyeyes.search.variant import batch_key
 
-    run_component("train_trial", locals(), label=batch_key(variants), kind="trial" if variants else "nothing")
+    run_component("train_trial", locals(), label=batch_key(variants))

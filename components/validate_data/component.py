@@ -16,7 +16,7 @@ def validate_data(
     """Profile the snapshot and let Great Expectations judge it.
 
     Args:
-        pinned: What resolve_data pinned for this step.
+        pinned: What preflight pinned for this step.
         validation: Profile, verdict and quarantine of the snapshot.
         report: For people.
     """

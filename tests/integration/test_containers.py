@@ -251,7 +251,7 @@ def test_run_ends_in_a_registered_version(finished_run: Run) -> None:
     values = finished_run.outputs["register"]["parameterValues"]
     assert (values["name"], values["version"]) == ("manyeyes-toy", "1")
     image_id = docker("image", "inspect", "--format", "{{.Id}}", STEPS).strip()
-    resolved = finished_run.outputs["resolve-data"]["parameterValues"]
+    resolved = finished_run.outputs["preflight"]["parameterValues"]
     assert parse_pinned(resolved["register"]).code_digest == image_id.removeprefix("sha256:")
     objects = finished_run.folder / "s3" / "data" / BUCKET
     assert [path for path in objects.rglob("decoder.onnx") if path.stat().st_size > 1000], "no bundle in S3"

@@ -16,7 +16,7 @@ PROFILES = ("cluster", "laptop")
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def resolve_data(recipe: str) -> str:
+def preflight(recipe: str) -> str:
     return recipe
 
 
@@ -26,7 +26,7 @@ def sft(recipe: str) -> str:
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def gate(recipe: str) -> str:
+def register(recipe: str) -> str:
     return recipe
 
 
@@ -39,8 +39,8 @@ def stages(recipe: str) -> str:
 
 @dsl.pipeline(name="profiled")
 def profiled(recipe: str = "tiny") -> None:
-    resolved = resolve_data(recipe=recipe).set_env_variable("MANYEYES_IMAGE_DIGEST", "sha256:" + "0" * 64)
-    gate(recipe=stages(recipe=resolved.output).output)
+    resolved = preflight(recipe=recipe).set_env_variable("MANYEYES_IMAGE_DIGEST", "sha256:" + "0" * 64)
+    register(recipe=stages(recipe=resolved.output).output)
 
 
 def compile_plain(folder: Path) -> list[dict[str, Any]]:

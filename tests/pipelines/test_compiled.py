@@ -83,26 +83,42 @@ def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
     tasks = {name: task for group in groups for name, task in group["tasks"].items()}
     leaves = {name for name, task in tasks.items() if "dag" not in spec["components"][task["componentRef"]["name"]]}
     uncached = {name for name in leaves if not tasks[name]["cachingOptions"].get("enableCache")}
-    assert uncached == {"preflight", "resolve-data", "gate", "register", "summarise-run"}
+    assert uncached == {"preflight", "register", "summarise-run"}
 
 
 def test_later_steps_take_what_their_cache_key_needs_and_nothing_that_changes_between_runs() -> None:
     spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / "train.yaml").read_text(encoding="utf-8"))
     for name, component in spec["components"].items():
-        if "executorLabel" not in component or name in ("comp-preflight", "comp-resolve-data", "comp-summarise-run"):
+        if "executorLabel" not in component or name in ("comp-preflight", "comp-summarise-run"):
             continue
         parameters = set(component["inputDefinitions"]["parameters"])
         assert "pinned" in parameters, name
         assert parameters <= {"pinned", "encoder", "kind", "registry_model"}, name
 
 
-def test_resolve_data_gives_its_values_in_the_order_of_its_components_outputs() -> None:
-    from components.resolve_data.component import resolve_data as component
+def test_a_run_is_pinned_in_the_order_of_preflights_outputs() -> None:
+    from components.preflight.component import preflight as component
     from manyeyes.steps.resolve_data import resolve_data
 
     given = {"data_md5": "a" * 32, "data_remote": "nowhere"}
     values = resolve_data(Reporter("resolve_data"), recipe="tiny", **given).values
     assert tuple(values) == component.python_func.__annotations__["return"]._fields
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_nothing_is_pinned_for_a_step_that_a_pipeline_has_not(name: str) -> None:
+    spec = yaml.safe_load((ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text(encoding="utf-8"))
+    steps = {part.removeprefix("comp-").replace("-", "_") for part in spec["components"]}
+    for part, component in spec["components"].items():
+        outputs = component.get("outputDefinitions", {}).get("parameters", {})
+        pinned = set(outputs) - {"name", "version", "aliases", "verdict"} if part == "comp-preflight" else set()
+        assert pinned - {"registry_model"} <= steps, part
+        if "executorLabel" in component and outputs:
+            source = spec["deploymentSpec"]["executors"][component["executorLabel"]]["container"]["command"][-1]
+            (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+            assert function.returns is not None
+            fields = [ast.literal_eval(field.elts[0]) for field in function.returns.args[1].elts]  # type: ignore[attr-defined]
+            assert set(fields) == set(outputs), part
 
 
 def test_components_name_the_image_of_this_version() -> None:

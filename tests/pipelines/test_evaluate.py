@@ -63,7 +63,11 @@ def test_checkpoint_is_scored_on_every_benchmark_and_the_scorecards_merged(
     code, output = two_benchmarks.run(*command)
     assert code == 0, output
     cached = {step.name for step in two_benchmarks.summary().steps if step.cached}
-    assert cached >= {"fetch_model", "score_benchmark[easy-vqa]", "merge_scorecards"}
+    assert cached >= {"fetch_model", "score_benchmark[easy-vqa]"}
+    ran = {step.name for step in two_benchmarks.summary().steps if not step.cached}
+    assert ran == {"plan_evaluation", "merge_scorecards", "summarise_run"}
+    (summary,) = (step for step in two_benchmarks.summary().steps if step.name == "summarise_run")
+    assert "succeeded" in summary.figure
 
     for model_name, benchmark, message in (
         ("checkpoint", "easy-vqua", 'Did you mean "easy-vqa"'),

@@ -93,7 +93,7 @@ def test_every_pod_of_train_gets_the_profile(name: str, compiled: dict[str, list
     json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
     json_format.ParseDict(documents[1], pipeline_spec_pb2.PlatformSpec())
     steps = executors_by_step(documents)
-    assert {"resolve_data", "prealign_encoder", "sft", "evaluate", "register"} <= set(steps)
+    assert {"preflight", "prealign_encoder", "sft", "evaluate", "register"} <= set(steps)
     for step, (container, kubernetes) in steps.items():
         json_format.ParseDict(kubernetes, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
         env = {variable["name"]: variable["value"] for variable in container["env"]}
@@ -104,7 +104,7 @@ def test_every_pod_of_train_gets_the_profile(name: str, compiled: dict[str, list
         assert secrets[:2] == ["manyeyes-s3", "manyeyes-mlflow"]
         assert int(kubernetes["activeDeadlineSeconds"]) > 0, step
     retries = retry_counts(documents)
-    assert retries["gate"] == 0
+    assert retries["register"] == 0
     assert retries["sft"] > 0
 
 
@@ -150,7 +150,7 @@ def test_retries_leave_time_for_every_attempt(plain: list[dict[str, Any]]) -> No
     settings = {"timeout_s": 7200, "retries": {"count": 2, "backoff_s": 60, "factor": 3}}
     profile = Profile.model_validate({"description": "", "defaults": settings})
     spec = apply_profile(copy.deepcopy(plain), profile)[0]
-    policy = spec["root"]["dag"]["tasks"]["resolve-data"]["retryPolicy"]
+    policy = spec["root"]["dag"]["tasks"]["preflight"]["retryPolicy"]
     assert policy["backoffMaxDuration"] == f"{3 * 7200 + 60 + 180}s"
     nested = spec["components"]["comp-stages"]["dag"]["tasks"]["sft-2"]
     assert nested["retryPolicy"] == policy

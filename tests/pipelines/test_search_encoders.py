@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from manyeyes.harness.events import Event, EventReader
-from manyeyes.search.search import MAX_ROUNDS
 from tests.pipelines.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -53,11 +52,9 @@ def test_killed_search_repeats_no_finished_trial(toy_checkout: Checkout) -> None
     assert set(trials) == {"train_trial[vit]", "train_trial[vit+small]", "train_trial[vit+large]"}
     cached = {event.step for event in events if event.kind == "cached"}
     assert {"train_trial[vit]", "prealign_encoder[vit]", "validate_data"} <= cached
-    # Nothing was gained, so every round after the first did nothing.
-    rounds = {f"advance_search[round {number}]" for number in range(MAX_ROUNDS + 1)}
+    # Nothing was gained, so no round began after the first one.
+    rounds = {"advance_search[round 0]", "advance_search[round 1]"}
     assert {event.step for event in events if event.step.startswith("advance_search")} == rounds
-    idle = [event for event in events if event.step == "train_trial" and event.kind in ("completed", "cached")]
-    assert len(idle) == MAX_ROUNDS - 1
     summary = toy_checkout.summary()
     assert summary.report is not None
     page = Path(summary.report).read_text(encoding="utf-8")

@@ -84,7 +84,7 @@ def test_what_would_end_before_its_end_is_refused_with_the_number(tmp_path: Path
         check_size(documents, {"recipe_text": long})
     executor = documents[0]["deploymentSpec"]["executors"]["exec-sft"]["container"]
     executor["env"].append({"name": "LONG", "value": "x" * 1_000_000})
-    with pytest.raises(PipelineError, match=r"train of tiny would be a workflow of [6-9]\.\d MB \(13 tasks\)"):
+    with pytest.raises(PipelineError, match=r"train of tiny would be a workflow of [6-9]\.\d MB \(11 tasks\)"):
         check_size(documents, {})
 
 

@@ -13,7 +13,6 @@ from tests.pipelines.checkout import Checkout
 # Steps in the order in which they end.
 STEPS = [
     "preflight",
-    "resolve_data",
     "validate_data",
     "prealign_encoder[vit]",
     "pretrain_projector",
@@ -25,7 +24,7 @@ STEPS = [
     "register",
     "summarise_run",
 ]
-NEVER_CACHED = {"preflight", "resolve_data", "gate", "register", "summarise_run"}
+NEVER_CACHED = {"preflight", "gate", "register", "summarise_run"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -227,4 +226,4 @@ def test_run_is_summarised_with_its_verdict_and_steps(
     assert "manyeyes-toy version 1" in step.figure
     assert step.report is not None
     page = Path(step.report).read_text(encoding="utf-8")
-    assert all(name in page for name in STEPS[:-1] if name not in ("resolve_data",))
+    assert all(name in page for name in STEPS[:-1])

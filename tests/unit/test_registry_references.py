@@ -21,7 +21,6 @@ from manyeyes.steps.plan_evaluation import plan_evaluation
 from manyeyes.steps.promote_version import promote_version
 from manyeyes.steps.restore_previous import restore_previous
 from tests.evaluation_fakes import make_recipe, make_snapshot
-from tests.pinned_toys import pin
 from tests.registry_store import IMAGES, make_candidate, put, store_uri
 
 NAME = "named"
@@ -128,7 +127,9 @@ VERBS: dict[str, Callable[[str], object]] = {
         REPORTER,
         evaluate_model=text,
         evaluate_benchmarks="",
-        pinned=pin(make_recipe(), "plan_evaluation"),
+        recipe=make_recipe().canonical_json(),
+        data_md5="0" * 32,
+        data_remote="nowhere",
     ),
     "locate_model": locate_model,
     "pull, Python": lambda text: pull(text, out_dir=Path("out")),

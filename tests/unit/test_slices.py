@@ -221,7 +221,7 @@ def test_a_slice_is_read_back_whole_and_holds_no_default(recipe: Recipe) -> None
             assert again.of(step.partition("[")[0], encoder="vit" if step == VIT else "efficientnet") == again, step
     assert "weight_decay" not in slices(recipe)["sft"]
     for wrong in ('"gate":[],', '"epochs":4,"epoch":5,'):
-        with pytest.raises(PipelineError, match="resolve_data"):
+        with pytest.raises(PipelineError, match="preflight"):
             parse_pinned(slices(recipe)["sft"].replace('"model":', f'{wrong}"model":'))
 
 

@@ -19,9 +19,11 @@ from manyeyes.harness.inputs import parse_pinned
 from manyeyes.registry.pull import ModelLocation, fetch_model, locate_model
 from manyeyes.steps import merge_scorecards as merging
 from manyeyes.steps import plan_evaluation as planning
+from manyeyes.steps import resolve_data as pinning
 from manyeyes.steps.plan_evaluation import ask_benchmarks
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 from tests.pinned_toys import opened
+from tests.pipelines.checkout import push
 from tests.registry_store import make_bundle
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark
 
@@ -105,9 +107,14 @@ def test_a_plan_asks_other_benchmarks_and_hands_each_step_its_slice(
     location = ModelLocation("torch", "s3://models/x", "m" * 64)
     monkeypatch.setattr(planning, "locate_model", lambda _: location)
     monkeypatch.setattr(planning, "_champion", lambda *_: "")
-    monkeypatch.setattr(planning, "parse_pinned", lambda _: opened(make_recipe(), "plan_evaluation", snapshot))
+    monkeypatch.setattr(pinning, "code_digest", lambda: "c" * 64)
     values = planning.plan_evaluation(
-        Reporter("plan"), evaluate_model="x", evaluate_benchmarks=SECOND, pinned=""
+        Reporter("plan"),
+        evaluate_model="x",
+        evaluate_benchmarks=SECOND,
+        recipe=make_recipe().canonical_json(),
+        data_md5=push(snapshot.path, tmp_path / "remote"),
+        data_remote=str(tmp_path / "remote"),
     ).values
     assert tuple(values) == component.python_func.__annotations__["return"]._fields
     assert parse_pinned(values["merge_scorecards"]).recipe.evaluation.benchmarks == (SECOND,)

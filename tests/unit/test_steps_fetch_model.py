@@ -19,7 +19,6 @@ from manyeyes.registry.versions import promote
 from manyeyes.steps.fetch_model import fetch_model
 from manyeyes.steps.plan_evaluation import plan_evaluation
 from tests.evaluation_fakes import make_recipe, make_snapshot
-from tests.pinned_toys import pin
 from tests.pipelines.checkout import push
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 
@@ -121,7 +120,9 @@ def plan(model: str, snapshot: Snapshot, remote: Path) -> Mapping[str, Any]:
         Reporter("plan"),
         evaluate_model=model,
         evaluate_benchmarks="easy-vqa",
-        pinned=pin(make_recipe(), "plan_evaluation", data_md5=push(snapshot.path, remote), data_remote=str(remote)),
+        recipe=make_recipe().canonical_json(),
+        data_md5=push(snapshot.path, remote),
+        data_remote=str(remote),
     ).values
 
 

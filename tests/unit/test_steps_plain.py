@@ -93,7 +93,7 @@ def test_what_was_pinned_is_read_back_and_anything_else_is_refused() -> None:
     pinned = Pinned(load_recipe("tiny"), data_md5="a" * 32, data_remote="x", code_digest="c")
     assert parse_pinned(pinned.text()) == pinned
     for wrong in ("", "[]", "{}", pinned.text().replace("data_md5", "data_md6")):
-        with pytest.raises(PipelineError, match="resolve_data"):
+        with pytest.raises(PipelineError, match="preflight"):
             parse_pinned(wrong)
 
 

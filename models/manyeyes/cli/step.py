@@ -35,7 +35,7 @@ STEP_NAMES = (
     "pretrain_encoder",
 )
 
-# What resolve_data works out for the other steps; here the command line does.
+# What preflight works out for the other steps; here the command line does.
 _DATA = {
     "data_md5": "Snapshot; the checkout's data.dvc says it by default.",
     "data_remote": "A folder or s3://; the checkout's default remote by default.",

@@ -143,7 +143,7 @@ def parse_pinned(text: str) -> Pinned:
         raise PipelineError(
             f"pinned is {text[:60]!r} ({error})",
             "recipe, data and code as one JSON text",
-            "Pass on what resolve_data gave.",
+            "Pass on what preflight gave.",
         ) from error
 
 

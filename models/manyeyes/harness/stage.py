@@ -36,7 +36,7 @@ def train_stage(
 ) -> StepResult:
     """Run one stage of the recipe; arguments as for ``manyeyes.training.stage.run_stage``.
 
-    ``branches`` says how many such steps run side by side on this machine; ``resolve_data`` said it when left out.
+    ``branches`` says how many such steps run side by side on this machine; ``preflight`` said it when left out.
     """
     import torch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,35 +16,53 @@ from typing import Any
 
 from manyeyes.harness.base import Step, run_step
 
-_SHOWN = ("report", "metrics", "notes")
 
-
-def run_component(name: str, arguments: Mapping[str, Any], *, label: str = "", kind: str = "") -> Any:
+def run_component(
+    name: str,
+    arguments: Mapping[str, Any],
+    component: Any = None,
+    *,
+    label: str = "",
+    kind: str = "",
+    report: str = "report",
+    once: bool = False,
+) -> Any:
     """Run a step with a component's arguments.
 
     Args:
         name: The step's name.
         arguments: The component's own arguments, by name: plain values, and artifacts, which have a path. The step
             function gets the values and the paths under the same names.
+        component: The component's function, where it has output parameters: the compiled one has those of the step's
+            that its pipeline reads.
         label: Tells apart two tasks of one step.
         kind: Which of the module's ``STEPS`` is run; its only ``STEP`` when empty.
+        report: Which argument is the step's page, where a component runs two steps.
+        once: Whether a further attempt in the same pod takes the step as it ended there.
 
     Returns:
-        The step's output parameters, by name.
+        The step's output parameters that the component has, by name.
     """
     module = importlib.import_module(f"manyeyes.steps.{name}")
     step: Step = module.STEPS[kind] if kind else module.STEP
+    page = arguments[report]
+    outputs = {key: arguments[key] for key in step.outputs}
+    ended = Path(f"{page.path}.{name}-ended")
+    if once and ended.is_file():
+        kept = json.loads(ended.read_text(encoding="utf-8"))
+        for key, artifact in {report: page, **outputs}.items():
+            artifact.metadata.update(kept[key])
+        return None
     taken = inspect.signature(step.function).parameters
     # kfp gives None for an optional artifact that nobody passed: the function's own default counts.
     given = {key: _plain(arguments[key]) for key in taken if key not in step.outputs and arguments.get(key) is not None}
-    result = run_step(
-        step,
-        **{key: arguments[key] for key in _SHOWN if key in arguments},
-        label=label,
-        outputs={key: arguments[key] for key in step.outputs},
-        **given,
-    )
-    return namedtuple("Outputs", result.values)(**result.values)
+    shown = {} if report != "report" else {key: arguments[key] for key in ("metrics", "notes") if key in arguments}
+    result = run_step(step, report=page, **shown, label=label, outputs=outputs, **given)
+    if once:
+        kept = {key: artifact.metadata for key, artifact in {report: page, **outputs}.items()}
+        ended.write_text(json.dumps(kept), encoding="utf-8")
+    names = component.__annotations__["return"]._fields if component else ()
+    return namedtuple("Outputs", names)(**{key: result.values[key] for key in names}) if names else None
 
 
 def _plain(value: Any) -> Any:

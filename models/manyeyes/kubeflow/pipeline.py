@@ -222,10 +222,9 @@ def _watched_tasks(pipeline_root: Path, failed: list[str]) -> Iterator[None]:
         task = "/".join([*_iterations(call["pipeline_resource_name"]), call["task_name"]])
         began = time.time()
         outputs, status = original(**call)
-        name = str(getattr(outputs.get("report"), "metadata", {}).get("step", call["task_name"].replace("-", "_")))
         if status.name != "SUCCESS":
             failed.append(task)
-            emit("broken", _name_of_failed(root / component) or name, task=task)
+            emit("broken", _name_of_failed(root / component) or call["task_name"].replace("-", "_"), task=task)
             return outputs, status
         artifacts = {
             key: Artifact(path=str(value.path), metadata=dict(value.metadata))
@@ -235,16 +234,18 @@ def _watched_tasks(pipeline_root: Path, failed: list[str]) -> Iterator[None]:
         parameters = {key: value for key, value in outputs.items() if key not in artifacts}
         # A task that ran wrote its executor's output after it began; a cached one has no folder in this run.
         ran = (root / component / "executor_output.json").exists()
-        headline = str(getattr(outputs.get("report"), "metadata", {}).get("figure", ""))
-        emit(
-            "completed" if ran else "cached",
-            name,
-            task=task,
-            figure=headline,
-            seconds=time.time() - began,
-            parameters=parameters,
-            artifacts=artifacts,
-        )
+        # One for each step that the task ran: each has its page.
+        pages = {str(page.metadata["step"]): page for page in artifacts.values() if "step" in page.metadata}
+        for name, page in pages.items() if pages else [(call["task_name"].replace("-", "_"), None)]:
+            emit(
+                "completed" if ran else "cached",
+                name,
+                task=task,
+                figure=str(page.metadata.get("figure", "")) if page else "",
+                seconds=time.time() - began,
+                parameters=parameters,
+                artifacts={**artifacts, "report": page} if page else artifacts,
+            )
         return outputs, status
 
     task_executor.execute_single_task = watched

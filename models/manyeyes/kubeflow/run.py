@@ -471,7 +471,7 @@ def local_parameters(
     """
     from manyeyes.kubeflow.endpoint_runs import run_parameters
 
-    # resolve_data checks it again, for those who start a pipeline elsewhere.
+    # preflight checks it again, for those who start a pipeline elsewhere.
     checked = load_recipe(recipe, overrides=parse_overrides(list(assignments)))
     form = read_form(path)
     values: dict[str, Any] = {}

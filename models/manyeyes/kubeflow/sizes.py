@@ -174,7 +174,7 @@ def known_outputs(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     benchmarks = str(values.get("evaluate_benchmarks") or "").replace(",", " ").split()
     candidates = in_batches([Variant(encoders=(encoder.name,)) for encoder in recipe.model.encoders])
     return {
-        "resolve_data": {**steps, "registry_model": recipe.registry.model},
+        "preflight": {**steps, "registry_model": recipe.registry.model},
         "plan_evaluation": {
             "benchmarks": benchmarks or list(recipe.evaluation.benchmarks),
             **dict.fromkeys(("score_benchmark", "merge_scorecards"), steps["evaluate"]),

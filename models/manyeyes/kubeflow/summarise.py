@@ -29,6 +29,8 @@ from manyeyes.harness.inputs import parse_pinned
 
 # Steps, train's aside, whose report is the result of their pipeline.
 _RESULT_STEPS = ("merge_scorecards", "advance_search", "compare_trials", "promote_version", "restore_previous")
+# Steps that say which recipe, data and code a run has.
+_PINNING = ("preflight", "plan_evaluation")
 
 
 def summarise(
@@ -58,8 +60,7 @@ def summarise(
     """
     ended = {event.step: event for event in events if event.kind in ("completed", "cached")}
     reports = _copy_reports(ended, run_dir)
-    resolved = ended["resolve_data"].parameters if "resolve_data" in ended else {}
-    pinned = parse_pinned(resolved["register"]) if "register" in resolved else None
+    pinned = next((_facts(ended[step]) for step in _PINNING if step in ended), {})
     registered = ended["register"].parameters if "register" in ended else {}
     steps = _steps(events, reports)
     intervals = [
@@ -72,10 +73,10 @@ def summarise(
         pipeline=pipeline,
         status=status,
         started=started,
-        recipe=pinned and pinned.recipe.name,
-        recipe_digest=pinned and pinned.recipe.digest,
-        data_md5=pinned and pinned.data_md5,
-        code_digest=pinned and pinned.code_digest,
+        recipe=pinned.get("recipe"),
+        recipe_digest=pinned.get("recipe_digest"),
+        data_md5=pinned.get("data_md5"),
+        code_digest=pinned.get("code_digest"),
         git_commit=git_commit,
         git_dirty=git_dirty,
         steps=steps,
@@ -115,6 +116,12 @@ def _steps(events: list[Event], reports: dict[str, str]) -> list[StepSummary]:
             report=reports.get(event.step),
         )
     return list(steps.values())
+
+
+def _facts(event: Event) -> dict[str, str]:
+    """What a step that pins recipe, data and code says of them."""
+    report = event.artifacts.get("report")
+    return {} if report is None else {name: str(value) for name, value in report.metadata.items()}
 
 
 def _copy_reports(ended: dict[str, Event], run_dir: Path) -> dict[str, str]:

@@ -73,15 +73,6 @@ def read_search(folder: Path) -> tuple[Search, dict[str, Trial]]:
     return search, {key: read_trial(trial_folder(folder, key)) for key in keys}
 
 
-def has_ended(folder: Path) -> bool:
-    """Whether the search in a folder has ended.
-
-    Raises:
-        PipelineError: Missing, or not a search's folder.
-    """
-    return _read_state(folder).ended is not None
-
-
 def write_search(search: Search, folder: Path) -> None:
     """Write ``search.json``."""
     folder.mkdir(parents=True, exist_ok=True)

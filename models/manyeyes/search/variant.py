@@ -86,19 +86,19 @@ def in_batches(variants: Sequence[Variant]) -> list[str]:
 
 
 def parse_batch(text: str) -> list[Variant]:
-    """Read one of ``in_batches`` back; an empty text has no variants.
+    """Read one of ``in_batches`` back.
 
     Raises:
         PipelineError: Not such a text.
     """
-    return [parse_variant(line) for line in text.split("\n") if line]
+    return [parse_variant(line) for line in text.split("\n")]
 
 
 def batch_key(text: str) -> str:
     """What tells a batch of variants apart in a step's name: the first one's key, and how many more there are."""
     batch = parse_batch(text)
     more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-    return f"{batch[0].key}{more}" if batch else ""
+    return f"{batch[0].key}{more}"
 
 
 def keep_encoders(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -21,8 +21,6 @@ from manyeyes.search.search import (
 from manyeyes.search.trial import read_trial, trial_folders
 from manyeyes.search.variant import in_batches
 
-NOTHING = [""]
-
 
 def advance_search(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
@@ -36,38 +34,36 @@ def advance_search(
 
     Args:
         reporter: Not needed.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         before: Folder of the search before this round.
-        trials: Folders of ``train_trial``; markers once the search has ended.
+        trials: Folders of ``train_trial``.
         search: Folder to write.
 
     Returns:
-        Values: ``candidates`` of the next round, one empty text when the search has ended (kfp can neither loop over
-        nothing nor leave a loop), and ``encoders``, the best set so far.
+        Values: ``goes_on``, yes or no; ``candidates`` of the next round; and ``encoders``, the best set so far.
 
     Raises:
         PipelineError: Trials of another round.
     """
     state, known = read_search(before)
     copy_trials({key: trial_folder(before, key) for key in known}, search)
-    if state.ended is None:
-        found = {read_trial(folder).variant.key: folder for folder in trial_folders(trials)}
-        best = known[state.best].encoders if state.best else ()
-        expected = {variant.key for variant in state.next_sets(best)}
-        if set(found) != expected:
-            raise PipelineError(
-                f"trials of {', '.join(sorted(found)) or 'nothing'}",
-                f"those of this round: {', '.join(sorted(expected))}",
-                "Pass on what train_trial made of the candidates.",
-            )
-        state = close_round(state, before, found)
-        copy_trials(found, search)
+    found = {read_trial(folder).variant.key: folder for folder in trial_folders(trials)}
+    best = known[state.best].encoders if state.best else ()
+    expected = {variant.key for variant in state.next_sets(best)}
+    if set(found) != expected:
+        raise PipelineError(
+            f"trials of {', '.join(sorted(found)) or 'nothing'}",
+            f"those of this round: {', '.join(sorted(expected))}",
+            "Pass on what train_trial made of the candidates.",
+        )
+    state = close_round(state, before, found)
+    copy_trials(found, search)
     write_search(state, search)
     state, known = read_search(search)
     differences = gains(state, search)
     assert state.best is not None
     winner = known[state.best]
-    candidates = NOTHING if state.ended else in_batches(state.next_sets(winner.encoders))
+    candidates = [] if state.ended else in_batches(state.next_sets(winner.encoders))
     recipe = parse_pinned(pinned).recipe
     return StepResult(
         headline=f"{' + '.join(winner.encoders)}: {winner.mean:.1f}%"
@@ -80,15 +76,11 @@ def advance_search(
         },
         html=search_html(state, known, differences, seed=recipe.seed),
         markdown=search_markdown(state, known, differences),
-        values={"candidates": candidates, "encoders": list(winner.encoders)},
+        values={"goes_on": "no" if state.ended else "yes", "candidates": candidates, "encoders": list(winner.encoders)},
         metadata={"best": state.best, "ended": state.ended or "no"},
     )
 
 
-# After the end of a search nothing is done, and that must cost nothing.
-STEPS: dict[str, Step] = {
-    "going on": Step(
-        "advance_search", advance_search, imports=("pyarrow.parquet", "manyeyes.registry.tracking"), outputs=("search",)
-    ),
-    "ended": Step("advance_search", advance_search, outputs=("search",), tracked=False),
-}
+STEP = Step(
+    "advance_search", advance_search, imports=("pyarrow.parquet", "manyeyes.registry.tracking"), outputs=("search",)
+)

@@ -59,7 +59,7 @@ def compare_trials(
 
     Args:
         reporter: Not needed.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         variants: From ``plan_ablation``; the first is what the others are compared with.
         trials: Folders of ``train_trial``, in any order.
         comparison: Folder to write.

@@ -76,7 +76,7 @@ def evaluate(
         reporter: Shows the progress.
         kind: ``torch`` for a checkpoint, ``bundle`` for an ONNX bundle.
         model: Its folder.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         scorecard: Folder to write.
         other_scorecard: Folder of the same model's other scorecard; the report shows the difference.
         processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.

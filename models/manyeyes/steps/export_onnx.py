@@ -25,7 +25,7 @@ def export_onnx(
     Args:
         reporter: Shows the progress.
         checkpoint: Checkpoint of ``sft``.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         bundle: Folder to write.
         parity: Folder to write ``parity.json`` into.
 

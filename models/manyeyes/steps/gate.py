@@ -30,7 +30,7 @@ def gate(
     Args:
         reporter: Shows the progress.
         registry_model: Name in the registry; its champion is what the model is compared with.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``: for this step, or for ``register``.
         validation: Folder of ``validate_data``.
         scorecard: Folder of ``evaluate`` for torch.
         bundle_scorecard: Folder of ``evaluate`` for the bundle.
@@ -44,7 +44,8 @@ def gate(
     from manyeyes.registry.gate import decide, render_gate_html, render_gate_markdown, write_gate_report
     from manyeyes.registry.pull import comparable_champion
 
-    inputs = parse_pinned(pinned)
+    # In a pipeline it runs in register's pod, and is given what is pinned for that.
+    inputs = parse_pinned(pinned).of("gate")
     bundle_scores = read_scorecard(bundle_scorecard / "scorecard.json")
     reporter.progress("fetching the champion's evidence", done=0.1)
     champion = comparable_champion(

@@ -20,7 +20,7 @@ def plan_ablation(
 
     Args:
         reporter: Not needed.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         ablate_grid: One ``path=[value, value, ...]`` a line.
 
     Returns:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from manyeyes.errors import RegistryUnreachableError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import EVALUATION_STEPS, parse_pinned
+from manyeyes.harness.inputs import EVALUATION_STEPS
 from manyeyes.pages import facts_table, step_page
 from manyeyes.recipe import Recipe
 from manyeyes.registry.pull import locate_model
+from manyeyes.steps.resolve_data import resolve
 
 
 def plan_evaluation(
@@ -18,21 +19,30 @@ def plan_evaluation(
     *,
     evaluate_model: str,
     evaluate_benchmarks: str,
-    pinned: str,
+    recipe: str,
+    recipe_overrides: str = "",
+    recipe_text: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
 ) -> StepResult:
-    """Pin the model and the list of benchmarks.
+    """Pin recipe, data and code, the model and the list of benchmarks.
 
     Args:
         reporter: Shows the progress.
         evaluate_model: As for ``locate_model``.
         evaluate_benchmarks: Names separated by commas, spaces or lines; empty: the recipe's own.
-        pinned: From ``resolve_data``.
+        recipe: As for ``resolve_data``.
+        recipe_overrides: The same.
+        recipe_text: The same.
+        data_md5: The same.
+        data_remote: The same.
 
     Returns:
         Values: what ``fetch_model``, ``score_benchmark`` and ``merge_scorecards`` take as ``pinned``, ``benchmarks``
         (never empty), ``kind``, ``model``, ``model_digest``, and ``champion``: what the report compares with.
 
     Raises:
+        RecipeError: Unknown recipe or field, or no stage that makes a model.
         EvaluationError: Unknown benchmark.
         SnapshotError: The snapshot lacks a benchmark's data set.
         CheckpointError: No model there.
@@ -40,25 +50,32 @@ def plan_evaluation(
     """
     from manyeyes.evaluation.benchmarks import find_benchmark
 
-    inputs = parse_pinned(pinned)
-    recipe = inputs.recipe
+    resolved = resolve(
+        recipe=recipe,
+        recipe_overrides=recipe_overrides,
+        recipe_text=recipe_text,
+        data_md5=data_md5,
+        data_remote=data_remote,
+    )
+    inputs = resolved.pinned.of("plan_evaluation")
+    read = inputs.recipe
     named = [name for name in re.split(r"[,\s]+", evaluate_benchmarks) if name]
-    benchmarks = list(dict.fromkeys(named)) or list(recipe.evaluation.benchmarks)
+    benchmarks = list(dict.fromkeys(named)) or list(read.evaluation.benchmarks)
     rows = [find_benchmark(name) for name in benchmarks]
-    planned = replace(inputs, recipe=ask_benchmarks(recipe, benchmarks))
+    planned = replace(inputs, recipe=ask_benchmarks(read, benchmarks))
     reporter.progress("looking for the model", done=0.2)
     location = locate_model(evaluate_model)
     reporter.progress("looking for the benchmarks", done=0.6)
-    champion = _champion(location.place, recipe)
+    champion = _champion(location.place, read)
     counts = {row.name: inputs.snapshot.dataset(row.dataset).rows for row in rows}
     shown: list[tuple[str, object]] = [
         ("model", location.place),
         ("kind", "checkpoint in PyTorch" if location.kind == "torch" else "ONNX bundle"),
         ("model digest", location.digest),
         ("compared with", _in_words(champion)),
-        ("recipe", recipe.name),
+        ("recipe", read.name),
         ("snapshot (md5)", inputs.data_md5),
-        ("items at most", recipe.evaluation.max_items or "all"),
+        ("items at most", read.evaluation.max_items or "all"),
         *((f"records of {name}", count) for name, count in counts.items()),
     ]
     return StepResult(
@@ -76,6 +93,7 @@ def plan_evaluation(
             "model_digest": location.digest,
             "champion": champion,
         },
+        metadata=resolved.metadata,
     )
 
 

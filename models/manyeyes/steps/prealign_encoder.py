@@ -22,7 +22,7 @@ def prealign_encoder(
     Args:
         reporter: Shows the progress.
         encoder: Its name in the recipe; empty for a recipe without that stage, which leaves a marker.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         validation: Folder of ``validate_data``.
         encoder_checkpoint: Folder to write: ``encoder.safetensors`` and ``encoder.json``.
     """

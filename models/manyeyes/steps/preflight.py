@@ -34,14 +34,14 @@ from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.harness.kept import kept
-from manyeyes.pages import Table, Text, step_page
+from manyeyes.pages import Table, Text, facts_table, step_page
 from manyeyes.recipe import ModelSpec, Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import take_fields
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
 from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
 from manyeyes.sources import language_model_config_file, resolve_source
-from manyeyes.steps.resolve_data import read_recipe
+from manyeyes.steps.resolve_data import Resolved, pin_steps, read_recipe, resolve
 from manyeyes.storage import hash_file
 from manyeyes.strict import StrictModel
 
@@ -577,7 +577,7 @@ def preflight(
     The recipe and its parts, the snapshot in its remote, pretrained weights, the judge where a benchmark needs one
     (it is asked for one token), MLflow (something is really written, and removed), the registry's name, and disk and
     memory against the recipe's own estimate. What this machine cannot know (the memory of another node) is a warning
-    and no error.
+    and no error. Where nothing is wrong, recipe, data and code are pinned for all steps that follow.
 
     Args:
         reporter: Shows the progress.
@@ -587,6 +587,9 @@ def preflight(
         data_md5: Snapshot; ``data.dvc`` of the working directory says it when empty.
         data_remote: A folder or ``s3://``; the default remote of the working directory when empty.
         registry_model: Name in the registry; the recipe's own when empty.
+
+    Returns:
+        Values: those of ``resolve_data``.
 
     Raises:
         PreflightError: Something is missing or wrong; ``problems`` says what.
@@ -602,9 +605,19 @@ def preflight(
             runs.enter_context(tagging_failure(reporter.step, log))
             found.checks += _mlflow_rows(probe(log))
         _look(found, reporter, recipe_text or recipe, recipe_overrides, data_md5, data_remote, registry_model)
+        resolved: Resolved | None = None
+        if not found.of("problem"):
+            with found.collecting("recipe"):
+                resolved = resolve(
+                    recipe=recipe_text or recipe,
+                    recipe_overrides=recipe_overrides,
+                    data_md5=data_md5,
+                    data_remote=data_remote,
+                    registry_model=registry_model,
+                )
         sys.stderr.write(_as_text(found.checks))
         problems, warnings = found.of("problem"), found.of("warning")
-        if problems:
+        if problems or resolved is None:
             rows = [{name: getattr(check, name) for name in ("subject", "found", "needed", "do")} for check in problems]
             raise PreflightError(rows, retry=found.retry)
         headline = f"{len(found.checks)} checks, nothing wrong"
@@ -612,11 +625,18 @@ def preflight(
             headline += f", {len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
         if log is not None:
             log.set_tags(result_tags(headline, {}))
+    facts, checks = facts_table(resolved.facts), as_table(found.checks)
     return StepResult(
         headline=headline,
         metrics={"checks": float(len(found.checks)), "warnings": float(len(warnings))},
-        html=step_page("Preflight", "What this run needs, and whether it is there.", {"": as_table(found.checks)}),
-        markdown=as_table(found.checks).markdown() + "\n",
+        html=step_page(
+            "Preflight",
+            "What this run trains, on which data, with which code, and whether all that it needs is there.",
+            {"What runs": facts, "What it needs": checks},
+        ),
+        markdown=f"{facts.markdown()}\n\n{checks.markdown()}\n",
+        values={**pin_steps(resolved.pinned), "registry_model": resolved.registry_model},
+        metadata=resolved.metadata,
     )
 
 

@@ -22,7 +22,7 @@ def pretrain_projector(
 
     Args:
         reporter: Shows the progress.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         validation: Folder of ``validate_data``.
         encoder_checkpoints: Folders of ``prealign_encoder``, in the order of the recipe's encoders.
         checkpoint: Folder to write; only a marker when the recipe has no such stage.

@@ -30,7 +30,7 @@ def register(
     Args:
         reporter: Shows the progress.
         registry_model: Name in the registry.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         validation: Folder of ``validate_data``.
         scorecard: Folder of ``evaluate`` for torch.
         bundle_scorecard: Folder of ``evaluate`` for the bundle.

@@ -1,11 +1,13 @@
-"""Pins recipe, data and code, after preflight has seen that all of it can be had.
+"""Pins recipe, data and code: what the cache keys of every later step are made of.
 
-Never cached: its outputs are what the cache keys of every later step are made of. It loads nothing heavy and writes
-nothing to MLflow; ``preflight`` has done so.
+In a pipeline ``preflight`` or ``plan_evaluation`` does so at its end, once it has seen that all of it can be had; here
+it is alone, for ``manyeyes step resolve_data``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from manyeyes.data.fetching import normalise_md5
@@ -19,8 +21,80 @@ from manyeyes.recipe import Recipe, load_recipe, parse_overrides, read_recipe_te
 from manyeyes.registry.references import check_registry_name
 from manyeyes.sources import pin_recipe
 
-# Steps that take their slice from here, in the component's order; the others' is made by plan_evaluation.
-_GIVEN = tuple(step for step in SLICES if step not in EVALUATION_STEPS)
+# Steps that take their slice from here, in the order of preflight's component; gate takes register's, in whose pod it
+# runs, and plan_evaluation makes its own and those of the steps after it.
+_GIVEN = tuple(step for step in SLICES if step not in ("gate", "plan_evaluation", *EVALUATION_STEPS))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a run trains, on which data, with which code.
+
+    Attributes:
+        pinned: The whole recipe, the snapshot and the code.
+        registry_model: Name in the registry.
+        facts: The same for people.
+    """
+
+    pinned: Pinned
+    registry_model: str
+    facts: Sequence[tuple[str, str]]
+
+    @property
+    def headline(self) -> str:
+        """In a few words."""
+        recipe = self.pinned.recipe
+        parts = (recipe.digest[:8], f"data {self.pinned.data_md5[:8]}", f"code {self.pinned.code_digest[:8]}")
+        return f"recipe {recipe.name} {', '.join(parts)}"
+
+    @property
+    def metadata(self) -> dict[str, str | int | float]:
+        """For the report's metadata, where a run's summary finds it."""
+        return {
+            "recipe": self.pinned.recipe.name,
+            "recipe_digest": self.pinned.recipe.digest,
+            "data_md5": self.pinned.data_md5,
+            "code_digest": self.pinned.code_digest,
+        }
+
+
+def resolve(
+    *,
+    recipe: str,
+    recipe_overrides: str = "",
+    recipe_text: str = "",
+    data_md5: str = "",
+    data_remote: str = "",
+    registry_model: str = "",
+) -> Resolved:
+    """Pin recipe, data and code; arguments as for ``resolve_data``.
+
+    Raises:
+        SourceError: Weights that the recipe names cannot be read, or have no commit.
+        RecipeError: Unknown recipe or field, or no stage that makes a model.
+        SnapshotError: Neither a parameter nor a checkout names the snapshot.
+        RegistryError: Not a model name.
+    """
+    resolved = pin_recipe(read_recipe(recipe_text or recipe, recipe_overrides))
+    model = registry_model or resolved.registry.model
+    check_registry_name(model)
+    _check_stages(resolved)
+    given, remote = locate_data(data_md5, data_remote)
+    md5 = normalise_md5(given)
+    digest = code_digest()
+    encoders = resolved.prealigned_encoders()
+    note_branches(len(encoders))
+    facts = [
+        ("recipe", resolved.name),
+        ("recipe digest", resolved.digest),
+        ("overrides", recipe_overrides.replace("\n", ", ") or "none"),
+        ("snapshot (md5)", md5),
+        ("remote", remote),
+        ("code digest", digest),
+        ("encoders to prealign", ", ".join(encoders) or "none"),
+        ("registered as", model),
+    ]
+    return Resolved(Pinned(resolved, data_md5=md5, data_remote=remote, code_digest=digest), model, facts)
 
 
 def resolve_data(
@@ -55,35 +129,25 @@ def resolve_data(
         RegistryError: Not a model name.
     """
     reporter.progress("reading the recipe", done=0.1)
-    resolved = pin_recipe(read_recipe(recipe_text or recipe, recipe_overrides))
-    model = registry_model or resolved.registry.model
-    check_registry_name(model)
-    _check_stages(resolved)
-    given, remote = locate_data(data_md5, data_remote)
-    md5 = normalise_md5(given)
-    digest = code_digest()
-    pinned = Pinned(resolved, data_md5=md5, data_remote=remote, code_digest=digest)
-    encoders = resolved.prealigned_encoders()
-    note_branches(len(encoders))
-    facts_shown = [
-        ("recipe", resolved.name),
-        ("recipe digest", resolved.digest),
-        ("overrides", recipe_overrides.replace("\n", ", ") or "none"),
-        ("snapshot (md5)", md5),
-        ("remote", remote),
-        ("code digest", digest),
-        ("encoders to prealign", ", ".join(encoders) or "none"),
-        ("registered as", model),
-    ]
+    resolved = resolve(
+        recipe=recipe,
+        recipe_overrides=recipe_overrides,
+        recipe_text=recipe_text,
+        data_md5=data_md5,
+        data_remote=data_remote,
+        registry_model=registry_model,
+    )
+    table = facts_table(resolved.facts)
     return StepResult(
-        headline=f"recipe {resolved.name} {resolved.digest[:8]}, data {md5[:8]}, code {digest[:8]}",
+        headline=resolved.headline,
         html=step_page(
-            f"Recipe {resolved.name}",
+            f"Recipe {resolved.pinned.recipe.name}",
             "What this run trains, on which data, with which code.",
-            {"": facts_table(facts_shown)},
+            {"": table},
         ),
-        markdown=facts_table(facts_shown).markdown() + "\n",
-        values={**pin_steps(pinned), "registry_model": model},
+        markdown=table.markdown() + "\n",
+        values={**pin_steps(resolved.pinned), "registry_model": resolved.registry_model},
+        metadata=resolved.metadata,
     )
 
 

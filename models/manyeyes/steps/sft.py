@@ -27,7 +27,7 @@ def sft(
 
     Args:
         reporter: Shows the progress.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         validation: Folder of ``validate_data``.
         encoder_checkpoints: Folders of ``prealign_encoder``; used when the recipe has no pretrain stage.
         pretrained: Checkpoint of ``pretrain_projector``, or its marker.

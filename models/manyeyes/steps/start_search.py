@@ -25,7 +25,7 @@ def start_search(
 
     Args:
         reporter: Not needed.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         search_start: Names of the start set, separated by commas; empty: the recipe's first encoder.
         search_rounds: Rounds at most.
         search_min_gain: Points that a round must gain.

@@ -15,7 +15,7 @@ from typing import TypeVar
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import Pinned, is_absent, mark_absent, parse_pinned, work_dir
+from manyeyes.harness.inputs import Pinned, is_absent, parse_pinned, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
 from manyeyes.pages import Table, facts_table, step_page
 from manyeyes.recipe import Recipe, StageName
@@ -44,8 +44,8 @@ def train_trial(
 
     Args:
         reporter: Shows the progress.
-        variants: Texts of variants, one a line; empty: there is nothing to do, and a marker is left.
-        pinned: From ``resolve_data``.
+        variants: Texts of variants, one a line.
+        pinned: From ``preflight``.
         validation: Folder of ``validate_data``.
         trial: Folder to write: ``trial.json`` and ``items.parquet``, of several variants in a folder each.
         encoder_checkpoints: Folders of ``prealign_encoder``; a variant prealigns its encoders itself without them.
@@ -55,9 +55,6 @@ def train_trial(
         PipelineError: ``variants`` are not the texts of some.
     """
     batch = parse_batch(variants)
-    if not batch:
-        mark_absent(trial, "nothing to train")
-        return StepResult("nothing to train", markdown="Nothing to train: the search has ended.\n")
     if len(batch) == 1:
         return _train_variant(reporter, batch[0], pinned, validation, trial, encoder_checkpoints)
     results: list[StepResult] = []
@@ -297,18 +294,14 @@ def _identity(inputs: Pinned, given: dict[str, Path], *, validation: Path) -> st
     return hashlib.sha256(json.dumps(facts_kept, sort_keys=True).encode()).hexdigest()
 
 
-# An empty variant must not cost the imports of a training step.
-STEPS: dict[str, Step] = {
-    "trial": Step(
-        "train_trial",
-        train_trial,
-        imports=(
-            *HEAVY,
-            "manyeyes.evaluation.answering.torch_answerer",
-            "manyeyes.evaluation.evaluate",
-            "manyeyes.estimate.skeleton",
-        ),
-        outputs=("trial",),
+STEP = Step(
+    "train_trial",
+    train_trial,
+    imports=(
+        *HEAVY,
+        "manyeyes.evaluation.answering.torch_answerer",
+        "manyeyes.evaluation.evaluate",
+        "manyeyes.estimate.skeleton",
     ),
-    "nothing": Step("train_trial", train_trial, outputs=("trial",), tracked=False),
-}
+    outputs=("trial",),
+)

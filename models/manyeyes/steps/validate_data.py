@@ -23,7 +23,7 @@ def validate_data(
 
     Args:
         reporter: Shows the progress.
-        pinned: From ``resolve_data``.
+        pinned: From ``preflight``.
         validation: Folder to write.
 
     Raises:
