@@ -14,7 +14,7 @@ from components.validate_data.component import validate_data
 # A pipeline of its own for the same reasons as stages in pipelines/train.py.
 @dsl.pipeline(name="trials")
 def trials(
-    variants: list,
+    ablate_grid: str,
     batches: list,
     trial: str,
     compare: str,
@@ -23,8 +23,8 @@ def trials(
     """Train and score every variant, batches of them side by side, and compare them.
 
     Args:
-        variants: Texts of variants.
-        batches: The same, shared among a few steps.
+        ablate_grid: One path=[value, value, ...] a line.
+        batches: Texts of its variants, shared among a few steps.
         trial: What is pinned for train_trial.
         compare: What is pinned for compare_trials.
         validation: Profile, verdict and quarantine of the snapshot.
@@ -33,7 +33,7 @@ def trials(
         scored = train_trial(variants=batch, validation=validation, pinned=trial)
     # Never cached, and cheap: how a run ended that is otherwise from the cache is known by it.
     compared = compare_trials(
-        variants=variants,
+        ablate_grid=ablate_grid,
         trials=dsl.Collected(scored.outputs["trial"]),
         pinned=compare,
     ).set_caching_options(False)
@@ -76,7 +76,7 @@ def ablate(
         planned = plan_ablation(pinned=pinned["plan_ablation"], ablate_grid=ablate_grid)
         validation = validate_data(pinned=pinned["validate_data"]).outputs["validation"]
         trials(
-            variants=planned.outputs["variants"],
+            ablate_grid=ablate_grid,
             batches=planned.outputs["batches"],
             validation=validation,
             trial=pinned["train_trial"],

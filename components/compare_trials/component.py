@@ -9,7 +9,7 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def compare_trials(
-    variants: list,
+    ablate_grid: str,
     pinned: str,
     trials: dsl.Input[list[dsl.Artifact]],
     comparison: dsl.Output[dsl.Artifact],
@@ -19,7 +19,7 @@ def compare_trials(
     """Put the trials of an ablation side by side.
 
     Args:
-        variants: From plan_ablation; the first is what the others are compared with.
+        ablate_grid: As plan_ablation took it; its first variant is what the others are compared with.
         pinned: What preflight pinned for this step.
         trials: One of every variant.
         comparison: comparison.json and every trial.

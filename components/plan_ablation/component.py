@@ -15,7 +15,7 @@ def plan_ablation(
     ablate_grid: str,
     report: dsl.Output[dsl.HTML],
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Planned", [("variants", list), ("batches", list)]
+    "Planned", [("batches", list)]
 ):
     """Turn the grid of an ablation into variants.
 

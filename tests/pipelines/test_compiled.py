@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,11 @@ import pytest
 import yaml
 
 from manyeyes.errors import PipelineError
-from manyeyes.harness.base import Reporter
+from manyeyes.harness.base import Reporter, Step
 from manyeyes.kubeflow.compact import compact_source
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
-from manyeyes.recipe import list_recipes
+from manyeyes.recipe import list_recipes, load_recipe
+from tests.pinned_toys import pin
 from tests.pipelines.checkout import ROOT
 
 
@@ -68,13 +73,15 @@ def test_image_without_a_whole_digest_is_refused(image: str, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_image_goes_into_every_step_with_its_digest_as_code_digest(tmp_path: Path) -> None:
+def test_image_goes_into_every_step_and_its_digest_as_code_digest_into_the_one_that_pins_it(tmp_path: Path) -> None:
     image = "registry.example:5000/team/steps@sha256:" + "7" * 64
     path = compile_pipeline("train", tmp_path / "train.yaml", root=ROOT, image=image)
     spec = next(yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
-    for executor in spec["deploymentSpec"]["executors"].values():
+    for label, executor in spec["deploymentSpec"]["executors"].items():
         assert executor["container"]["image"] == image
-        assert {"name": "MANYEYES_IMAGE_DIGEST", "value": "sha256:" + "7" * 64} in executor["container"]["env"]
+        # The others have it in what is pinned for them.
+        expected = [{"name": "MANYEYES_IMAGE_DIGEST", "value": "sha256:" + "7" * 64}]
+        assert executor["container"].get("env", []) == (expected if label == "exec-preflight" else []), label
 
 
 def test_only_what_depends_on_the_world_outside_is_never_cached() -> None:
@@ -155,3 +162,57 @@ def test_source_of_a_step_is_its_component_without_docstring_and_unused_imports(
         "def step(name: str, report: dsl.Output[dsl.HTML]) -> NamedTuple('Outputs', [('a', str)]):\n"
         "    from pathlib import Path\n    return (str(Path(report.path) / name),)\n"
     )
+
+
+def test_a_pod_of_a_cluster_runs_the_source_in_its_command(tmp_path: Path) -> None:
+    image = "registry.example/steps@sha256:" + "7" * 64
+    path = compile_pipeline("ablate", tmp_path / "ablate.yaml", root=ROOT, image=image)
+    spec = next(yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
+    container = spec["deploymentSpec"]["executors"]["exec-plan-ablation"]["container"]
+    outputs = {
+        "parameters": {"batches": {"outputFile": str(tmp_path / "batches")}},
+        "artifacts": {
+            "report": {
+                "artifacts": [
+                    {"name": "report", "type": {"schemaTitle": "system.HTML"}, "uri": f"{tmp_path}/made/report"}
+                ]
+            }
+        },
+        "outputFile": str(tmp_path / "output.json"),
+    }
+    values = {"pinned": pin(load_recipe("tiny"), "plan_ablation"), "ablate_grid": "seed=[1, 2]"}
+    given = json.dumps({"inputs": {"parameterValues": values}, "outputs": outputs})
+    python, *command = [given if part == "{{$}}" else part for part in (*container["command"], *container["args"])]
+    assert python == "python3"
+    (tmp_path / "made").mkdir()
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "output.json").read_text(encoding="utf-8"))
+    assert len(written["parameterValues"]["batches"]) == 2
+    assert (tmp_path / "made" / "report").is_file()
+
+
+def test_a_further_attempt_in_a_pod_keeps_what_the_gate_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from manyeyes.harness.base import LocalArtifact, StepResult
+    from manyeyes.kubeflow import component
+    from manyeyes.steps import gate as gate_step
+
+    judged: list[str] = []
+
+    def run(step: Step, *, report: LocalArtifact, outputs: dict[str, LocalArtifact], **_: Any) -> StepResult:
+        judged.append(step.name)
+        report.metadata["step"] = step.name
+        outputs["gate"].metadata["verdict"] = "passed"
+        return StepResult("passed")
+
+    monkeypatch.setattr(component, "run_step", run)
+    for _attempt in range(2):
+        page, decision = LocalArtifact(str(tmp_path / "gate_report")), LocalArtifact(str(tmp_path / "gate"))
+        arguments = {"gate_report": page, "gate": decision, "registry_model": "m"}
+        component.run_component("gate", arguments, report="gate_report", once=True)
+        assert (page.metadata, decision.metadata) == ({"step": "gate"}, {"verdict": "passed"})
+    assert judged == [gate_step.STEP.name]

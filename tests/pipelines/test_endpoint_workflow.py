@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from manyeyes.harness.base import attempts_in
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import state_of
@@ -585,6 +586,31 @@ def test_real_pods_that_cannot_start_say_why(manyeyes: Callable[..., Answer], ku
         lines[5]
         == "  sft                          waiting: no node fits: 0/1 nodes are available: 1 Insufficient memory."
     )
+
+
+def test_steps_from_the_cache_in_a_loop_are_named_by_the_recipe_that_preflight_got(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    templates = json.loads(json.dumps(argo.TEMPLATES).replace("resolve-data", "preflight"))
+    monkeypatch.setattr(argo, "TEMPLATES", templates)
+    cached = [
+        node
+        for number in (0, 1)
+        for node in argo.cached_step(f"{ITERATION.format(number)}.prealign-encoder", at=70 + number)
+    ]
+    for recipe, names in (
+        ({"recipe": "tiny"}, ["prealign efficientnet", "prealign encoder 2"]),
+        ({"recipe": "of another version"}, ["prealign encoder 1", "prealign encoder 2"]),
+    ):
+        checked = argo.step(f"{GROUP}.preflight", "Succeeded", inputs=recipe)
+        found = steps([*argo.groups("Succeeded"), *checked, *cached], phase="Succeeded")
+        assert sorted(step.name for step in found if step.state == "cached") == names
+
+
+def test_attempts_in_a_pod_are_counted_from_its_log() -> None:
+    assert attempts_in("a line\n") == 1
+    log = "sft failed (no answer): attempt 2 of 3 in 15 s\nwork\nsft failed (no answer): attempt 3 of 3 in 30 s\n"
+    assert attempts_in(log) == 3
 
 
 def test_real_run_from_the_cache_says_so(manyeyes: Callable[..., Answer], kubeflow: Kubeflow) -> None:

@@ -44,27 +44,32 @@ def test_every_published_recipe_runs_to_its_end(uploaded: list[dict[str, Any]]) 
         size.check(recipe)
         for task in size.tasks:
             if task.step:
-                # It is given every variant's text.
-                most = 1.3 * MOST_A_STEP if task.step == "compare_trials" else MOST_A_STEP
-                assert task.status_bytes < most, (recipe, task)
+                assert task.status_bytes < MOST_A_STEP.get(task.step, 65_000), (recipe, task)
 
 
-# Seen on a real Kubeflow before: 120 kB.
-MOST_A_STEP = 100_000
+# Bytes of status. Each artifact that a step takes is 2 kB: merge_scorecards takes one of each benchmark, compare_trials
+# one of each batch, register all evidence beside the whole recipe.
+MOST_A_STEP = {
+    **dict.fromkeys(("prealign_encoder", "validate_data", "summarise_run", "promote_version"), 47_000),
+    **dict.fromkeys(("fetch_model", "restore_previous"), 42_000),
+    "register": 77_000,
+    "compare_trials": 71_000,
+    "merge_scorecards": 75_000,
+}
 
 
-def test_training_of_two_encoders_is_not_compressed_and_of_five_hardly(tmp_path: Path) -> None:
+def test_training_of_two_and_of_five_encoders_is_not_compressed(tmp_path: Path) -> None:
     documents = compiled("train", tmp_path)
-    assert size_of(documents, recipe="tiny").total_bytes < 0.95 * COMPRESSED_AT
+    assert size_of(documents, recipe="tiny").total_bytes < 720_000
     for recipe in ("eagle-x5-13b", "tiny-eagle-x5"):
-        assert size_of(documents, recipe=recipe).total_bytes < 1.05 * COMPRESSED_AT, recipe
+        assert size_of(documents, recipe=recipe).total_bytes < 800_000, recipe
 
 
 def test_sixty_variants_are_no_larger_than_eight_steps(tmp_path: Path) -> None:
     documents = compiled("ablate", tmp_path)
     size = size_of(documents, recipe="tiny", ablate_grid=GRID)
     assert [task.step for task in size.tasks].count("train_trial") == 8
-    assert size.total_bytes < 1.2 * COMPRESSED_AT
+    assert size.total_bytes < 0.9 * COMPRESSED_AT
 
 
 def test_search_over_five_encoders_counts_every_round(tmp_path: Path) -> None:

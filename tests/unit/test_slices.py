@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
 
 from manyeyes.errors import PipelineError, RecipeError
 from manyeyes.harness.inputs import SLICES, Pinned, parse_pinned
@@ -217,16 +217,41 @@ def test_a_slice_is_read_back_whole_and_holds_no_default(recipe: Recipe) -> None
         again = parse_pinned(text)
         assert again.text() == text
         if step != "register":
-            assert json.loads(text)["step"] == step.partition("[")[0]
+            assert yaml.safe_load(text)["step"] == step.partition("[")[0]
             assert again.of(step.partition("[")[0], encoder="vit" if step == VIT else "efficientnet") == again, step
     assert "weight_decay" not in slices(recipe)["sft"]
-    for wrong in ('"gate":[],', '"epochs":4,"epoch":5,'):
+    for wrong in ("gate: [], ", "epochs: 4, epoch: 5, "):
+        text = slices(recipe)["sft"]
+        assert " recipe: {model: " in text
         with pytest.raises(PipelineError, match="preflight"):
-            parse_pinned(slices(recipe)["sft"].replace('"model":', f'{wrong}"model":'))
+            parse_pinned(text.replace("recipe: {model: ", f"recipe: {{{wrong}model: "))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "off",
+        "1e5",
+        "12345678",
+        "~",
+        "a: b # c",
+        "{x}",
+        'it\'s "so"',
+        "two\nlines\n\n  and more ",
+        "é 図 \u2028 \x07",
+        "- x",
+    ],
+)
+def test_any_words_of_a_recipe_are_read_back(recipe: Recipe, words: str) -> None:
+    pinned = Pinned(change_recipe(recipe, {"model.chat.system": words}), "0" * 32, words, "1e" + "7" * 62)
+    text = pinned.text()
+    assert "\n\n" in words or "\n" not in text
+    assert parse_pinned(text) == pinned
+    assert parse_pinned(text).text() == text
 
 
 def test_steps_that_read_no_data_are_not_given_any(recipe: Recipe) -> None:
-    without = {step for step, text in slices(recipe).items() if "data_md5" not in json.loads(text)}
+    without = {step for step, text in slices(recipe).items() if "data_md5" not in yaml.safe_load(text)}
     assert without == {"fetch_model", "advance_search", *TRIAL} - {"train_trial"}
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.plan_evaluation.component import plan_evaluation as component
 from manyeyes.data.snapshot import Snapshot
@@ -120,7 +121,7 @@ def test_a_plan_asks_other_benchmarks_and_hands_each_step_its_slice(
     assert parse_pinned(values["merge_scorecards"]).recipe.evaluation.benchmarks == (SECOND,)
     with pytest.raises(RuntimeError, match=r"score_benchmark reads evaluation\.benchmarks"):
         assert parse_pinned(values["score_benchmark"]).recipe.evaluation.benchmarks
-    assert json.loads(values["fetch_model"]) == {"code_digest": "c" * 64, "recipe": {}, "step": "fetch_model"}
+    assert yaml.safe_load(values["fetch_model"]) == {"code_digest": "c" * 64, "recipe": {}, "step": "fetch_model"}
 
 
 @pytest.fixture(scope="module")

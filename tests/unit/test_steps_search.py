@@ -194,6 +194,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     add_second_benchmark(monkeypatch)
     wrong = {"concat": 6, "append": 2, "mined": 6}
     variants = [Variant(changes={"model.fusion.strategy": name}) for name in wrong]
+    grid = f"model.fusion.strategy=[{', '.join(wrong)}]"
     trials = [
         make_trial(
             tmp_path / name, snapshot, variant, wrong=range(count), benchmarks=("easy-vqa", SECOND), parameters=10**9
@@ -204,7 +205,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     result = compare_trials(
         REPORTER,
         pinned=pinned("compare_trials"),
-        variants=[variant.text() for variant in variants],
+        ablate_grid=grid,
         trials=trials[::-1],
         comparison=out,
     )
@@ -225,7 +226,7 @@ def test_comparison_puts_every_variant_beside_the_first(
     again = compare_trials(
         REPORTER,
         pinned=pinned("compare_trials"),
-        variants=[variant.text() for variant in variants],
+        ablate_grid=grid,
         trials=[batch, trials[0]],
         comparison=tmp_path / "again",
     )
@@ -234,7 +235,7 @@ def test_comparison_puts_every_variant_beside_the_first(
         compare_trials(
             REPORTER,
             pinned=pinned("compare_trials"),
-            variants=[variant.text() for variant in variants],
+            ablate_grid=grid,
             trials=trials[:1],
             comparison=tmp_path / "second",
         )

@@ -277,7 +277,8 @@ def _show_failures(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
 
     failures = failures_of(endpoint, status)
     for failure in failures:
-        click.echo(f"{failure.name}: {failure.report.error}", err=True)
+        tried = f" (attempt {failure.attempts})" if failure.attempts > 1 else ""
+        click.echo(f"{failure.name}: {failure.report.error}{tried}", err=True)
         for field in ("found", "needed", "do"):
             click.echo(f"  {field:<7} {getattr(failure.report, field)}", err=True)
         if failure.log:

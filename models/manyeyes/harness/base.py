@@ -25,6 +25,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -90,6 +91,13 @@ def _start_anew(record: ErrorReport, error: Exception) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def attempts_in(log: str) -> int:
+    """How often a step was tried in the pod that wrote this log."""
+    return max(
+        (int(number) for number in re.findall(r": attempt (\d+) of \d+ in [\d.]+ s$", log, re.MULTILINE)), default=1
+    )
 
 
 def _remove_leftovers(paths: Iterable[Path]) -> None:
@@ -169,8 +177,6 @@ def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-# What every step of a run has in common; metadata of a report says it.
-_OF_THE_RUN = ("recipe_digest", "data_md5", "code_digest")
 # Between two progress events of one step.
 _PROGRESS_INTERVAL_S = 1.0
 
@@ -355,25 +361,15 @@ def run_step(
     return result
 
 
-def _brief(artifact: OutputArtifact, metadata: Mapping[str, str | int | float]) -> dict[str, str | int | float]:
-    """What is written on an artifact that further steps take.
+def _brief(artifact: OutputArtifact, metadata: Mapping[str, str | int | float]) -> Mapping[str, str | int | float]:
+    """What is written on an artifact that further steps take; on the report stands all of it.
 
-    Kubeflow puts all of it into the inputs of each of them, six copies a step, and a run's status must stay small: so
-    digests are short there, those of the run's inputs stand in the report's metadata alone, and what Kubeflow itself
-    would write about the store, half a kilobyte, is left out by having something under that name (RecordArtifact in
-    backend/src/v2/metadata/client.go of kubeflow/pipelines). Its launcher never reads that, and its pages read it for a
-    preview alone.
+    Kubeflow puts it into the inputs of each of them, six copies a step, and a run's status must stay small. So there it
+    is nothing, and what Kubeflow itself would write about the store, half a kilobyte, is left out by having something
+    under that name (RecordArtifact in backend/src/v2/metadata/client.go of kubeflow/pipelines). Its launcher never
+    reads that, and its pages read it for a preview alone.
     """
-    brief = {
-        key: value[:12] if isinstance(value, str) and _is_digest(value) else value
-        for key, value in metadata.items()
-        if key not in _OF_THE_RUN
-    }
-    return {**brief, "store_session_info": ""} if "://" in getattr(artifact, "uri", "") else brief
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) in (32, 64) and all(character in "0123456789abcdef" for character in text)
+    return {"store_session_info": ""} if "://" in getattr(artifact, "uri", "") else metadata
 
 
 def _import_all(modules: Sequence[str]) -> float:

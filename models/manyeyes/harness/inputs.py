@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+import yaml
 
 from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
 from manyeyes.errors import PipelineError, SnapshotError
@@ -16,6 +19,7 @@ from manyeyes.recipe.partial import one_encoder, read_fields, take_fields
 from manyeyes.storage import cache_dir as cache_dir
 
 _MARKER = "absent.json"
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 _TRIAL = ("name", "seed", "model", "stages", "evaluation")
@@ -61,6 +65,8 @@ SLICES: dict[str, tuple[str, ...]] = {
     "compare_trials": _TRIAL,
     "train_trial": _TRIAL,
 }
+# The first steps of pipelines: they pin recipe, data and code, and say so in their report's metadata.
+PINNING_STEPS = ("preflight", "plan_evaluation")
 # plan_evaluation knows which benchmarks they are about.
 EVALUATION_STEPS = ("fetch_model", "score_benchmark", "merge_scorecards")
 # It keeps the recipe with the version, whole.
@@ -116,14 +122,22 @@ class Pinned:
         return replace(sliced, data_md5="", data_remote="") if step in _WITHOUT_DATA else sliced
 
     def text(self) -> str:
-        """Sorted, compact JSON, without what has its default; ``parse_pinned`` reads it back."""
+        """Sorted YAML in one line, without what has its default; ``parse_pinned`` reads it back.
+
+        Kubeflow writes a parameter as JSON in JSON in JSON, where each quotation mark of it takes eight bytes, six
+        times a task (``kubeflow/sizes.py``); YAML has none around names and plain words.
+        """
         part: Part | None = self.recipe.__dict__.get(PART)
         facts = {"data_md5": self.data_md5, "data_remote": self.data_remote, "step": part.reader if part else ""}
         tree = self.recipe.model_dump(mode="json", exclude_defaults=True)
         given = {name: value for name, value in facts.items() if value}
-        return json.dumps(
-            {"recipe": tree, "code_digest": self.code_digest, **given}, sort_keys=True, separators=(",", ":")
-        )
+        return yaml.dump(
+            {"recipe": tree, "code_digest": self.code_digest, **given},
+            Dumper=yaml.SafeDumper,
+            default_flow_style=True,
+            width=math.inf,
+            allow_unicode=True,
+        ).strip()
 
 
 def parse_pinned(text: str) -> Pinned:
@@ -133,16 +147,16 @@ def parse_pinned(text: str) -> Pinned:
         PipelineError: Not such a text.
     """
     try:
-        facts = {"data_md5": "", "data_remote": "", "step": _WHOLE, **json.loads(text)}
+        facts = {"data_md5": "", "data_remote": "", "step": _WHOLE, **yaml.load(text, Loader=_LOADER)}
         recipe, step = facts.pop("recipe"), facts.pop("step")
         whole = step == _WHOLE
         return Pinned(
             Recipe.model_validate(recipe) if whole else read_fields(recipe, SLICES[step], reader=step), **facts
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise PipelineError(
             f"pinned is {text[:60]!r} ({error})",
-            "recipe, data and code as one JSON text",
+            "recipe, data and code as one text",
             "Pass on what preflight gave.",
         ) from error
 

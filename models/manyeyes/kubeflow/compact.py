@@ -41,7 +41,8 @@ def compact(spec: dict[str, Any]) -> None:
 def compact_for_cluster(documents: list[dict[str, Any]]) -> None:
     """Take out, in place, what the SDK needs or writes and Kubeflow 2.17 does not read.
 
-    These are versions of artifact types, and the older of two spellings where the SDK writes both.
+    These are versions of artifact types, and the older of two spellings where the SDK writes both. What the shell
+    command of the SDK does, the library does in fewer words (``component.py``).
 
     Args:
         documents: A compiled pipeline, and its Kubernetes part where there is one.
@@ -51,6 +52,9 @@ def compact_for_cluster(documents: list[dict[str, Any]]) -> None:
             for definition in definitions.get("artifacts", {}).values():
                 definition["artifactType"].pop("schemaVersion", None)
     for executor in documents[0]["deploymentSpec"]["executors"].values():
+        command = executor.get("container", {}).get("command", [])
+        if command[:2] == ["sh", "-ec"]:
+            executor["container"]["command"] = ["python3", "-m", "manyeyes.kubeflow.component", command[-1]]
         resources = executor.get("container", {}).get("resources", {})
         for older in ("cpuRequest", "cpuLimit", "memoryRequest", "memoryLimit"):
             if f"resource{older[0].upper()}{older[1:]}" in resources:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +68,24 @@ def run_component(
     return namedtuple("Outputs", names)(**{key: result.values[key] for key in names}) if names else None
 
 
+def main() -> None:
+    """What Kubeflow's pods run: the SDK's executor, with the source that is the first argument as its module."""
+    # Before the SDK is imported, which then leaves out all that a pod does not need.
+    os.environ["_KFP_RUNTIME"] = "true"
+    from kfp.dsl import executor_main
+
+    source, *arguments = sys.argv[1:]
+    path = Path(tempfile.mkdtemp()) / "ephemeral_component.py"
+    path.write_text(source, encoding="utf-8")
+    sys.argv[1:] = ["--component_module_path", str(path), *arguments]
+    executor_main.executor_main()
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return Path(value.path) if hasattr(value, "path") else value
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ from pydantic import Field
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
+from manyeyes.harness.inputs import PINNING_STEPS
 from manyeyes.kubeflow.compact import compact, compact_for_cluster
 from manyeyes.kubeflow.profiles import Profile, step_of
 from manyeyes.recipe import list_recipes
@@ -163,10 +164,11 @@ def _inject(spec: dict[str, Any], key: str, values: Mapping[str, object]) -> Non
 def _put_image(spec: dict[str, Any], image: str, digest: str) -> None:
     for executor in spec["deploymentSpec"]["executors"].values():
         if "container" in executor:
-            container = executor["container"]
-            container["image"] = image
-            others = [variable for variable in container.get("env", []) if variable["name"] != IMAGE_DIGEST]
-            container["env"] = [*others, {"name": IMAGE_DIGEST, "value": f"sha256:{digest}"}]
+            executor["container"]["image"] = image
+            # The others have it in what is pinned for them.
+            if step_of(executor) in PINNING_STEPS:
+                variable = {"name": IMAGE_DIGEST, "value": f"sha256:{digest}"}
+                executor["container"].setdefault("env", []).append(variable)
 
 
 def _put_commit(spec: dict[str, Any], commit: str) -> None:

@@ -38,6 +38,11 @@ class SecretEnv(StrictModel):
     name: str = Field(pattern=_NAME, description="Name of the secret or config map; its values never stand here.")
     env: dict[str, str] = Field(min_length=1, description="Environment variable -> key in the secret or config map.")
     optional: bool = Field(default=False, description="Whether a pod starts without it.")
+    steps: list[str] = Field(default_factory=list, description="Steps that get it; empty: every step.")
+
+    def is_for(self, step: str) -> bool:
+        """Whether a step's pods get it."""
+        return not self.steps or step in self.steps
 
     @model_validator(mode="after")
     def _one_variable_a_key(self) -> "SecretEnv":
@@ -223,10 +228,13 @@ def load_profile(name_or_path: str, *, root: Path = Path()) -> Profile:
 
 def _check_step_names(profile: Profile, path: Path, root: Path) -> None:
     known = sorted(folder.parent.name for folder in (root / "components").glob("*/component.py"))
-    for name in profile.steps:
+    named = [(f"steps.{name}", name) for name in profile.steps]
+    for kind, entries in (("secrets", profile.secrets), ("config_maps", profile.config_maps)):
+        named += [(f"{kind}.{entry.name}.steps has {name}", name) for entry in entries for name in entry.steps]
+    for place, name in named:
         if known and name not in known:
             raise PipelineError(
-                f"{path}: steps.{name}", f"one of {', '.join(known)}", f"{did_you_mean(name, known)}Rename it."
+                f"{path}: {place}", f"one of {', '.join(known)}", f"{did_you_mean(name, known)}Rename it."
             )
 
 
@@ -295,7 +303,7 @@ def apply_profile(documents: list[dict[str, Any]], profile: Profile) -> list[dic
             continue
         step = step_of(executor)
         if step not in compiled:
-            compiled[step] = _compile_settings(profile, profile.settings_of(step))
+            compiled[step] = _compile_settings(profile, step)
         part = compiled[step]
         container = executor["container"]
         if part.resources:
@@ -339,7 +347,7 @@ class _Compiled(BaseModel):
     whole_run: dict[str, Any]
 
 
-def _compile_settings(profile: Profile, settings: StepSettings) -> _Compiled:
+def _compile_settings(profile: Profile, step: str) -> _Compiled:
     def image() -> dsl.ContainerSpec:
         return dsl.ContainerSpec(image="scratch", command=["true"])
 
@@ -352,7 +360,7 @@ def _compile_settings(profile: Profile, settings: StepSettings) -> _Compiled:
     component = dsl.container_component(image)
 
     def scratch() -> None:
-        _set_up(component(), profile, settings)
+        _set_up(component(), profile, step)
 
     pipeline = dsl.pipeline(name="scratch", pipeline_config=whole_run)(scratch)
     spec = json_format.MessageToDict(pipeline.pipeline_spec)
@@ -369,7 +377,8 @@ def _compile_settings(profile: Profile, settings: StepSettings) -> _Compiled:
     )
 
 
-def _set_up(task: Any, profile: Profile, settings: StepSettings) -> None:
+def _set_up(task: Any, profile: Profile, step: str) -> None:
+    settings = profile.settings_of(step)
     for name in ("cpu_request", "cpu_limit", "memory_request", "memory_limit"):
         value = getattr(settings, name)
         if value is not None:
@@ -398,10 +407,10 @@ def _set_up(task: Any, profile: Profile, settings: StepSettings) -> None:
         kubernetes.add_node_selector(task, key, value)
     for toleration in settings.tolerations or []:
         kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
-    for secret in profile.secrets:
+    for secret in [secret for secret in profile.secrets if secret.is_for(step)]:
         keys = {key: variable for variable, key in secret.env.items()}
         kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
-    for config_map in profile.config_maps:
+    for config_map in [config_map for config_map in profile.config_maps if config_map.is_for(step)]:
         keys = {key: variable for variable, key in config_map.env.items()}
         kubernetes.use_config_map_as_env(task, config_map.name, keys, optional=config_map.optional)
     for number, volume in enumerate(profile.volumes):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from kfp_server_api import models
 
 from manyeyes.errors import EndpointError
+from manyeyes.harness.base import attempts_in
 from manyeyes.harness.events import ErrorReport, find_error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import state_of
@@ -184,11 +185,13 @@ class Failure:
         name: Of the step, as people know it.
         report: What was found, needed and to be done.
         log: The last lines that its pod wrote, where none of them says why it failed.
+        attempts: How often it was tried: its pods, and the attempts in them of which the log knows.
     """
 
     name: str
     report: ErrorReport
     log: Sequence[str] = ()
+    attempts: int = 1
 
 
 def failures_of(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
@@ -202,10 +205,12 @@ def failures_of(endpoint: Endpoint, status: RunStatus) -> list[Failure]:
     for step in [step for step in status.steps if step.state == "failed"][:_MOST_LOGS]:
         log = _log_of(endpoint, status, step)
         said = find_error_line(log)
+        # Each pod that tries again says so; all but the last pod's are taken as one attempt.
+        tried = max(len(step.attempts), 1) - 1 + attempts_in(log)
         failures.append(
-            Failure(step.name, said)
+            Failure(step.name, said, attempts=tried)
             if said
-            else Failure(step.name, _in_words(status, step, log), _last_lines(step, log))
+            else Failure(step.name, _in_words(status, step, log), _last_lines(step, log), tried)
         )
     if not failures and status.state == "FAILED":
         failures.append(Failure(status.run.display_name or "", _said_by_backend(status)))
@@ -330,7 +335,7 @@ def render_status(status: RunStatus, failures: Sequence[Failure], *, ui: str = "
         facts=Table(("", ""), facts),
         failures=[
             {
-                "name": failure.name,
+                "name": failure.name + (f" (attempt {failure.attempts})" if failure.attempts > 1 else ""),
                 "facts": facts_table([(name, getattr(failure.report, name)) for name in ("found", "needed", "do")]),
                 "log": "\n".join(failure.log),
             }

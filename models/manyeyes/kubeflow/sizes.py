@@ -30,12 +30,7 @@ MOST_INPUT_BYTES = 131_072
 
 _RUN, _UUID = "w" * 20, "0" * 36
 # What run_step leaves on an artifact that other steps take.
-_METADATA = {
-    "display_name": "x" * 12,
-    "store_session_info": "",
-    "checkpoint_digest": "0" * 12,
-    "kind": "torch",
-}
+_METADATA = {"display_name": "x" * 12, "store_session_info": ""}
 # A value of which nothing is known before the run: a name, a digest.
 _UNKNOWN = "0" * 64
 _ADDRESSES = (
@@ -180,7 +175,6 @@ def known_outputs(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             **dict.fromkeys(("score_benchmark", "merge_scorecards"), steps["evaluate"]),
         },
         "plan_ablation": {
-            "variants": [variant.text() for variant in grid],
             "batches": in_batches(grid) or [""] * MAX_BATCHES,
         },
         "start_search": {"candidates": candidates[:1]},

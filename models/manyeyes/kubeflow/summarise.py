@@ -25,12 +25,10 @@ from manyeyes.harness.events import (
     StepSummary,
     union_seconds,
 )
-from manyeyes.harness.inputs import parse_pinned
+from manyeyes.harness.inputs import PINNING_STEPS
 
 # Steps, train's aside, whose report is the result of their pipeline.
 _RESULT_STEPS = ("merge_scorecards", "advance_search", "compare_trials", "promote_version", "restore_previous")
-# Steps that say which recipe, data and code a run has.
-_PINNING = ("preflight", "plan_evaluation")
 
 
 def summarise(
@@ -60,7 +58,7 @@ def summarise(
     """
     ended = {event.step: event for event in events if event.kind in ("completed", "cached")}
     reports = _copy_reports(ended, run_dir)
-    pinned = next((_facts(ended[step]) for step in _PINNING if step in ended), {})
+    pinned = next((_facts(ended[step]) for step in PINNING_STEPS if step in ended), {})
     registered = ended["register"].parameters if "register" in ended else {}
     steps = _steps(events, reports)
     intervals = [

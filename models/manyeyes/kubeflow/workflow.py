@@ -29,6 +29,9 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from manyeyes.errors import ManyEyesError
+from manyeyes.harness.inputs import PINNING_STEPS
+from manyeyes.steps.plan_evaluation import named_benchmarks
+from manyeyes.steps.resolve_data import read_recipe
 
 
 @dataclass(frozen=True)
@@ -332,12 +335,14 @@ def steps_of(workflow: Workflow) -> list[StepStatus]:
     """
     found = []
     instances = _instances(workflow)
-    for planned in _plan(workflow, workflow.entrypoint, (), set()):
+    plan = _plan(workflow, workflow.entrypoint, (), set())
+    items = _items_of_loops(workflow, plan)
+    for planned in plan:
         paths = instances.get(planned.path, ())
         if planned.is_driver:
             found += [step for path in paths if (step := _driver_status(workflow, path, planned)) is not None]
         elif paths:
-            found += [_step_status(workflow, path, planned) for path in paths]
+            found += [_step_status(workflow, path, planned, items) for path in paths]
         else:
             name, folder = _plain_name(planned.path[-1], planned.task), _folder(planned.task)
             found.append(StepStatus("/".join(planned.path), name, folder, "not started"))
@@ -423,8 +428,35 @@ def _pods(workflow: Workflow, path: Path) -> list[Node]:
     return [node for node in workflow.nodes.get(path, ()) if node.get("type") == "Pod"]
 
 
-def _step_status(workflow: Workflow, path: Path, planned: _Planned) -> StepStatus:
-    drivers = _pods(workflow, (*path[:-1], f"{path[-1]}-driver"))
+def _items_of_loops(workflow: Workflow, plan: Sequence[_Planned]) -> Mapping[str, Sequence[str]]:
+    """By step, what a loop runs it for: a step from the cache has no pod, whose arguments would say it.
+
+    Known from the arguments of the step that pins the recipe, which is never from the cache.
+    """
+    for planned in plan:
+        if planned.is_driver or _folder(planned.task) not in PINNING_STEPS:
+            continue
+        drivers = _drivers(workflow, planned.path)
+        given = _arguments(_container(_outputs(drivers[-1]).get("pod-spec-patch", ""))) if drivers else {}
+        if not given:
+            continue
+        try:
+            recipe = read_recipe(
+                str(given.get("recipe_text") or given.get("recipe") or ""), str(given.get("recipe_overrides") or "")
+            )
+        except ManyEyesError:  # of another version
+            return {}
+        benchmarks = named_benchmarks(str(given.get("evaluate_benchmarks") or "")) or recipe.evaluation.benchmarks
+        return {"prealign_encoder": recipe.prealigned_encoders(), "score_benchmark": benchmarks}
+    return {}
+
+
+def _drivers(workflow: Workflow, path: Path) -> list[Node]:
+    return _pods(workflow, (*path[:-1], f"{path[-1]}-driver"))
+
+
+def _step_status(workflow: Workflow, path: Path, planned: _Planned, items: Mapping[str, Sequence[str]]) -> StepStatus:
+    drivers = _drivers(workflow, path)
     # An importer has one pod and no driver.
     pods = _pods(workflow, (*path, "executor")) or _pods(workflow, path)
     given = _outputs(drivers[-1]) if drivers else {}
@@ -463,7 +495,7 @@ def _step_status(workflow: Workflow, path: Path, planned: _Planned) -> StepStatu
     started = _moment(drivers[0].get("startedAt")) if drivers else attempts[0].started if attempts else None
     return StepStatus(
         key="/".join(path),
-        name=_name(path, planned.task, component, _arguments(patch)),
+        name=_name(path, planned.task, component, _arguments(patch), items.get(component, ())),
         component=component,
         state=state,
         attempts=tuple(attempts),
@@ -574,12 +606,16 @@ def is_machinery(task: str) -> bool:
     return bool(_MACHINERY.match(task))
 
 
-def _name(path: Path, task: Mapping[str, Any], component: str, arguments: Mapping[str, Any]) -> str:
+def _name(
+    path: Path, task: Mapping[str, Any], component: str, arguments: Mapping[str, Any], items: Sequence[str]
+) -> str:
     name = _plain_name(path[-1], task)
     iterations = [int(number[1]) + 1 for part in path if (number := _NUMBER.search(part))]
     parameters, words = _TOLD_APART.get(component, ((), ""))
     parameter = next((each for each in parameters if each in arguments), "")
     value = arguments.get(parameter)
+    if not arguments and iterations and iterations[-1] <= len(items):
+        value = items[iterations[-1] - 1]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if component == "train_trial" and value:

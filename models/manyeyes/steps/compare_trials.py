@@ -23,7 +23,7 @@ from manyeyes.search.trial import (
     short_table,
     trial_folders,
 )
-from manyeyes.search.variant import parse_variant
+from manyeyes.steps.plan_ablation import pinned_variants
 from manyeyes.strict import StrictModel
 
 COMPARISON_FILE = "comparison.json"
@@ -51,7 +51,7 @@ def compare_trials(
     reporter: Reporter,  # noqa: ARG001  (every step has one)
     *,
     pinned: str,
-    variants: Sequence[str],
+    ablate_grid: str,
     trials: Sequence[Path],
     comparison: Path,
 ) -> StepResult:
@@ -60,7 +60,7 @@ def compare_trials(
     Args:
         reporter: Not needed.
         pinned: From ``preflight``.
-        variants: From ``plan_ablation``; the first is what the others are compared with.
+        ablate_grid: As for ``plan_ablation``; its first variant is what the others are compared with.
         trials: Folders of ``train_trial``, in any order.
         comparison: Folder to write.
 
@@ -70,7 +70,7 @@ def compare_trials(
     """
     recipe = parse_pinned(pinned).recipe
     folders = {read_trial(folder).variant.text(): folder for folder in trial_folders(trials)}
-    wanted = [parse_variant(text) for text in variants]
+    wanted = pinned_variants(ablate_grid)
     missing = [variant.label for variant in wanted if variant.text() not in folders]
     if missing:
         raise PipelineError(f"no trial of {', '.join(missing)}", "one of every variant", "Run the ablation again.")

@@ -6,7 +6,7 @@ from manyeyes.errors import RecipeError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import Table, step_page
-from manyeyes.search.variant import in_batches, read_grid
+from manyeyes.search.variant import Variant, in_batches, read_grid
 from manyeyes.sources import pin_sources
 
 
@@ -24,16 +24,13 @@ def plan_ablation(
         ablate_grid: One ``path=[value, value, ...]`` a line.
 
     Returns:
-        Values: ``variants``, their texts; the first is what the others are compared with.
+        Values: ``batches``, their texts, shared among a few steps.
 
     Raises:
         RecipeError: A wrong grid, or a variant that is no recipe, has no model, or is judged on other questions.
     """
     recipe = parse_pinned(pinned).recipe
-    # A variant's text is the cache key of its training.
-    variants = [
-        variant.model_copy(update={"changes": pin_sources(variant.changes)}) for variant in read_grid(ablate_grid)
-    ]
+    variants = pinned_variants(ablate_grid)
     for variant in variants:
         changed = variant.apply(recipe)
         if changed.stages.pretrain is None and changed.stages.sft is None:
@@ -55,8 +52,20 @@ def plan_ablation(
             f"Ablation of {recipe.name}", "Every variant; the first is what the others are compared with.", {"": table}
         ),
         markdown=table.markdown() + "\n",
-        values={"variants": [variant.text() for variant in variants], "batches": in_batches(variants)},
+        values={"batches": in_batches(variants)},
     )
+
+
+def pinned_variants(ablate_grid: str) -> list[Variant]:
+    """The variants of a grid, with their sources pinned: a variant's text is the cache key of its training.
+
+    Args:
+        ablate_grid: One ``path=[value, value, ...]`` a line.
+
+    Raises:
+        RecipeError: A wrong grid.
+    """
+    return [variant.model_copy(update={"changes": pin_sources(variant.changes)}) for variant in read_grid(ablate_grid)]
 
 
 STEP = Step("plan_ablation", plan_ablation, tracked=False)

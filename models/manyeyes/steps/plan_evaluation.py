@@ -59,8 +59,7 @@ def plan_evaluation(
     )
     inputs = resolved.pinned.of("plan_evaluation")
     read = inputs.recipe
-    named = [name for name in re.split(r"[,\s]+", evaluate_benchmarks) if name]
-    benchmarks = list(dict.fromkeys(named)) or list(read.evaluation.benchmarks)
+    benchmarks = named_benchmarks(evaluate_benchmarks) or list(read.evaluation.benchmarks)
     rows = [find_benchmark(name) for name in benchmarks]
     planned = replace(inputs, recipe=ask_benchmarks(read, benchmarks))
     reporter.progress("looking for the model", done=0.2)
@@ -95,6 +94,11 @@ def plan_evaluation(
         },
         metadata=resolved.metadata,
     )
+
+
+def named_benchmarks(text: str) -> list[str]:
+    """Names in a text, separated by commas, spaces or lines; each once."""
+    return list(dict.fromkeys(name for name in re.split(r"[,\s]+", text) if name))
 
 
 def _in_words(champion: str) -> str:
