@@ -317,7 +317,7 @@ def train(
             del batch, loss
         processes.sum_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
-        summed = processes.sum(torch.cat([step_loss, step_loss.new_tensor([num_tokens, num_places])]))
+        summed = processes.sum(torch.cat([step_loss.cpu(), torch.tensor([float(num_tokens), float(num_places)])]))
         loss_value, *counts = summed.tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise RecipeError(
