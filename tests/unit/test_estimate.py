@@ -20,7 +20,7 @@ from manyeyes.estimate.memory import LOGITS_AT_ONCE, StageFacts, find_fits, stag
 from manyeyes.estimate.skeleton import count_facts, estimate
 from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model, build_skeleton
 from manyeyes.model.language_model import decoder_layers, decoder_of, language_model_config, load_language_model_config
-from manyeyes.recipe import Recipe, StageSpec, load_recipe
+from manyeyes.recipe import PackingSpec, Recipe, StageSpec, load_recipe
 from manyeyes.training.optimizer import freeze_others, learning_rates
 from tests.model_toys import toy_spec, write_language_model
 
@@ -171,23 +171,24 @@ def test_memory_of_one_process_is_the_formula_by_hand() -> None:
     assert half.weights == pytest.approx(4.88 + 2.44)  # what autocast copies
 
 
-def test_memory_of_several_processes_is_shared_but_for_what_is_gathered() -> None:
+def test_memory_of_several_processes_is_less_by_their_share_of_the_batch_alone() -> None:
     spec = spec_of(micro_batch_size=8, checkpoint_language_model=True)
     memory = stage_memory(FACTS, spec, way_of(spec, 4))
     assert way_of(spec, 4).micro_batch == 4  # 16 records over four processes
-    gathered = 2 * (0.1 + 2 * 0.09)
-    assert memory.weights == pytest.approx((2 * 0.2 + 4 * 1.02) / 4 + gathered)
-    assert memory.gradients == pytest.approx(4 * 1.02 / 4 + 2 * (0.1 + 0.09) + 4 * 0.1)
-    assert memory.optimizer == pytest.approx(8 * 1.02 / 4)
-    assert memory.activations == pytest.approx(4 * (0.01 + 0.05 + 0.05 + 0.04 + 0.005))
-    whole = spec.model_copy(update={"sharding": "replicate"})
-    assert stage_memory(FACTS, whole, way_of(whole, 4)).optimizer == pytest.approx(8 * 1.02)
+    assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx((4.88 + 2.44, 4.08, 8.16))
+    assert memory.activations == pytest.approx(1.25 * 4 * (0.01 + 0.05 + 0.05 + 0.04 + 0.005))
+
+
+def test_nothing_is_computed_again_where_questions_share_their_prefix() -> None:
+    shared = spec_of(mixture=[{"dataset": "d", "turns": "independent"}], checkpoint_language_model=True)
+    assert not way_of(shared, 1).recompute
+    assert way_of(shared.model_copy(update={"packing": PackingSpec(tokens=4096)}), 1).recompute
 
 
 def test_packed_rows_take_what_their_tokens_and_images_do() -> None:
     packed = spec_of(packing={"tokens": 4096, "images": 3}, checkpoint_language_model=True)
     memory = stage_memory(FACTS, packed, way_of(packed, 4))
-    assert memory.activations == pytest.approx(3 * 0.01 + 2 * (0.05 + 0.05 + 0.04 + 0.005))
+    assert memory.activations == pytest.approx(1.25 * (3 * 0.01 + 2 * (0.05 + 0.05 + 0.04 + 0.005)))
 
 
 def test_gpus_that_a_stage_fits_on_come_with_the_nearest_change_where_a_node_is_not_enough() -> None:
@@ -199,9 +200,15 @@ def test_gpus_that_a_stage_fits_on_come_with_the_nearest_change_where_a_node_is_
             "layer_parameters": 550_000_000,
         }
     )
-    shown = list(map(str, find_fits([large], spec_of(batch_size=512, micro_batch_size=8))))
-    assert shown[0] == "16 x 80 GB"
-    assert shown[1].endswith("80 GB (LoRA)")
+    assert [str(fit) for fit in find_fits([large], spec_of(batch_size=512, micro_batch_size=8))] == []
+    middle = large.model_copy(
+        update={
+            "parameters": {**FACTS.parameters, "language_model": 7_000_000_000},
+            "trained": {**FACTS.trained, "language_model": 7_000_000_000},
+        }
+    )
+    shown = list(map(str, find_fits([middle], spec_of(batch_size=512, micro_batch_size=8))))
+    assert shown == ["1 x 80 GB (LoRA)", "1 x 48 GB (LoRA)"]
     assert not any("LoRA" in fit for fit in map(str, find_fits([FACTS], spec_of())))
 
 

@@ -210,7 +210,7 @@ def test_parts_of_the_snapshot_and_of_the_hub_are_looked_for(
 
 
 def memory_of(devices: str, capacity: str, monkeypatch: pytest.MonkeyPatch, **fields: object) -> dict[str, Check]:
-    published = load_recipe("llava-1.5-7b", overrides={f"stages.sft.{name}": value for name, value in fields.items()})
+    published = load_recipe("mini-gemini-2b", overrides={f"stages.sft.{name}": value for name, value in fields.items()})
     monkeypatch.setenv("MANYEYES_DEVICES", devices)
     monkeypatch.setenv("MANYEYES_DEVICE_MEMORY_GB", capacity)
     checks = check_memory(published, estimate_recipe(published, None))
@@ -228,10 +228,10 @@ def test_stage_that_does_not_fit_is_refused_with_the_nearest_change_that_would(
     assert '--set "stages.sft.micro_batch_size=8"' in found["sft"].do
     assert "devices of this size" in found["sft"].do
     # What no micro-batch changes is too much for one: others, or adapters.
-    alone = memory_of("pretrain=1,sft=1", "60", monkeypatch)["sft"]
+    alone = memory_of("pretrain=1,sft=1", "45", monkeypatch)["sft"]
     assert alone.state == "problem"
     assert "lora={rank: 64, alpha: 16}" in alone.do
-    changed = memory_of("pretrain=1,sft=1", "60", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)[
+    changed = memory_of("pretrain=1,sft=1", "45", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)[
         "sft"
     ]
     assert changed.state == "ok", changed

@@ -125,7 +125,6 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "precision": ("bf16", False),
     "checkpoint_encoders": (True, False),
     "checkpoint_language_model": (True, False),
-    "sharding": ("shard", False),
     "too_long": ("cut", True),
     "template": ("plain", True),
     "fit": ("crop", True),

@@ -1,28 +1,18 @@
 """Memory of each GPU that trains, and which GPUs a stage fits on: formulas over ``StageFacts``, without torch.
 
-With f the frozen parameters of the stage's model, t those that train, l a layer of the language model, r what of the
-language model is no layer, n the processes (one a GPU), b the micro-batch, w the bytes of a weight in computation (2
-for bf16, 4 for fp32)::
+Every process, one a GPU, holds the whole model. With f the frozen parameters of the stage's model, t those that train
+and b the micro-batch::
 
-    one process, or each holds all (sharding: replicate)
-      weights     4 f + 4 t            bf16 runs under autocast, whose copies come on top: + 2 (f + t)
-      gradients   4 t
-      optimizer   8 t                  AdamW: two moments in fp32
-    n processes, each with a share (sharding: shard, and what auto comes to where memory is short)
-      weights     w f / n + 4 t / n    fp32 masters of what trains; frozen parts in the dtype of computation
-                  + w (r + 2 l)        gathered: what is no layer, the layer at work and the one that is fetched ahead
-      gradients   4 t / n              shards
-                  + w (r + l)          not yet reduced: what is no layer, and the layer at work
-                  + 4 max(r, l)        reduced in fp32; adapters stand for r + l in both where there are some
-      optimizer   8 t / n
-    either way
-      activations b A                  what the code keeps for its backward pass, counted on the meta device
-      working     b A_l / 2 + logits   a layer's gradients while it runs backward; logits, made in chunks
-      runtime     2 GB                 the CUDA context, NCCL's buffers, cuBLAS's workspace
+    weights     4 f + 4 t          bf16 runs under autocast, whose copies come on top: + 2 (f + t)
+    gradients   4 t
+    optimizer   8 t                AdamW: two moments in fp32
+    activations b A                what the code keeps for its backward pass, counted on the meta device
+    working     b A_l / 2 + logits a layer's gradients while it runs backward; logits, made in chunks
+    runtime     2 GB               the CUDA context, NCCL's buffers, cuBLAS's workspace
 
 Where layers are computed again, A is each layer's input, what its attention gave, and one layer's inside. With
 adapters the language model's own weights are frozen. A GPU of 80 GB has 80e9 bytes here; it really has 7% more, which
-is what the allocator may lose. Samples are as long as the recipe admits; auto is taken for shard.
+is what the allocator may lose. Samples are as long as the recipe admits.
 """
 
 from __future__ import annotations
@@ -105,14 +95,12 @@ class Way:
 
     Attributes:
         devices: Processes, one a device.
-        sharded: Each holds a share of every tensor; else each holds all of them.
         micro_batch: Samples a forward pass on each.
         recompute: Layers of the language model are computed again in the backward pass.
         rank: Of adapters in place of the language model; None without.
     """
 
     devices: int
-    sharded: bool
     micro_batch: int
     recompute: bool
     rank: int | None = None
@@ -136,9 +124,8 @@ def way_of(spec: StageSpec, devices: int) -> Way:
     share = -(-spec.batch_size // devices)
     return Way(
         devices=devices,
-        sharded=devices > 1 and spec.sharding != "replicate",
         micro_batch=min(spec.micro_batch_size or spec.batch_size, share),
-        recompute=spec.checkpoint_language_model,
+        recompute=spec.checkpoint_language_model and not _keeps_prefixes(spec),
         rank=spec.lora.rank if spec.lora else None,
     )
 
@@ -146,7 +133,6 @@ def way_of(spec: StageSpec, devices: int) -> Way:
 def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
     """The formulas in the head of this module."""
     bf16 = spec.precision == "bf16"
-    width, n = 2 if bf16 else 4, way.devices
     trained = dict(facts.trained)
     adapters_added = way.rank is not None and spec.lora is None
     total = sum(facts.parameters.values())
@@ -154,19 +140,7 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
         trained["language_model"] = (way.rank or 0) * facts.linear_widths
         total += trained["language_model"]
     t = sum(trained.values())
-    root = facts.parameters["language_model"] - facts.layers_parameters
-    layer = facts.layer_parameters
-    if not way.sharded:
-        weights = 4.0 * total + (2 * total if bf16 else 0)
-        gradients, optimizer = 4.0 * t, 8.0 * t
-    else:
-        weights = width * (total - t) / n + 4 * t / n + width * (root + 2 * layer)
-        own = trained["language_model"]
-        # Adapters lie in the layers alone. The gradient of what is no layer is whole until the backward pass ends.
-        in_layer = min(layer, own / facts.layers)
-        outside = root if own > in_layer * facts.layers else 0
-        gradients = 4 * t / n + width * (outside + in_layer) + 4 * max(outside, in_layer)
-        optimizer = 8 * t / n
+    weights = 4.0 * total + (2 * total if bf16 else 0)
     layer_bytes = facts.layer_bytes * (_ADAPTED if adapters_added else 1.0)
     layers_bytes = facts.layers_bytes * (_ADAPTED if adapters_added else 1.0)
     if way.recompute:
@@ -177,14 +151,14 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
         samples = max(1.0, spec.packing.tokens / facts.tokens)
         images = spec.packing.images or samples * facts.tokens / max(1, facts.tokens - facts.text_tokens)
     kept = images * facts.image_bytes + samples * (layers_bytes + facts.other_bytes)
-    if not way.sharded and bf16:
+    if bf16:
         kept *= _AUTOCAST
     logits = _BYTES_A_LOGIT * min(LOGITS_AT_ONCE, samples * facts.text_tokens * facts.vocabulary)
     working = samples * layer_bytes / 2 + logits + _RUNTIME_BYTES
     return StageMemory(
         weights=weights / GB,
-        gradients=gradients / GB,
-        optimizer=optimizer / GB,
+        gradients=4 * t / GB,
+        optimizer=8 * t / GB,
         activations=kept / GB,
         working=working / GB,
         micro_batch=way.micro_batch,
@@ -207,11 +181,16 @@ def changes(spec: StageSpec, way: Way) -> Iterator[tuple[str, Way]]:
     while at_once > 1:
         at_once //= 2
         yield f"micro-batch {at_once}", _with(way, micro_batch=at_once)
-    if not way.recompute:
+    if not way.recompute and not _keeps_prefixes(spec):
         yield "recompute", _with(way, recompute=True)
         yield "recompute, micro-batch 1", _with(way, recompute=True, micro_batch=1)
     if "language_model" in spec.train and way.rank is None:
-        yield "LoRA", _with(way, recompute=True, micro_batch=1, rank=_ADAPTER_RANK)
+        yield "LoRA", _with(way, recompute=not _keeps_prefixes(spec), micro_batch=1, rank=_ADAPTER_RANK)
+
+
+def _keeps_prefixes(spec: StageSpec) -> bool:
+    """Whether questions share the keys and values of their prefix, so that nothing is computed again."""
+    return spec.packing is None and any(part.turns == "independent" for part in spec.mixture)
 
 
 def _with(way: Way, **changed: int | bool) -> Way:

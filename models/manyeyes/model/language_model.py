@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -154,6 +159,41 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
             "Use a language model that has one, for instance Llama, Mistral, Qwen2 or Gemma.",
         )
     return stacks[0]
+
+
+# What attention is computed by; the rest of a layer takes less time to compute again than memory to keep.
+_KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def recompute_layers(language_model: PreTrainedModel) -> None:
+    """Let every layer of the decoder compute its inside again in the backward pass, all but attention, in place.
+
+    Gradients are the same. transformers' own checkpointing leaves frozen models out, which keep as much for the
+    gradients of what stands before them, and drops a cache without an error. A layer that writes to a cache is left as
+    it is: computed again, it would write twice.
+
+    Raises:
+        RecipeError: As ``decoder_layers``.
+    """
+    for layer in decoder_layers(language_model):
+        layer.forward = _Recomputed(layer.forward)  # type: ignore[method-assign, assignment]
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    # An object and no closure, so that a deep copy of a model computes with its own layers.
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return self.forward(*args, **kwargs)
+        contexts = partial(create_selective_checkpoint_contexts, _KEPT)
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def compute_logits(language_model: PreTrainedModel, hidden: Tensor) -> Tensor:

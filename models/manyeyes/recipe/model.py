@@ -196,13 +196,9 @@ class StageSpec(Strict):
     )
     checkpoint_language_model: bool = Field(
         default=False,
-        description="The language model computes the inside of its blocks again in the backward pass, all but "
-        "attention, instead of keeping it: less memory, more time, the same gradients.",
-    )
-    sharding: Literal["auto", "replicate", "shard"] = Field(
-        default="auto",
-        description="How several processes hold the model: each all of it, or each a share of every tensor. auto "
-        "shards where weights, gradients and moments would fill more than half of a process's memory.",
+        description="The language model computes the inside of its layers again in the backward pass, all but "
+        "attention, instead of keeping it: less memory, more time, the same gradients. Not where turns are independent "
+        "without packing: their prefix is kept for all of them.",
     )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",

@@ -27,6 +27,7 @@ from manyeyes.model import (
     match_checkpoint,
     save_checkpoint,
 )
+from manyeyes.model.language_model import recompute_layers
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
@@ -49,7 +50,7 @@ from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
 
 # How often it saves, and what is held in which memory, do not change what it learns.
-_NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
+_NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 # More than workers are ever ahead of training, in steps.
 PLANS_KEPT = 64
@@ -261,6 +262,8 @@ def _train_and_save(
     for encoder in model.encoders.values():
         assert isinstance(encoder, Encoder)
         encoder.set_checkpointing(spec.checkpoint_encoders)
+    if spec.checkpoint_language_model:
+        recompute_layers(model.language_model)
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
     num_samples = spec.epochs * len(mixture)
     steps = math.ceil(num_samples / spec.batch_size)
