@@ -67,7 +67,7 @@ def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
 ) -> None:
     toy_snapshot(tmp_path / "data")
     recomputed: list[bool] = []
-    run = language_models.checkpoint
+    run = torch.utils.checkpoint.checkpoint
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         recomputed.append(True)
@@ -80,7 +80,7 @@ def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
         assert not recomputed
         fields = {"checkpoint_language_model": on, **changes}
         recipe = change_recipe(toy_recipe(), {f"stages.{stage}.{field}": value for field, value in fields.items()})
-        given = {"encoder_checkpoints": {}} if stage == "pretrain" else {"checkpoint": None}
+        given: dict[str, Any] = {"encoder_checkpoints": {}} if stage == "pretrain" else {"checkpoint": None}
         report = run_toy_stage(
             stage,
             recipe=recipe,
