@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from manyeyes.encoders import Encoder
 from manyeyes.model import checkpoint_digest
 from manyeyes.model import language_model as language_models
-from manyeyes.model.language_model import recompute_layers
+from manyeyes.model.language_model import decoder_of, recompute_layers
 from manyeyes.recipe import StageName, change_recipe
 from tests.model_toys import write_language_model
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
@@ -67,14 +68,13 @@ def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
 ) -> None:
     toy_snapshot(tmp_path / "data")
     recomputed: list[bool] = []
-    run = torch.utils.checkpoint.checkpoint
+    run = language_models._again
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         recomputed.append(True)
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(language_models, "checkpoint", watched)
-    shared = changes == {"mixture": SHARED}
+    monkeypatch.setattr(language_models, "_again", watched)
     digests = []
     for on in (False, True):
         assert not recomputed
@@ -92,7 +92,48 @@ def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
         )
         digests.append((checkpoint_digest(tmp_path / str(on)), report.stage_digest))
     assert digests[0] == digests[1]
-    assert bool(recomputed) is not shared
+    assert recomputed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "falcon", "bloom", "gemma2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recomputed_layers_write_to_a_shared_cache_once(frozen: bool, family: str) -> None:
+    # transformers' families name sizes each in its own way.
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    more = {"n_embd": 32, "n_layer": 2, "n_head": 2, "head_dim": 16, "num_key_value_heads": 2, "sliding_window": 4}
+    own: dict[str, Any] = {
+        **sizes,
+        **(more if family in ("gpt2", "qwen2", "gemma2") else {}),
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **own, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.train(not frozen).requires_grad_(not frozen)
+    again = deepcopy(plain)
+    recompute_layers(again)
+    prefix, branches = (torch.randn(rows, width, 32, requires_grad=True) for rows, width in ((2, 9), (3, 5)))
+
+    def run(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+        decoder, cache = decoder_of(model), DynamicCache(config=config)
+        mask = torch.ones(2, 9, dtype=torch.long)
+        decoder(inputs_embeds=prefix, attention_mask=mask, past_key_values=cache, use_cache=True)
+        rows = torch.tensor([0, 0, 1])
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        mask = torch.ones(3, 14, dtype=torch.long)
+        hidden = decoder(inputs_embeds=branches, attention_mask=mask, past_key_values=cache, use_cache=True)
+        keys = [layer.keys for layer in cache.layers]
+        trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+        loss = hidden.last_hidden_state.square().sum()
+        gradients = torch.autograd.grad(loss, [prefix, branches, *trained], allow_unused=True)
+        return keys, [gradient for gradient in gradients if gradient is not None]
+
+    found, expected = run(again), run(plain)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs) > 1
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 # torch says that what attention keeps does not pass such hooks yet.

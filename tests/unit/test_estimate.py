@@ -179,7 +179,7 @@ def test_memory_of_several_processes_is_less_by_their_share_of_the_batch_alone()
     assert memory.activations == pytest.approx(1.25 * 4 * (0.01 + 0.05 + 0.05 + 0.04 + 0.005))
 
 
-def test_nothing_is_computed_again_where_questions_share_their_prefix() -> None:
+def test_computing_again_is_not_counted_on_where_questions_share_their_prefix() -> None:
     shared = spec_of(mixture=[{"dataset": "d", "turns": "independent"}], checkpoint_language_model=True)
     assert not way_of(shared, 1).recompute
     assert way_of(shared.model_copy(update={"packing": PackingSpec(tokens=4096)}), 1).recompute

@@ -189,7 +189,10 @@ def changes(spec: StageSpec, way: Way) -> Iterator[tuple[str, Way]]:
 
 
 def _keeps_prefixes(spec: StageSpec) -> bool:
-    """Whether questions share the keys and values of their prefix, so that nothing is computed again."""
+    """Whether questions share the keys and values of their prefix.
+
+    Each keeps a copy of them, which computing again does not spare; what it does spare there is not counted.
+    """
     return spec.packing is None and any(part.turns == "independent" for part in spec.mixture)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.errors import RecipeError, SourceError
@@ -174,26 +176,55 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
     """Let every layer of the decoder compute its inside again in the backward pass, all but attention, in place.
 
     Gradients are the same. transformers' own checkpointing leaves frozen models out, which keep as much for the
-    gradients of what stands before them, and drops a cache without an error. A layer that writes to a cache is left as
-    it is: computed again, it would write twice.
+    gradients of what stands before them, and drops a cache without an error. Here the keys and values of a layer that
+    writes to a cache are among its results.
 
     Raises:
         RecipeError: As ``decoder_layers``.
     """
-    for layer in decoder_layers(language_model):
-        layer.forward = _Recomputed(layer.forward)  # type: ignore[method-assign, assignment]
+    for number, layer in enumerate(decoder_layers(language_model)):
+        layer.forward = _Recomputed(layer.forward, number)  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
 class _Recomputed:
     # An object and no closure, so that a deep copy of a model computes with its own layers.
     forward: Callable[..., Any]
+    number: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+        if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        contexts = partial(create_selective_checkpoint_contexts, _KEPT)
-        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        # Families name it otherwise, or not at all.
+        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
+        if cache is None:
+            return _again(self.forward, *args, **kwargs)
+        before = cache.layers[self.number]
+        written: list[Any] = []
+
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, Tensor, Tensor]:
+            # The second time, too, on what the layer found there the first time.
+            own, view = copy.copy(before), copy.copy(cache)
+            view.layers = [*cache.layers]
+            view.layers[self.number] = own
+            args = tuple(view if given is cache else given for given in args)
+            kwargs = {name: view if given is cache else given for name, given in kwargs.items()}
+            output = self.forward(*args, **kwargs)
+            if not written:
+                written.append(own)
+            return output, own.keys, own.values
+
+        output, keys, values = _again(run, *args, **kwargs)
+        written[0].keys, written[0].values = keys, values
+        cache.layers[self.number] = written[0]
+        return output
+
+
+_again = partial(
+    checkpoint,
+    use_reentrant=False,
+    context_fn=partial(create_selective_checkpoint_contexts, _KEPT),
+)
 
 
 def compute_logits(language_model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -197,8 +197,7 @@ class StageSpec(Strict):
     checkpoint_language_model: bool = Field(
         default=False,
         description="The language model computes the inside of its layers again in the backward pass, all but "
-        "attention, instead of keeping it: less memory, more time, the same gradients. Not where turns are independent "
-        "without packing: their prefix is kept for all of them.",
+        "attention, instead of keeping it: less memory, more time, the same gradients.",
     )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
