@@ -599,7 +599,7 @@ def test_steps_from_the_cache_in_a_loop_are_named_by_the_recipe_that_preflight_g
         for node in argo.cached_step(f"{ITERATION.format(number)}.prealign-encoder", at=70 + number)
     ]
     for recipe, names in (
-        ({"recipe": "tiny"}, ["prealign efficientnet", "prealign encoder 2"]),
+        ({"recipe": "tiny"}, ["prealign efficientnet", "prealign vit"]),
         ({"recipe": "of another version"}, ["prealign encoder 1", "prealign encoder 2"]),
     ):
         checked = argo.step(f"{GROUP}.preflight", "Succeeded", inputs=recipe)

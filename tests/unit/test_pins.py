@@ -280,7 +280,7 @@ def test_a_variants_text_is_another_for_other_weights(tmp_path: Path) -> None:
     pinned = pin(load_recipe("tiny"), "plan_ablation")
 
     def texts() -> Any:
-        return plan_ablation(Reporter("p"), pinned=pinned, ablate_grid=grid).values["variants"]
+        return plan_ablation(Reporter("p"), pinned=pinned, ablate_grid=grid).values["batches"]
 
     before = texts()
     exchange(folder)

@@ -42,6 +42,7 @@ def full_recipe() -> Recipe:
     stage = recipe.model_dump(mode="json")["stages"]["sft"]
     stage |= {"max_steps": 2, "max_samples": 2, "micro_batch_size": 2, "lora": {"rank": 2, "alpha": 2}}
     stage["mixture"][0]["max_samples"] = 2
+    packed = {**stage, "micro_batch_size": None, "lora": None, "packing": {"tokens": 2, "images": 2}}
     return change_recipe(
         recipe,
         {
@@ -52,6 +53,7 @@ def full_recipe() -> Recipe:
             "model.reinjection": {"stride": 1, "count": 1},
             "model.layout": {},
             "stages.sft": stage,
+            "stages.pretrain": packed,
             "evaluation.max_new_tokens": 8,
             "evaluation.max_items": 8,
             "evaluation.judge": {

@@ -121,7 +121,7 @@ def test_wrong_grid_is_refused(grid: str, message: str) -> None:
 def test_plan_checks_every_variant_before_anything_is_trained(recipe: Recipe) -> None:
     def plan(grid: str) -> list[str]:
         result = plan_ablation(Reporter("plan"), pinned=pin(recipe, "plan_ablation"), ablate_grid=grid)
-        return list(result.values["variants"])
+        return list(result.values["batches"])
 
     texts = plan("model.fusion.grid=[4, 2]")
     assert [parse_variant(text).changes for text in texts] == [{"model.fusion.grid": 4}, {"model.fusion.grid": 2}]
