@@ -6,9 +6,12 @@ Writes what it ended with to ``FOLDER/rank-<rank>.json``.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +38,21 @@ def launch_toy(folder: Path, *, processes: int, epochs: int = 1, **more: Any) ->
         encoder="left",
         **more,
     )
+
+
+def run_two(target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:
+    """Run ``target(rank, port, kwargs)`` in two processes that meet at the port; both must end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training_toys"])
+    processes = [context.Process(target=target, args=(rank, port, kwargs)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def _full_disk(*_: Any, **__: Any) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from manyeyes.training import loop, stage
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.stage import StageReport, read_stage_report
 from tests.pretended_cuda import CUDA, DevicesMeetError, pretended_cuda
+from tests.training_ranks import run_two
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 PARTS = [{"dataset": "toy-train", "turns": turns, "image_dropout": 0.2} for turns in ("independent", "chained")]
@@ -143,17 +142,6 @@ def test_two_gpus_learn_what_one_process_learns(tmp_path: Path) -> None:
     recipe = toy_recipe(epochs=2, schedule={"kind": "constant", "warmup_ratio": 0})
     shared = {"recipe": recipe, "snapshot": tmp_path / "data", "inputs": tmp_path}
     run_toy_stage("prealign", out=tmp_path / "one", work_dir=tmp_path / "work-one", **shared)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training_toys"])
-    kwargs = {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"}
-    started = [context.Process(target=run_on_gpus, args=(rank, port, kwargs)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0]
+    run_two(run_on_gpus, {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"})
     one, two = read_stage_report(tmp_path / "one"), read_stage_report(tmp_path / "two")
     assert [point.loss for point in two.history] == pytest.approx([point.loss for point in one.history], rel=1e-4)

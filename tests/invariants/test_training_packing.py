@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from tests.model_toys import write_language_model
 from tests.published_cambrian import CambrianToy
 from tests.published_eagle import EagleToy
 from tests.published_mini_gemini import MiniGeminiToy
+from tests.training_ranks import run_two
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 CPU = torch.device("cpu")
@@ -232,18 +231,7 @@ def test_two_processes_share_packed_steps(tmp_path: Path) -> None:
     recipe = toy_recipe(epochs=2, packing=PACKING, schedule={"kind": "constant", "warmup_ratio": 0})
     shared = {"recipe": recipe, "snapshot": tmp_path / "data", "inputs": tmp_path}
     run_toy_stage("prealign", out=tmp_path / "one", work_dir=tmp_path / "work-one", **shared)  # type: ignore[arg-type]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training_toys"])
-    kwargs = {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"}
-    processes = [context.Process(target=run_as, args=(rank, port, kwargs)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(run_as, {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"})
     one, two = read_stage_report(tmp_path / "one"), read_stage_report(tmp_path / "two")
     assert [point.loss for point in two.history] == pytest.approx([point.loss for point in one.history], rel=1e-4)
     assert two.tokens == one.tokens

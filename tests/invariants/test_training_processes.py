@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from manyeyes.training.stage import read_stage_report
+from tests.training_ranks import run_two
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 
@@ -30,18 +29,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         "inputs": tmp_path,
     }
     run_toy_stage("prealign", out=tmp_path / "one", work_dir=tmp_path / "work-one", **shared)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training_toys"])
-    kwargs = {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"}
-    processes = [context.Process(target=run_as, args=(rank, port, kwargs)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(run_as, {**shared, "out": tmp_path / "two", "work_dir": tmp_path / "work-two"})
     one, two = read_stage_report(tmp_path / "one"), read_stage_report(tmp_path / "two")
     assert [point.loss for point in two.history] == pytest.approx([point.loss for point in one.history], rel=1e-4)
     alone, together = (load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two"))
