@@ -17,12 +17,12 @@ is what the allocator may lose. Samples are as long as the recipe admits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
 
-from manyeyes.recipe import StageSpec
+from manyeyes.recipe import StageName, StageSpec
 from manyeyes.strict import StrictModel
 
 GB = 1e9
@@ -186,6 +186,24 @@ def changes(spec: StageSpec, way: Way) -> Iterator[tuple[str, Way]]:
         yield "recompute, micro-batch 1", _with(way, recompute=True, micro_batch=1)
     if "language_model" in spec.train and way.rank is None:
         yield "LoRA", _with(way, recompute=not _keeps_prefixes(spec), micro_batch=1, rank=_ADAPTER_RANK)
+
+
+def nearest_change(
+    stage: StageName, branches: Sequence[StageFacts], spec: StageSpec, way: Way, capacity_gb: float, *, more: bool
+) -> str:
+    """What makes a stage fit: another field of the recipe, or more devices."""
+    ways: list[str] = []
+    for change, other in changes(spec, way):
+        if worst_memory(branches, spec, other).total <= capacity_gb:
+            fields = [f"micro_batch_size={other.micro_batch}"] if other.micro_batch < way.micro_batch else []
+            fields += ["checkpoint_language_model=true"] if other.recompute and not way.recompute else []
+            fields += [f"lora={{rank: {other.rank}, alpha: 16}}"] if change == "LoRA" else []
+            ways.append(" ".join(f'--set "stages.{stage}.{field}"' for field in fields))
+            break
+    counts = [count for count in COUNTS if more and way.devices < count <= spec.batch_size]
+    fits = (count for count in counts if worst_memory(branches, spec, way_of(spec, count)).total <= capacity_gb)
+    ways += [f"{count} devices of this size" for count in fits][:1]
+    return f"It fits with {', or with '.join(ways)}." if ways else "Use larger devices, or train fewer parts."
 
 
 def _keeps_prefixes(spec: StageSpec) -> bool:

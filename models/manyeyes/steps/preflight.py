@@ -29,13 +29,13 @@ from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import MANIFEST, SnapshotManifest
 from manyeyes.errors import ManyEyesError, PreflightError, SnapshotError, SourceError, did_you_mean
 from manyeyes.estimate import RecipeEstimate, RecipeFacts, counted_fields, facts_key, needs, shipped_facts
-from manyeyes.estimate.memory import COUNTS, StageFacts, Way, changes, way_of, worst_memory
+from manyeyes.estimate.memory import StageFacts, nearest_change, way_of, worst_memory
 from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.harness.kept import kept
 from manyeyes.pages import Table, Text, facts_table, step_page
-from manyeyes.recipe import ModelSpec, Recipe, StageName, StageSpec
+from manyeyes.recipe import ModelSpec, Recipe, StageName
 from manyeyes.recipe.partial import take_fields
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
@@ -407,27 +407,9 @@ def check_memory(recipe: Recipe | None, need: Need | None) -> list[Check]:
             checks.append(Check(subject, "ok", found, needed))
             continue
         lucky = memory.fixed <= capacity and where == _NO_GPU
-        do = _nearest_change(name, branches, spec, way, capacity, more=where != _NO_GPU)
+        do = nearest_change(name, branches, spec, way, capacity, more=where != _NO_GPU)
         checks.append(Check(subject, "warning" if lucky else "problem", found, needed, do))
     return checks
-
-
-def _nearest_change(
-    stage: StageName, branches: Sequence[StageFacts], spec: StageSpec, way: Way, capacity_gb: float, *, more: bool
-) -> str:
-    """What makes a stage fit: another field of the recipe, or more devices."""
-    ways: list[str] = []
-    for change, other in changes(spec, way):
-        if worst_memory(branches, spec, other).total <= capacity_gb:
-            fields = [f"micro_batch_size={other.micro_batch}"] if other.micro_batch < way.micro_batch else []
-            fields += ["checkpoint_language_model=true"] if other.recompute and not way.recompute else []
-            fields += [f"lora={{rank: {other.rank}, alpha: 16}}"] if change == "LoRA" else []
-            ways.append(" ".join(f'--set "stages.{stage}.{field}"' for field in fields))
-            break
-    counts = [count for count in COUNTS if more and way.devices < count <= spec.batch_size]
-    fits = (count for count in counts if worst_memory(branches, spec, way_of(spec, count)).total <= capacity_gb)
-    ways += [f"{count} devices of this size" for count in fits][:1]
-    return f"It fits with {', or with '.join(ways)}." if ways else "Use larger devices, or train fewer parts."
 
 
 _NO_GPU = "this machine, without a GPU"
