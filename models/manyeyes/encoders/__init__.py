@@ -12,7 +12,6 @@ from pathlib import Path
 from manyeyes.encoders import (
     clip,
     convnext,
-    dfn_clip,
     dinov2,
     efficientnet,
     eva02,
@@ -23,7 +22,6 @@ from manyeyes.encoders import (
     self_supervised,
     siglip,
     stable_diffusion,
-    supervised,
     vit,
 )
 from manyeyes.encoders.encoder import BlockEncoder, Encoder, EncoderFamily, EncoderRow, TensorMap
@@ -56,7 +54,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     "eva02-detector": eva02_detector.FAMILY,
     "sam": sam.FAMILY,
     "pix2struct": pix2struct.FAMILY,
-    "dfn-clip": dfn_clip.FAMILY,
+    "dfn-clip": clip.DFN_FAMILY,
     "self-supervised": self_supervised.FAMILY,
     "dpt": midas.FAMILY,
     "beit": midas.BEIT_FAMILY,
@@ -118,8 +116,8 @@ ENCODERS: dict[str, EncoderRow] = {
     **eva02_detector.ROWS,
     **sam.ROWS,
     **pix2struct.ROWS,
-    **supervised.ROWS,
-    **dfn_clip.ROWS,
+    **vit.ROWS,
+    **clip.DFN_ROWS,
     **self_supervised.ROWS,
     **midas.ROWS,
     **stable_diffusion.ROWS,

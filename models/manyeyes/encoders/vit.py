@@ -1,7 +1,9 @@
 """Plain vision transformers, as timm builds them.
 
-Code: timm (Apache-2.0). Paper: "An Image is Worth 16x16 Words", arXiv:2010.11929. CLIP, SigLIP, DINOv2 and the
-supervised ones are this network with other options; their files say which, and translate their publishers' keys.
+Code: timm (Apache-2.0). Paper: "An Image is Worth 16x16 Words", arXiv:2010.11929. CLIP, SigLIP and DINOv2 are this
+network with other options; their files say which, and translate their publishers' keys. The rows here were trained on
+labels alone, as in Cambrian-1's study of 23 encoders (arXiv:2406.16860). Their weights: timm, ImageNet-21k at 224
+pixels; paper of L/16: "How to train your ViT?", arXiv:2106.10270.
 
 Position embeddings are resampled for another image size once, when weights are loaded: what is saved afterwards has the
 new size.
@@ -21,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from manyeyes.encoders.encoder import Encoder, EncoderFamily, StackEncoder, TensorMap, check_image_size
+from manyeyes.encoders.encoder import Encoder, EncoderFamily, EncoderRow, StackEncoder, TensorMap, check_image_size
 from manyeyes.errors import SourceError
 
 Method = Literal["antialias", "plain", "offset"]
@@ -182,3 +184,45 @@ def _block(key: str) -> int:
 
 
 FAMILY = EncoderFamily(build=build_vit, convert=fit_vit)
+
+_HALF = (0.5, 0.5, 0.5)
+_FEATURES = "last block and norm; class token seen by the patches, then dropped"
+
+ROWS: dict[str, EncoderRow] = {
+    "vit-l16-224-in21k": EncoderRow(
+        family="vit",
+        channels=1024,
+        stride=16,
+        image_size=224,
+        mean=_HALF,
+        std=_HALF,
+        parameters=303_301_632,
+        pretraining="classification, ImageNet-21k (AugReg)",
+        licence="Apache-2.0",
+        source="hub:timm/vit_large_patch16_224.augreg_in21k@main",
+        paper="arXiv:2106.10270",
+        architecture={"patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "class_token": True},
+        small={"width": 32, "depth": 2, "heads": 2},
+        features=_FEATURES,
+        image_sizes=(224,),
+        small_image_size=64,
+    ),
+    "vit-h14-224-in21k": EncoderRow(
+        family="vit",
+        channels=1280,
+        stride=14,
+        image_size=224,
+        mean=_HALF,
+        std=_HALF,
+        parameters=630_764_800,
+        pretraining="classification, ImageNet-21k",
+        licence="Apache-2.0",
+        source="hub:timm/vit_huge_patch14_224.orig_in21k@main",
+        paper="arXiv:2010.11929",
+        architecture={"patch_size": 14, "width": 1280, "depth": 32, "heads": 16, "class_token": True},
+        small={"width": 32, "depth": 2, "heads": 2},
+        features=_FEATURES,
+        image_sizes=(224,),
+        small_image_size=56,
+    ),
+}

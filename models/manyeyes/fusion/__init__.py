@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.fusion import (
-    channel_concat,
+    concatenation,
     deformable_mining,
     mixture_of_resolutions,
     patch_info_mining,
-    sequence_append,
     spatial_vision_aggregator,
 )
 from manyeyes.fusion.fusion import BlockwiseEncoder, Fusion, FusionRow, InjectingFusion
@@ -32,8 +31,8 @@ __all__ = [
 ]
 
 FUSIONS: dict[str, FusionRow] = {
-    "channel-concat": channel_concat.ROW,
-    "sequence-append": sequence_append.ROW,
+    "channel-concat": concatenation.CONCAT,
+    "sequence-append": concatenation.APPEND,
     "mixture-of-resolutions": mixture_of_resolutions.ROW,
     "patch-info-mining": patch_info_mining.ROW,
     "deformable-mining": deformable_mining.ROW,
