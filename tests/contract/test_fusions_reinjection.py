@@ -33,7 +33,7 @@ from manyeyes.model import BranchBatch, ManyEyesConfig, ManyEyesForConditionalGe
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.reinjection import VisualContext
 from manyeyes.recipe import LoraSpec, ReinjectionSpec
-from manyeyes.training.optimizer import add_adapters, merge_adapters
+from manyeyes.training.adapters import add_adapters, merge_adapters
 
 ROWS, WIDTH, TOKENS = 2, 24, 16
 LLAMA: dict[str, Any] = {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedConfig
@@ -16,12 +21,15 @@ from manyeyes.errors import CheckpointError, RecipeError
 from manyeyes.model import build_model, build_skeleton, load_checkpoint
 from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec, MixturePart, change_recipe
+from manyeyes.storage import hash_file
 from manyeyes.training import loop
+from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.batches import processor_of_stage
-from manyeyes.training.optimizer import adapters_alone, add_adapters, build_optimizer, freeze_others, merge_adapters
-from manyeyes.training.stage import read_stage_report
+from manyeyes.training.optimizer import build_optimizer, freeze_others
+from manyeyes.training.stage import ADAPTER, read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
+ROOT = Path(__file__).parents[2]
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
 
 
@@ -44,7 +52,12 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sft(
-    folder: Path, name: str, *, on_progress: Callable[[loop.Progress], None] | None = None, **changes: object
+    folder: Path,
+    name: str,
+    *,
+    on_progress: Callable[[loop.Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    **changes: object,
 ) -> Path:
     run_toy_stage(
         "sft",
@@ -54,6 +67,7 @@ def sft(
         out=folder / name,
         work_dir=folder / f"work-{name}",
         on_progress=on_progress,
+        checkpoint=checkpoint or folder / "pretrain",
     )
     return folder / name
 
@@ -96,6 +110,89 @@ def test_a_stage_with_lora_changes_linear_layers_alone_and_saves_a_plain_checkpo
     changed = {name for name in before if not torch.equal(before[name], after[name]) and "language_model" in name}
     assert changed
     assert all("_proj.weight" in name for name in changed)
+
+
+@pytest.fixture(scope="module")
+def adapted(pretrained: Path) -> Path:
+    """The result of a stage with adapters that have learned something."""
+    return sft(pretrained, "adapted", lora=LORA, train={"projector": 1e-3, "language_model": 0.05}, epochs=3)
+
+
+# peft 0.21 asks for a property that transformers 5.23 renamed; gone once peft uses the new name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@torch.no_grad()
+def test_a_reader_who_follows_the_page_has_the_logits_of_the_merged_checkpoint_from_peft(
+    pretrained: Path, adapted: Path
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(encoding="utf-8"), re.DOTALL)
+    read: dict[str, Any] = {"language_model": pretrained / "data" / "pretrained" / "lm", "result": adapted}
+    exec(block, read)
+    ids = read["tokenizer"]("what colour is it?", return_tensors="pt").input_ids
+    merged = load_checkpoint(adapted)[0].language_model
+    torch.testing.assert_close(read["logits"], merged(ids).logits, rtol=0, atol=1e-5)
+    with read["model"].disable_adapter():
+        assert (read["model"](ids).logits - read["logits"]).abs().max() > 1e-2
+    weights = read["model"].merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_adapter_folder_is_small_says_what_it_is_and_is_the_same_every_time(
+    pretrained: Path, adapted: Path
+) -> None:
+    report = read_stage_report(adapted)
+    assert sorted(file.name for file in (adapted / ADAPTER).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert report.adapter_sha256 == hash_file(adapted / ADAPTER / "adapter_model.safetensors")
+    config = json.loads((adapted / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, names)
+    assert (config["peft_type"], config["task_type"], config["base_model_name_or_path"]) == ("LORA", "CAUSAL_LM", None)
+    tensors = safetensors.torch.load_file(adapted / ADAPTER / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == report.trainable_parameters["language_model"]
+    again = sft(pretrained, "again", lora=LORA, train={"projector": 1e-3, "language_model": 0.05}, epochs=3)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / ADAPTER / name).read_bytes() == (adapted / ADAPTER / name).read_bytes()
+
+
+def test_a_stage_that_starts_from_a_checkpoint_with_an_adapter_takes_the_merged_weights(
+    pretrained: Path, adapted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapted, tmp_path / "without", ignore=shutil.ignore_patterns(ADAPTER))
+    digests = {
+        read_stage_report(sft(pretrained, f"after-{start.name}", checkpoint=start, max_steps=1)).checkpoint_digest
+        for start in (adapted, tmp_path / "without")
+    }
+    assert len(digests) == 1
+    assert not (pretrained / "after-without" / ADAPTER).exists()
+
+
+def test_prealign_with_adapters_keeps_the_encoder_alone(pretrained: Path) -> None:
+    rates = {"encoders": 1e-3, "projector": 1e-3, "language_model": 1e-3}
+    run_toy_stage(
+        "prealign",
+        recipe=change_recipe(toy_recipe(max_steps=1, train=rates), {"stages.prealign.lora": LORA}),
+        snapshot=pretrained / "data",
+        inputs=pretrained,
+        out=pretrained / "left-with-lora",
+        work_dir=pretrained / "work-left-with-lora",
+    )
+    assert not (pretrained / "left-with-lora" / ADAPTER).exists()
+    assert read_stage_report(pretrained / "left-with-lora").adapter_sha256 is None
+
+
+def test_target_names_are_whole_where_their_ends_also_name_layers_without_an_adapter(tmp_path: Path) -> None:
+    model = build_skeleton(toy_recipe().model, text_config=LlamaConfig(num_hidden_layers=1, hidden_size=32))
+    model.to_empty(device="cpu")
+    add_adapters(model, LoraSpec(rank=2, alpha=2), seed=0)
+    model.language_model.extra = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)})
+    save_adapter(model, tmp_path / ADAPTER, base=("owner/name", "abc"))
+    config = json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+    assert "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    assert len(config["target_modules"]) == 7
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
 
 
 def test_adapters_are_drawn_from_the_seed_alone(pretrained: Path) -> None:

@@ -19,15 +19,8 @@ from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.model.language_model import decoder_layers, language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.runtime.bundle_contents import ModelFacts
-from manyeyes.training.optimizer import (
-    ParameterGroups,
-    adapters_alone,
-    add_adapters,
-    freeze_others,
-    learning_rates,
-    merge_adapters,
-    split_groups,
-)
+from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters
+from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
 
 # A question and its answer beside the image, as FLOPs of a sample count them: conversations of LLaVA's instruction data
 # have some hundred tokens, captions some dozens. Ours, not published.

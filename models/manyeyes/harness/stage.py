@@ -42,6 +42,7 @@ def train_stage(
 
     from manyeyes.training.launch import launch_stage
     from manyeyes.training.loop import Progress, TokenCounts
+    from manyeyes.training.stage import ADAPTER
 
     inputs = parse_pinned(pinned)
     threads = num_threads(branches=branches or parallel_branches(stage))
@@ -101,6 +102,7 @@ def train_stage(
         ("continued from step", "never stopped" if report.resumed_from_step is None else report.resumed_from_step),
         *((f"trainable parameters of {group}", count) for group, count in report.trainable_parameters.items()),
         ("checkpoint digest", report.checkpoint_digest),
+        *([("adapters alone, for peft", f"{ADAPTER}/ in the checkpoint")] if report.adapter_sha256 else []),
     ]
     loss = Curve("loss", [(point.step, point.loss) for point in report.history])
     rate = Curve("learning rate", [(point.step, point.learning_rate) for point in report.history], "off")

@@ -33,25 +33,18 @@ from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
+from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import HistoryPoint, Progress, TokenCounts, drop_running, stage_lock, train
-from manyeyes.training.optimizer import (
-    ParameterGroups,
-    adapters_alone,
-    add_adapters,
-    build_optimizer,
-    freeze_others,
-    learning_rates,
-    merge_adapters,
-    split_groups,
-)
+from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
 from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
 
 # How often it saves, and what is held in which memory, do not change what it learns.
 _NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
+ADAPTER = "adapter"
 # More than workers are ever ahead of training, in steps.
 PLANS_KEPT = 64
 
@@ -71,6 +64,10 @@ class StageReport(StrictModel):
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
     checkpoint_digest: str = Field(description="Digest of the checkpoint, or of the encoder that prealign made.")
+    adapter_sha256: str | None = Field(
+        default=None,
+        description="Of adapter/adapter_model.safetensors, hexadecimal; null where the stage trained no adapters.",
+    )
     trainable_parameters: dict[str, int] = Field(description="Trained parameters by group.")
     history: tuple[HistoryPoint, ...] = Field(description="At most about a hundred points.")
 
@@ -107,7 +104,7 @@ def run_stage(
         snapshot: Training data and pretrained parts.
         code_digest: Of the code; another code trains anew.
         out: Folder to write. ``prealign``: ``encoder.safetensors`` and ``encoder.json``; else a checkpoint. Both with
-            ``stage.json``.
+            ``stage.json``; a checkpoint of a stage with ``lora`` also with its adapters alone, in ``adapter``.
         work_dir: Where running checkpoints live, under the stage's digest.
         encoder: For ``prealign``, the encoder's name in the recipe.
         encoder_checkpoints: Results of ``prealign`` by encoder name; used where the model is built.
@@ -326,9 +323,12 @@ def _train_and_save(
         )
     if not processes.is_main:
         return
-    merge_adapters(model.to("cpu").eval())
+    model.to("cpu").eval()
     with new_folder(done) as new:
-        result = new / "result"
+        result, adapter = new / "result", None
+        if spec.lora is not None and job.encoder is None:
+            adapter = save_adapter(model, new / ADAPTER, base=_base(job))
+        merge_adapters(model)
         digest = save_checkpoint(model, processor, result) if job.encoder is None else _save_encoder(model, job, result)
         for file in list(result.iterdir()):
             file.rename(new / file.name)
@@ -346,6 +346,7 @@ def _train_and_save(
             first_loss=state.first_loss,
             final_loss=state.history[-1].loss,
             checkpoint_digest=digest,
+            adapter_sha256=adapter,
             trainable_parameters={group: sum(parameter.numel() for _, parameter in groups[group]) for group in rates},
             history=state.history,
         )
@@ -369,6 +370,22 @@ def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcess
     for name, path in job.encoder_checkpoints.items():
         _load_encoder(model, name, path)
     return model, processor
+
+
+def _base(job: _Job) -> tuple[str, str] | None:
+    """Id and commit of the hub's language model that a stage adapts; None where it may be another by now."""
+    source = job.recipe.model.language_model.source
+    if not source.startswith("hub:"):
+        return None
+    if job.checkpoint is not None:
+        if not (job.checkpoint / STAGE_REPORT).is_file():
+            return None
+        before = read_stage_report(job.checkpoint)
+        groups = {name.partition(".")[0] for name in before.trainable_parameters}
+        if before.stage != "pretrain" or "language_model" in groups:
+            return None
+    name, _, revision = source.removeprefix("hub:").partition("@")
+    return name, revision
 
 
 def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path) -> str:

@@ -1,0 +1,116 @@
+"""Low-rank adapters on a language model's linear layers, which last for one stage; the layers are peft's.
+
+Down projections start as a linear layer of torch does, up projections at zero, as in the published code (LoRA,
+arXiv:2106.09685). What a stage trained is kept twice: merged into the weights of its checkpoint, and alone, as a folder
+that peft reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from manyeyes.errors import RecipeError
+from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model.language_model import decoder_of
+from manyeyes.recipe import LoraSpec
+from manyeyes.training.optimizer import ParameterGroups
+
+
+def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, seed: int) -> None:
+    """Put an adapter on every linear layer of the language model's decoder, in place. The outputs stay what they were.
+
+    Args:
+        model: Changed; of the decoder, the adapters alone require gradients from here on.
+        spec: Rank, scale and dropout.
+        seed: What the down projections are drawn from.
+
+    Raises:
+        RecipeError: The decoder has no linear layer, or is of a family whose layers peft cannot adapt.
+    """
+    decoder = decoder_of(model.language_model)
+    linear = {name: module.weight.is_meta for name, module in decoder.named_modules() if type(module) is nn.Linear}
+    if not linear:
+        raise RecipeError(
+            f"lora with a {type(decoder).__name__}", "its decoder has no linear layer to adapt", "Leave lora out."
+        )
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(linear),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, decoder, low_cpu_mem_usage=all(linear.values()))
+        except ValueError as error:
+            raise RecipeError(
+                f"lora with a {type(decoder).__name__}", f"peft cannot adapt it ({error})", "Leave lora out."
+            ) from error
+
+
+def merge_adapters(model: ManyEyesForConditionalGeneration) -> None:
+    """Add every adapter to its layer's weights and take it off; does nothing where there are none."""
+    decoder = decoder_of(model.language_model)
+    adapted = _adapted(decoder)
+    for name, module in adapted:
+        module.merge()
+        decoder.set_submodule(name, module.get_base_layer())
+    if adapted:
+        del decoder.peft_config
+
+
+def adapters_alone(groups: ParameterGroups) -> ParameterGroups:
+    """The same groups, with the adapters as all that there is of the language model."""
+    adapters = [(name, parameter) for name, parameter in groups["language_model"] if ".lora_" in name]
+    return {**groups, "language_model": adapters}
+
+
+def save_adapter(model: ManyEyesForConditionalGeneration, folder: Path, *, base: tuple[str, str] | None) -> str:
+    """Write the adapters alone, for ``peft.PeftModel.from_pretrained`` on the language model that they were trained on.
+
+    Args:
+        model: With adapters.
+        folder: Made; ``adapter_model.safetensors`` and ``adapter_config.json``.
+        base: The hub's id and revision of that language model, where it has them.
+
+    Returns:
+        sha256 of the weights, hexadecimal.
+    """
+    language_model = model.language_model
+    decoder, prefix = decoder_of(language_model), f"{language_model.base_model_prefix}."
+    config: Any = copy.deepcopy(decoder.peft_config)["default"]  # type: ignore[operator, index]
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.base_model_name_or_path, config.revision = base or (None, None)
+    # A list: peft would write a set in another order every time.
+    config.target_modules = _targets(language_model, [prefix + name for name, _ in _adapted(decoder)])
+    tensors = get_peft_model_state_dict(decoder, adapter_name="default")
+    data = safetensors.torch.save(
+        {f"base_model.model.{prefix}{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"format": "pt"},
+    )
+    folder.mkdir()
+    (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+    config.save_pretrained(str(folder))
+    return hashlib.sha256(data).hexdigest()
+
+
+def _adapted(decoder: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in decoder.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _targets(language_model: nn.Module, names: list[str]) -> list[str]:
+    """The last parts of the names where those stand for these layers alone, as people write them; else whole names."""
+    last = {name.rpartition(".")[2] for name in names}
+    alike = {name for name, _ in language_model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if alike == set(names) else names)
