@@ -40,19 +40,30 @@ def launch_toy(folder: Path, *, processes: int, epochs: int = 1, **more: Any) ->
     )
 
 
-def run_two(target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:
-    """Run ``target(rank, port, kwargs)`` in two processes that meet at the port; both must end well."""
+def free_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_ranks(processes: int, target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:
+    """Run ``target(rank, port, kwargs)`` in so many processes that meet at the port; all must end well."""
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training_toys"])
-    processes = [context.Process(target=target, args=(rank, port, kwargs)) for rank in range(2)]
-    for process in processes:
+    started = [context.Process(target=target, args=(rank, port, kwargs)) for rank in range(processes)]
+    for process in started:
         process.start()
-    for process in processes:
+    for process in started:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+def run_two(target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:
+    """``run_ranks`` with two."""
+    run_ranks(2, target, kwargs)
 
 
 def _full_disk(*_: Any, **__: Any) -> None:

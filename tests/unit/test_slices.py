@@ -125,6 +125,7 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "precision": ("bf16", False),
     "checkpoint_encoders": (True, False),
     "checkpoint_language_model": (True, False),
+    "sharding": ("full", False),
     "too_long": ("cut", True),
     "template": ("plain", True),
     "fit": ("crop", True),

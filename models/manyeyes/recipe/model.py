@@ -199,6 +199,11 @@ class StageSpec(Strict):
         description="The language model computes the inside of its layers again in the backward pass, all but "
         "attention, instead of keeping it: less memory, more time, the same gradients.",
     )
+    sharding: Literal["auto", "none", "full"] = Field(
+        default="auto",
+        description="none: every process holds the whole model. full: each holds a part of every tensor, and all of a "
+        "layer only while it computes it. auto: full where the whole would take more than half of a process's memory.",
+    )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
         description="A conversation of more tokens than model.language_model.max_length is refused (validate_data "
@@ -220,6 +225,21 @@ class StageSpec(Strict):
         default=None, description="Train adapters of the language model in place of the language model."
     )
     checkpoint_every_s: float = Field(default=30.0, gt=0, le=1e9, description="Seconds between running checkpoints.")
+
+    def shards(self, *, processes: int, parameters: int, trained: int, memory_bytes: float) -> bool:
+        """Whether each process holds a part of the model alone.
+
+        Args:
+            processes: How many train.
+            parameters: Of the stage's model.
+            trained: Those of them that train.
+            memory_bytes: Of the device of one process.
+        """
+        if self.sharding == "auto":
+            # Weights; copies in bf16; gradients and two moments.
+            whole = (6 if self.precision == "bf16" else 4) * parameters + 12 * trained
+            return processes > 1 and whole > memory_bytes / 2
+        return processes > 1 and self.sharding == "full"
 
     @model_validator(mode="after")
     def _packing_makes_the_micro_batches(self) -> StageSpec:

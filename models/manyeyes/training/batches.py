@@ -72,6 +72,12 @@ class Batch:
     num_places: int
     num_samples: int
 
+    @property
+    def num_calls(self) -> int:
+        """How often ``loop.batch_loss`` calls the decoder."""
+        prefixes = self.prefixes is not None and self.prefixes["input_ids"].shape[1] > 0
+        return (self.packed is not None) + prefixes + len(self.branches) + (self.chains is not None)
+
     def pin_memory(self) -> Batch:
         """The batch in memory that a GPU can fetch by itself, while the CPU goes on."""
         return replace(self, **{field.name: _pinned(getattr(self, field.name)) for field in fields(self)})

@@ -29,6 +29,7 @@ from manyeyes.training.ahead import BatchStream
 from manyeyes.training.batches import Batch
 from manyeyes.training.optimizer import schedule_factor, set_learning_rates
 from manyeyes.training.processes import Processes
+from manyeyes.training.sharding import ShardedLoss, WholeLoss, clip_gradients, gather_tensor, part_of
 
 KEPT = 2
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -129,6 +130,7 @@ def save_running(
     history: list[HistoryPoint],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    processes: Processes,
 ) -> None:
     """Write a running checkpoint, then drop all but the last two.
 
@@ -142,15 +144,17 @@ def save_running(
         history: Points so far.
         parameters: Those that train, by name; the others come from the stage's inputs.
         optimizer: AdamW over them.
+        processes: Whose parts they are. The main process writes; where there are parts, all call this.
 
     Raises:
         StorageError: No space. What was there before is untouched.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach()
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        for kind, tensor in (("parameter", parameter), *((key, optimizer.state[parameter][key]) for key in _MOMENTS)):
+            tensors[f"{kind}/{name}"] = gather_tensor(tensor, processes)
+    if not processes.is_main:
+        return
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     with storage_errors(folder):
         free = shutil.disk_usage(folder).free
@@ -196,11 +200,11 @@ def load_running(
         state, tensors = found
         for name, parameter in parameters.items():
             with torch.no_grad():
-                parameter.copy_(tensors[f"parameter/{name}"])
+                parameter.copy_(part_of(tensors[f"parameter/{name}"], parameter))
             optimizer.state[parameter] = {
                 # AdamW counts steps per parameter, in a float32 tensor.
                 "step": torch.tensor(float(state.step), device=parameter.device),
-                **{moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in _MOMENTS},
+                **{moment: part_of(tensors[f"{moment}/{name}"], parameter) for moment in _MOMENTS},
             }
         return state
     return None
@@ -251,7 +255,7 @@ class Progress(StrictModel):
 
 
 def train(
-    model: ManyEyesForConditionalGeneration,
+    loss_of: WholeLoss | ShardedLoss,
     stream: BatchStream,
     stage: StageSpec,
     *,
@@ -270,7 +274,7 @@ def train(
     one bit for bit (on CPU, with the same number of threads).
 
     Args:
-        model: Frozen but for ``parameters``.
+        loss_of: From ``loss_function``; its model is frozen but for ``parameters``.
         stream: This process's batches of each step.
         stage: Batch size, schedule and the like.
         steps: Optimizer steps.
@@ -307,18 +311,24 @@ def train(
         rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
         share, total = processes.share(stream.next_step, count=lambda share: share.num_supervised)
         step_loss, num_tokens, num_places = torch.zeros(1, device=processes.device), 0, 0
-        for batch in share.batches:
-            with torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-                loss = batch_loss(model, batch, device=processes.device) / max(1.0, total)
+        for batch, calls in loss_of.agree(share.batches):
+            with (
+                processes.computing_together(),
+                torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"),
+            ):
+                loss = loss_of(batch, calls) / max(1.0, total)
             if loss.requires_grad:  # not where only encoders train and no sample shows its image
-                loss.backward()
+                with processes.computing_together():
+                    loss.backward()
             step_loss += loss.detach()
-            num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
+            if batch is not None:
+                num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
             del batch, loss
         processes.sum_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, stage.max_grad_norm).item()
-        summed = processes.sum(torch.cat([step_loss.cpu(), torch.tensor([float(num_tokens), float(num_places)])]))
-        loss_value, *counts = summed.tolist()
+        norm = clip_gradients(trained, stage.max_grad_norm, processes)
+        due = processes.is_main and time.monotonic() - saved >= stage.checkpoint_every_s
+        told = torch.tensor([float(num_tokens), float(num_places), float(due)])
+        loss_value, *counts, due = processes.sum(torch.cat([step_loss.cpu(), told])).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise RecipeError(
                 f"loss {loss_value} and gradient norm {norm} at step {step + 1}",
@@ -365,7 +375,7 @@ def train(
         if processes.is_main and (now - reported >= PROGRESS_EVERY_S or last):
             report(done, point, point.samples_per_s, seconds_before + now - started)
             reported = now
-        if processes.is_main and not last and now - saved >= stage.checkpoint_every_s and not losses:
+        if due and not last and not losses:
             save_running(
                 folder,
                 step=done,
@@ -376,6 +386,7 @@ def train(
                 history=history,
                 parameters=parameters,
                 optimizer=optimizer,
+                processes=processes,
             )
             saved = time.monotonic()
     seconds = seconds_before + time.monotonic() - started
@@ -389,6 +400,27 @@ def train(
         sha256="",
     )
     return state, begin
+
+
+def loss_function(
+    model: ManyEyesForConditionalGeneration, stage: StageSpec, *, processes: Processes, sharded: bool
+) -> WholeLoss | ShardedLoss:
+    """What ``train`` computes.
+
+    Args:
+        model: Where it is sharded, its parameters become parts of tensors, in place; else it is moved to the device.
+        stage: Its precision.
+        processes: Who takes part.
+        sharded: Whether each process keeps a part alone.
+    """
+
+    def compute(batch: Batch) -> Tensor:
+        return batch_loss(model, batch, device=processes.device)
+
+    if sharded:
+        return ShardedLoss(model, compute, processes=processes, precision=stage.precision)
+    model.to(processes.device)
+    return WholeLoss(compute)
 
 
 def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device) -> Tensor:

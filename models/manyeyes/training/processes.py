@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from manyeyes.children import pickle_error, unpickle_error
 from manyeyes.errors import ProcessLostError
@@ -32,6 +33,7 @@ _LONGEST_WAIT = timedelta(hours=2)
 _FAREWELL_S = 10.0
 _POLL_S = 0.05
 _ERROR = "error"
+_BUCKET_BYTES = 64 * 2**20
 
 
 class PeerError(RuntimeError):
@@ -93,8 +95,16 @@ class Processes:
                 distributed.all_reduce(values)
         return values
 
+    def maximum(self, value: int) -> int:
+        """The greatest of all processes' values."""
+        values = torch.tensor([value], device=self.device)
+        if self.size > 1:
+            with _together():
+                distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        return int(values)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum every gradient over all processes; a missing one becomes zero.
+        """Sum every gradient over all processes; a missing one becomes zero, and parts are summed already.
 
         A batch without an image leaves encoders without a gradient. Their moments must decay all the same, or a run
         would depend on how its batches are cut.
@@ -104,20 +114,32 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter)
         if self.size == 1:
             return
-        # One message for all of them: small models are bound by latency.
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-        flat = self.sum(flat)
-        offset = 0
-        for parameter in parameters:
-            count = parameter.numel()
-            parameter.grad = flat[offset : offset + count].view_as(parameter).clone()
-            offset += count
+        for some in _buckets([each for each in parameters if not isinstance(each, DTensor)]):
+            flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in some if parameter.grad is not None]))
+            for parameter, summed in zip(some, flat.split([parameter.numel() for parameter in some]), strict=True):
+                assert parameter.grad is not None
+                parameter.grad.copy_(summed.view_as(parameter))
 
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
             with _together():
                 distributed.barrier()
+
+    @contextmanager
+    def computing_together(self) -> Iterator[None]:
+        """Something that sends messages on its way: an error of a connection is another process's end.
+
+        Raises:
+            PeerError: Another process failed or is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo says no more of what it fails with than a text.
+            if self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+                raise PeerError(str(error)) from error
+            raise
 
 
 @contextmanager
@@ -174,6 +196,20 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerError(str(error)) from error
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters whose gradients are one message: small models are bound by latency, large ones by memory."""
+    some: list[nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        if some and held + parameter.nbytes > _BUCKET_BYTES:
+            yield some
+            some, held = [], 0
+        some.append(parameter)
+        held += parameter.nbytes
+    if some:
+        yield some
 
 
 class _LastWords:

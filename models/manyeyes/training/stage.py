@@ -36,13 +36,14 @@ from manyeyes.strict import StrictModel
 from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
-from manyeyes.training.loop import HistoryPoint, Progress, TokenCounts, drop_running, stage_lock, train
+from manyeyes.training.loop import HistoryPoint, Progress, TokenCounts, drop_running, loss_function, stage_lock, train
 from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
 from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
+from manyeyes.training.sharding import gather, parts_of, shards
 
 # How often it saves, and what is held in which memory, do not change what it learns.
-_NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model")
+_NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 ADAPTER = "adapter"
 # More than workers are ever ahead of training, in steps.
@@ -252,7 +253,7 @@ def _train_and_save(
     groups = split_groups(groups, spec.train)
     rates = learning_rates(spec.train, groups)
     parameters = freeze_others(groups, rates)
-    model.to(processes.device).train()
+    model.train()
     for group in groups:
         if group not in rates:
             model.get_submodule(group).eval()
@@ -261,6 +262,10 @@ def _train_and_save(
         encoder.set_checkpointing(spec.checkpoint_encoders)
     if spec.checkpoint_language_model:
         recompute_layers(model.language_model)
+    sharded = shards(model, spec, processes=processes)
+    loss_of = loss_function(model, spec, processes=processes, sharded=sharded)
+    groups = parts_of(model, groups)
+    parameters = {name: model.get_parameter(name) for name in parameters}
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
     num_samples = spec.epochs * len(mixture)
     steps = math.ceil(num_samples / spec.batch_size)
@@ -309,7 +314,7 @@ def _train_and_save(
     pinned = processes.device.type == "cuda"
     with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned) as stream:
         state, begin = train(
-            model,
+            loss_of,
             stream,
             spec,
             steps=steps,
@@ -321,9 +326,13 @@ def _train_and_save(
             seed=job.seed,
             report=report,
         )
+    if sharded:
+        gather(model, processes=processes)
+    else:
+        model.to("cpu")
     if not processes.is_main:
         return
-    model.to("cpu").eval()
+    model.eval()
     with new_folder(done) as new:
         result, adapter = new / "result", None
         if spec.lora is not None and job.encoder is None:

@@ -1,0 +1,274 @@
+"""One model over several processes: each keeps a part of every tensor, and all of a layer only while it computes it.
+
+``fully_shard`` of torch gathers a layer's parameters before its forward and its backward pass, and sums and cuts its
+gradients behind that. Each of these is a message that every process sends, so all must run every layer equally often,
+whatever their samples are: they agree on how often the language model is called for a micro-batch, and whoever has
+fewer calls makes calls of one token for nothing. Encoders and all else outside the layers are gathered for the whole of
+a micro-batch, because not every process has images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from manyeyes.errors import RecipeError
+from manyeyes.model import ManyEyesForConditionalGeneration
+from manyeyes.model.language_model import decoder_layers, decoder_of
+from manyeyes.recipe import StageSpec
+from manyeyes.runtime.sessions import memory_limit
+from manyeyes.training.batches import Batch
+from manyeyes.training.processes import Processes
+
+
+def shards(model: nn.Module, spec: StageSpec, *, processes: Processes) -> bool:
+    """Whether each process is to hold a part of a model alone; the same in all of them.
+
+    Args:
+        model: What trains requires gradients.
+        spec: The stage, whose ``sharding`` decides.
+        processes: Who takes part.
+    """
+    if processes.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(processes.device).total_memory
+    else:
+        memory = memory_limit() // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes.size)))
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    wanted = spec.shards(
+        processes=processes.size,
+        parameters=sum(count for count, _ in counts),
+        trained=sum(count for count, trains in counts if trains),
+        memory_bytes=memory,
+    )
+    return processes.maximum(wanted) > 0
+
+
+class WholeLoss:
+    """The loss of a micro-batch, where every process holds the whole model.
+
+    Args:
+        compute: The loss of a batch.
+    """
+
+    def __init__(self, compute: Callable[[Batch], Tensor]) -> None:
+        self._compute = compute
+
+    def agree(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch | None, int]]:
+        """As ``ShardedLoss.agree``; there is nothing to agree on."""
+        # No generator: that would hold a batch while the next one is made.
+        return map(_with_calls, batches)
+
+    def __call__(self, batch: Batch | None, calls: int) -> Tensor:  # noqa: ARG002
+        """As ``ShardedLoss.forward``."""
+        assert batch is not None
+        return self._compute(batch)
+
+
+def _with_calls(batch: Batch) -> tuple[Batch | None, int]:
+    return batch, batch.num_calls
+
+
+class ShardedLoss(nn.Module):
+    """The loss of a micro-batch, as the one forward pass that torch's hooks know.
+
+    Args:
+        model: Its parameters become parts, in place.
+        compute: The loss of a batch.
+        processes: Who holds the other parts.
+        precision: ``bf16`` gathers parameters in it; parts, sums of gradients and moments stay fp32.
+    """
+
+    model: ManyEyesForConditionalGeneration
+
+    def __init__(
+        self,
+        model: ManyEyesForConditionalGeneration,
+        compute: Callable[[Batch], Tensor],
+        *,
+        processes: Processes,
+        precision: Literal["fp32", "bf16"],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._compute = compute
+        self._processes = processes
+        self._hidden: list[Tensor] = []
+        decoder = decoder_of(model.language_model)
+        decoder.register_forward_pre_hook(_make_differentiable, with_kwargs=True)
+        decoder.register_forward_hook(self._keep_hidden)
+        device = processes.device
+        mesh = init_device_mesh(device.type, (processes.size,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        # A layer at a time, so that a device never holds the whole model.
+        for module in (*_layers(model), self):
+            module.to(device)
+            for parameter in module.parameters():
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.contiguous()
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            # The loss is divided already; and gloo knows plain sums alone.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+
+    def agree(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch | None, int]]:
+        """This process's micro-batches, and what the others need it to do besides.
+
+        Returns:
+            A micro-batch, None once there are no more here, and how often each process calls the language model.
+        """
+        while True:
+            held = [next(batches, None)]
+            calls = self._processes.maximum(0 if held[0] is None else held[0].num_calls)
+            if calls == 0:
+                return
+            yield held.pop(), calls  # held here, it would be in memory when the next one is made
+
+    def forward(self, batch: Batch | None, calls: int) -> Tensor:
+        """Loss summed over the supervised tokens.
+
+        Args:
+            batch: None where this process has none.
+            calls: Of the language model, in all processes.
+        """
+        self._hidden = []
+        # Made first, so its backward pass runs last, when what was used has its gradient. The messages are cut alike in
+        # all processes only where everything has one.
+        here = [each for each in self.parameters() if each.requires_grad and not isinstance(each, DTensor)]
+        loss: Tensor = _Zero.apply(self._processes.device, *here)
+        if batch is not None:
+            loss = loss + self._compute(batch)
+        table = self.model.language_model.get_input_embeddings().weight
+        while len(self._hidden) < calls:
+            decoder_of(self.model.language_model)(
+                inputs_embeds=table.new_zeros(1, 1, table.shape[1]),
+                position_ids=torch.zeros(1, 1, dtype=torch.long, device=table.device),
+                use_cache=False,
+            )
+        # Only keys and values of a prefix are looked at; its last layer would never be told that backward begins.
+        total: Tensor = loss + _Zero.apply(self._processes.device, *self._hidden)
+        self._hidden = []
+        return total
+
+    def _keep_hidden(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        self._hidden.append(output.last_hidden_state)
+
+
+class _Zero(torch.autograd.Function):
+    """Zero, whatever it comes from: a product with zero would be no number where padding is none."""
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *sources: Tensor) -> Tensor:
+        ctx.sources = [(source.shape, source.dtype, source.device) for source in sources]
+        return torch.zeros((), device=device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ARG004
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.sources)
+        return None, *zeros
+
+
+def _make_differentiable(
+    decoder: nn.Module,  # noqa: ARG001
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Text alone in front of frozen layers has no backward pass; another process's images have.
+    embeds = kwargs["inputs_embeds"]
+    if torch.is_grad_enabled() and not embeds.requires_grad:
+        kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
+    return args, kwargs
+
+
+def _layers(model: ManyEyesForConditionalGeneration) -> Sequence[nn.Module]:
+    try:
+        return list(decoder_layers(model.language_model))
+    except RecipeError:  # it is gathered as a whole
+        return []
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of a tensor.
+
+    Args:
+        full: The whole.
+        like: A tensor that is cut as the result shall be, or is whole.
+    """
+    if not isinstance(like, DTensor):
+        return full.to(like.device)
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    return DTensor.from_local(
+        full[place].contiguous().to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def gather_tensor(tensor: Tensor, processes: Processes) -> Tensor:
+    """The whole of a tensor, on the CPU of the main process; empty elsewhere. What is no part comes as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with processes.computing_together():
+        full: Tensor = tensor.full_tensor().detach()
+    return full.cpu() if processes.is_main else full.to("meta")
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, processes: Processes) -> float:
+    """Scale gradients so that their norm over all processes is at most ``max_norm``.
+
+    Args:
+        parameters: Whole here, or parts of which each process has its own.
+        max_norm: What torch's ``clip_grad_norm_`` takes.
+        processes: Who has the other parts.
+
+    Returns:
+        The norm before.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = processes.sum(nn.utils.get_total_norm(parts).square()).sqrt()
+    torch._foreach_mul_(parts, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm.item()
+
+
+def parts_of(
+    model: nn.Module, groups: Mapping[str, list[tuple[str, nn.Parameter]]]
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The same groups, with what the parameters of those names are now."""
+    return {group: [(name, model.get_parameter(name)) for name, _ in pairs] for group, pairs in groups.items()}
+
+
+def gather(model: nn.Module, *, processes: Processes) -> None:
+    """Put a model whose parameters are parts together again: whole on the CPU of the main process, empty elsewhere.
+
+    One tensor at a time, so that no device holds more than that.
+
+    Args:
+        model: Changed.
+        processes: Who holds the parts; all call this.
+    """
+    whole: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                if id(parameter) not in whole:
+                    full = gather_tensor(parameter, processes)
+                    whole[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+                module._parameters[name] = whole[id(parameter)]
