@@ -12,32 +12,54 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import ManyEyesError, StorageError
-from manyeyes.training import loop
+from manyeyes.harness.base import LocalArtifact, Reporter, Step, StepResult, run_step
+from manyeyes.storage import write_file
+from manyeyes.training import loop, running
 from manyeyes.training.launch import launch_stage
 from manyeyes.training.stage import StageReport
 from tests.training_toys import toy_recipe
 
 
-def launch_toy(folder: Path, *, processes: int, epochs: int = 1, **more: Any) -> StageReport:
+def launch_toy(folder: Path, *, processes: int, epochs: int = 1, every_s: float = 0.1, **more: Any) -> StageReport:
     """Train one encoder on ``folder/data``."""
+    places = {"out": folder / f"out-{processes}", "work_dir": folder / f"work-{processes}"}
     return launch_stage(
-        toy_recipe(epochs=epochs, schedule={"kind": "constant", "warmup_ratio": 0}),
+        toy_recipe(epochs=epochs, checkpoint_every_s=every_s, schedule={"kind": "constant", "warmup_ratio": 0}),
         "prealign",
         processes=processes,
         threads=1,
         snapshot=open_folder(folder / "data"),
         code_digest="code",
-        out=folder / f"out-{processes}",
-        work_dir=folder / f"work-{processes}",
         encoder="left",
-        **more,
+        **{**places, **more},
     )
+
+
+def run_long(folder: Path, processes: int) -> None:
+    """Be a step that trains long without saving by itself; ``folder/at`` says at which optimizer step it is."""
+    at = folder / "at"
+    # What is started in a shell's background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def tell(progress: loop.Progress) -> None:
+        write_file(at, str(progress.step), flush=False)
+
+    def train(_: Reporter, *, out: Path) -> StepResult:
+        launch_toy(folder, processes=processes, epochs=2000, every_s=1e6, out=out, on_progress=tell)
+        return StepResult("done")
+
+    with patch.object(loop, "PROGRESS_EVERY_S", 0):
+        step = Step("sft", train, outputs=("out",), tracked=False)
+        run_step(
+            step, report=LocalArtifact(str(folder / "report")), outputs={"out": LocalArtifact(str(folder / "result"))}
+        )
 
 
 def free_port() -> int:
@@ -78,12 +100,12 @@ def _defect(*_: Any, **__: Any) -> None:
     raise KeyError("a defect")
 
 
-# In which process, and what it does where a running checkpoint is due or its loss is computed.
-FAULTS = {
-    "none": (0, "save_running", loop.save_running),
-    "full disk": (0, "save_running", _full_disk),
-    "killed": (1, "batch_loss", _die),
-    "defect": (1, "batch_loss", _defect),
+# In which process, and what it does where a running checkpoint is written or its loss is computed.
+FAULTS: dict[str, tuple[int, Any, str, Callable[..., None]]] = {
+    "full disk": (0, running, "_check_space", _full_disk),
+    "full disk of the second": (1, running, "_write_safetensors", _full_disk),
+    "killed": (1, loop, "batch_loss", _die),
+    "defect": (1, loop, "batch_loss", _defect),
 }
 
 
@@ -91,13 +113,13 @@ def run_rank(folder: Path, environment: dict[str, str]) -> None:
     """Be one of the processes, with what torchrun puts into its environment."""
     os.environ.update(environment)
     rank = int(os.environ["RANK"])
-    faulty, place, fault = FAULTS[os.environ.get("FAULT", "none")]
-    if rank != faulty:
-        fault = getattr(loop, place)
     code, ended = 0, ["done", ""]
-    with patch.object(loop, place, fault):
+    with ExitStack() as faults:
+        faulty, module, place, fault = FAULTS.get(os.environ.get("FAULT", ""), (-1, loop, "", _die))
+        if rank == faulty:
+            faults.enter_context(patch.object(module, place, fault))
         try:
-            launch_toy(folder, processes=2, epochs=200 if faulty == 0 and place == "save_running" else 1)
+            launch_toy(folder, processes=2, epochs=200 if module is running else 1)
         except ManyEyesError as error:
             code, ended = 2, [type(error).__name__, str(error)]
         except Exception as error:  # noqa: BLE001 (told to the test)

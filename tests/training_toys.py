@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image, ImageDraw
@@ -14,6 +18,7 @@ from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.recipe import Recipe, StageName
+from manyeyes.training import running
 from manyeyes.training.stage import StageReport, run_stage
 from tests.model_toys import write_language_model
 
@@ -87,3 +92,28 @@ def run_toy_stage(
     return run_stage(
         recipe, stage, snapshot=open_folder(snapshot), code_digest="code", out=out, work_dir=work_dir, **more
     )
+
+
+class _AtOnce:
+    """A thread that has done everything as soon as it is told."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # noqa: BLE001 (as a thread's)
+            future.set_exception(error)
+        return future
+
+    def shutdown(self) -> None:
+        pass
+
+
+@contextmanager
+def every_step_saved() -> Iterator[None]:
+    """Running checkpoints as often as the recipe says, each whole before the next step begins."""
+    with patch.object(running, "ThreadPoolExecutor", _AtOnce), patch.object(running, "MOST_STALL", float("inf")):
+        yield

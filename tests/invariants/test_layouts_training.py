@@ -28,7 +28,7 @@ from manyeyes.training.batches import BatchBuilder
 from manyeyes.training.loop import Progress, batch_loss
 from tests.model_toys import write_language_model
 from tests.pretended_cuda import pretended_cuda
-from tests.training_toys import run_toy_stage, toy_recipe
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe
 
 SIZES = ((48, 20), (20, 48), (32, 32))
 TOKENS = 4
@@ -204,7 +204,7 @@ def test_killed_stage_goes_on_to_the_very_weights(parts: Parts, snapshot: Path, 
 
     whole = run("whole")
     assert whole.steps == 3
-    with pytest.raises(KilledError):
+    with every_step_saved(), pytest.raises(KilledError):
         # Progress comes after the last step, when running checkpoints lie there.
         run("killed", on_progress=kill)
     resumed = run("killed")

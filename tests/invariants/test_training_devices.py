@@ -19,7 +19,7 @@ from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.stage import StageReport, read_stage_report
 from tests.pretended_cuda import CUDA, DevicesMeetError, pretended_cuda
 from tests.training_ranks import run_two
-from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 PARTS = [{"dataset": "toy-train", "turns": turns, "image_dropout": 0.2} for turns in ("independent", "chained")]
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0}
@@ -119,7 +119,7 @@ def test_a_killed_stage_goes_on_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     def run(name: str, **more: Any) -> StageReport:
         recipe = toy_recipe(epochs=2, checkpoint_every_s=1e-6)
         places = {"snapshot": tmp_path / "data", "inputs": tmp_path, "work_dir": tmp_path / f"work-{name}"}
-        with one_gpu():
+        with one_gpu(), every_step_saved():
             return run_toy_stage("prealign", recipe=recipe, out=tmp_path / name, **places, **more)
 
     whole = run("whole")

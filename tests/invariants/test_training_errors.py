@@ -120,9 +120,10 @@ def by_hand(folder: Path, fault: str) -> list[list[str] | None]:
     return [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
 
 
-def test_an_error_of_the_first_reaches_those_that_wait_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["full disk", "full disk of the second"])
+def test_a_disk_that_takes_no_first_running_checkpoint_ends_all(fault: str, tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
-    first, second = by_hand(tmp_path, "full disk")
+    first, second = by_hand(tmp_path, fault)
     assert first == ["StorageError", "0 MB free; 8 MB are needed. Free some space."]
     assert second == first
 

@@ -32,7 +32,7 @@ from tests.published_cambrian import CambrianToy
 from tests.published_eagle import EagleToy
 from tests.published_mini_gemini import MiniGeminiToy
 from tests.training_ranks import run_two
-from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 CPU = torch.device("cpu")
 
@@ -211,7 +211,7 @@ def test_packed_stage_that_was_killed_goes_on_to_the_very_weights(folder: Path, 
 
     changes = {"packing": PACKING, "checkpoint_every_s": 1e-6}
     whole = sft(folder, tmp_path / "whole", changes=changes)
-    with pytest.raises(KilledError):
+    with every_step_saved(), pytest.raises(KilledError):
         sft(folder, tmp_path / "killed", changes=changes, on_progress=kill)
     resumed = sft(folder, tmp_path / "killed", changes=changes)
     assert resumed.resumed_from_step

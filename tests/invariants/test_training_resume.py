@@ -16,8 +16,8 @@ from manyeyes.training.stage import read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 # Many short steps: there is time to kill between them.
-STEPS = 48
-CHANGES: dict[str, Any] = {"epochs": 16}
+STEPS = 72
+CHANGES: dict[str, Any] = {"epochs": 24}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapt
 from manyeyes.training.batches import processor_of_stage
 from manyeyes.training.optimizer import build_optimizer, freeze_others
 from manyeyes.training.stage import ADAPTER, read_stage_report
-from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
@@ -219,7 +219,7 @@ def test_a_killed_stage_with_lora_goes_on_to_the_same_weights(
 
     changes = {"lora": LORA, "epochs": 3, "max_steps": 5, "checkpoint_every_s": 1e-6}
     whole = sft(pretrained, "whole", **changes)
-    with pytest.raises(KeyboardInterrupt):
+    with every_step_saved(), pytest.raises(KeyboardInterrupt):
         sft(pretrained, "killed", on_progress=kill, **changes)
     resumed = read_stage_report(sft(pretrained, "killed", **changes))
     assert resumed.resumed_from_step == 2

@@ -41,7 +41,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PreflightError, StorageError
+from manyeyes.errors import INTERRUPTED, OTHER_ERROR, USER_ERROR, ManyEyesError, PreflightError, StorageError
 from manyeyes.harness.events import (
     ERROR_TAG,
     ErrorReport,
@@ -172,9 +172,23 @@ def _end(exit_code: int) -> None:
     os._exit(exit_code)
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM. As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED."""
+
+
 def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
-    # As Ctrl-C: MLflow's run of the step then ends as KILLED and not as FAILED.
-    raise KeyboardInterrupt
+    raise _TerminatedError
+
+
+@contextmanager
+def _exiting_as_told() -> Iterator[None]:
+    """Exit after SIGTERM or Ctrl-C with the code that says so: what runs the step knows that it may go on elsewhere."""
+    try:
+        yield
+    except _TerminatedError:
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 # Between two progress events of one step.
@@ -323,7 +337,8 @@ def run_step(
         What the function returned.
 
     Raises:
-        SystemExit: With code 2 after an error that the user can fix; ``error.json`` says which.
+        SystemExit: With code 2 after an error that the user can fix, of which ``error.json`` says which it is; with 143
+            after SIGTERM, with 130 after Ctrl-C.
     """
     name = f"{step.name}[{label}]" if label else step.name
     outputs = dict(outputs or {})
@@ -332,7 +347,7 @@ def run_step(
     _set_threads()
     emit("started", name)
     _stop_if_refused(report=report, notes=notes)
-    with _explaining_failure(name, report=report, notes=notes):
+    with _exiting_as_told(), _explaining_failure(name, report=report, notes=notes):
         import_seconds = _import_all(step.imports)
         with _tracking(step, name) as log:
             paths = {key: Path(artifact.path) for key, artifact in outputs.items()}

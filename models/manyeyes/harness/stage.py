@@ -41,7 +41,8 @@ def train_stage(
     import torch
 
     from manyeyes.training.launch import launch_stage
-    from manyeyes.training.loop import Progress, TokenCounts
+    from manyeyes.training.loop import Progress
+    from manyeyes.training.running import TokenCounts
     from manyeyes.training.stage import ADAPTER
 
     inputs = parse_pinned(pinned)
@@ -53,7 +54,7 @@ def train_stage(
             f"step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
             f"{progress.samples_per_s:,.0f} samples/s, {progress.tokens_per_s:,.0f} tokens/s "
             f"({progress.padding:.0%} padding beside them, {progress.supervised:.0%} supervised), "
-            f"waits for data {progress.data_wait:.0%} of the time",
+            f"waits for data {progress.data_wait:.0%} of the time, for checkpoints {progress.checkpoint_stall:.1%}",
             done=progress.step / progress.steps,
             eta_s=progress.eta_s,
             optimizer_step=progress.step,
@@ -62,6 +63,7 @@ def train_stage(
                 "learning_rate": progress.learning_rate,
                 "samples_per_s": progress.samples_per_s,
                 "data_wait": progress.data_wait,
+                "checkpoint_stall": progress.checkpoint_stall,
                 "tokens_per_s": progress.tokens_per_s,
                 "padding": progress.padding,
                 "supervised": progress.supervised,
@@ -87,6 +89,8 @@ def train_stage(
     speed = report.samples / report.seconds if report.seconds else 0.0
     waited_s = report.data_wait_s or 0.0
     data_wait = waited_s / report.seconds if report.seconds else 0.0
+    stalled_s = report.checkpoint_stall_s or 0.0
+    checkpoint_stall = stalled_s / report.seconds if report.seconds else 0.0
     tokens = report.tokens or TokenCounts()
     tokens_per_s = tokens.real / report.seconds if report.seconds else 0.0
     rows: list[tuple[str, object]] = [
@@ -99,8 +103,10 @@ def train_stage(
         ("tokens a second", f"{tokens_per_s:,.0f} ({tokens.supervised_share:.1%} of them supervised)"),
         ("padding", f"{tokens.padding:.1%} of what the language model computed"),
         ("seconds of waiting for data", f"{waited_s:,.1f} ({data_wait:.1%} of the training)"),
+        ("seconds of waiting for running checkpoints", f"{stalled_s:,.1f} ({checkpoint_stall:.1%} of the training)"),
         ("continued from step", "never stopped" if report.resumed_from_step is None else report.resumed_from_step),
         *((f"trainable parameters of {group}", count) for group, count in report.trainable_parameters.items()),
+        *(("on the way", note) for note in report.notes),
         ("checkpoint digest", report.checkpoint_digest),
         *([("adapters alone, for peft", f"{ADAPTER}/ in the checkpoint")] if report.adapter_sha256 else []),
     ]
@@ -116,6 +122,7 @@ def train_stage(
             "optimizer_steps": float(report.steps),
             "train_seconds": report.seconds,
             "data_wait": data_wait,
+            "checkpoint_stall": checkpoint_stall,
             "tokens_per_s": tokens_per_s,
             "padding": tokens.padding,
             "supervised": tokens.supervised_share,

@@ -14,6 +14,7 @@ changed. The figures are in docs/figures.md.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,9 +31,10 @@ from manyeyes.children import FAILED, child_connection, describe_end, start_chil
 from manyeyes.errors import ProcessLostError
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import Progress
+from manyeyes.training.running import Interruption, noting_signals
 from manyeyes.training.stage import StageReport, run_stage
 
-_PROGRESS, _DONE = "progress", "done"
+_PROGRESS, _DONE, _END = "progress", "done", "end"
 # What a process may take to end, once another one failed or all are done.
 _END_S = 20.0
 
@@ -58,6 +60,7 @@ def launch_stage(
 
     Raises:
         ProcessLostError: A process ended without an error. Any other error of a process is raised as it is.
+        KeyboardInterrupt: Ctrl-C; the processes have saved the step that they were at, as they do at SIGTERM.
     """
     if processes <= 1 or "WORLD_SIZE" in os.environ:
         torch.set_num_threads(threads)
@@ -81,7 +84,14 @@ def launch_stage(
             workers.append(_Worker(rank, *start_child(__name__, environment={**environment, **place})))
             with suppress(OSError):  # it is gone already; its end is read later
                 workers[rank].connection.send((recipe, stage, threads, arguments))
-        return _watch(workers, on_progress)
+
+        def save_and_end() -> None:
+            for worker in workers:
+                with suppress(OSError):  # it is gone already
+                    worker.connection.send(_END)
+
+        with noting_signals(save_and_end) as interruption:
+            return _watch(workers, on_progress, interruption)
     finally:
         for worker in workers:
             worker.process.kill()
@@ -96,12 +106,14 @@ class _Worker:
     connection: Connection
 
 
-def _watch(workers: Sequence[_Worker], on_progress: Callable[[Progress], None] | None) -> StageReport:
+def _watch(
+    workers: Sequence[_Worker], on_progress: Callable[[Progress], None] | None, interruption: Interruption
+) -> StageReport:
     reports: dict[int, StageReport] = {}
     running = {worker.connection: worker for worker in workers}
     lost: ProcessLostError | None = None
     while running:
-        ready = wait(list(running), timeout=None if lost is None else _END_S)
+        ready = wait(list(running), timeout=None if lost is None or interruption.number is not None else _END_S)
         if not ready:
             break
         for connection in ready:
@@ -112,6 +124,13 @@ def _watch(workers: Sequence[_Worker], on_progress: Callable[[Progress], None] |
                 kind, *content = connection.recv()
             except (EOFError, OSError):
                 running.pop(connection)
+                if interruption.number is not None:
+                    lost = lost or ProcessLostError(
+                        f"{name} was told to end",
+                        "processes that train to the end",
+                        "The same command goes on from here.",
+                    )
+                    continue
                 worker.process.kill()  # it may have lost no more than its socket
                 raise ProcessLostError(
                     f"{name} {describe_end(worker.process.wait())}",
@@ -163,9 +182,10 @@ def work(descriptor: int) -> None:
 
 
 def _end_with_parent(connection: Connection) -> None:
-    # The parent writes nothing more: what comes is the end of the socket, when the parent is gone.
+    # What comes is the word to save and end, or the end of the socket, when the parent is gone.
     with suppress(EOFError, OSError):
-        connection.recv()
+        while connection.recv() == _END:
+            os.kill(os.getpid(), signal.SIGTERM)
     os._exit(1)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from manyeyes.errors import RecipeError
 from manyeyes.model import ManyEyesForConditionalGeneration
@@ -196,27 +195,6 @@ def _layers(model: ManyEyesForConditionalGeneration) -> Sequence[nn.Module]:
         return list(decoder_layers(model.language_model))
     except RecipeError:  # it is gathered as a whole
         return []
-
-
-def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """What this process keeps of a tensor.
-
-    Args:
-        full: The whole.
-        like: A tensor that is cut as the result shall be, or is whole.
-    """
-    if not isinstance(like, DTensor):
-        return full.to(like.device)
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-    return DTensor.from_local(
-        full[place].contiguous().to(like.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
 
 
 def gather_tensor(tensor: Tensor, processes: Processes) -> Tensor:

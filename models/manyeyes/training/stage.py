@@ -36,10 +36,11 @@ from manyeyes.strict import StrictModel
 from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
-from manyeyes.training.loop import HistoryPoint, Progress, TokenCounts, drop_running, loss_function, stage_lock, train
+from manyeyes.training.loop import Progress, loss_function, train
 from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
 from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
+from manyeyes.training.running import HistoryPoint, RunningCheckpoints, TokenCounts, drop_running, stage_lock
 from manyeyes.training.sharding import gather, parts_of, shards
 
 # How often it saves, and what is held in which memory, do not change what it learns.
@@ -60,8 +61,12 @@ class StageReport(StrictModel):
     samples: int = Field(description="Samples seen, each epoch counted.")
     seconds: float = Field(description="Seconds of training over all attempts, loading and saving left out.")
     data_wait_s: float | None = Field(default=None, description="Seconds of those in which training waited for data.")
+    checkpoint_stall_s: float | None = Field(
+        default=None, description="Seconds of those in which training waited for running checkpoints."
+    )
     tokens: TokenCounts | None = Field(default=None, description="What went through the language model.")
     resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
+    notes: tuple[str, ...] = Field(default=(), description="What went wrong with running checkpoints on the way.")
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
     checkpoint_digest: str = Field(description="Digest of the checkpoint, or of the encoder that prealign made.")
@@ -122,10 +127,10 @@ def run_stage(
         CheckpointError: An input checkpoint is missing, incomplete, or of another encoder or model than the recipe's.
         SourceError: Weights that the recipe names cannot be read, or are not those that the recipe was pinned with.
         LockedError: Another process trains this very stage.
-        StorageError: No space; the last running checkpoint is untouched.
+        StorageError: No space for the result, or for the first running checkpoint; an older one is untouched.
         SnapshotError: A shard cannot be read.
         RecordError: A record cannot be used.
-        ProcessLostError: A process that trains or builds batches ended.
+        ProcessLostError: A process that trains or builds batches ended, or was told to.
     """
     _stage_spec(recipe, stage, encoder)
     recipe = pin_recipe(recipe)
@@ -142,11 +147,14 @@ def run_stage(
         quarantine=quarantine,
         code_digest=code_digest,
     )
-    folder = work_dir / job.digest()
+    facts = job.facts()
+    folder = work_dir / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     done = folder / "done"
     with training_processes() as processes, _owned(folder, processes):
         if not done.exists():
-            _train_and_save(job, folder, done, processes=processes, data_workers=data_workers, on_progress=on_progress)
+            _train_and_save(
+                job, facts, folder, done, processes=processes, data_workers=data_workers, on_progress=on_progress
+            )
         processes.wait()
         if processes.is_main:
             drop_running(folder)
@@ -200,9 +208,9 @@ class _Job:
     def seed(self) -> int:
         return stage_seed(self.recipe, self.stage, self.encoder)
 
-    def digest(self) -> str:
+    def facts(self) -> dict[str, object]:
         inputs = {name: encoder_digest(path) for name, path in sorted(self.encoder_checkpoints.items())}
-        facts = {
+        return {
             "model": self.recipe.stage_model(self.stage).model_dump(mode="json"),
             "stage": self.stage,
             "spec": self.spec.model_dump(mode="json", exclude=set(_NOT_LEARNED)),
@@ -214,7 +222,6 @@ class _Job:
             "encoder_checkpoints": inputs,
             "checkpoint": checkpoint_digest(self.checkpoint) if self.checkpoint else None,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _stage_spec(recipe: Recipe, stage: StageName, encoder: str | None) -> StageSpec:
@@ -237,6 +244,7 @@ def _owned(folder: Path, processes: Processes) -> Iterator[None]:
 
 def _train_and_save(
     job: _Job,
+    facts: Mapping[str, object],
     folder: Path,
     done: Path,
     *,
@@ -287,6 +295,7 @@ def _train_and_save(
                     grad_norm=point.grad_norm,
                     samples_per_s=speed,
                     data_wait=point.data_wait or 0.0,
+                    checkpoint_stall=point.checkpoint_stall or 0.0,
                     tokens_per_s=point.tokens_per_s or 0.0,
                     padding=point.padding or 0.0,
                     supervised=point.supervised or 0.0,
@@ -311,6 +320,7 @@ def _train_and_save(
         plan = lru_cache(PLANS_KEPT)(
             partial(packed_micro_batches, measure=builder.measure, packing=spec.packing, **shared)
         )
+    optimizer = build_optimizer(groups, rates, spec)
     pinned = processes.device.type == "cuda"
     with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned) as stream:
         state, begin = train(
@@ -320,9 +330,16 @@ def _train_and_save(
             steps=steps,
             num_samples=num_samples,
             parameters=parameters,
-            optimizer=build_optimizer(groups, rates, spec),
+            optimizer=optimizer,
             processes=processes,
-            folder=folder,
+            checkpoints=RunningCheckpoints(
+                folder,
+                facts=facts,
+                parameters=parameters,
+                optimizer=optimizer,
+                processes=processes,
+                every_s=spec.checkpoint_every_s,
+            ),
             seed=job.seed,
             report=report,
         )
@@ -350,8 +367,10 @@ def _train_and_save(
             samples=num_samples,
             seconds=state.seconds,
             data_wait_s=state.data_wait_s,
+            checkpoint_stall_s=state.checkpoint_stall_s,
             tokens=state.tokens,
             resumed_from_step=begin or None,
+            notes=state.notes,
             first_loss=state.first_loss,
             final_loss=state.history[-1].loss,
             checkpoint_digest=digest,
