@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,11 +101,20 @@ def _defect(*_: Any, **__: Any) -> None:
     raise KeyError("a defect")
 
 
+_batch_loss = loop.batch_loss
+
+
+def _slow(*arguments: Any, **more: Any) -> Any:
+    time.sleep(2.0)
+    return _batch_loss(*arguments, **more)
+
+
 # In which process, and what it does where a running checkpoint is written or its loss is computed.
 FAULTS: dict[str, tuple[int, Any, str, Callable[..., None]]] = {
     "full disk": (0, running, "_check_space", _full_disk),
     "full disk of the second": (1, running, "_write_safetensors", _full_disk),
     "killed": (1, loop, "batch_loss", _die),
+    "slow": (1, loop, "batch_loss", _slow),
     "defect": (1, loop, "batch_loss", _defect),
 }
 
@@ -119,7 +129,9 @@ def run_rank(folder: Path, environment: dict[str, str]) -> None:
         if rank == faulty:
             faults.enter_context(patch.object(module, place, fault))
         try:
-            launch_toy(folder, processes=2, epochs=200 if module is running else 1)
+            seen: list[loop.Progress] = []
+            launch_toy(folder, processes=2, epochs=200 if module is running else 1, on_progress=seen.append)
+            ended = ["done", seen[-1].slow if seen else ""]
         except ManyEyesError as error:
             code, ended = 2, [type(error).__name__, str(error)]
         except Exception as error:  # noqa: BLE001 (told to the test)

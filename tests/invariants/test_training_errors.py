@@ -128,6 +128,14 @@ def test_a_disk_that_takes_no_first_running_checkpoint_ends_all(fault: str, tmp_
     assert second == first
 
 
+def test_a_slow_process_is_named_on_the_progress_line(tmp_path: Path) -> None:
+    toy_snapshot(tmp_path / "data")
+    first, _ = by_hand(tmp_path, "slow")
+    assert first is not None
+    assert first[0] == "done"
+    assert first[1].startswith("process 2 of 2 takes ")
+
+
 def test_a_defect_of_another_process_arrives_as_itself(tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
     assert by_hand(tmp_path, "defect") == [["KeyError", "'a defect'"]] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy
 
 ALONE = Processes(rank=0, size=1, device=torch.device("cpu"))
 FACTS = {"stage": "sft", "spec": {"batch_size": 4, "train": {"projector": 0.1}}, "quarantine": ["a#1"], "encoder": None}
+# More than a second's: the first word of training comes after one.
+EPOCHS = 40
 # Of three files a process.
 FILE_BYTES = 2000
 
@@ -240,20 +241,25 @@ def test_sharded_parameters_are_saved_by_parts_and_read_by_any_number_of_process
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 2)])
 def test_another_number_of_processes_goes_on_at_the_same_sample(first: int, then: int, tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
-    whole = launch_toy(tmp_path, processes=first, epochs=8)
-    shutil.rmtree(tmp_path / f"work-{first}")
+    whole = launch_toy(tmp_path, processes=first, epochs=EPOCHS)
 
-    def stop(progress: Progress) -> None:
-        if list(tmp_path.glob(f"work-{first}/*/step-*")):
-            raise KilledError
+    def end(_number: int, _frame: object) -> None:
+        raise KilledError
+
+    def evict(_: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def run(processes: int, name: str, **more: Any) -> StageReport:
         return launch_toy(
-            tmp_path, processes=processes, epochs=8, work_dir=tmp_path / "work", out=tmp_path / name, **more
+            tmp_path, processes=processes, epochs=EPOCHS, work_dir=tmp_path / "work", out=tmp_path / name, **more
         )
 
-    with pytest.raises(KilledError):
-        run(first, "killed", on_progress=stop)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(KilledError):
+            run(first, "evicted", on_progress=evict)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     resumed = run(then, "resumed")
     assert resumed.resumed_from_step
     losses, expected = ([point.loss for point in each.history] for each in (resumed, whole))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RecipeError, StorageError
 from manyeyes.model import build_model, load_checkpoint
 from manyeyes.recipe import MixturePart, Recipe, StageName
-from manyeyes.training.batches import BatchBuilder
+from manyeyes.training import loop
+from manyeyes.training.batches import BatchBuilder, stage_seed
 from manyeyes.training.loop import Progress, batch_loss
 from manyeyes.training.stage import StageReport, encoder_digest, read_stage_report
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
@@ -188,9 +191,69 @@ def test_result_without_pretrain_is_built_from_the_recipe(folder: Path, tmp_path
 def test_nan_stops_the_stage_with_advice(folder: Path, tmp_path: Path) -> None:
     rates = {"train": {"language_model": 10}, "weight_decay": 10}  # each step multiplies the weights by -99
     recipe = toy_recipe(**rates, epochs=8, max_grad_norm=1e9, schedule={"kind": "constant"})
-    with pytest.raises(RecipeError, match="Lower the learning rates"):
+    with pytest.raises(RecipeError, match="Lower the learning rates") as stopped:
         run(folder, "sft", tmp_path / "sft", recipe=recipe)
+    assert 'record "toy/' in stopped.value.found
     assert not (tmp_path / "sft").exists()
+
+
+def test_a_loss_that_is_no_number_names_the_samples_of_its_micro_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(*arguments: Any, **more: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return batch_loss(*arguments, **more) * (float("nan") if calls == 7 else 1)
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    # Four micro-batches a step: the seventh is the third of the second step.
+    with pytest.raises(RecipeError, match=r"loss nan .* at step 2") as stopped:
+        run(folder, "sft", tmp_path / "sft", recipe=toy_recipe(micro_batch_size=1))
+    spec = toy_recipe().stages.sft
+    assert spec is not None
+    seed = stage_seed(toy_recipe(), "sft", None)
+    sample = Mixture(spec.mixture, open_folder(folder / "data"), seed=seed).sample(0, 6)
+    assert stopped.value.found.endswith(f'with record "{sample.record.id}" of toy-train')
+
+
+@pytest.mark.parametrize("kind", ["gpu", "python", "torch on a cpu"])
+def test_memory_that_runs_out_names_step_samples_and_fields(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        if kind == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if kind == "python":
+            raise MemoryError
+        return torch.empty(2**58)
+
+    monkeypatch.setattr(loop, "batch_loss", full)
+    with pytest.raises(RecipeError, match="out of memory at step 1 ") as stopped:
+        run(folder, "sft", tmp_path / "sft", recipe=toy_recipe(micro_batch_size=2, checkpoint_encoders=True))
+    assert re.search(r'record "toy/\d+" of toy-train \(\d+ tokens, 1 images or tiles\)', stopped.value.found)
+    assert "lower micro_batch_size (2)" in stopped.value.do
+    assert "checkpoint_language_model" in stopped.value.do
+    assert "checkpoint_encoders" not in stopped.value.do
+
+
+def test_another_error_of_torch_is_not_taken_for_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(loop, "batch_loss", defect)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(folder, "sft", tmp_path / "sft")
+
+
+def test_a_process_is_called_slow_when_it_takes_far_longer_than_the_others() -> None:
+    assert loop.slow_process([3.0]) == ""
+    assert loop.slow_process([1.0, 1.4]) == ""
+    assert loop.slow_process([1.0, 3.0]) == "process 2 of 2 takes 3.0 times as long as the others"
+    assert loop.slow_process([1.0, 1.2, 4.0, 0.8]) == "process 3 of 4 takes 4.0 times as long as the others"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def train_stage(
             f"step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
             f"{progress.samples_per_s:,.0f} samples/s, {progress.tokens_per_s:,.0f} tokens/s "
             f"({progress.padding:.0%} padding beside them, {progress.supervised:.0%} supervised), "
-            f"waits for data {progress.data_wait:.0%} of the time, for checkpoints {progress.checkpoint_stall:.1%}",
+            f"waits for data {progress.data_wait:.0%} of the time, for checkpoints {progress.checkpoint_stall:.1%}"
+            + (f"; {progress.slow}" if progress.slow else ""),
             done=progress.step / progress.steps,
             eta_s=progress.eta_s,
             optimizer_step=progress.step,

@@ -43,7 +43,7 @@ AHEAD_BYTES = 2 * 1024**3
 _PER_WORKER = 3
 _ALIGNED = 64
 _BUILT = "built"
-_NAMED = 4
+_NAMED, _NAMED_OF_STEP = 4, 32
 
 Positions = Sequence[int]
 Plan = Callable[[int], Sequence[Positions]]
@@ -78,18 +78,21 @@ class BatchStream:
 
     Attributes:
         waited_s: Seconds in which training waited for data.
+        positions: Of the micro-batches of the step that began last.
     """
 
     def __init__(
         self, builder: BatchBuilder, plan: Plan, *, steps: int, workers: _Workers | None = None, pinned: bool = False
     ) -> None:
         self._source = workers or builder
+        self._builder = builder
         self._workers = workers
         self._plan = plan
         self._steps = steps
         self._step = 0
         self._pinned = pinned
         self.waited_s = 0.0
+        self.positions: Sequence[Positions] = ()
 
     def go_to(self, step: int) -> None:
         """Begin at a step; called once, before the first ``next_step``."""
@@ -106,7 +109,7 @@ class BatchStream:
             ProcessLostError: A worker ended; names the records that it had.
         """
         with self._waiting():
-            parts = self._plan(self._step)
+            self.positions = parts = self._plan(self._step)
         self._step += 1
         if not parts:
             return StepBatches(0, iter(()))
@@ -114,6 +117,19 @@ class BatchStream:
         with self._waiting():
             count = first.num_supervised + sum(self._source.count(part) for part in parts[1:])
         return StepBatches(count, self._iterate([first], parts[1:]))
+
+    def name(self, positions: Positions) -> str:
+        """The samples at these positions."""
+        return _name(self._builder, positions, most=_NAMED_OF_STEP)
+
+    def longest(self) -> str:
+        """The longest samples of the step that began last, with what they take."""
+        sizes = [(self._builder.measure(place), place) for positions in self.positions for place in positions]
+        sizes.sort(key=lambda pair: (-pair[0].tokens, -pair[0].images, pair[1]))
+        return ", ".join(
+            f"{_name(self._builder, [place], most=1)} ({size.tokens:,} tokens, {size.images} images or tiles)"
+            for size, place in sizes[:_NAMED]
+        )
 
     def _iterate(self, built: list[Batch], parts: Sequence[Positions]) -> Iterator[Batch]:
         # The last one is let go of before the next is made.
@@ -283,13 +299,13 @@ class _Workers:
 
     def _name(self, task: _Task) -> str:
         positions = list(task.positions)
-        samples = [self._builder.sample(position) for position in positions[:_NAMED]]
-        more = f" and {len(positions) - _NAMED:,} more" if len(positions) > _NAMED else ""
-        return (
-            f"positions {positions[0]:,} to {positions[-1]:,}: "
-            + ", ".join(f'record "{sample.record.id}" of {sample.dataset}' for sample in samples)
-            + more
-        )
+        return f"positions {positions[0]:,} to {positions[-1]:,}: {_name(self._builder, positions, most=_NAMED)}"
+
+
+def _name(builder: BatchBuilder, positions: Positions, *, most: int) -> str:
+    samples = [builder.sample(position) for position in positions[:most]]
+    more = f" and {len(positions) - most:,} more" if len(positions) > most else ""
+    return ", ".join(f'record "{sample.record.id}" of {sample.dataset}' for sample in samples) + more
 
 
 # --- how a micro-batch travels -------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 
 import torch
 from pydantic import Field
@@ -25,6 +26,9 @@ from manyeyes.training.sharding import ShardedLoss, WholeLoss, clip_gradients
 
 HISTORY_POINTS = 100
 PROGRESS_EVERY_S = 1.0
+# A process that takes so many times as long as the others is named; over about the last ten steps.
+FAR_SLOWER = 1.5
+_KEPT_OF_BUSY = 0.9
 
 
 class Progress(StrictModel):
@@ -45,6 +49,7 @@ class Progress(StrictModel):
     supervised: float = Field(description="Share of supervised tokens among the real ones in this attempt.")
     eta_s: float = Field(description="Seconds until the last step at this speed.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
+    slow: str = Field(default="", description="Which process is far slower than the others; empty where none is.")
 
 
 def train(
@@ -59,7 +64,7 @@ def train(
     processes: Processes,
     checkpoints: RunningCheckpoints,
     seed: int,
-    report: Callable[[int, HistoryPoint, float, float], None],
+    report: Callable[[int, HistoryPoint, float, str], None],
 ) -> tuple[RunningState, int]:
     """Train the parameters of a stage, from its newest running checkpoint where there is one.
 
@@ -77,7 +82,8 @@ def train(
         processes: Who else takes part.
         checkpoints: The stage's running ones, of these parameters; closed here.
         seed: Of dropout and the like.
-        report: Called about once a second with steps done, the current figures, samples a second and seconds so far.
+        report: Called about once a second with steps done, the current figures, seconds so far, and which process is
+            slow.
 
     Returns:
         The state after the last step, and the step that this attempt began at.
@@ -101,6 +107,7 @@ def train(
     started = reported = marked = time.monotonic()
     samples, samples_since_mark, waited_at_mark, stalled_at_mark = 0, 0, 0.0, 0.0
     every = max(1, steps // HISTORY_POINTS)
+    busy = [0.0] * processes.size
 
     def state() -> RunningState:
         return RunningState(
@@ -120,34 +127,48 @@ def train(
         for step in range(begin, steps):
             torch.manual_seed(_step_seed(seed, step, processes.rank))
             rate = set_learning_rates(optimizer, schedule_factor(stage.schedule, step=step, steps=steps))
-            share, total = processes.share(stream.next_step, count=lambda share: share.num_supervised)
-            step_loss, num_tokens, num_places = torch.zeros(1, device=processes.device), 0, 0
-            for batch, calls in loss_of.agree(share.batches):
-                with (
-                    processes.computing_together(),
-                    torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"),
-                ):
-                    loss = loss_of(batch, calls) / max(1.0, total)
-                if loss.requires_grad:  # not where only encoders train and no sample shows its image
-                    with processes.computing_together():
-                        loss.backward()
-                step_loss += loss.detach()
-                if batch is not None:
-                    num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
-                del batch, loss
-            processes.sum_gradients(trained)
-            norm = clip_gradients(trained, stage.max_grad_norm, processes)
+            waited_s = stream.waited_s
+            with _naming_what_filled_memory(stream, stage, step):
+                share, total = processes.share(stream.next_step, count=lambda share: share.num_supervised)
+                busy_s = stream.waited_s - waited_s
+                began = time.monotonic()
+                step_loss, num_tokens, num_places = torch.zeros(1, device=processes.device), 0, 0
+                parts_losses: list[Tensor] = []
+                for batch, calls in loss_of.agree(share.batches):
+                    with (
+                        processes.computing_together(),
+                        torch.autocast(processes.device.type, torch.bfloat16, enabled=stage.precision == "bf16"),
+                    ):
+                        loss = loss_of(batch, calls) / max(1.0, total)
+                    if loss.requires_grad:  # not where only encoders train and no sample shows its image
+                        with processes.computing_together():
+                            loss.backward()
+                    step_loss += loss.detach()
+                    parts_losses.append(loss.detach())
+                    if batch is not None:
+                        num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
+                    del batch, loss
+                step_loss = step_loss.cpu()  # so that a GPU is done
+                busy_s += time.monotonic() - began
+                processes.sum_gradients(trained)
+                norm = clip_gradients(trained, stage.max_grad_norm, processes)
             told = [float(num_tokens), float(num_places), float(interruption.number is not None), *checkpoints.flags()]
-            summed = processes.sum(torch.cat([step_loss.cpu(), torch.tensor(told)]))
+            told += [busy_s if rank == processes.rank else 0.0 for rank in range(processes.size)]
+            summed = processes.sum(torch.cat([step_loss, torch.tensor(told)]))
             loss_value, real, places, stop, *flags = summed.tolist()
+            flags, seconds_by_rank = flags[: -processes.size], flags[-processes.size :]
+            busy = [_KEPT_OF_BUSY * old + new for old, new in zip(busy, seconds_by_rank, strict=True)]
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise RecipeError(
-                    f"loss {loss_value} and gradient norm {norm} at step {step + 1}",
+                    f"loss {loss_value} and gradient norm {norm} at step {step + 1}, "
+                    f"with {_not_finite(stream, parts_losses, processes)}",
                     "finite numbers are needed",
-                    "Lower the learning rates or raise schedule.warmup_ratio.",
+                    "Lower the learning rates or raise schedule.warmup_ratio; where the same records are named again, "
+                    "look at them and leave them out.",
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            with _naming_what_filled_memory(stream, stage, step):
+                optimizer.step()
+                optimizer.zero_grad()
 
             losses.append(loss_value)
             if step == 0:
@@ -186,7 +207,7 @@ def train(
                 losses, samples_since_mark, marked, tokens_since_mark = [], 0, now, TokenCounts()
                 waited_at_mark, stalled_at_mark = stream.waited_s, checkpoints.stall_s
             if processes.is_main and (now - reported >= PROGRESS_EVERY_S or last):
-                report(done, point, point.samples_per_s, seconds_before + now - started)
+                report(done, point, seconds_before + now - started, slow_process(busy))
                 reported = now
             if stop:
                 checkpoints.save_now(state())
@@ -198,6 +219,65 @@ def train(
             if not last:
                 checkpoints.follow(flags, state)
     return state(), begin
+
+
+def slow_process(seconds: Sequence[float]) -> str:
+    """Which process takes far longer than the others, in words; empty where none does.
+
+    Args:
+        seconds: That each was busy in the same steps, by rank.
+    """
+    if len(seconds) < 2:
+        return ""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(own for rank, own in enumerate(seconds) if rank != slowest)
+    if seconds[slowest] <= FAR_SLOWER * others:
+        return ""
+    times = seconds[slowest] / max(others, 1e-9)
+    return f"process {slowest + 1} of {len(seconds)} takes {times:.1f} times as long as the others"
+
+
+def _not_finite(stream: BatchStream, losses: Sequence[Tensor], processes: Processes) -> str:
+    """The samples of the micro-batches whose loss is no finite number; of all, where it is the gradients alone."""
+    parts = [part for part, loss in zip(stream.positions, losses, strict=False) if not bool(torch.isfinite(loss).all())]
+    told = processes.tell(stream.name([place for part in parts for place in part]))
+    if not any(told):
+        told = processes.tell(stream.name([place for part in stream.positions for place in part]))
+    return ", ".join(filter(None, told))
+
+
+@contextmanager
+def _naming_what_filled_memory(stream: BatchStream, stage: StageSpec, step: int) -> Iterator[None]:
+    """Say at what memory ran out, and which fields of the recipe take less.
+
+    Raises:
+        RecipeError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise RecipeError(
+            f"out of memory at step {step + 1} ({first}); its longest samples here are {stream.longest()}",
+            "memory for a micro-batch of them, beside weights, gradients and optimizer",
+            f"In this stage, {_what_takes_less(stage)}.",
+        ) from error
+
+
+def _what_takes_less(stage: StageSpec) -> str:
+    smaller = f"lower micro_batch_size ({stage.micro_batch_size or f'not set: all of {stage.batch_size}'})"
+    if stage.packing is not None:
+        smaller = f"lower packing.tokens ({stage.packing.tokens})"
+    changes = [
+        smaller,
+        *(["set checkpoint_language_model"] if not stage.checkpoint_language_model else []),
+        *(["set checkpoint_encoders"] if not stage.checkpoint_encoders else []),
+        *(["set precision to bf16"] if stage.precision != "bf16" else []),
+        *(["train adapters (lora)"] if stage.lora is None and "language_model" in stage.train else []),
+    ]
+    return ", or ".join([", ".join(changes[:-1]), changes[-1]] if len(changes) > 1 else changes)
 
 
 def loss_function(

@@ -282,7 +282,7 @@ def _train_and_save(
     if spec.max_samples is not None and spec.max_samples < num_samples:
         steps, num_samples = math.ceil(spec.max_samples / spec.batch_size), spec.max_samples
 
-    def report(step: int, point: HistoryPoint, speed: float, seconds: float) -> None:
+    def report(step: int, point: HistoryPoint, seconds: float, slow: str) -> None:
         if on_progress is not None:
             on_progress(
                 Progress(
@@ -293,14 +293,15 @@ def _train_and_save(
                     loss=point.loss,
                     learning_rate=point.learning_rate,
                     grad_norm=point.grad_norm,
-                    samples_per_s=speed,
+                    samples_per_s=point.samples_per_s,
                     data_wait=point.data_wait or 0.0,
                     checkpoint_stall=point.checkpoint_stall or 0.0,
                     tokens_per_s=point.tokens_per_s or 0.0,
                     padding=point.padding or 0.0,
                     supervised=point.supervised or 0.0,
-                    eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / speed,
+                    eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / point.samples_per_s,
                     seconds=seconds,
+                    slow=slow,
                 )
             )
 
