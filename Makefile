@@ -40,6 +40,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.bundles
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.packing
+	@$(BIN)/python -m bench.kills
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md

@@ -103,7 +103,8 @@ class _AtOnce:
     def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
         future: Future[None] = Future()
         try:
-            future.set_result(function(*arguments))
+            function(*arguments)
+            future.set_result(None)
         except Exception as error:  # noqa: BLE001 (as a thread's)
             future.set_exception(error)
         return future
