@@ -314,8 +314,12 @@ def test_one_process_of_two_that_is_told_to_end_makes_both_save(
     monkeypatch.setenv(MARK, str(tmp_path))
     toy_snapshot(tmp_path / "data")
 
+    told: list[int] = []
+
     def terminate(_: Progress) -> None:
-        os.kill(trained_in(tmp_path)["1"], signal.SIGTERM)
+        if not told:
+            told.append(trained_in(tmp_path)["1"])
+            os.kill(told[0], signal.SIGTERM)
 
     with pytest.raises(ProcessLostError, match=r"process 2 of 2 was ended by SIGTERM") as lost:
         launch_toy(tmp_path, processes=2, epochs=2000, every_s=1e6, on_progress=terminate)
