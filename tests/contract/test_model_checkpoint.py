@@ -31,6 +31,8 @@ from manyeyes.model import (
     save_checkpoint,
     write_manifest,
 )
+from manyeyes.model import checkpoint as checkpoints
+from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
 from manyeyes.model.configuration import EncoderConfig, SharedPixelsConfig
 from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
 from manyeyes.runtime.tiling import TokenLayout
@@ -69,6 +71,36 @@ def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("file_size", ["5GB", "200KB"])
+def test_a_checkpoint_written_a_tensor_at_a_time_is_the_same_byte_for_byte(
+    file_size: str, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_FILE_SIZE", file_size)
+    asked: list[tuple[int, ...]] = []
+
+    def whole(tensor: Tensor) -> Tensor:
+        asked.append(tuple(tensor.shape))
+        return tensor.detach().clone()
+
+    digests = [save_checkpoint(*parts, tmp_path / "at once"), save_checkpoint(*parts, tmp_path / "one", whole=whole)]
+    assert digests[0] == digests[1]
+    written = list(asked)
+    asked.clear()
+    # Another process that has parts of them asks for the same.
+    gather_checkpoint(parts[0], whole)
+    assert asked == written
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == (1 if file_size == "5GB" else 37)
+
+
+def test_an_empty_model_has_the_tensors_of_a_full_one(language_model: Path, parts: Parts, checkpoint: Path) -> None:
+    built, _ = build_model(toy_spec(language_model), snapshot_path=None, seed=1, empty=True)
+    loaded, _ = load_empty_checkpoint(checkpoint)
+    expected = [(name, tensor.shape, tensor.dtype) for name, tensor in parts[0].state_dict().items()]
+    for empty in (built, loaded):
+        assert [(name, tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()] == expected
+        assert all(tensor.is_meta for tensor in empty.state_dict().values())
 
 
 def question(processor: ManyEyesProcessor) -> dict[str, Tensor]:

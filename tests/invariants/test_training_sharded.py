@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from manyeyes.model.language_model import load_language_model
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import train
-from manyeyes.training.stage import StageReport, read_stage_report
+from manyeyes.training.stage import ADAPTER, StageReport, read_stage_report
 from tests.invariants.test_layouts_training import recipe_of
 from tests.training_ranks import free_port, run_ranks
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
@@ -53,14 +55,18 @@ CASES = {
     "adapters": Case("sft", {"lora": {"rank": 2, "alpha": 4}, "checkpoint_language_model": True}),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
-WHOLE = ("sft", "adapters")
+# By processes: which case, and how they share the model.
+RUNS = {
+    2: [*((name, "full") for name in CASES), ("sft", "none"), ("adapters", "none")],
+    4: [*((name, "full") for name in ("sft", "pretrain", "prealign", "adapters")), ("sft", "none")],
+}
 
 
 def train_case(folder: Path, name: str, sharding: str, processes: int) -> StageReport:
     case = CASES[name]
     given: dict[str, Any] = {"encoder_checkpoints": {}} if case.stage == "pretrain" else {}
     if case.stage == "sft":
-        given = {"checkpoint": None}
+        given = {"checkpoint": folder / "pretrain-full-1" if name == "packed" else None}
     return run_toy_stage(
         case.stage,
         recipe=case.recipe(sharding),
@@ -77,6 +83,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     size = kwargs["processes"]
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     kinds: list[str] = []
+    loaded: list[Path] = []
 
     def watched(*args: Any, parameters: Mapping[str, torch.nn.Parameter], **more: Any) -> Any:
         kinds.append(" and ".join(sorted({type(parameter).__name__ for parameter in parameters.values()})))
@@ -84,48 +91,69 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         assert all(each.to_local().shape[0] <= -(-each.shape[0] // size) for each in parts)
         return train(*args, parameters=parameters, **more)
 
-    with patch("manyeyes.training.stage.train", watched):
+    def watched_load(path: Path, **more: Any) -> Any:
+        loaded.append(path)
+        return load_language_model(path, **more)
+
+    with (
+        patch("manyeyes.training.stage.train", watched),
+        patch("manyeyes.model.checkpoint.load_language_model", watched_load),
+    ):
         for (name, sharding), meeting in kwargs["runs"]:
             os.environ["MASTER_PORT"] = str(meeting)
             train_case(kwargs["folder"], name, sharding, size)
+            # Of those that hold parts, the main process alone reads weights.
+            assert bool(loaded) == ((rank == 0 or sharding == "none") and name != "packed")
+            loaded.clear()
     (kwargs["folder"] / f"kinds-{size}-{rank}.json").write_text(json.dumps(kinds), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case by one process, and by two and four that hold parts, some by ones that hold the whole."""
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case by one process."""
     folder = tmp_path_factory.mktemp("sharded")
     toy_snapshot(folder / "data")
     for name in CASES:
         train_case(folder, name, "full", 1)
-    for size in (2, 4):
-        runs = [(name, "full") for name in CASES] + [(name, "none") for name in WHOLE]
-        met = [(run, free_port()) for run in runs]
-        run_ranks(size, train_as, {"folder": folder, "processes": size, "runs": met})
-        for rank in range(size):
-            kinds = json.loads((folder / f"kinds-{size}-{rank}.json").read_text(encoding="utf-8"))
-            assert kinds == ["DTensor"] * len(CASES) + ["Parameter"] * len(WHOLE)
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("run", [(name, "full") for name in CASES] + [(name, "none") for name in WHOLE], ids="-".join)
-def test_several_processes_have_the_losses_of_one(run: tuple[str, str], processes: int, trained: Path) -> None:
-    name, sharding = run
-    one, several = (
-        read_stage_report(trained / folder).history for folder in (f"{name}-full-1", f"{name}-{sharding}-{processes}")
-    )
-    assert len(one) == 2
-    assert [point.loss for point in several] == pytest.approx([point.loss for point in one], rel=1e-5)
-    assert several[0].grad_norm == pytest.approx(one[0].grad_norm, rel=1e-5)
+@pytest.fixture(scope="module", params=list(RUNS))
+def several(request: pytest.FixtureRequest, one: Path) -> int:
+    """So many processes, which have run every case of theirs."""
+    size: int = request.param
+    met = [(run, free_port()) for run in RUNS[size]]
+    run_ranks(size, train_as, {"folder": one, "processes": size, "runs": met})
+    return size
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", list(CASES))
-def test_a_result_written_from_parts_is_whole(name: str, processes: int, trained: Path) -> None:
-    file = "encoder.safetensors" if CASES[name].stage == "prealign" else "model.safetensors"
-    one, parts = (load_file(trained / f"{name}-full-{size}" / file) for size in (1, processes))
-    assert list(one) == list(parts)
-    assert all(one[key].shape == parts[key].shape and one[key].dtype == parts[key].dtype for key in one)
-    # Adam turns rounding differences of tiny gradients into steps of the learning rate's size; most stay tiny.
-    assert torch.cat([(one[key] - parts[key]).abs().flatten() for key in one]).mean() < 1e-6
+def test_parts_are_what_is_trained(several: int, one: Path) -> None:
+    for rank in range(several):
+        kinds = json.loads((one / f"kinds-{several}-{rank}.json").read_text(encoding="utf-8"))
+        assert kinds == [{"full": "DTensor", "none": "Parameter"}[sharding] for _, sharding in RUNS[several]]
+
+
+def test_several_processes_have_the_losses_of_one(several: int, one: Path) -> None:
+    for name, sharding in RUNS[several]:
+        expected, found = (
+            read_stage_report(one / folder).history for folder in (f"{name}-full-1", f"{name}-{sharding}-{several}")
+        )
+        assert len(expected) == 2
+        assert [point.loss for point in found] == pytest.approx([point.loss for point in expected], rel=1e-5), name
+        assert found[0].grad_norm == pytest.approx(expected[0].grad_norm, rel=1e-5), name
+
+
+def test_a_result_written_from_parts_is_whole(several: int, one: Path) -> None:
+    for name, sharding in RUNS[several]:
+        file = "encoder.safetensors" if CASES[name].stage == "prealign" else "model.safetensors"
+        folders = [one / f"{name}-full-1", one / f"{name}-{sharding}-{several}"]
+        written = [{file.relative_to(folder) for file in folder.rglob("*")} for folder in folders]
+        assert written[0] == written[1]
+        for path in (Path(file), Path(ADAPTER) / SAFETENSORS_WEIGHTS_NAME):
+            if path not in written[0]:
+                continue
+            whole, parts = (load_file(folder / path) for folder in folders)
+            assert list(whole) == list(parts)
+            assert all(whole[key].shape == parts[key].shape and whole[key].dtype == parts[key].dtype for key in whole)
+            # Adam turns rounding differences of tiny gradients into steps of the learning rate's size; most stay tiny.
+            assert torch.cat([(whole[key] - parts[key]).abs().flatten() for key in whole]).mean() < 1e-6

@@ -8,17 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_WEIGHTS_FILE_PATTERN
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
@@ -146,6 +151,21 @@ def _differ(place: str, recipe: Any, checkpoint: Any) -> Iterator[FieldDifferenc
 MANIFEST = "checkpoint.json"
 # Of the fields in which a recipe and a checkpoint differ.
 _SHOWN_FIELDS = 12
+# Of one file of weights, as most of the hub has them.
+_FILE_SIZE = "5GB"
+# Their names in a file, and their rank in its order.
+_SAFETENSORS_DTYPES = {
+    torch.bool: ("BOOL", 0),
+    torch.uint8: ("U8", 1),
+    torch.int8: ("I8", 2),
+    torch.int16: ("I16", 3),
+    torch.float16: ("F16", 4),
+    torch.bfloat16: ("BF16", 5),
+    torch.int32: ("I32", 6),
+    torch.float32: ("F32", 7),
+    torch.float64: ("F64", 8),
+    torch.int64: ("I64", 9),
+}
 
 AutoConfig.register("manyeyes", ManyEyesConfig, exist_ok=True)
 AutoModelForImageTextToText.register(ManyEyesConfig, ManyEyesForConditionalGeneration, exist_ok=True)
@@ -160,7 +180,12 @@ class CheckpointManifest(StrictModel):
 
 
 def build_model(
-    spec: ModelSpec, *, snapshot_path: Path | None, seed: int, encoders: Sequence[str] | None = None
+    spec: ModelSpec,
+    *,
+    snapshot_path: Path | None,
+    seed: int,
+    encoders: Sequence[str] | None = None,
+    empty: bool = False,
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Make a model from a recipe and load its pretrained parts.
 
@@ -169,6 +194,7 @@ def build_model(
         snapshot_path: Folder of the data snapshot, for ``snapshot:`` sources.
         seed: Everything that is not pretrained is drawn from it; torch's global generator is left as it was.
         encoders: Only these, by their names in the recipe (prealign); all when left out.
+        empty: The same model on the meta device: no weights are read, and none are drawn.
 
     Returns:
         Model in fp32 and evaluation mode, and its processor.
@@ -184,20 +210,23 @@ def build_model(
     check_vocabulary(tokenizer, load_language_model_config(path))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        with _without_progress_bars():
-            language_model = load_language_model(path, pretrained=pretrained)
-        text_config = language_model.config
+        language_model = None
+        if not empty:
+            with _without_progress_bars():
+                language_model = load_language_model(path, pretrained=pretrained)
+        text_config = load_language_model_config(path) if language_model is None else language_model.config
         config = configure(
             spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
         )
         # A skeleton without memory, then the real parts: nothing is drawn or loaded twice.
         with meta_device():
             model = ManyEyesForConditionalGeneration(config)
-        model.language_model = language_model
-        model.config.text_config = text_config
-        model.encoders = build_encoders(config.encoders)
-        model.connect()
-    for entry in chosen:
+        if language_model is not None:
+            model.language_model = language_model
+            model.config.text_config = text_config
+            model.encoders = build_encoders(config.encoders)
+            model.connect()
+    for entry in () if empty else chosen:
         row = encoder_row(entry.encoder)
         weights = resolve_source(
             entry.source, snapshot_path=snapshot_path, files=row.files, parts=list(row.parts.values())
@@ -260,13 +289,21 @@ def build_skeleton(
         return ManyEyesForConditionalGeneration(config)
 
 
-def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor, path: Path) -> str:
+def save_checkpoint(
+    model: ManyEyesForConditionalGeneration,
+    processor: ManyEyesProcessor,
+    path: Path,
+    *,
+    whole: Callable[[Tensor], Tensor] | None = None,
+) -> str:
     """Write model and processor as a Hugging Face folder, all or nothing.
 
     Args:
         model: Saved as safetensors, in the dtype that it has.
         processor: Saved beside it.
         path: The folder's name; an older checkpoint there is replaced once the new one is complete.
+        whole: Gives the whole of a tensor of which the model holds a part. It is asked for one after the other, in the
+            order of ``gather_checkpoint``, and each is written before the next.
 
     Returns:
         The checkpoint's digest. The same weights give the same digest.
@@ -285,13 +322,78 @@ def save_checkpoint(model: ManyEyesForConditionalGeneration, processor: ManyEyes
             )
         try:
             with _without_progress_bars():
-                model.save_pretrained(folder)
+                if whole is None:
+                    model.save_pretrained(folder, max_shard_size=_FILE_SIZE)
+                else:
+                    _save_parts(model, folder, whole)
         except SafetensorError as error:
             raise StorageError(
                 f"{path} cannot be written ({error})", "space and permission to write there", "Free some space."
             ) from error
         processor.save_pretrained(folder)
         return write_manifest(folder)
+
+
+def gather_checkpoint(model: ManyEyesForConditionalGeneration, whole: Callable[[Tensor], Tensor]) -> None:
+    """Ask for the same tensors as ``save_checkpoint`` does with ``whole``, and write nothing."""
+    for _, tensors in _weight_files(model):
+        for tensor in tensors.values():
+            whole(tensor)
+
+
+def _weight_files(model: ManyEyesForConditionalGeneration) -> list[tuple[str, dict[str, Tensor]]]:
+    """Files of weights and their tensors in order, as transformers writes them; one that is tied stands once."""
+    first = {name for name, _ in model.named_parameters()}
+    others = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in others}
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN, max_shard_size=_FILE_SIZE
+    )
+    files = []
+    for file, names in split.filename_to_tensors.items():
+        order = sorted(names, key=lambda name: (-_SAFETENSORS_DTYPES[state[name].dtype][1], name))
+        files.append((file, {name: state[name] for name in order}))
+    return files
+
+
+def _save_parts(model: ManyEyesForConditionalGeneration, folder: Path, whole: Callable[[Tensor], Tensor]) -> None:
+    files = _weight_files(model)
+    state = {name: tensor for _, tensors in files for name, tensor in tensors.items()}
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+    if set(revert_weight_conversion(model, empty)) != set(state):
+        # A family whose files hold other tensors than the model (Mixtral's experts): all are needed at once.
+        gathered = {name: whole(tensor) for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=gathered, max_shard_size=_FILE_SIZE)
+        return
+    model.save_pretrained(folder, state_dict={})
+    for file, tensors in files:
+        _write_safetensors(folder / file, tensors, whole)
+    if len(files) > 1:
+        sizes = {"total_parameters": model.num_parameters(), "total_size": sum(each.nbytes for each in state.values())}
+        index = {"metadata": sizes, "weight_map": {name: file for file, tensors in files for name in tensors}}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / SAFETENSORS_INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+    """What ``safetensors.torch.save_file`` writes, byte for byte, with one tensor in memory at a time."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)))
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(whole(tensor).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_manifest(folder: Path) -> str:
@@ -328,11 +430,7 @@ def load_checkpoint(
         ShapeError: Parts of ``spec`` do not fit together.
     """
     checkpoint_digest(path)
-    with _sensible(path):
-        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
-        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
-    if spec is not None:
-        config = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
+    config, processor = _load_facts(path, spec)
     with _without_progress_bars(), _sensible(path):
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
@@ -345,6 +443,27 @@ def load_checkpoint(
     if spec is not None:
         processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor
+
+
+def load_empty_checkpoint(
+    path: Path, *, spec: ModelSpec | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """The model of ``load_checkpoint`` on the meta device: no weights are read, and no file is checked."""
+    config, processor = _load_facts(path, spec)
+    with meta_device():
+        model = ManyEyesForConditionalGeneration(config)
+    if spec is not None:
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _load_facts(path: Path, spec: ModelSpec | None) -> tuple[ManyEyesConfig, ManyEyesProcessor]:
+    with _sensible(path):
+        config = ManyEyesConfig.from_pretrained(path, local_files_only=True)
+        processor = ManyEyesProcessor.from_pretrained(path, local_files_only=True)
+    if spec is not None:
+        config = configure(spec, spec.encoders, text_config=config.text_config, image_token_id=config.image_token_id)
+    return config, processor
 
 
 def match_checkpoint(path: Path, specs: Sequence[ModelSpec], *, snapshot_path: Path | None) -> ModelSpec:

@@ -18,12 +18,14 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from manyeyes.errors import RecipeError
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec
 from manyeyes.training.optimizer import ParameterGroups
+from manyeyes.training.sharding import add_to_part
 
 
 def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, seed: int) -> None:
@@ -60,11 +62,18 @@ def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, see
 
 
 def merge_adapters(model: ManyEyesForConditionalGeneration) -> None:
-    """Add every adapter to its layer's weights and take it off; does nothing where there are none."""
+    """Add every adapter to its layer's weights and take it off; does nothing where there are none.
+
+    Where a process has parts of the weights, it has the whole of the adapters.
+    """
     decoder = decoder_of(model.language_model)
     adapted = _adapted(decoder)
     for name, module in adapted:
-        module.merge()
+        weight = module.get_base_layer().weight
+        if isinstance(weight, DTensor):
+            add_to_part(weight, module.get_delta_weight("default"))
+        else:
+            module.merge()
         decoder.set_submodule(name, module.get_base_layer())
     if adapted:
         del decoder.peft_config
@@ -103,6 +112,12 @@ def save_adapter(model: ManyEyesForConditionalGeneration, folder: Path, *, base:
     (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
     config.save_pretrained(str(folder))
     return hashlib.sha256(data).hexdigest()
+
+
+def adapter_modules(model: ManyEyesForConditionalGeneration) -> list[nn.Module]:
+    """The modules whose own parameters are adapters'."""
+    adapted = [layer for _, layer in _adapted(decoder_of(model.language_model))]
+    return [inner for layer in adapted for name, inner in layer.named_modules() if "lora_" in name]
 
 
 def _adapted(decoder: nn.Module) -> list[tuple[str, LoraLayer]]:

@@ -103,6 +103,20 @@ class Processes:
                 distributed.all_reduce(values, distributed.ReduceOp.MAX)
         return int(values)
 
+    def from_main(self, value: T) -> T:
+        """What the main process has; small, since it is pickled."""
+        values = [value]
+        if self.size > 1:
+            with _together():
+                distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def send_from_main(self, values: Tensor) -> None:
+        """Overwrite a tensor on the device with that of the main process."""
+        if self.size > 1:
+            with _together():
+                distributed.broadcast(values, src=0)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum every gradient over all processes; a missing one becomes zero, and parts are summed already.
 

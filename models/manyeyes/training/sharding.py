@@ -10,7 +10,8 @@ a micro-batch, because not every process has images.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from manyeyes.errors import RecipeError
 from manyeyes.model import ManyEyesForConditionalGeneration
@@ -37,7 +39,8 @@ def shards(model: nn.Module, spec: StageSpec, *, processes: Processes) -> bool:
         processes: Who takes part.
     """
     if processes.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(processes.device).total_memory
+        # As the estimate counts, to which a GPU of 80 GB has 80e9 bytes.
+        memory = int(torch.cuda.get_device_properties(processes.device).total_memory / 1.07)
     else:
         memory = memory_limit() // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes.size)))
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -79,7 +82,8 @@ class ShardedLoss(nn.Module):
     """The loss of a micro-batch, as the one forward pass that torch's hooks know.
 
     Args:
-        model: Its parameters become parts, in place.
+        model: Its parameters become parts, in place. That of the main process has the values; the others' may be on
+            the meta device.
         compute: The loss of a batch.
         processes: Who holds the other parts.
         precision: ``bf16`` gathers parameters in it; parts, sums of gradients and moments stay fp32.
@@ -103,19 +107,18 @@ class ShardedLoss(nn.Module):
         decoder = decoder_of(model.language_model)
         decoder.register_forward_pre_hook(_make_differentiable, with_kwargs=True)
         decoder.register_forward_hook(self._keep_hidden)
-        device = processes.device
-        mesh = init_device_mesh(device.type, (processes.size,))
+        # What re-injection gives back is a view, in which nothing is changed.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        mesh = init_device_mesh(processes.device.type, (processes.size,))
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if precision == "bf16" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
+        delivery = _Delivery(model, processes)
         # A layer at a time, so that a device never holds the whole model.
         for module in (*_layers(model), self):
-            module.to(device)
-            for parameter in module.parameters():
-                if not isinstance(parameter, DTensor):
-                    parameter.data = parameter.data.contiguous()
+            delivery.deliver(module)
             sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
             # The loss is divided already; and gloo knows plain sums alone.
             sharded.set_gradient_divide_factor(1.0)
@@ -164,6 +167,53 @@ class ShardedLoss(nn.Module):
         self._hidden.append(output.last_hidden_state)
 
 
+class _Delivery:
+    """Brings the main process's tensors to the devices of all, one at a time."""
+
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
+        self._processes = processes
+        self._brought: dict[int, Tensor] = {}
+        own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
+        if processes.from_main(own) != own:
+            raise RuntimeError("the main process has other tensors")
+
+    def deliver(self, module: nn.Module) -> None:
+        """Bring a module's parameters and buffers, and what else of tensors its modules have."""
+        for each in module.modules():
+            homes: tuple[dict[str, Any], ...] = (each._parameters, each._buffers, vars(each))
+            for home in homes:
+                for name, tensor in home.items():
+                    if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                        home[name] = self._bring(tensor)
+
+    def _bring(self, tensor: Tensor) -> Tensor:
+        known = self._brought.get(id(tensor))
+        if known is not None:
+            return known
+        device = self._processes.device
+        here = (
+            tensor.detach().to(device).contiguous()
+            if self._processes.is_main
+            else torch.empty_like(tensor, device=device)
+        )
+        self._processes.send_from_main(here)
+        brought = here
+        if isinstance(tensor, nn.Parameter):
+            brought = nn.Parameter(here, requires_grad=tensor.requires_grad)
+        # What is tied stays so, and what has come is not sent again.
+        self._brought[id(tensor)] = brought
+        self._brought[id(brought)] = brought
+        return brought
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for place, module in model.named_modules():
+        for home in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in home.items():
+                if isinstance(tensor, Tensor):
+                    yield f"{place}.{name}", tensor
+
+
 class _Zero(torch.autograd.Function):
     """Zero, whatever it comes from: a product with zero would be no number where padding is none."""
 
@@ -195,6 +245,14 @@ def _layers(model: ManyEyesForConditionalGeneration) -> Sequence[nn.Module]:
         return list(decoder_layers(model.language_model))
     except RecipeError:  # it is gathered as a whole
         return []
+
+
+@torch.no_grad()
+def add_to_part(part: DTensor, full: Tensor) -> None:
+    """Add a tensor to one of which this process holds a part, in place."""
+    shape, offset = compute_local_shape_and_global_offset(part.shape, part.device_mesh, part.placements)
+    place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    part.to_local().add_(full[place].to(part.dtype))
 
 
 def gather_tensor(tensor: Tensor, processes: Processes) -> Tensor:
@@ -233,20 +291,9 @@ def parts_of(
     return {group: [(name, model.get_parameter(name)) for name, _ in pairs] for group, pairs in groups.items()}
 
 
-def gather(model: nn.Module, *, processes: Processes) -> None:
-    """Put a model whose parameters are parts together again: whole on the CPU of the main process, empty elsewhere.
-
-    One tensor at a time, so that no device holds more than that.
-
-    Args:
-        model: Changed.
-        processes: Who holds the parts; all call this.
-    """
-    whole: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+def make_whole(modules: Iterable[nn.Module]) -> None:
+    """Give every process the whole of the modules' own parameters, in place; for what is small, and trained no more."""
+    for module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                if id(parameter) not in whole:
-                    full = gather_tensor(parameter, processes)
-                    whole[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
-                module._parameters[name] = whole[id(parameter)]
+                module._parameters[name] = nn.Parameter(parameter.full_tensor().detach(), requires_grad=False)

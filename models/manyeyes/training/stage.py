@@ -13,6 +13,7 @@ from pathlib import Path
 
 import safetensors.torch
 from pydantic import Field, ValidationError
+from torch import Tensor, nn
 
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import Snapshot
@@ -27,13 +28,14 @@ from manyeyes.model import (
     match_checkpoint,
     save_checkpoint,
 )
+from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
 from manyeyes.model.language_model import recompute_layers
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
-from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters, save_adapter
+from manyeyes.training.adapters import adapter_modules, adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.loop import Progress, loss_function, train
@@ -41,7 +43,7 @@ from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze
 from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.running import HistoryPoint, RunningCheckpoints, TokenCounts, drop_running, stage_lock
-from manyeyes.training.sharding import gather, parts_of, shards
+from manyeyes.training.sharding import gather_tensor, make_whole, parts_of, shards
 
 # How often it saves, and what is held in which memory, do not change what it learns.
 _NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
@@ -253,14 +255,14 @@ def _train_and_save(
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     spec = job.spec
-    model, processor = _build(job)
-    groups: ParameterGroups = model.parameter_groups()
-    if spec.lora is not None:
-        add_adapters(model.requires_grad_(False), spec.lora, seed=job.seed)
-        groups = adapters_alone(model.parameter_groups())
-    groups = split_groups(groups, spec.train)
-    rates = learning_rates(spec.train, groups)
-    parameters = freeze_others(groups, rates)
+    # Where each will hold a part, one process alone reads the weights.
+    empty = not processes.is_main and spec.sharding != "none"
+    model, processor = _build(job, empty=empty)
+    groups, rates = _what_trains(job, model)
+    sharded = shards(model, spec, processes=processes)
+    if empty and not sharded:
+        model, processor = _build(job)
+        groups, rates = _what_trains(job, model)
     model.train()
     for group in groups:
         if group not in rates:
@@ -270,10 +272,9 @@ def _train_and_save(
         encoder.set_checkpointing(spec.checkpoint_encoders)
     if spec.checkpoint_language_model:
         recompute_layers(model.language_model)
-    sharded = shards(model, spec, processes=processes)
     loss_of = loss_function(model, spec, processes=processes, sharded=sharded)
     groups = parts_of(model, groups)
-    parameters = {name: model.get_parameter(name) for name in parameters}
+    parameters = {name: parameter for group in rates for name, parameter in groups[group]}
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
     num_samples = spec.epochs * len(mixture)
     steps = math.ceil(num_samples / spec.batch_size)
@@ -344,19 +345,25 @@ def _train_and_save(
             seed=job.seed,
             report=report,
         )
-    if sharded:
-        gather(model, processes=processes)
-    else:
-        model.to("cpu")
-    if not processes.is_main:
-        return
     model.eval()
+    whole = partial(gather_tensor, processes=processes) if sharded else None
+    if whole is None:
+        model.to("cpu")
+    elif spec.lora is not None:
+        make_whole(adapter_modules(model))
+    if not processes.is_main:
+        if whole is not None:
+            _take_part(model, job, whole)
+        return
     with new_folder(done) as new:
         result, adapter = new / "result", None
         if spec.lora is not None and job.encoder is None:
             adapter = save_adapter(model, new / ADAPTER, base=_base(job))
         merge_adapters(model)
-        digest = save_checkpoint(model, processor, result) if job.encoder is None else _save_encoder(model, job, result)
+        if job.encoder is None:
+            digest = save_checkpoint(model, processor, result, whole=whole)
+        else:
+            digest = _save_encoder(model, job, result, whole)
         for file in list(result.iterdir()):
             file.rename(new / file.name)
         result.rmdir()
@@ -382,22 +389,49 @@ def _train_and_save(
         (new / STAGE_REPORT).write_text(stage_report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _build(job: _Job) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+def _what_trains(
+    job: _Job, model: ManyEyesForConditionalGeneration
+) -> tuple[dict[str, list[tuple[str, nn.Parameter]]], dict[str, float]]:
+    """Parameters by group, and the learning rates of those that train; adapters are put in, and all else is frozen."""
+    groups: ParameterGroups = model.parameter_groups()
+    if job.spec.lora is not None:
+        add_adapters(model.requires_grad_(False), job.spec.lora, seed=job.seed)
+        groups = adapters_alone(model.parameter_groups())
+    split = split_groups(groups, job.spec.train)
+    rates = learning_rates(job.spec.train, split)
+    freeze_others(split, rates)
+    return split, rates
+
+
+def _take_part(model: ManyEyesForConditionalGeneration, job: _Job, whole: Callable[[Tensor], Tensor]) -> None:
+    """Give the main process what it writes."""
+    merge_adapters(model)
+    if job.encoder is None:
+        gather_checkpoint(model, whole)
+    else:
+        for tensor in model.encoders[job.encoder].state_dict().values():
+            whole(tensor)
+
+
+def _build(job: _Job, *, empty: bool = False) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     spec = job.recipe.stage_model(job.stage)
     if job.checkpoint is not None:
         earlier = job.stage == "sft" and job.recipe.stages.pretrain is not None
         models = [*([job.recipe.stage_model("pretrain")] if earlier else []), job.recipe.model, spec]
         found = match_checkpoint(job.checkpoint, models, snapshot_path=job.snapshot.path)
         # As it was saved, unless the stages differ in what the model is.
-        return load_checkpoint(job.checkpoint, spec=None if found == spec else spec)
+        load = load_empty_checkpoint if empty else load_checkpoint
+        return load(job.checkpoint, spec=None if found == spec else spec)
     model, processor = build_model(
         spec,
         snapshot_path=job.snapshot.path,
         seed=job.seed,
         encoders=None if job.encoder is None else [job.encoder],
+        empty=empty,
     )
-    for name, path in job.encoder_checkpoints.items():
-        _load_encoder(model, name, path)
+    if not empty:
+        for name, path in job.encoder_checkpoints.items():
+            _load_encoder(model, name, path)
     return model, processor
 
 
@@ -417,12 +451,16 @@ def _base(job: _Job) -> tuple[str, str] | None:
     return name, revision
 
 
-def _save_encoder(model: ManyEyesForConditionalGeneration, job: _Job, path: Path) -> str:
+def _save_encoder(
+    model: ManyEyesForConditionalGeneration, job: _Job, path: Path, whole: Callable[[Tensor], Tensor] | None
+) -> str:
     assert job.encoder is not None
     entry = next(entry for entry in model.config.encoders if entry.name == job.encoder)
-    encoder = model.encoders[job.encoder]
+    state = model.encoders[job.encoder].state_dict()
+    if whole is not None:
+        state = {name: whole(tensor) for name, tensor in state.items()}
     with new_folder(path) as folder:
-        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
         facts = EncoderFacts(
             name=job.encoder,
             encoder=entry.encoder,
