@@ -171,12 +171,34 @@ def test_memory_of_one_process_is_the_formula_by_hand() -> None:
     assert half.weights == pytest.approx(4.88 + 2.44)  # what autocast copies
 
 
-def test_memory_of_several_processes_is_less_by_their_share_of_the_batch_alone() -> None:
-    spec = spec_of(micro_batch_size=8, checkpoint_language_model=True)
-    memory = stage_memory(FACTS, spec, way_of(spec, 4))
+def test_memory_of_several_processes_that_hold_the_whole_is_less_by_their_share_of_the_batch_alone() -> None:
+    spec = spec_of(micro_batch_size=8, checkpoint_language_model=True, sharding="none")
+    memory = stage_memory(FACTS, spec, way_of(spec, 4, 24))
     assert way_of(spec, 4).micro_batch == 4  # 16 records over four processes
     assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx((4.88 + 2.44, 4.08, 8.16))
     assert memory.activations == pytest.approx(1.25 * 4 * (0.01 + 0.05 + 0.05 + 0.04 + 0.005))
+
+
+def test_memory_of_processes_that_hold_parts_is_the_formula_by_hand() -> None:
+    spec = spec_of(sharding="full")
+    memory = stage_memory(FACTS, spec, way_of(spec, 4))
+    assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx((4.88 / 4, 4.08 / 4, 8.16 / 4))
+    whole = stage_memory(FACTS, spec_of(sharding="none"), way_of(spec, 4))
+    outside, layer = sum(FACTS.parameters.values()) - FACTS.layers_parameters, FACTS.layer_parameters
+    trained = sum(FACTS.trained.values()) - FACTS.layers_parameters
+    gathered = 2 * (outside + 2 * layer) + (2 + 4) * max(trained, layer)
+    assert memory.working - whole.working == pytest.approx(gathered / 1e9)
+    assert memory.activations == whole.activations
+    # One process holds all there is, whatever the recipe says.
+    assert stage_memory(FACTS, spec, way_of(spec, 1)) == stage_memory(FACTS, spec_of(), way_of(spec, 1))
+
+
+def test_processes_hold_parts_where_the_whole_would_take_more_than_half_of_a_device() -> None:
+    spec = spec_of()
+    whole = 4.88 + 2.44 + 4.08 + 8.16
+    large, small = (stage_memory(FACTS, spec, way_of(spec, 2, size)) for size in (2.01 * whole, 1.99 * whole))
+    assert large.optimizer == pytest.approx(8.16)
+    assert small.optimizer == pytest.approx(8.16 / 2)
 
 
 def test_computing_again_is_not_counted_on_where_questions_share_their_prefix() -> None:
@@ -200,14 +222,17 @@ def test_gpus_that_a_stage_fits_on_come_with_the_nearest_change_where_a_node_is_
             "layer_parameters": 550_000_000,
         }
     )
-    assert [str(fit) for fit in find_fits([large], spec_of(batch_size=512, micro_batch_size=8))] == []
+    whole = {"batch_size": 512, "micro_batch_size": 8, "sharding": "none"}
+    assert [str(fit) for fit in find_fits([large], spec_of(**whole))] == []
+    parts = [str(fit) for fit in find_fits([large], spec_of(**{**whole, "sharding": "auto"}))]
+    assert parts == ["16 x 80 GB", "2 x 80 GB (LoRA)", "4 x 48 GB (LoRA)"]
     middle = large.model_copy(
         update={
             "parameters": {**FACTS.parameters, "language_model": 7_000_000_000},
             "trained": {**FACTS.trained, "language_model": 7_000_000_000},
         }
     )
-    shown = list(map(str, find_fits([middle], spec_of(batch_size=512, micro_batch_size=8))))
+    shown = list(map(str, find_fits([middle], spec_of(**whole))))
     assert shown == ["1 x 80 GB (LoRA)", "1 x 48 GB (LoRA)"]
     assert not any("LoRA" in fit for fit in map(str, find_fits([FACTS], spec_of())))
 

@@ -225,7 +225,7 @@ def test_stage_that_does_not_fit_is_refused_with_the_nearest_change_that_would(
     assert (found["pretrain"].state, found["sft"].state) == ("ok", "problem")
     assert found["sft"].needed.endswith("whatever the micro-batch")
     assert "on each of 2 devices" in found["sft"].needed
-    assert '--set "stages.sft.micro_batch_size=8"' in found["sft"].do
+    assert '--set "stages.sft.micro_batch_size=16"' in found["sft"].do
     assert "devices of this size" in found["sft"].do
     # What no micro-batch changes is too much for one: others, or adapters.
     alone = memory_of("pretrain=1,sft=1", "45", monkeypatch)["sft"]

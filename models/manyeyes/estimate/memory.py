@@ -1,7 +1,6 @@
 """Memory of each GPU that trains, and which GPUs a stage fits on: formulas over ``StageFacts``, without torch.
 
-Every process, one a GPU, holds the whole model. With f the frozen parameters of the stage's model, t those that train
-and b the micro-batch::
+With f the frozen parameters of the stage's model, t those that train, b the micro-batch, and one process a GPU::
 
     weights     4 f + 4 t          bf16 runs under autocast, whose copies come on top: + 2 (f + t)
     gradients   4 t
@@ -10,6 +9,13 @@ and b the micro-batch::
     working     b A_l / 2 + logits a layer's gradients while it runs backward; logits, made in chunks
     runtime     2 GB               the CUDA context, NCCL's buffers, cuBLAS's workspace
 
+Where N processes each hold a part (``sharding`` of the stage), weights, gradients and optimizer are 4 (f + t) / N,
+4 t / N and 8 t / N. What is not in the language model's layers (r, of which q trains) is gathered for the whole of a
+micro-batch, two layers of l at a time, and the largest message of gradients is summed in fp32. In bytes a number w, 2
+for bf16::
+
+    gathered    w (r + 2 l) + w q + 4 max(q, l)
+
 Where layers are computed again, A is each layer's input, what its attention gave, and one layer's inside. With
 adapters the language model's own weights are frozen. A GPU of 80 GB has 80e9 bytes here; it really has 7% more, which
 is what the allocator may lose. Samples are as long as the recipe admits.
@@ -17,7 +23,8 @@ is what the allocator may lose. Samples are as long as the recipe admits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -98,12 +105,14 @@ class Way:
         micro_batch: Samples a forward pass on each.
         recompute: Layers of the language model are computed again in the backward pass.
         rank: Of adapters in place of the language model; None without.
+        device_gb: What each device has, which decides whether processes hold parts; infinite where it is not known.
     """
 
     devices: int
     micro_batch: int
     recompute: bool
     rank: int | None = None
+    device_gb: float = math.inf
 
 
 class Fit(StrictModel):
@@ -119,14 +128,15 @@ class Fit(StrictModel):
         return f"{self.devices} x {self.device_gb} GB{changed}"
 
 
-def way_of(spec: StageSpec, devices: int) -> Way:
-    """How a recipe trains a stage on so many devices."""
+def way_of(spec: StageSpec, devices: int, device_gb: float = math.inf) -> Way:
+    """How a recipe trains a stage on so many devices, of a known size or any."""
     share = -(-spec.batch_size // devices)
     return Way(
         devices=devices,
         micro_batch=min(spec.micro_batch_size or spec.batch_size, share),
         recompute=spec.checkpoint_language_model and not _keeps_prefixes(spec),
         rank=spec.lora.rank if spec.lora else None,
+        device_gb=device_gb,
     )
 
 
@@ -155,15 +165,30 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
         kept *= _AUTOCAST
     logits = _BYTES_A_LOGIT * min(LOGITS_AT_ONCE, samples * facts.text_tokens * facts.vocabulary)
     working = samples * layer_bytes / 2 + logits + _RUNTIME_BYTES
+    held = 1
+    if spec.shards(processes=way.devices, parameters=total, trained=t, memory_bytes=way.device_gb * GB):
+        held = way.devices
+        weights = 4.0 * total
+        working += _gathered(facts, trained, total, width=2 if bf16 else 4)
     return StageMemory(
-        weights=weights / GB,
-        gradients=4 * t / GB,
-        optimizer=8 * t / GB,
+        weights=weights / held / GB,
+        gradients=4 * t / held / GB,
+        optimizer=8 * t / held / GB,
         activations=kept / GB,
         working=working / GB,
         micro_batch=way.micro_batch,
         tokens=facts.tokens,
     )
+
+
+def _gathered(facts: StageFacts, trained: Mapping[str, int], total: int, *, width: int) -> float:
+    """Bytes of what a process that holds a part has besides, while it computes."""
+    in_layers = min(trained.get("language_model", 0), facts.layers_parameters)
+    outside = total - facts.layers_parameters
+    outside_trained = sum(trained.values()) - in_layers
+    layer_trained = facts.layer_parameters if in_layers == facts.layers_parameters else 0
+    message = 4 * max(outside_trained, layer_trained)
+    return width * (outside + 2 * facts.layer_parameters + max(outside_trained, layer_trained)) + message
 
 
 def worst_memory(branches: Iterable[StageFacts], spec: StageSpec, way: Way) -> StageMemory:
@@ -201,7 +226,8 @@ def nearest_change(
             ways.append(" ".join(f'--set "stages.{stage}.{field}"' for field in fields))
             break
     counts = [count for count in COUNTS if more and way.devices < count <= spec.batch_size]
-    fits = (count for count in counts if worst_memory(branches, spec, way_of(spec, count)).total <= capacity_gb)
+    ways_of = ((count, way_of(spec, count, way.device_gb)) for count in counts)
+    fits = (count for count, other in ways_of if worst_memory(branches, spec, other).total <= capacity_gb)
     ways += [f"{count} devices of this size" for count in fits][:1]
     return f"It fits with {', or with '.join(ways)}." if ways else "Use larger devices, or train fewer parts."
 
@@ -214,7 +240,7 @@ def _keeps_prefixes(spec: StageSpec) -> bool:
     return spec.packing is None and any(part.turns == "independent" for part in spec.mixture)
 
 
-def _with(way: Way, **changed: int | bool) -> Way:
+def _with(way: Way, **changed: float | bool) -> Way:
     return replace(way, **changed)  # type: ignore[arg-type]
 
 
@@ -244,7 +270,7 @@ def _on(branches: list[StageFacts], spec: StageSpec, size_gb: int, counts: Itera
     for count in counts:
         if count > spec.batch_size:
             return
-        way = way_of(spec, count)
+        way = way_of(spec, count, size_gb)
         if change:
             found = dict(changes(spec, way)).get(change)
             if found is None:

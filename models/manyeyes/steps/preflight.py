@@ -9,6 +9,7 @@ There is one function a subject, and none of them raises for what it can say as 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -391,7 +392,7 @@ def check_memory(recipe: Recipe | None, need: Need | None) -> list[Check]:
     checks: list[Check] = []
     known = device_memory()
     for name, spec in recipe.present_stages() if recipe is not None and need is not None else ():
-        way = way_of(spec, devices_of(name))
+        way = way_of(spec, devices_of(name), math.inf if known is None else known[0])
         branches = need.stages[name] if need is not None else ()
         memory = worst_memory(branches, spec, way)
         subject = f"memory of {name}"
