@@ -41,11 +41,15 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.packing
 	@$(BIN)/python -m bench.kills
+	@$(BIN)/python -m bench.training
+	@$(BIN)/python -m bench.sft
+	@$(BIN)/python -m bench.images
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md
 	@$(BIN)/python docs/benchmarks.py > docs/benchmarks.md
 	@$(BIN)/python docs/recipes.py > docs/recipes.new && mv docs/recipes.new docs/recipes.md
+	@$(BIN)/python docs/performance.py > docs/performance.new && mv docs/performance.new docs/performance.md
 	@$(BIN)/python docs/architecture.py > docs/architecture.new && mv docs/architecture.new docs/architecture.md
 
 image: setup ## the container images, with size and digest; options in IMAGE="...": infra/images/README.md

@@ -37,7 +37,7 @@ def make_peer_python(folder: Path, *, further: tuple[str, ...] = ()) -> tuple[Pa
         Its Python, or ``None`` where that cannot be made; and what was done, or why not.
     """
     imports = ("lmms_eval.models.simple.llava_hf", *further)
-    return _make_python(folder, "lmms-eval", packages=(*PACKAGES, *further), imports=imports)
+    return make_python(folder, "lmms-eval", packages=(*PACKAGES, *further), imports=imports)
 
 
 def make_vlmevalkit_python(folder: Path) -> tuple[Path | None, str]:
@@ -49,7 +49,7 @@ def make_vlmevalkit_python(folder: Path) -> tuple[Path | None, str]:
     Returns:
         As ``make_peer_python``.
     """
-    return _make_python(folder, "VLMEvalKit", packages=VLMEVALKIT_PACKAGES, imports=VLMEVALKIT_PACKAGES)
+    return make_python(folder, "VLMEvalKit", packages=VLMEVALKIT_PACKAGES, imports=VLMEVALKIT_PACKAGES)
 
 
 def get_vlmevalkit(folder: Path) -> tuple[Path | None, str]:
@@ -78,9 +78,20 @@ def get_vlmevalkit(folder: Path) -> tuple[Path | None, str]:
     return folder, f"VLMEvalKit: {VLMEVALKIT_COMMIT[:9]} in {folder}"
 
 
-def _make_python(
+def make_python(
     folder: Path, peer: str, *, packages: tuple[str, ...], imports: tuple[str, ...]
 ) -> tuple[Path | None, str]:
+    """Make a virtual environment that has some packages over this Python's own.
+
+    Args:
+        folder: Of the environment.
+        peer: For people: what it is for.
+        packages: To install, without what they require.
+        imports: Modules that must be there then.
+
+    Returns:
+        As ``make_peer_python``.
+    """
     python = folder / "bin" / "python"
     if python.is_file() and _has_them(python, imports):
         return python, f"{peer}: the environment made before, {folder}"

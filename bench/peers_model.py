@@ -24,7 +24,6 @@ from transformers import (
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 8192
-PATCH = 14
 _SEED = 20
 # Random weights almost never end an answer: the end's row of the head is this much longer, so that some stop early.
 _EAGER_TO_STOP = 2.0
@@ -41,6 +40,8 @@ class PeerModel:
         width: Width of the language model.
         depth: Its layers.
         heads: Its heads; keys and values have as many.
+        patch: Side of the encoder's patches, in pixels.
+        vocabulary: Rows of its embeddings and its head; the tokenizer has the first ``VOCABULARY``.
     """
 
     image_size: int = 224
@@ -49,6 +50,8 @@ class PeerModel:
     width: int = 512
     depth: int = 8
     heads: int = 8
+    patch: int = 14
+    vocabulary: int = VOCABULARY
 
 
 def write_peer_model(folder: Path, model: PeerModel) -> int:
@@ -69,10 +72,10 @@ def write_peer_model(folder: Path, model: PeerModel) -> int:
             num_hidden_layers=model.encoder_depth,
             num_attention_heads=model.encoder_width // 64,
             image_size=model.image_size,
-            patch_size=PATCH,
+            patch_size=model.patch,
         ),
         text_config=LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=model.vocabulary,
             hidden_size=model.width,
             intermediate_size=round(model.width * 8 / 3 / 64) * 64,
             num_hidden_layers=model.depth,
@@ -86,7 +89,7 @@ def write_peer_model(folder: Path, model: PeerModel) -> int:
         image_token_index=SPECIAL_TOKENS.index("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=(model.image_size // PATCH) ** 2,
+        image_seq_length=(model.image_size // model.patch) ** 2,
     )
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
@@ -99,7 +102,7 @@ def write_peer_model(folder: Path, model: PeerModel) -> int:
             crop_size={"height": model.image_size, "width": model.image_size},
         ),
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=model.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     ).save_pretrained(folder)

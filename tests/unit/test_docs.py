@@ -76,3 +76,13 @@ def test_every_environment_variable_of_the_code_is_in_the_table_and_the_other_wa
     used = {name for path in files for name in re.findall(r"MANYEYES_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))}
     page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(MANYEYES_[A-Z_]+)` \|", page, flags=re.MULTILINE)) == used
+
+
+def test_performance_page_is_current_and_every_ratio_in_it_comes_with_equal_results() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "performance.py"))
+    results = made["read_results"]()
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8") == made["render"](results), "run: make docs"
+    assert results
+    assert all(result["equal"]["equal"] is True and result["rounds"] >= 7 for result in results)
+    names = {result["name"].split(":")[0] for result in results}
+    assert all(name in (ROOT / "docs" / "performance.svg").read_text(encoding="utf-8") for name in names), "make docs"

@@ -125,7 +125,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
                 "Shrink the image, or raise max_pixels if you trust it.",
             )
         image.load()
-        decoded = _to_rgb(ImageOps.exif_transpose(image))
+        # In place, or an image that needs no turning would be copied.
+        ImageOps.exif_transpose(image, in_place=True)
+        decoded = _to_rgb(image)
     if 0 in decoded.shape:
         raise RecordError(f"image is {width} x {height} pixels", "at least one pixel is needed", "Replace the file.")
     return decoded
@@ -268,7 +270,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
