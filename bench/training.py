@@ -298,7 +298,7 @@ def compare(
     """One ratio, as its JSON file has it."""
     own, theirs = ours.gradients(rows), peer.gradients(rows, folder)
     flat = [torch.cat([side[key].flatten() for key in own]).double() for side in (own, theirs)]
-    cosine = float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+    cosine = float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
     ratios, seconds, gap = [], [], 0.0
     for number in range(rounds + 1):
         a, b = peer.run(rows, folder / "trainer"), ours.run(rows, folder / "running")
