@@ -50,6 +50,7 @@ docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/benchmarks.py > docs/benchmarks.md
 	@$(BIN)/python docs/recipes.py > docs/recipes.new && mv docs/recipes.new docs/recipes.md
 	@$(BIN)/python docs/performance.py > docs/performance.new && mv docs/performance.new docs/performance.md
+	@$(BIN)/python docs/scaling.py > docs/scaling.new && mv docs/scaling.new docs/scaling.md
 	@$(BIN)/python docs/architecture.py > docs/architecture.new && mv docs/architecture.new docs/architecture.md
 
 image: setup ## the container images, with size and digest; options in IMAGE="...": infra/images/README.md

@@ -44,9 +44,10 @@ from manyeyes.evaluation.reliance import (
 )
 from manyeyes.evaluation.report.writing import build_report, render_html, render_markdown
 from manyeyes.evaluation.statistics.correlation import BenchmarkCorrelation
+from manyeyes.harness.cluster import Reason
 from manyeyes.harness.events import ErrorReport, Problem
 from manyeyes.kubeflow.run_status import Failure, RunStatus, render_status
-from manyeyes.kubeflow.workflow import Attempt, Reason, StepStatus
+from manyeyes.kubeflow.workflow import Attempt, StepStatus
 from manyeyes.pages import (
     Curve,
     Point,

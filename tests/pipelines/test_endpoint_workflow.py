@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from manyeyes.harness.base import attempts_in
+from manyeyes.harness.cluster import explain
 from manyeyes.harness.events import error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import state_of
 from manyeyes.kubeflow.run_status import RETRIES_OFF, failures_of, follow_run, read_status, words_of
-from manyeyes.kubeflow.workflow import StepStatus, explain, read_workflow, steps_of
+from manyeyes.kubeflow.workflow import StepStatus, read_workflow, steps_of
 from tests.pipelines import argo_toys as argo
 from tests.pipelines.argo_toys import GROUP, ITERATION, WORKFLOW
 from tests.pipelines.endpoint_toys import REFUSAL, Answer, snapshot, started_run, task

@@ -13,6 +13,7 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from manyeyes.errors import PipelineError
+from manyeyes.harness.trainjob import TrainJobPlan
 from manyeyes.kubeflow.compact import compact_for_cluster
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
 from manyeyes.kubeflow.profiles import Profile, apply_profile, list_profiles, load_profile, step_of
@@ -233,3 +234,59 @@ def test_profiles_fit_every_pipeline(name: str, tmp_path: Path) -> None:
     steps = executors_by_step(read(path))
     assert steps
     assert "" not in steps
+
+
+NODES: dict[str, Any] = {
+    "env": {"MANYEYES_WORKDIR": "/work/work"},
+    "volumes": [{"path": "/work/work", "claim": "shared"}, {"path": "/work/cache", "size": "200Gi"}],
+    "defaults": {"memory_request": "8Gi", "shared_memory": "1Gi", "timeout_s": 600, "retries": {"count": 1}},
+    "steps": {
+        "sft": {
+            "launcher": "trainjob",
+            "nodes": 4,
+            "start_timeout_s": 900,
+            "gpu": {"count": 8},
+            "memory_request": "384Gi",
+            "node_selector": {"gpu": "yes"},
+            "tolerations": [{"key": "gpu"}],
+            "timeout_s": 7200,
+        }
+    },
+}
+
+
+def test_a_step_with_a_trainjob_waits_in_a_small_pod_and_knows_what_its_nodes_get(plain: list[dict[str, Any]]) -> None:
+    profile = Profile.model_validate({"description": "", **NODES})
+    steps = executors_by_step(apply_profile(copy.deepcopy(plain), profile))
+    container, pod = steps["sft"]
+    assert "accelerator" not in container["resources"]
+    assert container["resources"]["resourceMemoryRequest"] == "2Gi"
+    assert not {"nodeSelector", "tolerations", "emptyDirMounts", "genericEphemeralVolume"} & set(pod)
+    assert [mount["mountPath"] for mount in pod["pvcMount"]] == ["/work/work"]
+    assert int(pod["activeDeadlineSeconds"]) == 7200 + 900 + 600
+    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    plan = TrainJobPlan.model_validate(yaml.safe_load(env["MANYEYES_TRAINJOB"]))
+    assert (plan.nodes, plan.timeout_s, plan.start_timeout_s) == (4, 7200, 900)
+    assert plan.spec["trainer"]["image"] == container["image"]
+    told = {variable["name"]: variable["value"] for variable in steps["preflight"][0]["env"]}
+    assert (told["MANYEYES_DEVICES"], told["MANYEYES_TRAINJOB_CLAIM"]) == ("sft=32", "shared")
+    assert "MANYEYES_TRAINJOB" not in told
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            {"steps": {"evaluate": {"launcher": "trainjob"}}},
+            "which is of prealign_encoder, pretrain_projector, sft alone",
+        ),
+        ({"defaults": {"launcher": "trainjob"}}, "defaults has launcher trainjob"),
+        ({"steps": {"sft": {"nodes": 2}}}, "are of launcher trainjob"),
+        ({"volumes": [{"path": "/work/work", "size": "9Gi"}]}, "MANYEYES_WORKDIR on a claim"),
+        ({"env": {}}, "MANYEYES_WORKDIR on a claim"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        load_profile(profile_file(tmp_path, **{**NODES, **change}), root=ROOT)
+    assert found in str(caught.value)

@@ -31,6 +31,11 @@ def test_recipes_page_and_the_shipped_facts_are_current() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made["render"](shipped), "run: make docs"
 
 
+def test_scaling_page_is_current() -> None:
+    rendered = runpy.run_path(str(ROOT / "docs" / "scaling.py"))["render"]()
+    assert (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8") == rendered, "run: make docs"
+
+
 # One of each structure; all of them take minutes.
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "mini-gemini-7b-hd", "cambrian-1-8b", "eagle-x4-7b"])
 def test_shipped_facts_are_what_is_counted(name: str) -> None:

@@ -17,6 +17,8 @@ import yaml
 from click.testing import CliRunner
 
 from manyeyes.cli.main import cli
+from manyeyes.harness import trainjob
+from manyeyes.harness.cluster import NODE
 from manyeyes.kubeflow.workflow import _retries_off
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -132,6 +134,40 @@ def test_kubeflow_with_the_component_for_retries_tries_failed_pods_again_and_kee
     del workflows[0]["spec"]["templateDefaults"]
     assert workflows[0] == workflows[1]
     assert {**before, "workflowDefaults": ""} == {**after, "workflowDefaults": ""}
+
+
+@rendered
+def test_the_component_for_trainjobs_grants_what_the_step_asks_and_lets_nodes_talk_to_each_other(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(INFRA / "k8s/components/trainjob", tmp_path / "trainjob")
+    kustomization = {"namespace": "runs", "components": ["trainjob"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+    result = subprocess.run([str(KUBECTL), "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
+    made = {document["kind"]: document for document in yaml.safe_load_all(result.stdout)}
+    for kind in ("Role", "RoleBinding", "NetworkPolicy"):
+        for version in VERSIONS:
+            kubernetes_validate.validate(made[kind], version, strict=True)
+    granted = {
+        (verb, resource, group)
+        for rule in made["Role"]["rules"]
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+        for group in rule["apiGroups"]
+    }
+    assert granted == {
+        (verb, f"{resource}/{sub}" if sub else resource, group) for verb, resource, group, sub in trainjob.RIGHTS
+    }
+    assert made["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == {trainjob.POD_LABEL: "true"}
+    runtime = made["TrainingRuntime"]
+    assert runtime["metadata"]["name"] == trainjob.RUNTIME
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert job["name"] == NODE
+    assert job["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert job["template"]["spec"]["backoffLimit"] == 0, "a job restarts nothing by itself"
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert [container["name"] for container in pod["containers"]] == [NODE]
 
 
 @rendered

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import PipelineError
 from manyeyes.harness.base import Reporter, StepResult, num_threads
 from manyeyes.harness.inputs import parse_pinned, work_dir
+from manyeyes.harness.trainjob import train_in_trainjob, uses_trainjob
 from manyeyes.pages import Curve, draw_curves, facts_table, step_page
 from manyeyes.recipe import StageName
 
@@ -71,22 +73,28 @@ def train_stage(
             },
         )
 
-    report = launch_stage(
-        inputs.recipe,
-        stage,
-        processes=processes,
-        threads=max(1, threads // processes),
-        snapshot=inputs.snapshot,
-        code_digest=inputs.code_digest,
-        out=out,
-        work_dir=work_dir(),
-        encoder=encoder,
-        encoder_checkpoints=dict(encoder_checkpoints or {}),
-        checkpoint=checkpoint,
-        quarantine=read_quarantine(validation),
-        data_workers=num_data_workers(threads=max(1, threads // processes), gpus=torch.cuda.device_count()),
-        on_progress=show,
-    )
+    what: dict[str, Any] = {
+        "out": out,
+        "encoder": encoder,
+        "encoder_checkpoints": dict(encoder_checkpoints or {}),
+        "checkpoint": checkpoint,
+        "quarantine": read_quarantine(validation),
+        "on_progress": show,
+    }
+    if uses_trainjob():
+        report = train_in_trainjob(stage, pinned=pinned, on_wait=reporter.progress, **what)
+    else:
+        report = launch_stage(
+            inputs.recipe,
+            stage,
+            processes=processes,
+            threads=max(1, threads // processes),
+            snapshot=inputs.snapshot,
+            code_digest=inputs.code_digest,
+            work_dir=work_dir(),
+            data_workers=num_data_workers(threads=max(1, threads // processes), gpus=torch.cuda.device_count()),
+            **what,
+        )
     speed = report.samples / report.seconds if report.seconds else 0.0
     waited_s = report.data_wait_s or 0.0
     data_wait = waited_s / report.seconds if report.seconds else 0.0

@@ -6,6 +6,7 @@ A profile changes no code and no cache key: Kubeflow's cache looks at image, com
 # kfp reads the annotations themselves: no future import here.
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,15 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from manyeyes.errors import PipelineError, did_you_mean
 from manyeyes.harness.base import RETRIES
+from manyeyes.harness.cluster import NODE, TRAINER
+from manyeyes.harness.trainjob import CLAIM, PLAN, POD_LABEL, RUNTIME, TrainJobPlan
 from manyeyes.strict import StrictModel
 
 FOLDER = Path("infra") / "profiles"
 _QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 _NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+# Steps that train, by stage.
+_STAGES = {"prealign": "prealign_encoder", "pretrain": "pretrain_projector", "sft": "sft"}
 # Values of such variables belong into a secret; a profile is committed.
 _SECRET_WORDS = re.compile(r"(^|_)(PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIALS?|WEBHOOK_URL)(_|$)")
 
@@ -112,6 +117,15 @@ class StepSettings(StrictModel):
         description="Attempts after a failure that is not the user's, in the step's own pod. Needs timeout_s.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Further environment variables.")
+    launcher: Literal["inpod", "trainjob"] = Field(
+        default="inpod",
+        description="Where a step trains: in its own pod, or on nodes of a Kubeflow TrainJob that it makes. Then all "
+        "that stands here is of each node, and the step's own pod is a small one.",
+    )
+    nodes: int = Field(default=1, ge=1, description="With launcher trainjob: pods that train together.")
+    start_timeout_s: int = Field(
+        default=3600, gt=0, description="With launcher trainjob: seconds until all nodes must run."
+    )
 
 
 class KeepRuns(StrictModel):
@@ -166,16 +180,42 @@ class Profile(StrictModel):
             if settings.retries is not None and settings.retries.count and settings.timeout_s is None:
                 # Argo ends a task that it may retry after a limit for all attempts, an hour unless told otherwise.
                 raise ValueError(f"{step or 'defaults'} has retries and no timeout_s, which one attempt may take")
+        self._check_launchers()
         workdir = self.env.get("MANYEYES_WORKDIR")
         if workdir and not any(Path(workdir).is_relative_to(volume.path) for volume in self.volumes):
             raise ValueError(f"env.MANYEYES_WORKDIR is {workdir}, which lies on none of volumes: it would not last")
         return self
 
-    def _devices(self) -> str:
-        """GPUs of each stage's step, for preflight; empty where there are none."""
-        steps = {"prealign": "prealign_encoder", "pretrain": "pretrain_projector", "sft": "sft"}
-        gpus = {stage: self.steps[step].gpu for stage, step in steps.items() if step in self.steps}
-        return ",".join(f"{stage}={gpu.count}" for stage, gpu in gpus.items() if gpu is not None and gpu.count)
+    def _check_launchers(self) -> None:
+        for name, step in {"defaults": self.defaults, **self.steps}.items():
+            if step.launcher == "inpod":
+                if step.model_fields_set & {"nodes", "start_timeout_s"}:
+                    raise ValueError(f"{name} has nodes or start_timeout_s, which are of launcher trainjob")
+                continue
+            if name not in _STAGES.values():
+                raise ValueError(f"{name} has launcher trainjob, which is of {', '.join(_STAGES.values())} alone")
+            if self.shared_claim(name) is None:
+                raise ValueError(
+                    f"steps.{name} has launcher trainjob, whose nodes and step need MANYEYES_WORKDIR on a claim of "
+                    "volumes that all of them mount (ReadWriteMany)"
+                )
+
+    def shared_claim(self, step: str) -> str | None:
+        """The claim on which the running checkpoints of a step lie, if they lie on one."""
+        workdir = self.settings_of(step).env.get("MANYEYES_WORKDIR", "")
+        around = [volume for volume in self.volumes if workdir and Path(workdir).is_relative_to(volume.path)]
+        return max(around, key=lambda volume: len(volume.path)).claim if around else None
+
+    def _for_preflight(self) -> dict[str, str]:
+        """What preflight is told of the steps that train: devices by stage, and what TrainJobs need."""
+        told, devices = {}, []
+        for stage, step in _STAGES.items():
+            settings = self.steps.get(step, StepSettings())
+            if settings.launcher == "trainjob":
+                told[CLAIM] = self.shared_claim(step) or ""
+            if settings.gpu is not None and settings.gpu.count:
+                devices.append(f"{stage}={settings.gpu.count * settings.nodes}")
+        return {**told, **({"MANYEYES_DEVICES": ",".join(devices)} if devices else {})}
 
     def settings_of(self, step: str) -> StepSettings:
         """The settings of one step, with the defaults filled in."""
@@ -183,8 +223,7 @@ class Profile(StrictModel):
         given = {name: getattr(own, name) for name in own.model_fields_set}
         env = {**self.env, **self.defaults.env, **own.env}
         if step == "preflight":
-            devices = self._devices()
-            env = {**({"MANYEYES_DEVICES": devices} if devices else {}), **env}
+            env = {**self._for_preflight(), **env}
         return self.defaults.model_copy(update={**given, "env": env})
 
 
@@ -308,16 +347,105 @@ def apply_profile(documents: list[dict[str, Any]], profile: Profile) -> list[dic
         container = executor["container"]
         if part.resources:
             container["resources"] = part.resources
-        names = {variable["name"] for variable in part.env}
+        env = list(part.env)
+        if profile.settings_of(step).launcher == "trainjob":
+            env.append({"name": PLAN, "value": trainjob_plan(profile, step, container["image"]).text()})
+        names = {variable["name"] for variable in env}
         kept = [variable for variable in container.get("env", []) if variable["name"] not in names]
-        if kept or part.env:
-            container["env"] = sorted([*kept, *part.env], key=lambda variable: str(variable["name"]))
+        if kept or env:
+            container["env"] = sorted([*kept, *env], key=lambda variable: str(variable["name"]))
         executors[label] = part.executor
         if part.retry:
             retries[label] = part.retry
         kubernetes.update({key: value for key, value in part.whole_run.items() if value})
     _set_retries(spec, retries)
     return [spec, platform]
+
+
+# Of a step's own pod while a TrainJob trains: torch is loaded, and files are copied.
+_WAITING_POD = {"cpu_request": "500m", "cpu_limit": None, "memory_request": "2Gi", "memory_limit": "4Gi"}
+_ELSEWHERE: dict[str, Any] = {"gpu": None, "shared_memory": None, "node_selector": None, "tolerations": None}
+
+
+def _waiting_pod(settings: StepSettings) -> StepSettings:
+    """What the pod of a step gets that trains on other nodes; it outlives its job, whose end it tells."""
+    timeout = None if settings.timeout_s is None else settings.timeout_s + settings.start_timeout_s + 600
+    return settings.model_copy(update={**_WAITING_POD, **_ELSEWHERE, "timeout_s": timeout})
+
+
+def trainjob_plan(profile: Profile, step: str, image: str) -> TrainJobPlan:
+    """The TrainJob of a step, but for its name and its command.
+
+    Args:
+        profile: Whose ``steps`` gives the step the launcher ``trainjob``.
+        step: A step that trains.
+        image: Of the step.
+    """
+    settings = profile.settings_of(step)
+    env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(settings.env.items())]
+    for kind, entries in (("secretKeyRef", profile.secrets), ("configMapKeyRef", profile.config_maps)):
+        for entry in [entry for entry in entries if entry.is_for(step)]:
+            for variable, key in sorted(entry.env.items()):
+                optional = {"optional": True} if entry.optional else {}
+                source = {kind: {"name": entry.name, "key": key, **optional}}
+                env.append({"name": variable, "valueFrom": source})
+    gpu = settings.gpu or Gpu(count=0)
+    gpus = {gpu.resource: gpu.count} if gpu.count else {}
+    requests = {"cpu": settings.cpu_request, "memory": settings.memory_request, **gpus}
+    limits = {"cpu": settings.cpu_limit, "memory": settings.memory_limit, **gpus}
+    resources = {"requests": _given(requests), "limits": _given(limits)}
+    volumes: list[dict[str, Any]] = []
+    mounts: list[dict[str, Any]] = []
+    if settings.shared_memory is not None:
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    for number, volume in enumerate(profile.volumes):
+        source = {"persistentVolumeClaim": {"claimName": volume.claim}} if volume.claim else {}
+        if volume.size is not None:
+            asked = {
+                "accessModes": ["ReadWriteOnce"],
+                "storageClassName": volume.storage_class,
+                "resources": {"requests": {"storage": volume.size}},
+            }
+            source = {"ephemeral": {"volumeClaimTemplate": {"spec": _given(asked)}}}
+        volumes.append({"name": f"disk-{number}", **source})
+        mounts.append(_given({"name": f"disk-{number}", "mountPath": volume.path, "subPath": volume.sub_path}))
+    user = profile.run_as
+    security = {"runAsUser": user.user, "runAsGroup": user.group, "runAsNonRoot": user.non_root} if user else {}
+    pod = {
+        "volumes": volumes,
+        "containers": [{"name": NODE, "volumeMounts": mounts}] if mounts else [],
+        "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
+        "securityContext": _given(security),
+        "nodeSelector": settings.node_selector,
+        "tolerations": [each.model_dump(exclude_none=True) for each in settings.tolerations or []],
+    }
+    # The first label is that of all pods of a pipeline, by which network policies know them.
+    labels = {"pipelines.kubeflow.org/v2_component": "true", POD_LABEL: "true", **profile.labels}
+    template = {"metadata": _given({"labels": labels, "annotations": profile.annotations}), "spec": _given(pod)}
+    node = {"name": NODE, "template": {"spec": {"template": template}}}
+    processes = gpu.count or int(settings.env.get("MANYEYES_PROCESSES") or 1)
+    spec = {
+        "runtimeRef": {"apiGroup": TRAINER, "kind": "TrainingRuntime", "name": RUNTIME},
+        "trainer": _given(
+            {
+                "image": image,
+                "numNodes": settings.nodes,
+                "numProcPerNode": processes,
+                "resourcesPerNode": _given(resources),
+                "env": env,
+            }
+        ),
+        "runtimePatches": [
+            {"manager": "manyeyes/step", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}}}
+        ],
+        "activeDeadlineSeconds": settings.timeout_s,
+    }
+    return TrainJobPlan(start_timeout_s=settings.start_timeout_s, spec=_given(spec))
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, "", {}, [])}
 
 
 def step_of(executor: dict[str, Any]) -> str:
@@ -379,6 +507,9 @@ def _compile_settings(profile: Profile, step: str) -> _Compiled:
 
 def _set_up(task: Any, profile: Profile, step: str) -> None:
     settings = profile.settings_of(step)
+    waits = settings.launcher == "trainjob"
+    if waits:
+        settings = _waiting_pod(settings)
     for name in ("cpu_request", "cpu_limit", "memory_request", "memory_limit"):
         value = getattr(settings, name)
         if value is not None:
@@ -414,6 +545,8 @@ def _set_up(task: Any, profile: Profile, step: str) -> None:
         keys = {key: variable for variable, key in config_map.env.items()}
         kubernetes.use_config_map_as_env(task, config_map.name, keys, optional=config_map.optional)
     for number, volume in enumerate(profile.volumes):
+        if volume.claim is None and waits:
+            continue
         if volume.claim is not None:
             kubernetes.mount_pvc(task, volume.claim, volume.path, sub_path=volume.sub_path)
         else:

@@ -12,6 +12,7 @@ from kfp_server_api import models
 
 from manyeyes.errors import EndpointError
 from manyeyes.harness.base import attempts_in
+from manyeyes.harness.cluster import find_forbidden
 from manyeyes.harness.events import ErrorReport, find_error_line
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import state_of
@@ -19,7 +20,6 @@ from manyeyes.kubeflow.workflow import (
     OVER,
     State,
     StepStatus,
-    find_forbidden,
     is_machinery,
     plain,
     read_workflow,

@@ -35,6 +35,7 @@ from manyeyes.harness.base import Reporter, Step, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags, result_tags
 from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, training_datasets, work_dir
 from manyeyes.harness.kept import kept
+from manyeyes.harness.trainjob import CLAIM, check_trainjobs
 from manyeyes.pages import Table, Text, facts_table, step_page
 from manyeyes.recipe import ModelSpec, Recipe, StageName
 from manyeyes.recipe.partial import take_fields
@@ -658,6 +659,12 @@ def _look(
                 need = estimate_recipe(parsed, data)
     found.checks += check_disk(need, data)
     found.checks += check_memory(parsed, need)
+    if claim := os.environ.get(CLAIM):
+        errors = check_trainjobs(claim)
+        found.retry = found.retry or any(error.retry for error in errors)
+        found.checks += [Check("TrainJob", "problem", error.found, error.needed, error.do) for error in errors]
+        if not errors:
+            found.checks.append(Check("TrainJob", "ok", f"may be made and read here; claim {claim}"))
 
 
 def _mlflow_rows(left: Sequence[str]) -> list[Check]:
