@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from manyeyes.errors import RecipeError
 from manyeyes.harness import cluster as cluster_module
 from manyeyes.harness import trainjob as trainjob_module
 from manyeyes.harness.base import Reporter
@@ -79,24 +78,3 @@ def test_two_nodes_learn_what_two_processes_of_one_pod_learn(tmp_path: Path, mon
     assert len(stand.made) == 1
     assert [event.figure for event in events if event.figure.startswith("step ")], "it says how far it is"
     assert not list((tmp_path / "work-nodes" / "trainjobs").iterdir()), "nothing is left behind"
-
-
-@pytest.mark.slow
-def test_an_error_of_the_stage_on_nodes_is_the_error_of_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Its loss is no number from the first step on.
-    recipe = toy_recipe(train={"encoders": 1e30, "projector": 1e30}, schedule={"kind": "constant", "warmup_ratio": 0})
-    pinned = prepare(tmp_path, recipe, monkeypatch)
-    on_two_nodes(tmp_path, monkeypatch)
-    with serving(run_nodes, tmp_path) as stand, pytest.raises(RecipeError, match="loss"):
-        train_stage(
-            Reporter("prealign"),
-            "prealign",
-            pinned=pinned,
-            validation=tmp_path / "validation",
-            out=tmp_path / "out",
-            encoder="left",
-        )
-    assert stand.deleted
-    assert not (tmp_path / "out").exists()

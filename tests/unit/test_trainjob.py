@@ -51,6 +51,7 @@ PROGRESS = Progress(
     grad_norm=1.0,
     samples_per_s=8.0,
     data_wait=0.0,
+    checkpoint_stall=0.0,
     tokens_per_s=100.0,
     padding=0.0,
     supervised=0.5,
