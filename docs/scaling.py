@@ -42,12 +42,17 @@ def row(facts: RecipeFacts, stage: StageName, spec: StageSpec, nodes: int) -> li
     gpus = nodes * GPUS_A_NODE
     busy = min(gpus, spec.batch_size)
     branches = facts.stages[stage]
-    memory = worst_memory(branches, spec, way_of(spec, busy)).total
+    way = way_of(spec, busy, GPU_GB)
+    memory = worst_memory(branches, spec, way).total
     trained = max(sum(branch.trained.values()) for branch in branches)
+    total = max(sum(branch.parameters.values()) for branch in branches)
     samples = -(-spec.batch_size // busy)
     compute_s = samples * max(branch.flops for branch in branches) / (PEAK_FLOPS * SHARE)
-    summed = 2 * 4 * trained * (gpus - 1) / gpus
-    step_s = compute_s + summed / (INSIDE if nodes == 1 else BETWEEN)
+    sent = 2 * 4 * trained
+    if spec.shards(processes=busy, parameters=total, trained=trained, memory_bytes=GPU_GB * 1e9):
+        # Weights in bf16 before and behind, and gradients in fp32, of each micro-batch.
+        sent = -(-samples // way.micro_batch) * (2 * 2 * total + 4 * trained)
+    step_s = compute_s + sent * (busy - 1) / busy / (INSIDE if nodes == 1 else BETWEEN)
     speed = spec.batch_size / step_s
     tokens = facts.visual_tokens + facts.text_tokens
     hours = 1e6 / speed / 3600
