@@ -19,6 +19,7 @@ from manyeyes.kubeflow.pipeline import GIT_COMMIT
 from manyeyes.kubeflow.profiles import step_of
 from manyeyes.kubeflow.run import git_state, named_commit
 from manyeyes.kubeflow.uploading import code_state, form_defaults, upload_pipeline, version_name
+from manyeyes.recipe import load_recipe, read_recipe_text
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.endpoint_toys import DIGEST, IMAGE, Answer, add_version, started_run
 from tests.pipelines.kfp_server import Fault, Kubeflow
@@ -293,7 +294,12 @@ def test_recipe_file_travels_as_text_and_a_shipped_one_by_name(tmp_path: Path) -
     file.write_text("extends: tiny\nname: own\n", encoding="utf-8")
     values = run_parameters({**FORM, "recipe_text": {"defaultValue": ""}}, given=[], recipe=str(file))
     assert list(values) == ["recipe_text"]
-    assert json.loads(values["recipe_text"])["name"] == "own"
+    text = values["recipe_text"]
+    assert read_recipe_text(text) == load_recipe(str(file))
+    # Each quotation mark of it takes eight bytes, six times in each step that takes it.
+    assert text.count('"') == 0
+    assert "\n" not in text
+    assert len(text) < len(load_recipe(str(file)).canonical_json()) / 2
     assert run_parameters(FORM, given=[], recipe="large") == {"recipe": "large"}
     with pytest.raises(PipelineError, match="takes recipe_text"):
         run_parameters(FORM, given=[], recipe=str(file))

@@ -29,6 +29,7 @@ from manyeyes.recipe import (
     parse_recipe,
     partial,
     read_recipe_text,
+    write_recipe_text,
 )
 from manyeyes.recipe.gate_rules import GATE_RULES
 from manyeyes.recipe.model import Strict
@@ -314,6 +315,7 @@ def survives(text: str) -> bool:
         str(error).encode()
         return False
     assert parse_recipe(recipe.canonical_json()).digest == recipe.digest
+    assert read_recipe_text(write_recipe_text(recipe)) == recipe
     assert all(getattr(recipe.stages, name) is None or getattr(recipe.stages, name).mixture for name in STAGE_NAMES)
     return True
 

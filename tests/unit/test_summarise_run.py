@@ -301,6 +301,7 @@ def test_the_tree_that_a_real_kubeflow_made_of_a_train_run_gives_all_its_steps(
 def test_recipe_that_travels_as_text_is_shown_by_its_name() -> None:
     first_line = summarise_module._first_line
     assert first_line('{"model": {}, "name": "mine"}') == "mine"
+    assert first_line("{model: {}, name: mine}") == "mine"
     assert first_line("# a comment\nname: mine\nmodel: {}\n") == "mine"
     assert first_line("tiny") == "tiny"
     assert first_line("{not json") == "{not json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import yaml
 
 from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
 from manyeyes.errors import PipelineError, SnapshotError
-from manyeyes.recipe import STAGE_NAMES, EvaluationSpec, Recipe, StageSpec
+from manyeyes.recipe import STAGE_NAMES, EvaluationSpec, Recipe, StageSpec, write_line
 from manyeyes.recipe.model import MAX_EPOCHS, PART, Part
 from manyeyes.recipe.partial import one_encoder, read_fields, take_fields
 from manyeyes.storage import cache_dir as cache_dir
@@ -122,22 +121,12 @@ class Pinned:
         return replace(sliced, data_md5="", data_remote="") if step in _WITHOUT_DATA else sliced
 
     def text(self) -> str:
-        """Sorted YAML in one line, without what has its default; ``parse_pinned`` reads it back.
-
-        Kubeflow writes a parameter as JSON in JSON in JSON, where each quotation mark of it takes eight bytes, six
-        times a task (``kubeflow/sizes.py``); YAML has none around names and plain words.
-        """
+        """In one line, without what has its default; ``parse_pinned`` reads it back."""
         part: Part | None = self.recipe.__dict__.get(PART)
         facts = {"data_md5": self.data_md5, "data_remote": self.data_remote, "step": part.reader if part else ""}
         tree = self.recipe.model_dump(mode="json", exclude_defaults=True)
         given = {name: value for name, value in facts.items() if value}
-        return yaml.dump(
-            {"recipe": tree, "code_digest": self.code_digest, **given},
-            Dumper=yaml.SafeDumper,
-            default_flow_style=True,
-            width=math.inf,
-            allow_unicode=True,
-        ).strip()
+        return write_line({"recipe": tree, "code_digest": self.code_digest, **given})
 
 
 def parse_pinned(text: str) -> Pinned:

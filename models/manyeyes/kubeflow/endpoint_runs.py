@@ -13,7 +13,7 @@ from kfp_server_api import models
 
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
 from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint, UnknownOutcomeError
-from manyeyes.recipe import load_recipe, parse_overrides
+from manyeyes.recipe import load_recipe, parse_overrides, write_recipe_text
 
 EXPERIMENT = "manyeyes"
 # Linux allows 131,072 bytes for an argument; JSON inside JSON doubles quotes.
@@ -96,7 +96,7 @@ def run_parameters(
         name = "recipe_text" if is_file else "recipe"
         if name not in definitions:
             raise PipelineError(f"--recipe {recipe} was given", f"a pipeline that takes {name}", "Leave it out.")
-        text = load_recipe(recipe).canonical_json() if is_file else recipe
+        text = write_recipe_text(load_recipe(recipe)) if is_file else recipe
         values[name] = _value_of(name, text, definitions[name])
     for pair in given:
         name, equals, text = pair.partition("=")

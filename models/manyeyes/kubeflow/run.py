@@ -29,7 +29,7 @@ from manyeyes.harness.events import ErrorReport, Event, EventReader, RunSummary,
 from manyeyes.harness.inputs import locate_data
 from manyeyes.kubeflow.pipeline import GIT_COMMIT, REQUEST_FILE, RunRequest
 from manyeyes.kubeflow.summarise import summarise
-from manyeyes.recipe import load_recipe, parse_overrides
+from manyeyes.recipe import load_recipe, parse_overrides, write_recipe_text
 from manyeyes.storage import file_lock
 from manyeyes.telemetry import OFF
 from manyeyes.terminal import UTF8_CHILD, replace_unknown_characters
@@ -477,7 +477,7 @@ def local_parameters(
     values: dict[str, Any] = {}
     if "recipe" in form:
         is_file = recipe.endswith((".yaml", ".yml"))
-        values["recipe_text" if is_file else "recipe"] = checked.canonical_json() if is_file else recipe
+        values["recipe_text" if is_file else "recipe"] = write_recipe_text(checked) if is_file else recipe
         values["recipe_overrides"] = "" if is_file else "\n".join(assignments)
     elif assignments:
         raise PipelineError("--set was given", "a pipeline that takes a recipe", "Leave it out.")

@@ -11,6 +11,8 @@ from manyeyes.recipe.loading import (
     parse_overrides,
     parse_recipe,
     read_recipe_text,
+    write_line,
+    write_recipe_text,
 )
 from manyeyes.recipe.model import (
     STAGE_NAMES,
@@ -72,4 +74,6 @@ __all__ = [
     "parse_overrides",
     "parse_recipe",
     "read_recipe_text",
+    "write_line",
+    "write_recipe_text",
 ]

@@ -237,6 +237,23 @@ def read_recipe_text(text: str, *, overrides: dict[str, Any] | None = None) -> R
     return _changed(_parse_tree(text, where="recipe", folder=Path(), seen=()), overrides or {}, where="recipe")
 
 
+def write_recipe_text(recipe: Recipe) -> str:
+    """A recipe as ``read_recipe_text`` reads it: ``write_line`` without what has its default."""
+    return write_line(recipe.model_dump(mode="json", exclude_defaults=True))
+
+
+def write_line(tree: Mapping[str, Any]) -> str:
+    """Sorted YAML in one line.
+
+    Kubeflow writes a parameter as JSON in JSON in JSON, where each quotation mark of it takes eight bytes, six
+    times a task (``kubeflow/sizes.py``); YAML has none around names and plain words.
+
+    Args:
+        tree: Plain values.
+    """
+    return yaml.dump(tree, Dumper=yaml.SafeDumper, default_flow_style=True, width=math.inf, allow_unicode=True).strip()
+
+
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """A recipe with some of its values replaced, checked as a whole again.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -13,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
 from manyeyes.errors import ManyEyesError
@@ -299,8 +299,8 @@ def render_notice(template: str, notice: RunNotice, rows: list[tuple[str, str]])
 def _first_line(text: str) -> str:
     """Of a recipe that travels as text, its name; else the first line."""
     if text.lstrip().startswith("{"):
-        with suppress(ValueError, AttributeError):  # a subject is only shown
-            return str(json.loads(text).get("name", ""))
+        with suppress(yaml.YAMLError, ValueError, AttributeError):  # a subject is only shown
+            return str(yaml.safe_load(text).get("name", ""))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("name:")]
     return (named or lines or [""])[0][:200]
