@@ -194,6 +194,19 @@ def test_a_pod_of_a_cluster_runs_the_source_in_its_command(tmp_path: Path) -> No
     assert (tmp_path / "made" / "report").is_file()
 
 
+def test_a_pod_of_a_cluster_knows_its_run_by_where_its_outputs_go(tmp_path: Path) -> None:
+    source = (
+        "def told(out: str):\n    import os\n    from pathlib import Path\n"
+        "    Path(out).write_text(os.environ['MANYEYES_PIPELINE_RUN'], encoding='utf-8')\n"
+    )
+    place = {"outputFile": f"{tmp_path}/v2/artifacts/train/run-1/told/execution-1/output_metadata.json"}
+    given = json.dumps({"inputs": {"parameterValues": {"out": str(tmp_path / "run")}}, "outputs": place})
+    command = ["-m", "manyeyes.kubeflow.component", source, "--executor_input", given, "--function_to_execute", "told"]
+    inherited = {key: value for key, value in os.environ.items() if key != "MANYEYES_PIPELINE_RUN"}
+    subprocess.run([sys.executable, *command], cwd=tmp_path, env=inherited, check=True)
+    assert (tmp_path / "run").read_text(encoding="utf-8") == "run-1"
+
+
 def test_a_further_attempt_in_a_pod_keeps_what_the_gate_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

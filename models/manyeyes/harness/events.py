@@ -164,7 +164,7 @@ _CHARACTERS = 5000
 def pipeline_tags() -> dict[str, str]:
     """What marks a step's run as one of this pipeline run, where no parent run does.
 
-    ``MANYEYES_PIPELINE_RUN`` is the pipeline run's id; on a cluster it comes from the pod's label.
+    ``MANYEYES_PIPELINE_RUN`` is the pipeline run's id; on a cluster ``kubeflow/component.py`` sets it.
     """
     run = os.environ.get("MANYEYES_PIPELINE_RUN")
     return {"manyeyes.pipeline_run": run} if run else {}

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from typing import Any
 
 from manyeyes.harness.inputs import SLICES
+from manyeyes.kubeflow.component import PRELUDE
 
 
 def compact(spec: dict[str, Any]) -> None:
@@ -54,7 +55,8 @@ def compact_for_cluster(documents: list[dict[str, Any]]) -> None:
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         command = executor.get("container", {}).get("command", [])
         if command[:2] == ["sh", "-ec"]:
-            executor["container"]["command"] = ["python3", "-m", "manyeyes.kubeflow.component", command[-1]]
+            source = _source_for_pod(command[-1])
+            executor["container"]["command"] = ["python3", "-m", "manyeyes.kubeflow.component", source]
         resources = executor.get("container", {}).get("resources", {})
         for older in ("cpuRequest", "cpuLimit", "memoryRequest", "memoryLimit"):
             if f"resource{older[0].upper()}{older[1:]}" in resources:
@@ -163,6 +165,16 @@ def compact_source(source: str, unread: Collection[str] = ()) -> str:
     if "NamedTuple" in names:
         imports.append("from typing import NamedTuple")
     return "\n".join([*imports, ast.unparse(function)]) + "\n"
+
+
+def _source_for_pod(source: str) -> str:
+    """A component's function alone: what all of them import, ``component.py`` puts before it."""
+    (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    known = {ast.unparse(line) for line in ast.parse(PRELUDE).body}
+    function.body = [line for line in function.body if ast.unparse(line) not in known]
+    if isinstance(function.returns, ast.Constant):
+        function.returns = None
+    return ast.unparse(function) + "\n"
 
 
 def _field_name(field: ast.expr) -> str:

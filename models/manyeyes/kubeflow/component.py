@@ -19,6 +19,13 @@ from typing import Any
 
 from manyeyes.harness.base import Step, run_step
 
+# What every component's source needs; a compiled pipeline leaves it out (``compact.py``).
+PRELUDE = """\
+from typing import NamedTuple
+from kfp import dsl
+from manyeyes.kubeflow.component import run_component
+"""
+
 
 def run_component(
     name: str,
@@ -75,8 +82,11 @@ def main() -> None:
     from kfp.dsl import executor_main
 
     source, *arguments = sys.argv[1:]
+    # .../PIPELINE/RUN/TASK/EXECUTION/output_metadata.json
+    outputs = json.loads(arguments[arguments.index("--executor_input") + 1])["outputs"]["outputFile"]
+    os.environ.setdefault("MANYEYES_PIPELINE_RUN", Path(outputs).parts[-4])
     path = Path(tempfile.mkdtemp()) / "ephemeral_component.py"
-    path.write_text(source, encoding="utf-8")
+    path.write_text(PRELUDE + source, encoding="utf-8")
     sys.argv[1:] = ["--component_module_path", str(path), *arguments]
     executor_main.executor_main()
 

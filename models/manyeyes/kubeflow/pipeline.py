@@ -124,7 +124,7 @@ def compile_pipeline(
         from manyeyes.kubeflow.profiles import apply_profile
 
         documents = apply_profile(documents, profile)
-    if image:
+    if image or profile is not None:
         compact_for_cluster(documents)
     comments = [line for line in text.splitlines() if line.startswith("#")]
     body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)

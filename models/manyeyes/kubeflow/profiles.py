@@ -526,8 +526,6 @@ def _set_up(task: Any, profile: Profile, step: str) -> None:
         env.setdefault(RETRIES, ",".join(map(str, retries.pauses)))
     for name, value in sorted(env.items()):
         task.set_env_variable(name, value)
-    # Steps of one run find each other's traces by it; see harness/events.py.
-    kubernetes.use_field_path_as_env(task, "MANYEYES_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
     if settings.timeout_s is not None:
         kubernetes.set_timeout(task, settings.timeout_s)
     if settings.shared_memory is not None:

@@ -34,7 +34,7 @@ _METADATA = {"display_name": "x" * 12, "store_session_info": ""}
 # A value of which nothing is known before the run: a name, a digest.
 _UNKNOWN = "0" * 64
 _ADDRESSES = (
-    *("--ml_pipeline_server_address", "ml-pipeline.kubeflow", "--ml_pipeline_server_port", "8887"),
+    *("--ml_pipeline_server_address", "ml-pipeline.kubeflow.svc.cluster.local", "--ml_pipeline_server_port", "8887"),
     *("--mlmd_server_address", "metadata-grpc-service.kubeflow.svc.cluster.local", "--mlmd_server_port", "8080"),
     *("--publish_logs", "true", "--publish_logs", "true"),
 )
@@ -49,6 +49,16 @@ _RETRIES = {
 }
 # Kubeflow keeps a step's log as one more output.
 _LOGS = {"executor-logs": {"artifactType": {"schemaTitle": "system.Artifact"}}}
+# What Kubeflow's MLflow integration adds to each step, where it is on.
+_MLFLOW = (
+    {"name": "MLFLOW_RUN_ID", "value": "0" * 32},
+    {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.manyeyes.svc:5000"},
+    {"name": "MLFLOW_EXPERIMENT_ID", "value": "1234"},
+)
+_AS_ENV = {
+    "secretAsEnv": ("secretKeyRef", "secretName", "secretKey"),
+    "configMapAsEnv": ("configMapKeyRef", "configMapName", "configMapKey"),
+}
 _FROM = {"path": "/tmp/outputs/pod-spec-patch", "default": ""}
 # Of each node: phase, times, progress, resources, children, the address of its log.
 _NODE_BYTES = 700
@@ -227,9 +237,9 @@ class _Workflow:
             nodes = _node("loop", {}) + _node("iteration-driver", self._definition(name, task), _GROUP)
             self.found.append(TaskSize(f"{path}/{name}", "", 2 * nodes + _node("iteration-iterations", {})))
             for number, item in enumerate(loops[name]):
-                once = _Inputs({**inputs.values, task["parameterIterator"]["itemInput"]: item}, inputs.copies)
+                once = {task["parameterIterator"]["itemInput"]: item}
                 self.found.append(TaskSize(f"{path}/{name}[{number}]", "", 2 * _node("iteration-iterations", {})))
-                self._add_task(name, task, once, lengths, path=path, mark=f"[{number}]")
+                self._add_task(name, task, inputs, lengths, path=path, mark=f"[{number}]", item=once)
 
     def _add_task(
         self,
@@ -240,10 +250,12 @@ class _Workflow:
         *,
         path: str,
         mark: str = "",
+        item: Mapping[str, Any] | None = None,
     ) -> None:
         component = self.spec["components"][task["componentRef"]["name"]]
         where = f"{path}/{name}{mark}"
         own = self._own_inputs(task, inputs, lengths)
+        own = _Inputs({**own.values, **(item or {})}, own.copies)
         if "dag" in component:
             nodes = _node(f"{name}-driver", self._definition(name, task), _GROUP) + _node(name, _GROUP)
             self.found.append(TaskSize(where, "", 2 * nodes))
@@ -346,11 +358,30 @@ class _Workflow:
             "image": container["image"],
             "command": launcher,
             "args": [*container.get("command", []), *container.get("args", [])],
-            "env": container.get("env", []),
+            "env": [*container.get("env", []), *_MLFLOW, *_env_of_secrets(kubernetes)],
             "resources": container.get("resources", {}),
         }
-        # Volumes, secrets and the rest are other words for the same, about as long.
-        return {"containers": [main], **kubernetes}
+        # Volumes and the rest are other words for the same, about as long.
+        rest = {key: value for key, value in kubernetes.items() if key not in _AS_ENV}
+        return {"containers": [main], **rest}
+
+
+def _env_of_secrets(kubernetes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": pair["envVar"],
+            "valueFrom": {
+                reference: {
+                    "name": kept[f"{name}Parameter"]["runtimeValue"]["constant"],
+                    "key": pair[key],
+                    "optional": kept["optional"],
+                }
+            },
+        }
+        for kind, (reference, name, key) in _AS_ENV.items()
+        for kept in kubernetes.get(kind, [])
+        for pair in kept["keyToEnv"]
+    ]
 
 
 def _tasks(component: dict[str, Any]) -> dict[str, Any]:

@@ -462,7 +462,7 @@ def step_records() -> list[StepRecord]:
     """The steps that ran in this pipeline run, in the order in which they began; those from the cache did not run.
 
     A run's steps are the children of ``MANYEYES_PARENT_RUN_ID`` (``manyeyes run``), or those that carry the same
-    ``MANYEYES_PIPELINE_RUN`` (set by a profile), or what lies below the parent of ``MLFLOW_RUN_ID``: Kubeflow's own
+    ``MANYEYES_PIPELINE_RUN`` (set in a pod), or what lies below the parent of ``MLFLOW_RUN_ID``: Kubeflow's own
     integration gives groups and loops a run of their own, whose children their steps are.
 
     Raises:
