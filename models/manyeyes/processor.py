@@ -462,11 +462,12 @@ class ManyEyesProcessor(ProcessorMixin):
             )
         return split_branches(conversations)
 
-    def pixel_values(self, images: Sequence[Image]) -> dict[str, Tensor]:
+    def pixel_values(self, images: Sequence[Image], *, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Pixels for every encoder; each image is decoded once.
 
         Args:
             images: Image files or decoded pixels.
+            names: Of the pixels to make; all by default.
 
         Returns:
             Per encoder name ``[I, 3, size, size]``, float32; with tiles, those of all images one after the other.
@@ -474,13 +475,14 @@ class ManyEyesProcessor(ProcessorMixin):
         Raises:
             RecordError: An image cannot be decoded.
         """
-        return self.normalize_images([self.cut_image(image) for image in images])
+        return self.normalize_images([self.cut_image(image, names=names) for image in images])
 
-    def cut_image(self, image: Image) -> CutImage:
+    def cut_image(self, image: Image, *, names: Sequence[str] | None = None) -> CutImage:
         """Decode an image, and resize and cut it for every encoder: all of ``pixel_values`` but ``normalize_images``.
 
         Args:
             image: Image file or decoded pixels.
+            names: Of the pixels to make; all by default.
 
         Raises:
             RecordError: It cannot be decoded.
@@ -491,14 +493,17 @@ class ManyEyesProcessor(ProcessorMixin):
             tiles={
                 name: tile_image(decoded, transform, layout, encoder=name)
                 for name, transform in self._transforms.items()
+                if names is None or name in names
             },
         )
 
     def normalize_images(self, images: Sequence[CutImage]) -> dict[str, Tensor]:
         """Pixels of images that ``cut_image`` made: ``pixel_values`` of the same images, bit for bit."""
         return {
-            name: torch.from_numpy(normalize_pixels(np.concatenate([image.tiles[name] for image in images]), transform))
-            for name, transform in self._transforms.items()
+            name: torch.from_numpy(
+                normalize_pixels(np.concatenate([image.tiles[name] for image in images]), self._transforms[name])
+            )
+            for name in images[0].tiles
         }
 
     def pad(self, encoded: Sequence[Encoded], *, side: Literal["left", "right"], labels: bool) -> dict[str, Tensor]:

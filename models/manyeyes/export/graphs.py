@@ -142,7 +142,9 @@ class _Vision(nn.Module):
 
     def forward(self, pixels: list[Tensor], of_images: Sequence[Tensor] = ()) -> Tensor | tuple[Tensor, ...]:
         tokens = self.model.encode_images(
-            dict(zip(self.names, pixels, strict=True)), **dict(zip(self.of_images, of_images, strict=True))
+            dict(zip(self.names, pixels, strict=True)),
+            features=None,
+            **dict(zip(self.of_images, of_images, strict=True)),
         )
         if not isinstance(tokens, VisualTokens):
             return tokens

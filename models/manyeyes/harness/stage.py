@@ -113,6 +113,13 @@ def train_stage(
         ("padding", f"{tokens.padding:.1%} of what the language model computed"),
         ("seconds of waiting for data", f"{waited_s:,.1f} ({data_wait:.1%} of the training)"),
         ("seconds of waiting for running checkpoints", f"{stalled_s:,.1f} ({checkpoint_stall:.1%} of the training)"),
+        *(
+            (
+                f"features of {own.encoder}",
+                f"{'kept' if own.kept else 'made each time'}, {own.made:,} made and {own.read:,} read; {own.why}",
+            )
+            for own in report.features or ()
+        ),
         ("continued from step", "never stopped" if report.resumed_from_step is None else report.resumed_from_step),
         *((f"trainable parameters of {group}", count) for group, count in report.trainable_parameters.items()),
         *(("on the way", note) for note in report.notes),

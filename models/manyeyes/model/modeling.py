@@ -239,26 +239,31 @@ class ManyEyesParts(PreTrainedModel, ABC):
         image_grid = layout.image_grid if layout.tiling == "grid" else 1
         return SharedPixels(**shared.model_dump(), image_grid=image_grid, whole=layout.whole)
 
-    def encoder_features(self, pixel_values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encoder_features(
+        self, pixel_values: Mapping[str, Tensor], *, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """First half of ``encode_images``: what a feature cache may keep.
 
         Args:
-            pixel_values: As ``encode_images``.
+            pixel_values: As ``encode_images``, for these encoders.
+            names: Encoders to run; all by default. Some alone only where the fusion reaches into none.
 
         Returns:
             Per encoder name ``[I, C_k, h_k, w_k]``, in recipe order.
 
         Raises:
-            ShapeError: Pixels for other encoders than the model has.
+            ShapeError: Pixels for other encoders than these.
         """
-        encoders = self._encoder_modules()
+        encoders = {name: own for name, own in self._encoder_modules().items() if names is None or name in names}
         wanted = [SHARED] if self.shared_pixels else list(encoders)
         if set(pixel_values) != set(wanted):
             raise ShapeError(
                 f"pixel_values for {sorted(pixel_values)}", f"for {sorted(wanted)} is needed", "Pass what is needed."
             )
         if self.shared_pixels is not None:
-            pixel_values = self.shared_pixels.spread(pixel_values[SHARED], self.encoder_sizes)
+            pixel_values = self.shared_pixels.spread(
+                pixel_values[SHARED], {name: self.encoder_sizes[name] for name in encoders}
+            )
         maps = run_encoders(self.fusion, list(encoders.values()), [pixel_values[name] for name in encoders])
         return dict(zip(encoders, maps, strict=True))
 
@@ -286,6 +291,7 @@ class ManyEyesParts(PreTrainedModel, ABC):
         self,
         pixel_values: Mapping[str, Tensor],
         *,
+        features: Mapping[str, Tensor] | None = None,
         image_sizes: Tensor | None = None,
         layout: Tensor | None = None,
     ) -> Tensor | VisualTokens:
@@ -294,6 +300,7 @@ class ManyEyesParts(PreTrainedModel, ABC):
         Args:
             pixel_values: Per encoder name ``[I, 3, size, size]``; with tiles, one a tile. One entry ``shared`` where
                 the configuration has ``shared_pixels``; then images that are cut into a fixed grid come whole.
+            features: Encoders' features that are known, as ``encoder_features`` makes them; the others are run.
             image_sizes: ``[I, 2]``, width and height of each image before it was padded to a square; only where the
                 fusion masks padding.
             layout: ``[I, M]``: which token of all tiles' tokens stands at each place of an image, counted over the
@@ -306,7 +313,10 @@ class ManyEyesParts(PreTrainedModel, ABC):
         Raises:
             ShapeError: Pixels for other encoders than the model has.
         """
-        return self.fuse(self.encoder_features(pixel_values), image_sizes=image_sizes, layout=layout)
+        known = features or {}
+        names = [name for name in self.encoders if name not in known]
+        made = self.encoder_features(pixel_values, names=names) if names else {}
+        return self.fuse({**known, **made}, image_sizes=image_sizes, layout=layout)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Parameters by the names that a recipe's ``train`` uses; a tied parameter stands once.

@@ -204,6 +204,11 @@ class StageSpec(Strict):
         description="none: every process holds the whole model. full: each holds a part of every tensor, and all of a "
         "layer only while it computes it. auto: full where the whole would take more than half of a process's memory.",
     )
+    keep_features: bool = Field(
+        default=False,
+        description="Encoders that do not train see each image by itself, so that their features may be kept on disk "
+        "and read again, in this stage and others. Against false, last bits may differ with some encoders.",
+    )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
         description="A conversation of more tokens than model.language_model.max_length is refused (validate_data "

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from manyeyes.children import (
 )
 from manyeyes.errors import ProcessLostError
 from manyeyes.training.batches import Batch, BatchBuilder
+from manyeyes.training.features import FrozenFeatures
 
 # What may wait ready-made for one training process; one micro-batch a worker may be more.
 AHEAD_BYTES = 2 * 1024**3
@@ -75,6 +76,7 @@ class BatchStream:
         steps: Of the stage.
         workers: Processes that build ahead; with none, a micro-batch is built here when it is needed.
         pinned: Whether to put them where a GPU can fetch them by itself.
+        frozen: Where features are kept: makes those that were not found.
 
     Attributes:
         waited_s: Seconds in which training waited for data.
@@ -82,7 +84,14 @@ class BatchStream:
     """
 
     def __init__(
-        self, builder: BatchBuilder, plan: Plan, *, steps: int, workers: _Workers | None = None, pinned: bool = False
+        self,
+        builder: BatchBuilder,
+        plan: Plan,
+        *,
+        steps: int,
+        workers: _Workers | None = None,
+        pinned: bool = False,
+        frozen: FrozenFeatures | None = None,
     ) -> None:
         self._source = workers or builder
         self._builder = builder
@@ -91,6 +100,7 @@ class BatchStream:
         self._steps = steps
         self._step = 0
         self._pinned = pinned
+        self._frozen = frozen
         self.waited_s = 0.0
         self.positions: Sequence[Positions] = ()
 
@@ -140,7 +150,10 @@ class BatchStream:
     def _build(self, positions: Positions) -> Batch:
         with self._waiting():
             batch = self._source.build(positions)
-            return batch.pin_memory() if self._pinned else batch
+            batch = batch.pin_memory() if self._pinned else batch
+        if self._frozen is None or not batch.frozen:
+            return batch
+        return replace(batch, frozen=(), features=self._frozen.complete(batch.frozen))
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -153,7 +166,13 @@ class BatchStream:
 
 @contextmanager
 def batch_stream(
-    builder: BatchBuilder, plan: Plan, *, steps: int, workers: int, pinned: bool = False
+    builder: BatchBuilder,
+    plan: Plan,
+    *,
+    steps: int,
+    workers: int,
+    pinned: bool = False,
+    frozen: FrozenFeatures | None = None,
 ) -> Iterator[BatchStream]:
     """A stage's micro-batches; see ``BatchStream``. The workers end with the block.
 
@@ -163,16 +182,18 @@ def batch_stream(
         steps: Of the stage.
         workers: Processes that build ahead; 0 starts none.
         pinned: Whether to put them where a GPU can fetch them by itself.
+        frozen: Where features are kept: makes those that were not found.
     """
-    if workers == 0:
-        yield BatchStream(builder, plan, steps=steps, pinned=pinned)
-        return
-    started = _Workers(builder)
+    started = _Workers(builder) if workers else None
     try:
-        started.start(workers)
-        yield BatchStream(builder, plan, steps=steps, workers=started, pinned=pinned)
+        if started is not None:
+            started.start(workers)
+        yield BatchStream(builder, plan, steps=steps, workers=started, pinned=pinned, frozen=frozen)
     finally:
-        started.end()
+        if started is not None:
+            started.end()
+        if frozen is not None:
+            frozen.write()
 
 
 def micro_batches(

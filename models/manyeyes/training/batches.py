@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from manyeyes.processor import CutImage, ManyEyesProcessor
 from manyeyes.recipe import MixturePart, Recipe, StageName, StageSpec
 from manyeyes.runtime.chat import Encoded
 from manyeyes.runtime.preprocess import read_decoded_size
+from manyeyes.training.features import FrozenImage, FrozenReader
 from manyeyes.training.packing import SampleSize, pack_row
 
 PIXELS_IN_MEMORY_BYTES = 2 * 1024**3
@@ -44,7 +45,8 @@ class Batch:
     """Samples of one forward pass.
 
     Attributes:
-        pixel_values: ``[I, 3, size, size]`` by encoder name, with tiles one a tile, float32; empty without images.
+        pixel_values: ``[I, 3, size, size]`` by encoder name, with tiles one a tile, float32; empty without images, and
+            without encoders that train where features are kept.
         size_inputs: ``layout`` and ``image_sizes``, where the model must know of images' sizes; empty without images.
         prefixes: ``input_ids`` and ``attention_mask`` ``[R, P]`` and ``image_spans`` of the independent samples,
             padded on the left; None when there are none.
@@ -58,6 +60,8 @@ class Batch:
         num_tokens: Tokens of the language model, visual ones included.
         num_places: Those and padding.
         num_samples: Samples.
+        frozen: Where features are kept, each image for the encoders that do not train.
+        features: What became of it: ``[I, C_k, h_k, w_k]`` by encoder name.
     """
 
     pixel_values: dict[str, Tensor]
@@ -71,6 +75,8 @@ class Batch:
     num_tokens: int
     num_places: int
     num_samples: int
+    frozen: tuple[FrozenImage, ...] = ()
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_calls(self) -> int:
@@ -80,7 +86,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in memory that a GPU can fetch by itself, while the CPU goes on."""
-        return replace(self, **{field.name: _pinned(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{each.name: _pinned(getattr(self, each.name)) for each in fields(self)})
 
 
 def _pinned(value: Any) -> Any:
@@ -133,6 +139,21 @@ class SampleEncoder:
         return self._processor.encode(turns, num_images=num_images, image_sizes=image_sizes, too_long=self._too_long)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """An image as a batch is made of it.
+
+    Attributes:
+        size: Width and height as decoded, in pixels, where they matter.
+        cut: What encoders are given that run in any case; None where there are none.
+        frozen: For the others, where features are kept.
+    """
+
+    size: tuple[int, int]
+    cut: CutImage | None = None
+    frozen: FrozenImage | None = None
+
+
 class BatchBuilder:
     """Makes batches from positions in the stream of samples; epochs follow each other in it without a gap.
 
@@ -141,6 +162,7 @@ class BatchBuilder:
         processor: The model's.
         too_long: What becomes of conversations of more tokens than the language model takes.
         packed: Whether a batch is one row without padding.
+        frozen: Where features are kept: finds them.
         sharers: How many builders share the memory for what comes again.
     """
 
@@ -151,12 +173,14 @@ class BatchBuilder:
         *,
         too_long: Literal["refuse", "cut"] = "refuse",
         packed: bool = False,
+        frozen: FrozenReader | None = None,
         sharers: int = 1,
     ) -> None:
         self._mixture = mixture
         self._processor = processor
         self._too_long = too_long
         self._packed = packed
+        self._frozen = frozen
         self._sharers = sharers
         self._encoder = SampleEncoder(processor, too_long=too_long, kept=CONVERSATIONS_IN_MEMORY // sharers)
         self._cut: dict[str, CutImage] = {}
@@ -164,13 +188,24 @@ class BatchBuilder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process makes its own from the same arguments."""
-        made = partial(BatchBuilder, too_long=self._too_long, packed=self._packed, sharers=self._sharers)
+        made = partial(
+            BatchBuilder,
+            too_long=self._too_long,
+            packed=self._packed,
+            frozen=self._frozen,
+            sharers=self._sharers,
+        )
         return made, (self._mixture, self._processor)
 
     def for_worker(self, workers: int) -> BatchBuilder:
         """One that makes the same batches, for one of several processes that share this one's memory."""
         return BatchBuilder(
-            self._mixture, self._processor, too_long=self._too_long, packed=self._packed, sharers=workers
+            self._mixture,
+            self._processor,
+            too_long=self._too_long,
+            packed=self._packed,
+            frozen=self._frozen,
+            sharers=workers,
         )
 
     def sample(self, position: int) -> Sample:
@@ -237,12 +272,12 @@ class BatchBuilder:
         samples = [self.sample(position) for position in positions]
         independent = [sample for sample in samples if sample.turns == "independent"]
         chained = [sample for sample in samples if sample.turns == "chained"]
-        images: list[list[CutImage]] = []
+        images: list[list[_Shown]] = []
         groups: list[BranchGroup] = []
         chains: list[Encoded] = []
         for sample in (*independent, *chained):
             with sample.named():
-                images.append([self._cut_image(image) for image in shown_images(sample)])
+                images.append([self._show(image) for image in shown_images(sample)])
                 conversations, group = self._encoder.encode(sample, [image.size for image in images[-1]])
                 if group is None:
                     chains += conversations
@@ -260,7 +295,7 @@ class BatchBuilder:
             padded_chains["image_spans"][:, 3] += sum(len(group.image_spans) for group in groups)
         parts = [part for part in (packed, prefixes, *branches, padded_chains) if part is not None]
         return Batch(
-            pixel_values=self._processor.normalize_images(shown) if shown else {},
+            pixel_values=self._normalize([image.cut for image in shown if image.cut is not None]),
             size_inputs=self._processor.size_inputs([image.size for image in shown]) if shown else {},
             prefixes=prefixes,
             branches=branches,
@@ -274,14 +309,34 @@ class BatchBuilder:
             ),
             num_places=sum(part["input_ids"].numel() for part in parts),
             num_samples=len(samples),
+            frozen=tuple(image.frozen for image in shown if image.frozen is not None),
         )
 
-    def _cut_image(self, image: ImageFile) -> CutImage:
+    def _normalize(self, images: Sequence[CutImage]) -> dict[str, Tensor]:
+        return self._processor.normalize_images(images) if images else {}
+
+    def _show(self, image: ImageFile) -> _Shown:
+        if self._frozen is None:
+            cut = self._cut_image(image)
+            return _Shown(size=cut.size, cut=cut)
+        # Of the bytes themselves: what is kept outlives the data set that says what they are.
+        digest = hashlib.sha256(image.data).hexdigest()
+        found = self._frozen.find(digest)
+        missing = self._frozen.pixels_for(found)
+        pixels = self._normalize([self._processor.cut_image(image.data, names=missing)]) if missing else {}
+        matters = self._processor.layout is not None or self._processor.sends_image_sizes
+        return _Shown(
+            size=read_decoded_size(image.data) if matters else (0, 0),
+            cut=self._cut_image(image, names=self._frozen.live) if self._frozen.live else None,
+            frozen=FrozenImage(digest, found, pixels),
+        )
+
+    def _cut_image(self, image: ImageFile, *, names: Sequence[str] | None = None) -> CutImage:
         """An image's tiles as ``uint8``, from memory while there is room."""
         known = self._cut.get(image.sha256)
         if known is not None:
             return known
-        cut = self._processor.cut_image(image.data)
+        cut = self._processor.cut_image(image.data, names=names)
         if self._cut_bytes + cut.nbytes <= PIXELS_IN_MEMORY_BYTES // self._sharers:
             self._cut[image.sha256] = cut
             self._cut_bytes += cut.nbytes

@@ -308,9 +308,10 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
     ones run as whole rows; packed ones as one row, whatever they are.
     """
     visual_tokens = None
-    if batch.pixel_values:
+    if batch.pixel_values or batch.features:
         visual_tokens = model.encode_images(
             {name: pixels.to(device, non_blocking=True) for name, pixels in batch.pixel_values.items()},
+            features=batch.features,
             **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.size_inputs.items()},
         )
     losses: list[Tensor | None] = []

@@ -38,6 +38,7 @@ from manyeyes.strict import StrictModel
 from manyeyes.training.adapters import adapter_modules, adapters_alone, add_adapters, merge_adapters, save_adapter
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
+from manyeyes.training.features import EncoderFeatures, frozen_features
 from manyeyes.training.loop import Progress, loss_function, train
 from manyeyes.training.optimizer import ParameterGroups, build_optimizer, freeze_others, learning_rates, split_groups
 from manyeyes.training.packing import packed_micro_batches
@@ -49,6 +50,7 @@ from manyeyes.training.sharding import gather_tensor, make_whole, parts_of, shar
 _NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
 ENCODER_WEIGHTS, ENCODER_FACTS, STAGE_REPORT = "encoder.safetensors", "encoder.json", "stage.json"
 ADAPTER = "adapter"
+FEATURES = "features"
 # More than workers are ever ahead of training, in steps.
 PLANS_KEPT = 64
 
@@ -69,6 +71,9 @@ class StageReport(StrictModel):
     tokens: TokenCounts | None = Field(default=None, description="What went through the language model.")
     resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
     notes: tuple[str, ...] = Field(default=(), description="What went wrong with running checkpoints on the way.")
+    features: tuple[EncoderFeatures, ...] | None = Field(
+        default=None, description="What became of frozen encoders' features, with keep_features; of the first process."
+    )
     first_loss: float = Field(description="Loss of the first step, nats a supervised token.")
     final_loss: float = Field(description="Mean loss of the last point of the history, nats a supervised token.")
     checkpoint_digest: str = Field(description="Digest of the checkpoint, or of the encoder that prealign made.")
@@ -306,8 +311,24 @@ def _train_and_save(
                 )
             )
 
+    shown = processor_of_stage(processor, spec)
+    frozen = frozen_features(
+        model,
+        shown,
+        spec,
+        folder=folder.parent / FEATURES,
+        images=round(min(len(mixture), num_samples) * _images_a_record(job)),
+        uses=max(1.0, num_samples / len(mixture)),
+        device=processes.device,
+        code_digest=job.code_digest,
+        tell=processes.is_main,
+    )
     builder = BatchBuilder(
-        mixture, processor_of_stage(processor, spec), too_long=spec.too_long, packed=spec.packing is not None
+        mixture,
+        shown,
+        too_long=spec.too_long,
+        packed=spec.packing is not None,
+        frozen=None if frozen is None else frozen.reader,
     )
     shared = {
         "batch_size": spec.batch_size,
@@ -324,7 +345,7 @@ def _train_and_save(
         )
     optimizer = build_optimizer(groups, rates, spec)
     pinned = processes.device.type == "cuda"
-    with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned) as stream:
+    with batch_stream(builder, plan, steps=steps, workers=data_workers, pinned=pinned, frozen=frozen) as stream:
         state, begin = train(
             loss_of,
             stream,
@@ -377,6 +398,7 @@ def _train_and_save(
             data_wait_s=state.data_wait_s,
             checkpoint_stall_s=state.checkpoint_stall_s,
             tokens=state.tokens,
+            features=None if frozen is None else tuple(frozen.reports()),
             resumed_from_step=begin or None,
             notes=state.notes,
             first_loss=state.first_loss,
@@ -411,6 +433,11 @@ def _take_part(model: ManyEyesForConditionalGeneration, job: _Job, whole: Callab
     else:
         for tensor in model.encoders[job.encoder].state_dict().values():
             whole(tensor)
+
+
+def _images_a_record(job: _Job) -> float:
+    sets = [job.snapshot.manifest.datasets[part.dataset] for part in job.spec.mixture]
+    return sum(own.images for own in sets) / max(1, sum(own.rows for own in sets))
 
 
 def _build(job: _Job, *, empty: bool = False) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
