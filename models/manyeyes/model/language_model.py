@@ -220,11 +220,18 @@ class _Recomputed:
         return output
 
 
-_again = partial(
-    checkpoint,
-    use_reentrant=False,
-    context_fn=partial(create_selective_checkpoint_contexts, _KEPT),
-)
+def _again(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kind = next(given.device.type for given in (*args, *kwargs.values()) if isinstance(given, Tensor))
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        # Prefixes and branches go through the same layers: autocast would find the second's weights converted, and not
+        # when they are computed again.
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return run(*args, **kwargs)
+
+    policy = partial(create_selective_checkpoint_contexts, _KEPT)
+    return checkpoint(compute, *args, use_reentrant=False, context_fn=policy, **kwargs)
 
 
 def compute_logits(language_model: PreTrainedModel, hidden: Tensor) -> Tensor:
