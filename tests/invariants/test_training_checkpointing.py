@@ -60,8 +60,10 @@ CHAINED, SHARED = [{"dataset": "toy-train"}], [{"dataset": "toy-train", "turns":
         ("sft", {"mixture": SHARED}),
         ("sft", {"mixture": SHARED, "packing": {"tokens": 128}}),
         ("sft", {"mixture": CHAINED, "lora": {"rank": 2, "alpha": 4, "dropout": 0.5}}),
+        ("sft", {"mixture": SHARED, "lora": {"rank": 2, "alpha": 4, "quantize": "nf4"}}),
+        ("sft", {"mixture": CHAINED, "lora": {"rank": 2, "alpha": 4, "quantize": "nf4"}, "precision": "bf16"}),
     ],
-    ids=["frozen", "chained", "shared prefixes", "packed", "adapters"],
+    ids=["frozen", "chained", "shared prefixes", "packed", "adapters", "4 bits", "4 bits in bf16"],
 )
 def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
     stage: StageName, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,6 +95,25 @@ def test_a_recomputed_language_model_learns_the_same_bit_for_bit(
         digests.append((checkpoint_digest(tmp_path / str(on)), report.stage_digest))
     assert digests[0] == digests[1]
     assert recomputed
+
+
+def test_prefixes_and_branches_in_bf16_are_computed_again(tmp_path: Path) -> None:
+    toy_snapshot(tmp_path / "data")
+    losses = []
+    for on in (False, True):
+        fields = {"checkpoint_language_model": on, "mixture": SHARED, "precision": "bf16"}
+        report = run_toy_stage(
+            "sft",
+            recipe=change_recipe(toy_recipe(), {f"stages.sft.{field}": value for field, value in fields.items()}),
+            snapshot=tmp_path / "data",
+            inputs=tmp_path,
+            out=tmp_path / str(on),
+            work_dir=tmp_path / f"work-{on}",
+            checkpoint=None,
+        )
+        losses.append([point.loss for point in report.history])
+    # A gradient's parts from prefixes and from branches are added in fp32 there, in bf16 here.
+    assert losses[0] == pytest.approx(losses[1], abs=2e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "falcon", "bloom", "gemma2"])

@@ -53,6 +53,7 @@ CASES = {
     "prealign": Case("prealign", {}),
     "packed": Case("sft", {"packing": {"tokens": 96}}),
     "adapters": Case("sft", {"lora": {"rank": 2, "alpha": 4}, "checkpoint_language_model": True}),
+    "4 bits": Case("sft", {"lora": {"rank": 2, "alpha": 4, "quantize": "nf4"}}),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
 # By processes: which case, and how they share the model.

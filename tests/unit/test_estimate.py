@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from manyeyes.cli.recipes import recipe_as_json, recipe_as_text
 from manyeyes.errors import RecipeError, SourceError
 from manyeyes.estimate import RecipeEstimate, as_rows, dry_run
 from manyeyes.estimate.dry_run import count_sample, image_shape
-from manyeyes.estimate.memory import LOGITS_AT_ONCE, StageFacts, find_fits, stage_memory, way_of
+from manyeyes.estimate.memory import LOGITS_AT_ONCE, NF4_BYTES, StageFacts, find_fits, stage_memory, way_of
 from manyeyes.estimate.skeleton import count_facts, estimate
 from manyeyes.model import ManyEyesForConditionalGeneration, branches, build_model, build_skeleton
 from manyeyes.model.language_model import decoder_layers, decoder_of, language_model_config, load_language_model_config
@@ -142,6 +143,7 @@ FACTS = StageFacts(
     layers_parameters=900_000_000,
     layer_parameters=90_000_000,
     linear_widths=1_000_000,
+    linear_parameters=800_000_000,
     vocabulary=32_000,
     image_bytes=10_000_000,
     layers_bytes=400_000_000,
@@ -201,6 +203,21 @@ def test_processes_hold_parts_where_the_whole_would_take_more_than_half_of_a_dev
     assert small.optimizer == pytest.approx(8.16 / 2)
 
 
+def test_layers_in_4_bits_take_what_bitsandbytes_holds_them_in() -> None:
+    held = bitsandbytes.nn.Params4bit(torch.randn(1024, 1024), quant_type="nf4").to("cpu")
+    state = held.quant_state
+    taken = held.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert taken / 1024**2 == pytest.approx(NF4_BYTES, rel=1e-3)
+    plain, held_in_4 = (
+        stage_memory(FACTS, spec, way_of(spec, 1))
+        for spec in (spec_of(lora={"rank": 8, "alpha": 8, "quantize": kind}) for kind in (None, "nf4"))
+    )
+    # 0.8 B numbers, each with its copy in bf16; one layer of 90 M is converted at a time.
+    assert plain.weights - held_in_4.weights == pytest.approx(0.8 * (6 - NF4_BYTES))
+    assert held_in_4.working - plain.working == pytest.approx(2 * 0.09)
+    assert (held_in_4.gradients, held_in_4.activations) == (plain.gradients, plain.activations)
+
+
 def test_computing_again_is_not_counted_on_where_questions_share_their_prefix() -> None:
     shared = spec_of(mixture=[{"dataset": "d", "turns": "independent"}], checkpoint_language_model=True)
     assert not way_of(shared, 1).recompute
@@ -220,20 +237,26 @@ def test_gpus_that_a_stage_fits_on_come_with_the_nearest_change_where_a_node_is_
             "trained": {**FACTS.trained, "language_model": 34_000_000_000},
             "layers_parameters": 33_000_000_000,
             "layer_parameters": 550_000_000,
+            "linear_parameters": 32_000_000_000,
         }
     )
     whole = {"batch_size": 512, "micro_batch_size": 8, "sharding": "none"}
-    assert [str(fit) for fit in find_fits([large], spec_of(**whole))] == []
+    assert [str(fit) for fit in find_fits([large], spec_of(**whole))] == ["1 x 80 GB (QLoRA)", "1 x 48 GB (QLoRA)"]
     parts = [str(fit) for fit in find_fits([large], spec_of(**{**whole, "sharding": "auto"}))]
     assert parts == ["16 x 80 GB", "2 x 80 GB (LoRA)", "4 x 48 GB (LoRA)"]
+    fused = large.model_copy(update={"linear_parameters": 1_000_000_000})  # experts, which have no adapters
+    assert [str(fit) for fit in find_fits([fused], spec_of(**whole))] == []
     middle = large.model_copy(
         update={
             "parameters": {**FACTS.parameters, "language_model": 7_000_000_000},
             "trained": {**FACTS.trained, "language_model": 7_000_000_000},
+            "linear_parameters": 6_500_000_000,
         }
     )
     shown = list(map(str, find_fits([middle], spec_of(**whole))))
-    assert shown == ["1 x 80 GB (LoRA)", "1 x 48 GB (LoRA)"]
+    assert shown == ["1 x 80 GB (LoRA)", "1 x 48 GB (LoRA)", "1 x 24 GB (QLoRA)"]
+    adapted = spec_of(batch_size=512, micro_batch_size=1, lora={"rank": 64, "alpha": 16, "quantize": "nf4"})
+    assert all(fit.change == "" for fit in find_fits([middle], adapted))
     assert not any("LoRA" in fit for fit in map(str, find_fits([FACTS], spec_of())))
 
 

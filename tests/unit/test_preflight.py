@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from manyeyes.errors import PreflightError
 from manyeyes.harness.base import LocalArtifact, Reporter, run_step
 from manyeyes.harness.events import ErrorReport
-from manyeyes.recipe import Recipe, load_recipe
+from manyeyes.recipe import Recipe, change_recipe, load_recipe
 from manyeyes.registry.tracking import connect
 from manyeyes.steps import preflight as preflight_checks
 from manyeyes.steps.preflight import (
@@ -119,6 +120,19 @@ def test_fusion_option_that_there_is_not_is_found_before_any_training(recipe: Re
     assert "model" in subjects(error)
     assert error is not None
     assert "averge" in error.found
+
+
+def test_4_bits_without_the_library_for_them_are_found_before_any_training(
+    recipe: Recipe, remote: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = change_recipe(recipe, {"stages.sft.lora": {"rank": 2, "alpha": 2, "quantize": "nf4"}})
+    assert "4 bits" not in subjects(look(adapted, remote)[0])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert "4 bits" not in subjects(look(recipe, remote)[0])
+    error, _ = look(adapted, remote)
+    assert "4 bits" in subjects(error)
+    assert error is not None
+    assert 'pip install "manyeyes[qlora]"' in error.do
 
 
 def test_nothing_wrong_leaves_a_run_and_no_probe(
@@ -231,6 +245,9 @@ def test_stage_that_does_not_fit_is_refused_with_the_nearest_change_that_would(
     alone = memory_of("pretrain=1,sft=1", "45", monkeypatch)["sft"]
     assert alone.state == "problem"
     assert "lora={rank: 64, alpha: 16}" in alone.do
+    assert "quantize: nf4" in memory_of("pretrain=1,sft=1", "20", monkeypatch)["sft"].do
+    adapters = memory_of("pretrain=1,sft=1", "20", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)
+    assert '--set "stages.sft.lora.quantize=nf4"' in adapters["sft"].do
     changed = memory_of("pretrain=1,sft=1", "45", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)[
         "sft"
     ]

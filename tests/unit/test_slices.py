@@ -134,6 +134,7 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "lora.rank": (9, False),
     "lora.alpha": (9, False),
     "lora.dropout": (0.5, False),
+    "lora.quantize": ("nf4", False),
     "checkpoint_every_s": (9, False),
 }
 OWN = {"prealign": {VIT, NET}, "pretrain": {"pretrain_projector"}, "sft": {"sft"}}

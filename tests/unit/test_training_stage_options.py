@@ -27,6 +27,7 @@ from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapt
 from manyeyes.training.batches import processor_of_stage
 from manyeyes.training.optimizer import build_optimizer, freeze_others
 from manyeyes.training.stage import ADAPTER, read_stage_report
+from tests.model_toys import toy_images
 from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,7 @@ def adapted(pretrained: Path) -> Path:
 def test_a_reader_who_follows_the_page_has_the_logits_of_the_merged_checkpoint_from_peft(
     pretrained: Path, adapted: Path
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(encoding="utf-8"), re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(encoding="utf-8"), re.DOTALL)
     read: dict[str, Any] = {"language_model": pretrained / "data" / "pretrained" / "lm", "result": adapted}
     exec(block, read)
     ids = read["tokenizer"]("what colour is it?", return_tensors="pt").input_ids
@@ -135,6 +136,12 @@ def test_a_reader_who_follows_the_page_has_the_logits_of_the_merged_checkpoint_f
     weights = read["model"].merge_and_unload().state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    # The whole model answers about images with them as the checkpoint does.
+    model, processor = load_checkpoint(adapted)
+    batch = processor(images=toy_images(2), text=["what colour is it?", "is there a red shape?"])
+    answers = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    model.language_model.load_state_dict(weights)
+    assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), answers)
 
 
 def test_the_adapter_folder_is_small_says_what_it_is_and_is_the_same_every_time(

@@ -17,8 +17,9 @@ for bf16::
     gathered    w (r + 2 l) + w q + 4 max(q, l)
 
 Where layers are computed again, A is each layer's input, what its attention gave, and one layer's inside. With
-adapters the language model's own weights are frozen. A GPU of 80 GB has 80e9 bytes here; it really has 7% more, which
-is what the allocator may lose. Samples are as long as the recipe admits.
+adapters the language model's own weights are frozen; where its linear layers are held in 4 bits, each of their numbers
+takes 0.516 bytes in place of those of a weight, and one layer at a time is converted to compute. A GPU of 80 GB has
+80e9 bytes here; it really has 7% more, which is what the allocator may lose. Samples are as long as the recipe admits.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _AUTOCAST = 1.25
 # Of an adapted layer: every linear layer's input is kept again, after its dropout, and in fp32.
 _ADAPTED = 1.5
 _ADAPTER_RANK = 64
+# NF4: half a byte, a byte for each block of 64, and 4 for each 256 of those (QLoRA, arXiv:2305.14314, section 3).
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 class StageFacts(StrictModel):
@@ -62,6 +65,7 @@ class StageFacts(StrictModel):
     linear_widths: int = Field(
         description="Inputs and outputs of its layers' linear layers, added up: parameters of adapters of rank 1."
     )
+    linear_parameters: int = Field(description="Of those linear layers, adapters left out.")
     vocabulary: int = Field(description="Rows of its head.")
     image_bytes: int = Field(description="Kept by encoders, fusion and projector.")
     layers_bytes: int = Field(description="Kept by all layers of the language model.")
@@ -106,6 +110,7 @@ class Way:
         recompute: Layers of the language model are computed again in the backward pass.
         rank: Of adapters in place of the language model; None without.
         device_gb: What each device has, which decides whether processes hold parts; infinite where it is not known.
+        quantized: The layers that have adapters are held in 4 bits.
     """
 
     devices: int
@@ -113,6 +118,7 @@ class Way:
     recompute: bool
     rank: int | None = None
     device_gb: float = math.inf
+    quantized: bool = False
 
 
 class Fit(StrictModel):
@@ -137,6 +143,7 @@ def way_of(spec: StageSpec, devices: int, device_gb: float = math.inf) -> Way:
         recompute=spec.checkpoint_language_model and not _keeps_prefixes(spec),
         rank=spec.lora.rank if spec.lora else None,
         device_gb=device_gb,
+        quantized=spec.quantized,
     )
 
 
@@ -150,7 +157,8 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
         trained["language_model"] = (way.rank or 0) * facts.linear_widths
         total += trained["language_model"]
     t = sum(trained.values())
-    weights = 4.0 * total + (2 * total if bf16 else 0)
+    held = facts.linear_parameters if way.quantized else 0
+    weights = (6 if bf16 else 4) * (total - held) + NF4_BYTES * held
     layer_bytes = facts.layer_bytes * (_ADAPTED if adapters_added else 1.0)
     layers_bytes = facts.layers_bytes * (_ADAPTED if adapters_added else 1.0)
     if way.recompute:
@@ -165,15 +173,17 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
         kept *= _AUTOCAST
     logits = _BYTES_A_LOGIT * min(LOGITS_AT_ONCE, samples * facts.text_tokens * facts.vocabulary)
     working = samples * layer_bytes / 2 + logits + _RUNTIME_BYTES
-    held = 1
-    if spec.shards(processes=way.devices, parameters=total, trained=t, memory_bytes=way.device_gb * GB):
-        held = way.devices
+    parts = 1
+    if way.quantized:
+        working += (2 if bf16 else 4) * facts.layer_parameters
+    elif spec.shards(processes=way.devices, parameters=total, trained=t, memory_bytes=way.device_gb * GB):
+        parts = way.devices
         weights = 4.0 * total
         working += _gathered(facts, trained, total, width=2 if bf16 else 4)
     return StageMemory(
-        weights=weights / held / GB,
-        gradients=4 * t / held / GB,
-        optimizer=8 * t / held / GB,
+        weights=weights / parts / GB,
+        gradients=4 * t / parts / GB,
+        optimizer=8 * t / parts / GB,
         activations=kept / GB,
         working=working / GB,
         micro_batch=way.micro_batch,
@@ -209,8 +219,11 @@ def changes(spec: StageSpec, way: Way) -> Iterator[tuple[str, Way]]:
     if not way.recompute and not _keeps_prefixes(spec):
         yield "recompute", _with(way, recompute=True)
         yield "recompute, micro-batch 1", _with(way, recompute=True, micro_batch=1)
-    if "language_model" in spec.train and way.rank is None:
-        yield "LoRA", _with(way, recompute=not _keeps_prefixes(spec), micro_batch=1, rank=_ADAPTER_RANK)
+    if "language_model" in spec.train and not way.quantized:
+        adapted = _with(way, recompute=not _keeps_prefixes(spec), micro_batch=1, rank=way.rank or _ADAPTER_RANK)
+        if way.rank is None:
+            yield "LoRA", adapted
+        yield "QLoRA", _with(adapted, quantized=True)
 
 
 def nearest_change(
@@ -222,7 +235,11 @@ def nearest_change(
         if worst_memory(branches, spec, other).total <= capacity_gb:
             fields = [f"micro_batch_size={other.micro_batch}"] if other.micro_batch < way.micro_batch else []
             fields += ["checkpoint_language_model=true"] if other.recompute and not way.recompute else []
-            fields += [f"lora={{rank: {other.rank}, alpha: 16}}"] if change == "LoRA" else []
+            if change == "QLoRA" and way.rank is not None:
+                fields.append("lora.quantize=nf4")
+            elif change in ("LoRA", "QLoRA"):
+                held = ", quantize: nf4" if other.quantized else ""
+                fields.append(f"lora={{rank: {other.rank}, alpha: 16{held}}}")
             ways.append(" ".join(f'--set "stages.{stage}.{field}"' for field in fields))
             break
     counts = [count for count in COUNTS if more and way.devices < count <= spec.batch_size]

@@ -85,6 +85,7 @@ def _count_stage(
     layers = decoder_layers(model.language_model)
     linear = [module for module in layers.modules() if type(module) is nn.Linear]
     linear_widths = sum(module.in_features + module.out_features for module in linear)
+    linear_parameters = sum(module.weight.numel() for module in linear)
     each = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     config = model.language_model.config.get_text_config()
     groups: ParameterGroups = model.parameter_groups()
@@ -126,6 +127,7 @@ def _count_stage(
         layers_parameters=sum(each),
         layer_parameters=max(each),
         linear_widths=linear_widths,
+        linear_parameters=linear_parameters,
         vocabulary=head.shape[0],
         image_bytes=counts.image_bytes,
         layers_bytes=counts.layers_bytes,

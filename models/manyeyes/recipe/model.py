@@ -141,6 +141,11 @@ class LoraSpec(Strict):
     rank: int = Field(gt=0, le=65_536, description="Width of an adapter.")
     alpha: float = Field(gt=0, le=1e6, description="An adapter's output is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of an adapter's input.")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="Hold the layers that have adapters in 4 bits while they train (QLoRA, arXiv:2305.14314); as they "
+        "are when left out.",
+    )
 
 
 class PackingSpec(Strict):
@@ -231,6 +236,11 @@ class StageSpec(Strict):
     )
     checkpoint_every_s: float = Field(default=30.0, gt=0, le=1e9, description="Seconds between running checkpoints.")
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the layers that have adapters are held in 4 bits, whole in each process."""
+        return self.lora is not None and self.lora.quantize is not None
+
     def shards(self, *, processes: int, parameters: int, trained: int, memory_bytes: float) -> bool:
         """Whether each process holds a part of the model alone.
 
@@ -240,11 +250,22 @@ class StageSpec(Strict):
             trained: Those of them that train.
             memory_bytes: Of the device of one process.
         """
+        if self.quantized:
+            return False
         if self.sharding == "auto":
             # Weights; copies in bf16; gradients and two moments.
             whole = (6 if self.precision == "bf16" else 4) * parameters + 12 * trained
             return processes > 1 and whole > memory_bytes / 2
         return processes > 1 and self.sharding == "full"
+
+    @model_validator(mode="after")
+    def _four_bits_are_held_whole(self) -> StageSpec:
+        if self.quantized and self.sharding == "full":
+            raise ValueError(
+                "lora.quantize is nf4 and sharding is full; each process holds what is in 4 bits whole: set sharding "
+                "to auto, or quantize to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packing_makes_the_micro_batches(self) -> StageSpec:

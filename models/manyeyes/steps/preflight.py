@@ -652,6 +652,11 @@ def _look(
         found.checks += check_sources(parsed, data)
         with found.collecting("judge"):
             found.checks += check_judge(parsed)
+        if any(spec.lora is not None and spec.lora.quantize for _, spec in parsed.present_stages()):
+            with found.collecting("4 bits"):
+                from manyeyes.training.adapters import import_bitsandbytes
+
+                import_bitsandbytes()
         reporter.progress("estimating memory and disk", done=0.6)
         in_snapshot = parsed.model.language_model.source.removeprefix("scratch:").startswith("snapshot:")
         if data is not None or not in_snapshot:

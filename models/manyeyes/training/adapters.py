@@ -3,12 +3,16 @@
 Down projections start as a linear layer of torch does, up projections at zero, as in the published code (LoRA,
 arXiv:2106.09685). What a stage trained is kept twice: merged into the weights of its checkpoint, and alone, as a folder
 that peft reads.
+
+The layers themselves may be held in 4 bits (QLoRA, arXiv:2305.14314). Adapters then learn what to add to the rounded
+weights, so these are what they are merged into.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +65,74 @@ def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, see
             ) from error
 
 
+def quantize_layers(model: ManyEyesForConditionalGeneration, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Hold the weights of every layer that has an adapter in 4 bits, in place, one after the other.
+
+    NF4 with blocks of 64 numbers and quantised constants, as in QLoRA.
+
+    Args:
+        model: With adapters, not yet on the device: in full it need not fit there.
+        dtype: That a layer's weights have while it computes.
+        device: Where they go.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed, or does not work on this device.
+    """
+    bitsandbytes = import_bitsandbytes()
+    decoder = decoder_of(model.language_model)
+    for name, module in _adapted(decoder):
+        layer = module.get_base_layer()
+        held = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        held.weight = bitsandbytes.nn.Params4bit(layer.weight.detach().to(dtype), quant_type="nf4", module=held)
+        held.bias = layer.bias
+        try:
+            module.base_layer = held.to(device)
+        except (RuntimeError, AttributeError) as error:
+            raise RecipeError(
+                f"lora.quantize is nf4, and bitsandbytes {bitsandbytes.__version__} cannot do it on {device} ({error})",
+                f"4 bits for {name}, a layer of {layer.out_features} x {layer.in_features}",
+                "Train on an NVIDIA GPU that bitsandbytes knows, or leave quantize out.",
+            ) from error
+
+
+def import_bitsandbytes() -> Any:
+    """The library that holds weights in 4 bits.
+
+    Raises:
+        RecipeError: It is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise RecipeError(
+            f"lora.quantize is nf4, and bitsandbytes cannot be imported ({error})",
+            "bitsandbytes, which holds weights in 4 bits",
+            'Install it (pip install "manyeyes[qlora]"), or leave quantize out.',
+        ) from error
+
+
+def _dequantized(layer: nn.Module) -> nn.Linear:
+    weight: Any = layer.weight
+    found = import_bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+    plain = nn.Linear(found.shape[1], found.shape[0], bias=False, device="meta")
+    # Sharded training leaves it on the device.
+    plain.weight, plain.bias = nn.Parameter(found.float().cpu(), requires_grad=False), layer.bias  # type: ignore[assignment]
+    return plain
+
+
 def merge_adapters(model: ManyEyesForConditionalGeneration) -> None:
     """Add every adapter to its layer's weights and take it off; does nothing where there are none.
 
-    Where a process has parts of the weights, it has the whole of the adapters.
+    Where a process has parts of the weights, it has the whole of the adapters. What was held in 4 bits becomes fp32
+    again, rounded as it was while the adapters trained.
     """
     decoder = decoder_of(model.language_model)
     adapted = _adapted(decoder)
     for name, module in adapted:
+        if type(module.get_base_layer()) is not nn.Linear:
+            module.base_layer = _dequantized(module.get_base_layer())
         weight = module.get_base_layer().weight
         if isinstance(weight, DTensor):
             add_to_part(weight, module.get_delta_weight("default"))

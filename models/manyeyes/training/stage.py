@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
@@ -35,7 +36,14 @@ from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
-from manyeyes.training.adapters import adapter_modules, adapters_alone, add_adapters, merge_adapters, save_adapter
+from manyeyes.training.adapters import (
+    adapter_modules,
+    adapters_alone,
+    add_adapters,
+    merge_adapters,
+    quantize_layers,
+    save_adapter,
+)
 from manyeyes.training.ahead import Plan, batch_stream, micro_batches
 from manyeyes.training.batches import BatchBuilder, processor_of_stage, stage_seed
 from manyeyes.training.features import EncoderFeatures, frozen_features
@@ -261,13 +269,13 @@ def _train_and_save(
 ) -> None:
     spec = job.spec
     # Where each will hold a part, one process alone reads the weights.
-    empty = not processes.is_main and spec.sharding != "none"
+    empty = not processes.is_main and spec.sharding != "none" and not spec.quantized
     model, processor = _build(job, empty=empty)
-    groups, rates = _what_trains(job, model)
+    groups, rates = _what_trains(job, model, device=processes.device)
     sharded = shards(model, spec, processes=processes)
     if empty and not sharded:
         model, processor = _build(job)
-        groups, rates = _what_trains(job, model)
+        groups, rates = _what_trains(job, model, device=processes.device)
     model.train()
     for group in groups:
         if group not in rates:
@@ -412,13 +420,16 @@ def _train_and_save(
 
 
 def _what_trains(
-    job: _Job, model: ManyEyesForConditionalGeneration
+    job: _Job, model: ManyEyesForConditionalGeneration, *, device: torch.device
 ) -> tuple[dict[str, list[tuple[str, nn.Parameter]]], dict[str, float]]:
     """Parameters by group, and the learning rates of those that train; adapters are put in, and all else is frozen."""
     groups: ParameterGroups = model.parameter_groups()
     if job.spec.lora is not None:
         add_adapters(model.requires_grad_(False), job.spec.lora, seed=job.seed)
         groups = adapters_alone(model.parameter_groups())
+    if job.spec.quantized:
+        dtype = torch.bfloat16 if job.spec.precision == "bf16" else torch.float32
+        quantize_layers(model, dtype=dtype, device=device)
     split = split_groups(groups, job.spec.train)
     rates = learning_rates(job.spec.train, split)
     freeze_others(split, rates)
