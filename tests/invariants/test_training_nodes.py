@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from manyeyes.errors import SnapshotError
 from manyeyes.harness import cluster as cluster_module
 from manyeyes.harness import trainjob as trainjob_module
 from manyeyes.harness.base import Reporter
 from manyeyes.harness.events import Event, watching
-from manyeyes.harness.inputs import Pinned
+from manyeyes.harness.inputs import Pinned, parse_pinned
 from manyeyes.harness.stage import train_stage
 from manyeyes.harness.trainjob import PLAN
 from manyeyes.kubeflow.profiles import Profile, trainjob_plan
@@ -78,3 +79,24 @@ def test_two_nodes_learn_what_two_processes_of_one_pod_learn(tmp_path: Path, mon
     assert len(stand.made) == 1
     assert [event.figure for event in events if event.figure.startswith("step ")], "it says how far it is"
     assert not list((tmp_path / "work-nodes" / "trainjobs").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_an_error_of_the_stage_on_nodes_is_the_error_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = prepare(tmp_path, toy_recipe(), monkeypatch)
+    md5 = parse_pinned(pinned).data_md5
+    pinned = pinned.replace(md5, "d" * 32)
+    on_two_nodes(tmp_path, monkeypatch)
+    with serving(run_nodes, tmp_path) as stand, pytest.raises(SnapshotError):
+        train_stage(
+            Reporter("prealign"),
+            "prealign",
+            pinned=pinned,
+            validation=tmp_path / "validation",
+            out=tmp_path / "out",
+            encoder="left",
+        )
+    assert stand.deleted
+    assert not (tmp_path / "out").exists()
