@@ -335,7 +335,7 @@ def test_stages_need_what_they_train(toy: tuple[Recipe, RecipeEstimate]) -> None
     assert found.memory_parts_gb["sft"].micro_batch == 16
     assert found.memory_parts_gb["sft"].tokens == recipe.model.language_model.max_length
     assert found.flops_per_sample["sft"] > found.flops_per_sample["pretrain"]
-    assert found.disk_gb.running == pytest.approx(24 * total / 1e9, abs=1e-6)
+    assert found.disk_gb.running == pytest.approx(36 * total / 1e9, abs=1e-6)
     assert found.disk_gb.bundle == pytest.approx(4 * total / 1e9, abs=1e-6)
     shown = dict(as_rows(found))
     assert shown["parameters"] == total

@@ -251,6 +251,7 @@ def test_the_step_makes_a_trainjob_that_the_published_schema_takes_and_hands_out
         "MANYEYES_WORKDIR": f"{step.folder}/work",
         "MANYEYES_CACHE": "/cache",
         "MANYEYES_PIPELINE_RUN": "run-1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110",
         "AWS_ACCESS_KEY_ID": {"secretKeyRef": {"name": "s3", "key": "id"}},
         "HF_TOKEN": {"secretKeyRef": {"name": "hub", "key": "token", "optional": True}},
         "NCCL_DEBUG": {"configMapKeyRef": {"name": "settings", "key": "debug"}},

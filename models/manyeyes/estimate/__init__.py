@@ -8,7 +8,7 @@ In two halves: ``RecipeFacts`` hold what has to be counted on the model, which d
 Memory, disk and the GPUs that a stage fits on follow from them by formulas: those of ``manyeyes.estimate.memory``, and
 of disk, with N the parameters of the model and t those that train::
 
-    running     2 x 12 t        on disk: trained weights and moments; the old one goes when the new one is whole
+    running     3 x 12 t        on disk: trained weights and moments; two are kept while a third is written
     checkpoint  4 N             on disk, twice a stage: in the working folder and as the step's output
     bundle      4 N             on disk
 """
@@ -54,7 +54,7 @@ class RecipeFacts(StrictModel):
 class DiskNeed(StrictModel):
     """Disk space of a run, in GB (1e9 bytes)."""
 
-    running: float = Field(description="Two running checkpoints of the stage that trains most.")
+    running: float = Field(description="Three running checkpoints of the stage that trains most.")
     checkpoints: float = Field(description="Results of all stages, in the working folder and as outputs of the steps.")
     bundle: float = Field(description="The ONNX bundle.")
     total: float
@@ -139,7 +139,7 @@ def _shipped() -> dict[str, Any]:
 def _disk(facts: RecipeFacts) -> DiskNeed:
     stages = [name for name in facts.stages if name != "prealign"]
     trained = [sum(branch.trained.values()) for found in facts.stages.values() for branch in found]
-    running = 2 * 12 * max(trained, default=0) / GB
+    running = 3 * 12 * max(trained, default=0) / GB
     checkpoints = 2 * 4 * facts.parameters.total * len(stages) / GB
     bundle = 4 * facts.parameters.total / GB
     return DiskNeed(

@@ -73,6 +73,8 @@ _FILES_S = 30.0
 _LATE_S = 60.0
 # How long the deletion of a job is tried, by a pod that has 30 seconds to end, and how long preflight asks.
 _FAREWELL_S = 15.0
+# What torch.distributed.run gives its processes to save before it kills them: ten seconds less than a node has.
+_SAVING = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}
 
 
 class TrainJobPlan(StrictModel):
@@ -325,8 +327,8 @@ class _Job:
         ]
         run = os.environ.get("MANYEYES_PIPELINE_RUN")
         trainer = {**self.plan.spec["trainer"], "command": command}
-        if run:
-            trainer["env"] = [*trainer["env"], {"name": "MANYEYES_PIPELINE_RUN", "value": run}]
+        env = {**_SAVING, **({"MANYEYES_PIPELINE_RUN": run} if run else {})}
+        trainer["env"] = [*trainer["env"], *({"name": name, "value": value} for name, value in env.items())]
         labels = {"app.kubernetes.io/part-of": "manyeyes", **({"pipeline/runid": run} if run else {})}
         metadata: dict[str, Any] = {"name": self.name, "labels": labels}
         owners = self.cluster.own_pod().get("metadata", {}).get("ownerReferences", [])
