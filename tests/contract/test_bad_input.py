@@ -19,11 +19,11 @@ from manyeyes.errors import ManyEyesError, RecipeError, RecordError, ShapeError,
 from manyeyes.fusion import build_fusion
 from manyeyes.model import build_model
 from manyeyes.model.connection import build_connection
+from manyeyes.model.from_recipe import check_parts
 from manyeyes.recipe import FusionSpec, ProjectorSpec, load_recipe, parse_overrides
 from manyeyes.runtime.chat import CHAT_TEMPLATES, encode_conversation
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.runtime.tiling import TokenLayout, arrange_tokens
-from manyeyes.steps.preflight import check_parts
 from tests.contract.test_fusions_reinjection import _batch, _model
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model, write_tokenizer
 

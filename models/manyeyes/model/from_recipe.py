@@ -9,13 +9,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
-from manyeyes.encoders import encoder_row, encoder_transform
+from manyeyes.encoders import build_encoder, encoder_row, encoder_transform
+from manyeyes.encoders.weights import meta_device
 from manyeyes.errors import RecipeError, did_you_mean
+from manyeyes.fusion import build_fusion, fusion_row
 from manyeyes.model.configuration import EncoderConfig, ManyEyesConfig, SharedPixelsConfig
 from manyeyes.model.modeling import ManyEyesForConditionalGeneration
+from manyeyes.model.projector import check_projector_options
 from manyeyes.processor import SHARED, ManyEyesProcessor
 from manyeyes.recipe import EncoderSpec, FusionSpec, LayoutSpec, ModelSpec, SharedSpec
 from manyeyes.runtime.preprocess import ImageTransform
+from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
 from manyeyes.runtime.tiling import TokenLayout
 
 
@@ -154,3 +158,34 @@ def _processor_layout(config: ManyEyesConfig) -> dict[str, Any] | None:
         # The model cuts the tiles of a fixed grid itself, from the one tensor that shows the whole image.
         layout = replace(layout, whole=(SHARED,))
     return None if layout is None else layout.as_dict()
+
+
+def check_parts(model: ModelSpec) -> None:
+    """Check the names and options of encoders, fusion, projector and chat template, and grids against each other.
+
+    Encoders and fusion are built without memory, on the meta device. Widths that depend on the language model are left
+    to the stage that loads it.
+
+    Raises:
+        RecipeError: No such encoder, fusion, projector, template or option (names the nearest), or too few encoders.
+        ShapeError: An image size that an encoder cannot take, or grids that the fusion cannot align.
+        SourceError: A package that an encoder is built with is not installed.
+    """
+    if model.chat.template != TOKENIZER_TEMPLATE:
+        get_chat_template(model.chat.template)
+    # What costs nothing comes first.
+    fusion_row(model.fusion.strategy).check_options(dict(model.fusion.options))
+    check_projector_options(model.projector.kind, dict(model.projector.options))
+    for entry in model.encoders:
+        encoder_row(entry.encoder)
+    with meta_device():
+        encoders = [
+            build_encoder(entry.encoder, image_size=entry.image_size, small=entry.small) for entry in model.encoders
+        ]
+        build_fusion(
+            model.fusion.strategy,
+            encoder_channels=[encoder.channels for encoder in encoders],
+            grid=model.fusion.grid,
+            encoder_grids=[encoder.grid for encoder in encoders],
+            options=model.fusion.options,
+        )

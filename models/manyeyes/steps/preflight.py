@@ -37,11 +37,10 @@ from manyeyes.harness.inputs import cache_dir, compared_datasets, locate_data, t
 from manyeyes.harness.kept import kept
 from manyeyes.harness.trainjob import CLAIM, check_trainjobs
 from manyeyes.pages import Table, Text, facts_table, step_page
-from manyeyes.recipe import ModelSpec, Recipe, StageName
+from manyeyes.recipe import Recipe, StageName
 from manyeyes.recipe.partial import take_fields
 from manyeyes.recipe.recipe import JudgeSpec
 from manyeyes.registry.references import check_registry_name
-from manyeyes.runtime.templates import TOKENIZER_TEMPLATE, get_chat_template
 from manyeyes.sources import language_model_config_file, resolve_source
 from manyeyes.steps.resolve_data import Resolved, pin_steps, read_recipe, resolve
 from manyeyes.storage import hash_file
@@ -49,42 +48,6 @@ from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRun
-
-
-def check_parts(model: ModelSpec) -> None:
-    """Check the names and options of encoders, fusion, projector and chat template, and grids against each other.
-
-    Encoders and fusion are built without memory, on the meta device. Widths that depend on the language model are left
-    to the stage that loads it.
-
-    Raises:
-        RecipeError: No such encoder, fusion, projector, template or option (names the nearest), or too few encoders.
-        ShapeError: An image size that an encoder cannot take, or grids that the fusion cannot align.
-        SourceError: A package that an encoder is built with is not installed.
-    """
-    from manyeyes.encoders import build_encoder, encoder_row
-    from manyeyes.encoders.weights import meta_device
-    from manyeyes.fusion import build_fusion, fusion_row
-    from manyeyes.model.projector import check_projector_options
-
-    if model.chat.template != TOKENIZER_TEMPLATE:
-        get_chat_template(model.chat.template)
-    # What costs nothing comes first.
-    fusion_row(model.fusion.strategy).check_options(dict(model.fusion.options))
-    check_projector_options(model.projector.kind, dict(model.projector.options))
-    for entry in model.encoders:
-        encoder_row(entry.encoder)
-    with meta_device():
-        encoders = [
-            build_encoder(entry.encoder, image_size=entry.image_size, small=entry.small) for entry in model.encoders
-        ]
-        build_fusion(
-            model.fusion.strategy,
-            encoder_channels=[encoder.channels for encoder in encoders],
-            grid=model.fusion.grid,
-            encoder_grids=[encoder.grid for encoder in encoders],
-            options=model.fusion.options,
-        )
 
 
 _HUB_TIMEOUT_S = 10
@@ -331,6 +294,7 @@ def kept_facts(recipe: Recipe, data: RemoteData | None) -> RecipeFacts:
 
         def make() -> str:
             from manyeyes.estimate.skeleton import count_facts
+            from manyeyes.model.from_recipe import check_parts
 
             check_parts(recipe.model)
             return count_facts(recipe, snapshot_path=folder).model_dump_json()
