@@ -194,9 +194,10 @@ def test_a_device_that_bitsandbytes_does_not_know_is_named(folder: Path, monkeyp
         ({"lora": {**QLORA, "quantize": "int4"}}, r"lora\.quantize.*nf4"),
         ({"lora": {"quantize": "nf4"}}, r"lora\.rank"),
         ({"quantize": "nf4"}, r"quantize"),
+        ({"lora": QLORA, "sharding": "full"}, r"sharding is full; each process holds what is in 4 bits whole"),
         ({"lora": QLORA, "train": {"projector": 1e-3}}, r"lora needs train\.language_model"),
     ],
 )
-def test_4_bits_without_adapters_are_refused_by_the_recipe(fields: dict[str, Any], reason: str) -> None:
+def test_4_bits_without_adapters_or_in_parts_are_refused_by_the_recipe(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         change_recipe(toy_recipe(), {f"stages.sft.{field}": value for field, value in fields.items()})
