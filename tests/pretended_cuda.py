@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -146,7 +147,12 @@ def pretended_cuda() -> Iterator[torch.device]:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         # Inference mode passes over what a tensor subclass does.
-        with patch.object(torch._C, "_InferenceMode", _no_grad), _Names(), _Factories():
+        with (
+            patch.object(torch._C, "_InferenceMode", _no_grad),
+            patch.object(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9)),
+            _Names(),
+            _Factories(),
+        ):
             yield CUDA
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
