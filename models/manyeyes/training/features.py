@@ -36,6 +36,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from manyeyes.encoders import Encoder
 from manyeyes.errors import PipelineError, StorageError
@@ -645,7 +646,7 @@ def _frozen_encoders(model: ManyEyesForConditionalGeneration) -> list[str]:
 
 def _is_sharded(encoder: nn.Module) -> bool:
     # Its parts are gathered from all processes, which would have to run it equally often.
-    return any(hasattr(parameter, "placements") for parameter in encoder.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in encoder.parameters())
 
 
 def _measure(
