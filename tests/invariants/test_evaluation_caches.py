@@ -13,16 +13,17 @@ import torch
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.evaluation.answering.answerers import Answerer, AnswererSpec, TorchAnswerer
-from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings, ImageCounts
+from manyeyes.evaluation.answering.encoder_cache import EncoderCacheSettings, FeatureSettings, ImageCounts
 from manyeyes.evaluation.answering.torch_answerer import from_arrays, join_images, split_images, to_arrays
 from manyeyes.evaluation.evaluate import EvaluationProgress, evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
 from manyeyes.evaluation.reliance import zero_encoder
 from manyeyes.evaluation.scorecard import ModelKind, Scorecard
-from manyeyes.model import load_checkpoint, save_checkpoint
+from manyeyes.model import ManyEyesProcessor, load_checkpoint, save_checkpoint
 from manyeyes.model.connection import VisualTokens
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.training import features
 from tests.evaluation_fakes import make_recipe, make_record, make_snapshot
 from tests.export_toys import Toy, make_groups, make_model
 
@@ -124,6 +125,46 @@ def test_what_a_model_looks_back_at_and_how_many_tokens_an_image_has_is_kept(lay
         for _ in range(2):
             assert written(answerer.answer_groups(groups, max_new_tokens=TOKENS)) == expected
         assert answerer.image_counts - ImageCounts(from_memory=SHOWN) == counts
+
+
+@pytest.mark.parametrize("layout", ["plain", *LAYOUTS])
+def test_features_that_one_model_keeps_are_read_by_another_bit_for_bit(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_move_seconds", lambda folder: folder.mkdir(parents=True, exist_ok=True) or 0.0)
+    # A fusion that reaches into encoders leaves nothing to keep.
+    reaching = {"fusion": {"strategy": "channel-concat", "grid": 4}} if layout == "tiles" else {}
+    model, processor = make_model(**{**LAYOUTS.get(layout, {}), **reaching})
+    groups = make_groups()
+    images = list(dict.fromkeys(image for group in groups if group.questions for image in group.images))
+    names = tuple(model.encoders)
+    save_checkpoint(model, processor, tmp_path / "first")
+    with torch.no_grad():
+        next(model.projector.parameters()).mul_(1.1)
+    save_checkpoint(model, processor, tmp_path / "second")
+
+    def build(checkpoint: str, encoders: tuple[str, ...] = names) -> TorchAnswerer:
+        settings = FeatureSettings(tmp_path / "features", encoders, len(images), "c")
+        answerer = AnswererSpec("torch", tmp_path / checkpoint, threads=1, features=settings).build()
+        assert isinstance(answerer, TorchAnswerer)
+        return answerer
+
+    build("first").answer_groups(groups, max_new_tokens=TOKENS)
+    expected = one_by_one(tmp_path / "second", groups)
+    assert written(build("second", names[:1]).answer_groups(groups, max_new_tokens=TOKENS)) == expected
+    second = build("second")
+    with monkeypatch.context() as patch:
+        patch.setattr(ManyEyesProcessor, "cut_image", lambda *_, **__: pytest.fail("an image was decoded"))
+        assert written(second.answer_groups(groups, max_new_tokens=TOKENS)) == expected
+        with torch.inference_mode():
+            shown = second._show(images)
+    monkeypatch.setenv(features.LIMIT, "0")
+    with torch.inference_mode():
+        without = build("second")._show(images)
+    for image in images:
+        ours, theirs = to_arrays(shown[image]), to_arrays(without[image])
+        assert np.array_equal(ours.tokens, theirs.tokens)
+        assert all(np.array_equal(ours.windows[name], theirs.windows[name]) for name in ours.windows)
 
 
 def test_a_batch_is_taken_apart_and_put_together_bit_for_bit() -> None:

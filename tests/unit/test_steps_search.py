@@ -23,6 +23,7 @@ from manyeyes.search.variant import Variant, parse_batch
 from manyeyes.steps.advance_search import advance_search
 from manyeyes.steps.compare_trials import AblationComparison, compare_trials
 from manyeyes.steps.start_search import start_search
+from manyeyes.steps.train_trial import shared_encoders
 from tests.evaluation_fakes import make_snapshot
 from tests.pinned_toys import pin
 from tests.trial_toys import IMAGES, SECOND, add_second_benchmark, make_trial
@@ -54,6 +55,24 @@ def run_round(before: Path, candidates: list[str], snapshot: Snapshot, wrong: di
         folder = before.with_name(f"{before.name}-{variant.key}")
         trials.append(make_trial(folder, snapshot, variant, wrong=range(wrong[variant.key])))
     return advance_search(REPORTER, pinned=pinned("advance_search"), before=before, trials=trials[::-1], search=after)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "trains", "shared"),
+    [
+        (False, {"projector": 1e-3}, ()),
+        (True, {"projector": 1e-3}, POOL),
+        (True, {"projector": 1e-3, "encoders.convnext": 1e-4}, ("clip", "sam")),
+        (True, {"projector": 1e-3, "encoders": 1e-4}, ()),
+    ],
+)
+def test_trials_share_features_of_encoders_that_none_of_their_stages_trains(
+    keeps: bool, trains: dict[str, float], shared: tuple[str, ...]
+) -> None:
+    encoders = [{"name": name, "encoder": "vit-tiny-p16-64"} for name in POOL]
+    changes = {"stages.pretrain.keep_features": keeps, "stages.sft.train": trains}
+    recipe = load_recipe("tiny", overrides={"model.encoders": encoders, "stages.prealign": None, **changes})
+    assert shared_encoders(recipe) == shared
 
 
 def test_mean_of_two_benchmarks_has_the_interval_of_independent_errors(

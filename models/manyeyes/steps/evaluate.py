@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
-from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark
+from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark, load_benchmarks
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
@@ -23,6 +23,7 @@ from manyeyes.runtime.bundle_contents import ModelFacts, read_manifest
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.answering.asking import EvaluationProgress
+    from manyeyes.evaluation.answering.encoder_cache import FeatureSettings
 
 
 def find_champion(registry_model: str) -> Champion:
@@ -69,6 +70,7 @@ def evaluate(
     other_scorecard: Path | None = None,
     processes: int | None = None,
     registry_model: str = "",
+    frozen_encoders: Sequence[str] = (),
 ) -> StepResult:
     """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
@@ -81,6 +83,7 @@ def evaluate(
         other_scorecard: Folder of the same model's other scorecard; the report shows the difference.
         processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.
         registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
+        frozen_encoders: Encoders of a checkpoint whose features are kept, and read where a stage or a trial kept them.
     """
     from manyeyes.evaluation.answering.answerers import AnswererSpec
     from manyeyes.evaluation.answering.asking import open_answerer
@@ -96,6 +99,7 @@ def evaluate(
         encoder_cache=encoder_cache_settings(
             work_dir() / "images", kind=kind, model_digest=digest, code_digest=inputs.code_digest
         ),
+        features=_feature_settings(inputs, frozen_encoders) if frozen_encoders else None,
     )
 
     def show(progress: EvaluationProgress) -> None:
@@ -138,6 +142,15 @@ def evaluate(
             "data_md5": inputs.data_md5,
         },
     )
+
+
+def _feature_settings(inputs: Pinned, encoders: Sequence[str]) -> FeatureSettings:
+    from manyeyes.evaluation.answering.encoder_cache import FeatureSettings
+    from manyeyes.training.stage import FEATURES
+
+    benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
+    images = {digest for benchmark in benchmarks for item in benchmark.items for digest in item.image_sha256s}
+    return FeatureSettings(work_dir() / FEATURES, tuple(encoders), len(images), inputs.code_digest)
 
 
 def _in_words(progress: EvaluationProgress, benchmarks: Sequence[str]) -> str:

@@ -183,6 +183,7 @@ class _Job:
             other_scorecard=None,
             processes=None,
             pinned=self.inputs.of("evaluate").text(),
+            frozen_encoders=shared_encoders(self.recipe),
         )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
@@ -249,6 +250,16 @@ class _Job:
             train_seconds=round(sum(stage.seconds for stage in self.stages), 3),
             evaluate_seconds=round(sum(score.seconds for score in card.benchmarks.values()), 3),
         )
+
+
+def shared_encoders(recipe: Recipe) -> tuple[str, ...]:
+    """Encoders whose features a trial's scoring keeps: where a stage does, those that no stage of the model trains."""
+    stages = [spec for name, spec in recipe.present_stages() if name != "prealign"]
+    if not any(spec.keep_features for spec in stages):
+        return ()
+    trained = {group for spec in stages for group in spec.train}
+    names = [encoder.name for encoder in recipe.model.encoders]
+    return tuple(name for name in names if not trained & {"encoders", f"encoders.{name}"})
 
 
 def _when_free(train: Callable[[], Result], reporter: Reporter) -> Result:

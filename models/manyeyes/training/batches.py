@@ -319,16 +319,12 @@ class BatchBuilder:
         if self._frozen is None:
             cut = self._cut_image(image)
             return _Shown(size=cut.size, cut=cut)
-        # Of the bytes themselves: what is kept outlives the data set that says what they are.
-        digest = hashlib.sha256(image.data).hexdigest()
-        found = self._frozen.find(digest)
-        missing = self._frozen.pixels_for(found)
-        pixels = self._normalize([self._processor.cut_image(image.data, names=missing)]) if missing else {}
+        frozen = self._frozen.show(image.data, self._processor)
         matters = self._processor.layout is not None or self._processor.sends_image_sizes
         return _Shown(
             size=read_decoded_size(image.data) if matters else (0, 0),
             cut=self._cut_image(image, names=self._frozen.live) if self._frozen.live else None,
-            frozen=FrozenImage(digest, found, pixels),
+            frozen=frozen,
         )
 
     def _cut_image(self, image: ImageFile, *, names: Sequence[str] | None = None) -> CutImage:

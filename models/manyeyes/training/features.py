@@ -1,9 +1,9 @@
 """Features of encoders that do not train: made once an image, kept in files, read again.
 
-Where a stage says ``keep_features``, a frozen encoder sees each image by itself (on a CPU; a GPU computes those of a
-batch together). What it makes of one then depends on nothing else: not on the batch, which some encoders' last bits
-depend on, nor on what is kept. So whether a feature is read or made, and whoever made it, the stage's result is the
-same, bit for bit; what is kept is decided anew by each process from sizes and times.
+Where a stage says ``keep_features``, and where such a trial is scored, a frozen encoder sees each image by itself (on
+a CPU; a GPU computes those of a batch together). What it makes of one then depends on nothing else: not on the batch,
+which some encoders' last bits depend on, nor on what is kept. So whether a feature is read or made, and whoever made
+it, the stage's result is the same, bit for bit; what is kept is decided anew by each process from sizes and times.
 
 Files lie in ``<work folder>/features/<key>``, where the key stands for the encoder's weights, the pixels that it is
 given, precision and device. Each holds features of many images under the sha256 of the image's file, with a checksum
@@ -43,7 +43,6 @@ from manyeyes.errors import PipelineError, StorageError
 from manyeyes.fusion.fusion import InjectingFusion
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.processor import SHARED, ManyEyesProcessor
-from manyeyes.recipe import StageSpec
 from manyeyes.storage import file_lock, sync, write_file
 from manyeyes.strict import StrictModel
 
@@ -458,10 +457,14 @@ class FrozenReader:
         found = {name: files.find(digest) for name, files in self._files.items()}
         return {name: features for name, features in found.items() if features is not None}
 
-    def pixels_for(self, found: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Names of the pixels that must be made where this is kept."""
+    def show(self, data: bytes, processor: ManyEyesProcessor) -> FrozenImage:
+        """An image file for the encoders that do not train; pixels are made only for those of which nothing is kept."""
+        # Of the bytes themselves: what is kept outlives the data set that says what they are.
+        digest = hashlib.sha256(data).hexdigest()
+        found = self.find(digest)
         missing = [name for name in self.names if name not in found]
-        return (SHARED,) if self._shared and missing else tuple(missing)
+        cut = [processor.cut_image(data, names=[SHARED] if self._shared else missing)] if missing else []
+        return FrozenImage(digest, found, processor.normalize_images(cut) if cut else {})
 
 
 class FrozenFeatures:
@@ -573,8 +576,8 @@ class FrozenFeatures:
 def frozen_features(
     model: ManyEyesForConditionalGeneration,
     processor: ManyEyesProcessor,
-    spec: StageSpec,
     *,
+    precision: str,
     folder: Path,
     images: int,
     uses: float,
@@ -582,34 +585,34 @@ def frozen_features(
     code_digest: str,
     tell: bool,
 ) -> FrozenFeatures | None:
-    """What a stage that keeps features uses, with what pays on this machine.
+    """What a stage or an evaluation that keeps features uses, with what pays on this machine.
 
     Args:
-        model: With exactly the stage's parameters requiring gradients.
-        processor: The stage's.
-        spec: The stage.
+        model: With exactly what trains requiring gradients.
+        processor: Batches are made with it.
+        precision: In which encoders run.
         folder: For kept features.
-        images: Of the stage, each counted once.
-        uses: How often the stage shows each.
+        images: To come, each counted once.
+        uses: How often each is shown.
         device: That the model is on.
         code_digest: Of the code.
         tell: Whether to write what was decided to the log.
 
     Returns:
-        None where the stage keeps none: not asked for, or no encoder whose features can be made apart from the rest.
+        None where there is no encoder whose features can be made apart from the rest.
     """
     names = _frozen_encoders(model)
-    if not spec.keep_features or not names:
-        if spec.keep_features and tell:
+    if not names:
+        if tell:
             _log("keep_features: no encoder's features can be made apart from what trains")
         return None
     most_bytes, costs, files = features_limit(), {}, {}
     if most_bytes:
         move_s = _move_seconds(folder)
         for name in names:
-            key = features_key(model, processor, name, precision=spec.precision, device=device, code_digest=code_digest)
+            key = features_key(model, processor, name, precision=precision, device=device, code_digest=code_digest)
             files[name] = FeatureFiles(folder, key, most_bytes=most_bytes)
-            size, make_s = _measure(model, processor, name, device=device, precision=spec.precision)
+            size, make_s = _measure(model, processor, name, device=device, precision=precision)
             costs[name] = FeatureCosts(
                 images=images,
                 kept=min(images, len(files[name])),
@@ -631,7 +634,7 @@ def frozen_features(
     trained = [name for name in model.encoders if name not in names]
     live = [SHARED] if shared and trained else trained
     reader = FrozenReader(names, live, shared=shared, files=files)
-    return FrozenFeatures(model, reader, files=files, plans=plans, device=device, precision=spec.precision)
+    return FrozenFeatures(model, reader, files=files, plans=plans, device=device, precision=precision)
 
 
 def _frozen_encoders(model: ManyEyesForConditionalGeneration) -> list[str]:

@@ -320,17 +320,19 @@ def _train_and_save(
             )
 
     shown = processor_of_stage(processor, spec)
-    frozen = frozen_features(
-        model,
-        shown,
-        spec,
-        folder=folder.parent / FEATURES,
-        images=round(min(len(mixture), num_samples) * _images_a_record(job)),
-        uses=max(1.0, num_samples / len(mixture)),
-        device=processes.device,
-        code_digest=job.code_digest,
-        tell=processes.is_main,
-    )
+    frozen = None
+    if spec.keep_features:
+        frozen = frozen_features(
+            model,
+            shown,
+            precision=spec.precision,
+            folder=folder.parent / FEATURES,
+            images=round(min(len(mixture), num_samples) * _images_a_record(job)),
+            uses=max(1.0, num_samples / len(mixture)),
+            device=processes.device,
+            code_digest=job.code_digest,
+            tell=processes.is_main,
+        )
     builder = BatchBuilder(
         mixture,
         shown,

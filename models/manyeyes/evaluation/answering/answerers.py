@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from manyeyes.evaluation.answering.encoder_cache import EncoderCache, EncoderCacheSettings, ImageCounts
+from manyeyes.evaluation.answering.encoder_cache import (
+    EncoderCache,
+    EncoderCacheSettings,
+    FeatureSettings,
+    ImageCounts,
+)
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
 from manyeyes.runtime.sessions import CPU, CUDA
@@ -66,6 +71,7 @@ class AnswererSpec:
         threads: CPU threads; the library's own number when left out.
         device: ``cpu``, ``cuda`` or, for a checkpoint, ``cuda:1``; by default CUDA where there is a device.
         encoder_cache: Keeps visual tokens; every image is encoded anew without.
+        features: Of a checkpoint, which encoders' features are kept for other models too; none without.
     """
 
     kind: ModelKind
@@ -73,6 +79,7 @@ class AnswererSpec:
     threads: int | None = None
     device: str | None = None
     encoder_cache: EncoderCacheSettings | None = None
+    features: FeatureSettings | None = None
 
     def build(self) -> Answerer:
         """Load the model.
@@ -87,7 +94,13 @@ class AnswererSpec:
             )
         from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 
-        return TorchAnswerer(self.model, threads=self.threads, device=self.device, encoder_cache=self.encoder_cache)
+        return TorchAnswerer(
+            self.model,
+            threads=self.threads,
+            device=self.device,
+            encoder_cache=self.encoder_cache,
+            features=self.features,
+        )
 
 
 def answer_in_turn(

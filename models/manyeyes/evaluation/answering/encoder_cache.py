@@ -76,6 +76,23 @@ class EncoderCacheSettings:
     disk_bytes: int = int(DEFAULT_DISK_GB * GIGABYTE)
 
 
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Where features of encoders that other models share are kept (``manyeyes.training.features``).
+
+    Attributes:
+        folder: Of all encoders.
+        encoders: Names of those.
+        images: That will be shown.
+        code_digest: Of the code that evaluates.
+    """
+
+    folder: Path
+    encoders: tuple[str, ...]
+    images: int
+    code_digest: str
+
+
 def encoder_cache_settings(
     folder: Path | None, *, kind: str, model_digest: str, code_digest: str
 ) -> EncoderCacheSettings:

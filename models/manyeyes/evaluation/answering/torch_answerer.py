@@ -11,7 +11,7 @@ vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,12 @@ from transformers.cache_utils import Cache
 
 from manyeyes.chat import BranchGroup
 from manyeyes.evaluation.answering.answerers import AnsweredBatch, answer_in_turn
-from manyeyes.evaluation.answering.encoder_cache import EncoderCache, EncoderCacheSettings, ImageCounts
+from manyeyes.evaluation.answering.encoder_cache import (
+    EncoderCache,
+    EncoderCacheSettings,
+    FeatureSettings,
+    ImageCounts,
+)
 from manyeyes.evaluation.scorecard import ModelKind
 from manyeyes.fusion.cross_attention import VisualWindows
 from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration, load_checkpoint
@@ -30,8 +35,13 @@ from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.decoding import OptionEncoder, OptionIds, leading_options
+from manyeyes.runtime.preprocess import read_decoded_size
 from manyeyes.runtime.tiling import NEWLINE
 from manyeyes.runtime.vision import WINDOWS, ImageTokens
+from manyeyes.training.features import FrozenFeatures, frozen_features
+
+# What is kept for a trial is read by others with the same encoder.
+_USES = 2.0
 
 
 @torch.inference_mode()
@@ -186,11 +196,12 @@ class TorchAnswerer:
         device: For instance ``cuda``; by default CUDA where there is a device, else the CPU.
         max_branches: Most questions decoded at once; bounds the memory for copies of the prefix.
         encoder_cache: Keeps visual tokens; every image is encoded anew without.
+        features: Which encoders' features are kept for other models too; none without.
 
     Attributes:
         disturb: Changes the encoders' features before they are fused; ``None`` leaves them. (Features by encoder,
             ``[rows, C, h, w]``; rows of each image) to features of the same shapes. See ``reliance``. While it is set,
-            the cache is neither asked nor filled.
+            no cache is asked or filled.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete.
@@ -206,6 +217,7 @@ class TorchAnswerer:
         device: str | None = None,
         max_branches: int = 512,
         encoder_cache: EncoderCacheSettings | None = None,
+        features: FeatureSettings | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -221,6 +233,21 @@ class TorchAnswerer:
         )
         self.disturb: Disturb | None = None
         self._encoder_cache = None if encoder_cache is None else EncoderCache(encoder_cache)
+        self._frozen: FrozenFeatures | None = None
+        if features is not None:
+            for name, encoder in self.model.encoders.items():
+                encoder.requires_grad_(name not in features.encoders)
+            self._frozen = frozen_features(
+                self.model,
+                self.processor,
+                precision="fp32",
+                folder=features.folder,
+                images=features.images,
+                uses=_USES,
+                device=self._device,
+                code_digest=features.code_digest,
+                tell=True,
+            )
 
     @property
     def image_counts(self) -> ImageCounts:
@@ -319,16 +346,36 @@ class TorchAnswerer:
     def _encode(self, images: Sequence[bytes]) -> dict[bytes, ShownImage]:
         if not images:
             return {}
+        if self._frozen is not None and self.disturb is None:
+            return self._encode_apart(images, self._frozen)
         cut = [self.processor.cut_image(data) for data in images]
         pixels = self.processor.normalize_images(cut)
         image_sizes = [image.size for image in cut]
-        sizes = self.processor.size_inputs(image_sizes)
         features = self.model.encoder_features({name: values.to(self._device) for name, values in pixels.items()})
         if self.disturb is not None:
             rows = [len(next(iter(image.tiles.values()))) for image in cut]
             features = self.disturb(features, rows)
+        return self._fuse(images, features, image_sizes)
+
+    def _encode_apart(self, images: Sequence[bytes], frozen: FrozenFeatures) -> dict[bytes, ShownImage]:
+        """The same, where features of encoders that do not train are kept."""
+        features = frozen.complete([frozen.reader.show(image, self.processor) for image in images])
+        # A trial that is killed loses one batch's; what another one has made meanwhile is not written again.
+        frozen.write()
+        others = [name for name in self.model.encoders if name not in features]
+        if others:
+            cut = [self.processor.cut_image(image, names=frozen.reader.live) for image in images]
+            pixels = {name: values.to(self._device) for name, values in self.processor.normalize_images(cut).items()}
+            features |= self.model.encoder_features(pixels, names=others)
+        matters = self.processor.layout is not None or self.processor.sends_image_sizes
+        return self._fuse(images, features, [read_decoded_size(image) if matters else (0, 0) for image in images])
+
+    def _fuse(
+        self, images: Sequence[bytes], features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> dict[bytes, ShownImage]:
+        sizes = self.processor.size_inputs(image_sizes)
         visual = self.model.fuse(features, **{name: values.to(self._device) for name, values in sizes.items()})
-        lengths = self.processor.count_tokens(len(cut), image_sizes)
+        lengths = self.processor.count_tokens(len(images), image_sizes)
         return dict(zip(images, split_images(visual, lengths), strict=True))
 
     def _chunks(self, asked: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
