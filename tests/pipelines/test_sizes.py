@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from manyeyes.errors import PipelineError
+from manyeyes.harness.base import LocalArtifact
+from manyeyes.kubeflow import component
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline, read_documents
 from manyeyes.kubeflow.profiles import load_profile
-from manyeyes.kubeflow.sizes import WorkflowSize, check_size, known_outputs, workflow_size
+from manyeyes.kubeflow.sizes import SIZES, WorkflowSize, check_growth, check_size, known_outputs, workflow_size
 from manyeyes.recipe import list_recipes, load_recipe, write_recipe_text
 from tests.pipelines.checkout import ROOT
 
@@ -118,3 +122,48 @@ def test_size_grows_with_what_a_step_is_given(tmp_path: Path) -> None:
     # Six copies in the nodes of the step, and two in the inputs of the driver of the whole.
     assert grown["rollback/exit-handler-1/restore-previous"] == 6000
     assert grown["rollback"] == 2000
+
+
+def sizes_of_first_step(documents: list[dict[str, Any]]) -> str:
+    containers = [executor["container"] for executor in documents[0]["deploymentSpec"]["executors"].values()]
+    found = [item["value"] for container in containers for item in container.get("env", []) if item["name"] == SIZES]
+    assert len(found) <= 1
+    return found[0] if found else ""
+
+
+def test_the_first_pod_computes_what_the_whole_pipeline_would_give(
+    uploaded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = sizes_of_first_step(uploaded)
+    if "recipe" not in uploaded[0]["root"]["inputDefinitions"]["parameters"]:
+        assert not text
+        return
+    monkeypatch.setattr("manyeyes.kubeflow.sizes.MOST_BYTES", 0)
+    names = ", ".join(f"benchmark-{number}" for number in range(80))
+    many = f"evaluation.benchmarks=[easy-vqa, {names}]"
+    for given in (*({"recipe": recipe} for recipe in list_recipes()), {"recipe": "tiny", "recipe_overrides": many}):
+        exact = size_of(uploaded, **given).total_bytes / 1e6
+        with pytest.raises(PipelineError) as refused:
+            check_growth(text, given, what="a run")
+        about = float(re.findall(r"about ([\d.]+) MB", refused.value.found)[0])
+        assert -0.06 < about - exact < 0.08 * exact + 0.06, given
+
+
+def test_a_run_from_the_form_that_is_too_large_ends_before_its_first_step_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SIZES, sizes_of_first_step(compiled("evaluate", tmp_path)))
+    page = LocalArtifact(str(tmp_path / "report"))
+    form = dict.fromkeys(("recipe_text", "recipe_overrides", "data_md5", "data_remote"), "")
+    many = " ".join(f"benchmark-{number}" for number in range(120))
+    arguments = {**form, "recipe": "tiny", "evaluate_model": "m", "evaluate_benchmarks": many, "report": page}
+    with pytest.raises(SystemExit) as ended:
+        component.run_component("plan_evaluation", arguments)
+    assert ended.value.code == 2
+    said = json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))
+    assert re.fullmatch(
+        r"this run would be a workflow of about [6-9]\.\d MB \(2 encoders, 2 of them prealigned, 120 benchmarks\)",
+        said["found"],
+    )
+    assert said["needed"].startswith("at most 6 MB")
+    assert "fewer benchmarks" in said["do"]

@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -14,10 +15,12 @@ import sys
 import tempfile
 from collections import namedtuple
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from manyeyes.harness.base import Step, run_step
+from manyeyes.harness.base import Reporter, Step, StepResult, run_step
+from manyeyes.harness.inputs import PINNING_STEPS
 
 # What every component's source needs; a compiled pipeline leaves it out (``compact.py``).
 PRELUDE = """\
@@ -55,6 +58,8 @@ def run_component(
     """
     module = importlib.import_module(f"manyeyes.steps.{name}")
     step: Step = module.STEPS[kind] if kind else module.STEP
+    if name in PINNING_STEPS:
+        step = _refusing_too_large(step)
     page = arguments[report]
     outputs = {key: arguments[key] for key in step.outputs}
     ended = Path(f"{page.path}.{name}-ended")
@@ -89,6 +94,22 @@ def main() -> None:
     path.write_text(PRELUDE + source, encoding="utf-8")
     sys.argv[1:] = ["--component_module_path", str(path), *arguments]
     executor_main.executor_main()
+
+
+def _refusing_too_large(step: Step) -> Step:
+    """A pipeline's first step, which refuses a run that Kubeflow could not keep before it does anything else."""
+    from manyeyes.kubeflow.sizes import SIZES, check_growth
+
+    sizes = os.environ.get(SIZES)
+    if sizes is None:
+        return step
+
+    @functools.wraps(step.function)
+    def function(reporter: Reporter, **arguments: Any) -> StepResult:
+        check_growth(sizes, arguments, what="this run")
+        return step.function(reporter, **arguments)
+
+    return replace(step, function=function)
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,7 @@ from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.harness.inputs import PINNING_STEPS
 from manyeyes.kubeflow.compact import compact, compact_for_cluster
 from manyeyes.kubeflow.profiles import Profile, step_of
-from manyeyes.recipe import list_recipes
+from manyeyes.recipe import list_recipes, load_recipe
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 from manyeyes.terminal import replace_unknown_characters
@@ -42,6 +42,8 @@ IMAGE_DIGEST = "MANYEYES_IMAGE_DIGEST"
 GIT_COMMIT = "MANYEYES_GIT_COMMIT"
 # A compiled pipeline is a quarter of a megabyte; libyaml, where it is there, reads it ten times faster.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The shipped recipe that says most of each encoder.
+_LARGEST = "eagle-x5-13b"
 # Every pipeline: its name, and where its function is. The module is pipelines/<name>.py of a checkout.
 PIPELINES: dict[str, str] = {
     "train": "pipelines.train:train",
@@ -126,6 +128,7 @@ def compile_pipeline(
         documents = apply_profile(documents, profile)
     if image or profile is not None:
         compact_for_cluster(documents)
+        _put_growth(documents)
     comments = [line for line in text.splitlines() if line.startswith("#")]
     body = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
     write_file(out, "\n".join(comments) + "\n" + body)
@@ -176,6 +179,16 @@ def _put_commit(spec: dict[str, Any], commit: str) -> None:
     for executor in spec["deploymentSpec"]["executors"].values():
         if "container" in executor and step_of(executor) == "register":
             executor["container"].setdefault("env", []).append({"name": GIT_COMMIT, "value": commit})
+
+
+def _put_growth(documents: list[dict[str, Any]]) -> None:
+    """Tell the first step how large the workflow becomes, so that it can refuse what was started from the form."""
+    from manyeyes.kubeflow.sizes import SIZES, growth
+
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        if "container" in executor and step_of(executor) in PINNING_STEPS:
+            variable = {"name": SIZES, "value": growth(documents, load_recipe(_LARGEST))}
+            executor["container"].setdefault("env", []).append(variable)
 
 
 # --- running, in the child process -------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ where they are larger than a megabyte even so, Argo ends the run.
 
 The nodes are built here as Kubeflow 2.17 (backend/src/v2/compiler/argocompiler and driver) and Argo 4.0 make them, and
 counted. docs/figures.md compares the result with real runs.
+
+A run that is started from the form meets nothing of ours before the pod of its first step, which has no compiled
+pipeline: how its size follows from the recipe goes there as a few numbers (``SIZES``).
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from manyeyes.errors import ManyEyesError, PipelineError
 from manyeyes.harness.inputs import Pinned
 from manyeyes.kubeflow.profiles import step_of
+from manyeyes.recipe import Recipe, write_recipe_text
 from manyeyes.search.variant import MAX_BATCHES, Variant, in_batches, read_grid
 from manyeyes.steps.resolve_data import pin_steps, read_recipe
 
@@ -31,6 +37,13 @@ MOST_INPUT_BYTES = 131_072
 _RUN, _UUID = "w" * 20, "0" * 36
 # What run_step leaves on an artifact that other steps take.
 _METADATA = {"display_name": "x" * 12, "store_session_info": ""}
+# Environment of a pipeline's first step: what growth gave.
+SIZES = "MANYEYES_WORKFLOW_SIZES"
+# Recipes of which growth learns: encoders, how many of them are prealigned, benchmarks.
+_PROBES = (
+    *((6, 1, 1), (7, 1, 1), (8, 1, 1), (16, 1, 1), (7, 2, 1), (12, 4, 1), (16, 11, 1)),
+    *((6, 1, 10), (6, 1, 20), (8, 1, 10)),
+)
 # A value of which nothing is known before the run: a name, a digest.
 _UNKNOWN = "0" * 64
 _ADDRESSES = (
@@ -111,11 +124,7 @@ class WorkflowSize:
         """
         if self.total_bytes > MOST_BYTES:
             steps = sum(1 for task in self.tasks if task.step)
-            raise PipelineError(
-                f"{what} would be a workflow of {self.total_bytes / 1e6:.1f} MB ({steps} tasks)",
-                f"at most {MOST_BYTES / 1e6:.0f} MB: Argo ends a run at 1 MB compressed",
-                "Split it into several runs: fewer encoders, or a smaller grid.",
-            )
+            raise _too_large(f"{what} would be a workflow of {self.total_bytes / 1e6:.1f} MB ({steps} tasks)")
         widest = max(self.tasks, key=lambda task: task.input_bytes)
         if widest.input_bytes > MOST_INPUT_BYTES:
             raise PipelineError(
@@ -167,29 +176,121 @@ def known_outputs(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         values: The pipeline's parameters.
     """
+    recipe = _recipe_of(values)
+    return {} if recipe is None else _outputs_of(recipe, values)
+
+
+def growth(documents: list[dict[str, Any]], recipe: Recipe) -> str:
+    """How the size of a pipeline's workflow follows from the recipe, for a pod that has no compiled pipeline.
+
+    Args:
+        documents: The compiled pipeline, and its Kubernetes part where a profile was applied.
+        recipe: Whose encoders and benchmarks the ones of a larger recipe are like.
+
+    Returns:
+        The factors of ``_terms``, separated by spaces; they hold for each recipe of encoders like these.
+    """
+    form = documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
+    defaults = {name: definition.get("defaultValue", "") for name, definition in form.items()}
+    totals = []
+    for encoders, prealigned, benchmarks in _PROBES:
+        larger = _larger(recipe, encoders=encoders, prealigned=prealigned, benchmarks=benchmarks)
+        values = {**defaults, "recipe_text": write_recipe_text(larger), "evaluate_benchmarks": ""}
+        totals.append(workflow_size(documents, parameters=values, outputs=_outputs_of(larger, values)).total_bytes)
+    factors = np.linalg.solve(np.array([_terms(*probe) for probe in _PROBES], dtype=np.float64), np.array(totals))
+    return " ".join(str(round(factor)) for factor in factors)
+
+
+def check_growth(text: str, parameters: Mapping[str, Any], *, what: str) -> None:
+    """Refuse a run whose workflow would become too large, in the pod of its first step.
+
+    Args:
+        text: What ``growth`` gave.
+        parameters: The step's own, which are the pipeline's.
+        what: What is run, for people.
+
+    Raises:
+        PipelineError: Argo would end it.
+    """
+    recipe = _recipe_of(parameters)
+    if recipe is None:
+        return
+    encoders, prealigned = len(recipe.model.encoders), len(recipe.prealigned_encoders())
+    benchmarks = len(_benchmarks_of(recipe, parameters))
+    terms = _terms(encoders, prealigned or 1, benchmarks)
+    total = sum(int(factor) * term for factor, term in zip(text.split(), terms, strict=True))
+    if total > MOST_BYTES:
+        raise _too_large(
+            f"{what} would be a workflow of about {total / 1e6:.1f} MB "
+            f"({encoders} encoders, {prealigned} of them prealigned, {benchmarks} benchmarks)"
+        )
+
+
+def _terms(encoders: int, prealigned: int, benchmarks: int) -> tuple[int, ...]:
+    # What a prealigned encoder takes, and each of so many trials in a round of a search, holds a text about all
+    # encoders; each trial, and what scores a benchmark, the names of all benchmarks.
+    trials = min(encoders, MAX_BATCHES)
+    by_trials = tuple(trials * each for each in (1, encoders, prealigned, benchmarks))
+    return (1, encoders, prealigned, benchmarks, *by_trials, encoders * prealigned, benchmarks * benchmarks)
+
+
+def _larger(recipe: Recipe, *, encoders: int, prealigned: int, benchmarks: int) -> Recipe:
+    """A recipe with as many encoders as wanted, the further ones like its longest: for its length alone."""
+    given = recipe.model.encoders
+    longest = max(given, key=lambda encoder: len(encoder.model_dump_json(exclude_defaults=True)))
+    further = [longest.model_copy(update={"name": f"{longest.name}-{n}"}) for n in range(len(given), encoders)]
+    names = tuple(encoder.name for encoder in further[len(further) - prealigned :])
+    prealign = recipe.stages.prealign
+    chosen = None if prealign is None else prealign.model_copy(update={"encoders": names})
+    asked = tuple(f"benchmark-{number:04}" for number in range(benchmarks))
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"encoders": (*given, *further)}),
+            "stages": recipe.stages.model_copy(update={"prealign": chosen}),
+            "evaluation": recipe.evaluation.model_copy(update={"benchmarks": asked}),
+        }
+    )
+
+
+def _recipe_of(values: Mapping[str, Any]) -> Recipe | None:
     if "recipe" not in values:
-        return {}
+        return None
     try:
-        recipe = read_recipe(values.get("recipe_text") or values["recipe"], values.get("recipe_overrides") or "")
-        grid = read_grid(values["ablate_grid"]) if values.get("ablate_grid") else []
+        if values.get("ablate_grid"):
+            read_grid(values["ablate_grid"])
+        return read_recipe(values.get("recipe_text") or values["recipe"], values.get("recipe_overrides") or "")
     except ManyEyesError:  # preflight says what is wrong with it, for this recipe may be newer than this checkout
-        return {}
+        return None
+
+
+def _benchmarks_of(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:
+    given = str(values.get("evaluate_benchmarks") or "").replace(",", " ").split()
+    return given or list(recipe.evaluation.benchmarks)
+
+
+def _outputs_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     pinned = Pinned(recipe, data_md5="0" * 32, data_remote=values.get("data_remote") or _UNKNOWN, code_digest=_UNKNOWN)
     steps = pin_steps(pinned)
-    benchmarks = str(values.get("evaluate_benchmarks") or "").replace(",", " ").split()
+    grid = read_grid(values["ablate_grid"]) if values.get("ablate_grid") else []
     candidates = in_batches([Variant(encoders=(encoder.name,)) for encoder in recipe.model.encoders])
     return {
         "preflight": {**steps, "registry_model": recipe.registry.model},
         "plan_evaluation": {
-            "benchmarks": benchmarks or list(recipe.evaluation.benchmarks),
+            "benchmarks": _benchmarks_of(recipe, values),
             **dict.fromkeys(("score_benchmark", "merge_scorecards"), steps["evaluate"]),
         },
-        "plan_ablation": {
-            "batches": in_batches(grid) or [""] * MAX_BATCHES,
-        },
+        "plan_ablation": {"batches": in_batches(grid) or [""] * MAX_BATCHES},
         "start_search": {"candidates": candidates[:1]},
         "search_round": {"candidates": candidates},
     }
+
+
+def _too_large(found: str) -> PipelineError:
+    return PipelineError(
+        found,
+        f"at most {MOST_BYTES / 1e6:.0f} MB: Argo ends a run at 1 MB compressed",
+        "Split it into several runs: fewer encoders, fewer benchmarks, or a smaller grid.",
+    )
 
 
 @dataclass(frozen=True)
