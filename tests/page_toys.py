@@ -25,6 +25,7 @@ from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.shards import write_shards
 from manyeyes.data.validation_report import ExpectationOutcome, ValidationReport, render_validation
+from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.compare import (
     AverageDifference,
     ComparedBenchmark,
@@ -156,14 +157,19 @@ def compare_pages(change: Change) -> dict[str, str]:
 
 
 def correlation_page(change: Change) -> dict[str, str]:
+    # As many as Cambrian-1 compares, those with the longest names.
+    names = tuple(sorted(BENCHMARKS, key=len)[-16:])
     found = BenchmarkCorrelation(
         models=("a", "b", "c"),
         models_in_components=("a", "b", "c"),
-        benchmarks=("gqa", "mme"),
-        groups={"gqa": 0, "mme": 1},
-        correlation=((1.0, -0.5), (-0.5, None)),
+        benchmarks=names,
+        groups={name: number % 4 for number, name in enumerate(names)},
+        correlation=tuple(
+            tuple(None if (row, column) == (1, 1) else (-1.0) ** (row + column) * 0.55 for column in range(16))
+            for row in range(16)
+        ),
         explained=(0.8, 0.2),
-        loadings={"gqa": (0.9, 0.1), "mme": (-0.4, 0.3)},
+        loadings={name: (0.9 - number / 8, 0.3 - number % 3 / 4) for number, name in enumerate(names)},
     )
     return {"correlation.html": render_correlation(change(found))}
 

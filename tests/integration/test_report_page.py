@@ -70,10 +70,7 @@ def test_a_report_of_all_benchmarks_fits_its_window(page: Path, width: int) -> N
     assert (white, black) == ("rgb(255, 255, 255)", "rgb(20, 22, 26)")
 
 
-# Kubeflow's UI shows a page in a frame of 640 pixels. These pages come from commands alone.
-NOT_IN_KUBEFLOW = ("compare.html", "correlation.html")
-
-
+# Kubeflow's UI shows a page in a frame of 640 pixels.
 @pytest.mark.parametrize("width", [390, 640])
 def test_every_page_fits_its_window(width: int, tmp_path: Path) -> None:
     pages = render_all(lambda value: value, tmp_path / "data")
@@ -82,7 +79,7 @@ def test_every_page_fits_its_window(width: int, tmp_path: Path) -> None:
             (tmp_path / name).write_text(text, encoding="utf-8")
             found, scrolled, _ = look(tmp_path / name, width=width, dark=False)
             assert found == width, name
-            assert not scrolled or width < 640 or name in NOT_IN_KUBEFLOW, name
+            assert not scrolled or width < 640, name
 
 
 @pytest.mark.parametrize("width", [390, 640])

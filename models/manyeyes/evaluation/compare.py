@@ -573,6 +573,6 @@ def render_correlation(found: BenchmarkCorrelation) -> str:
         found=found,
         shares=[f"{100 * share:.0f}%" for share in found.explained[:2]],
         groups=groups,
-        plot=scatter(points, x_label="first component", y_label="second component", width=640, height=600),
+        plot=scatter(points, x_label="first component", y_label="second component", width=600, height=560),
         matrix=[(name, kinds[name], row) for name, row in zip(found.benchmarks, found.correlation, strict=True)],
     )
