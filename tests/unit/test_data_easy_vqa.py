@@ -11,11 +11,11 @@ from click.testing import CliRunner
 
 from manyeyes.data.builders import BUILDERS, add_pretrained
 from manyeyes.data.builders.__main__ import main
-from manyeyes.data.builders.easy_vqa import draw_validation_images
+from manyeyes.data.builders.easy_vqa import IN_A_SENTENCE, answer_in_a_sentence, describe, draw_validation_images
 from manyeyes.data.records import check_record
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot, hash_folder, open_folder, read_dvc_file
-from manyeyes.errors import SnapshotError
+from manyeyes.errors import SnapshotError, SourceError
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = resources.files("easy_vqa") / "data"
@@ -78,6 +78,63 @@ def test_a_second_build_gives_the_same_bytes_and_keeps_the_rest(snapshot: Snapsh
     assert f"md5 {before}" in result.output
     assert hash_folder(out) == before
     assert (out / "pretrained/tiny-lm/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "sentence"),
+    [
+        ("is there a blue shape in the image?", "no", "No, there is no blue shape."),
+        ("is there not a blue shape?", "yes", "Yes, there is no blue shape."),
+        ("is no circle present?", "no", "No, there is a circle."),
+        ("does the image contain a triangle?", "yes", "Yes, there is a triangle."),
+        ("what color is the rectangle?", "teal", "The rectangle is teal."),
+        ("what is the color of the shape?", "red", "The shape is red."),
+        ("what is the gray shape?", "circle", "The gray shape is a circle."),
+        ("what shape does the image contain?", "circle", "The shape is a circle."),
+    ],
+)
+def test_an_answer_in_a_sentence_says_what_the_word_says(question: str, answer: str, sentence: str) -> None:
+    assert answer_in_a_sentence(question, answer) == sentence
+
+
+def test_a_question_about_nothing_that_easy_vqa_has_is_refused() -> None:
+    with pytest.raises(SourceError, match="is there a cat"):
+        answer_in_a_sentence("is there a cat?", "no")
+
+
+def test_sentences_and_captions_agree_with_every_published_answer() -> None:
+    published = json.loads((PACKAGE / "train" / "questions.json").read_text(encoding="utf-8"))
+    pairs: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, number in published:
+        pairs.setdefault(number, []).append((question, answer))
+    captions = {number: caption for number, own in pairs.items() if (caption := describe(own)) is not None}
+    assert len(captions) == 3542
+    for number, caption in captions.items():
+        _, colour, shape = caption.removesuffix(".").split()
+        for question, answer in pairs[number]:
+            sentence = answer_in_a_sentence(question, answer)
+            named = set(sentence.lower().removesuffix(".").replace(",", "").split())
+            truth = {colour, shape, "shape"}
+            if " no " in sentence:  # what is not there is neither its colour nor its shape
+                assert not named & {colour, shape}, (caption, sentence)
+            else:
+                assert named - {"yes", "no", "there", "is", "a", "the"} <= truth, (caption, sentence)
+
+
+def test_the_sentences_are_the_same_questions_on_the_same_images(snapshot: Snapshot, tmp_path: Path) -> None:
+    BUILDERS["easy-vqa-sentences"](tmp_path)
+    built = open_folder(tmp_path)
+    for split in ("train", "val", "test"):
+        assert built.dataset(f"easy-vqa-sentences-{split}").rows == snapshot.dataset(f"easy-vqa-{split}").rows
+    word = RecordReader(snapshot.shards("easy-vqa-test")).read(7)
+    sentence = RecordReader(built.shards("easy-vqa-sentences-test")).read(7)
+    check_record(sentence)
+    assert (sentence.id, sentence.images) == (word.id, word.images)
+    assert [turn.text for turn in sentence.turns[0::2]] == [f"{turn.text} {IN_A_SENTENCE}" for turn in word.turns[0::2]]
+    held_out = {record.id.rpartition("/")[2] for record in RecordReader(snapshot.shards("easy-vqa-val"))}
+    captions = list(RecordReader(built.shards("easy-vqa-sentences-captions")))
+    assert not held_out & {record.id.rpartition("/")[2] for record in captions}
+    assert {len(record.turns) for record in captions} == {2}
 
 
 def test_pretrained_parts_are_asked_for_by_name(snapshot: Snapshot, tmp_path: Path) -> None:

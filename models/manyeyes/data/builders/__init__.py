@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from manyeyes.data.builders.easy_vqa import build_easy_vqa
+from manyeyes.data.builders.easy_vqa import build_easy_vqa, build_easy_vqa_sentences
 from manyeyes.data.builders.manifest import add_pretrained, write_snapshot_manifest
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "easy-vqa": build_easy_vqa,
+    "easy-vqa-sentences": build_easy_vqa_sentences,
 }
 
-__all__ = ["BUILDERS", "add_pretrained", "build_easy_vqa", "write_snapshot_manifest"]
+__all__ = ["BUILDERS", "add_pretrained", "build_easy_vqa", "build_easy_vqa_sentences", "write_snapshot_manifest"]

@@ -6,13 +6,17 @@ questions of an image become one record, in their published order, ``<image>`` i
 ``easy-vqa-val`` holds 200 of the training images: those whose sha256 of ``easy-vqa-val/<number>`` is lowest. The draw
 depends on nothing else, so it is the same everywhere and for ever; hyperparameters are chosen on these, never on the
 test set.
+
+``build_easy_vqa_sentences`` makes the same questions with answers in whole sentences, and captions, by rules.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +32,10 @@ NUM_VALIDATION_IMAGES = 200
 _ROWS_PER_SHARD = 2000
 _LICENCE = "MIT"
 _SOURCE = "PyPI easy-vqa 1.0 (Victor Zhou); questions of an image joined in one record"
+_SENTENCES = _SOURCE + "; answers made sentences by rules"
+
+IN_A_SENTENCE = "Answer in a sentence."
+"""Behind a question whose answer is a sentence."""
 
 
 def build_easy_vqa(out: Path) -> None:
@@ -57,6 +65,70 @@ def build_easy_vqa(out: Path) -> None:
     )
 
 
+def build_easy_vqa_sentences(out: Path) -> None:
+    """Write ``easy-vqa-sentences-train``, ``-val``, ``-test`` and ``-captions`` into a snapshot folder.
+
+    The first three are easy-VQA's questions with ``IN_A_SENTENCE`` behind them and answers such as "No, there is no
+    blue shape."; the last describes each training image whose questions tell shape and colour: "A red circle."
+
+    Args:
+        out: The snapshot's folder; made when missing. ``out/easy-vqa-sentences`` is replaced, the rest stays.
+
+    Raises:
+        SourceError: The package is not installed, or not the version that is known.
+        StorageError: No space or no permission.
+    """
+    package = _open_package()
+    with new_folder(out / "easy-vqa-sentences") as folder:
+        _write(folder, package=package, sentences=True)
+    splits = ("train", "val", "test", "captions")
+    write_snapshot_manifest(
+        out, provenance={f"easy-vqa-sentences-{split}": Provenance(_LICENCE, _SENTENCES) for split in splits}
+    )
+
+
+_COLOURS = "black|blue|brown|gray|green|red|teal|yellow"
+_SHAPES = "circle|rectangle|triangle"
+_THING = re.compile(rf"\b((?:{_COLOURS}) shape|{_SHAPES}|shape)\b")
+_NEGATED = re.compile(r"\b(not|no)\b")
+
+
+def answer_in_a_sentence(question: str, answer: str) -> str:
+    """One of easy-VQA's answers as a sentence that names what was asked about.
+
+    Args:
+        question: As published, for instance "is there not a blue shape?".
+        answer: One of its 13 answers.
+
+    Raises:
+        SourceError: A question that easy-VQA does not ask.
+    """
+    thing = _THING.search(question)
+    if thing is None:
+        raise SourceError(f'easy-vqa has the question "{question}"', "a shape or a colour in it", "Install 1.0.")
+    if answer in ("yes", "no"):
+        present = (answer == "yes") != bool(_NEGATED.search(question))
+        return f"{answer.capitalize()}, there is {'a' if present else 'no'} {thing[1]}."
+    if answer in _COLOURS.split("|"):
+        return f"The {thing[1]} is {answer}."
+    return f"The {thing[1]} is a {answer}."
+
+
+def describe(pairs: Sequence[tuple[str, str]]) -> str | None:
+    """The caption of an image, from what its questions and answers say; None where they leave colour or shape open.
+
+    Args:
+        pairs: Question and answer.
+    """
+    # A sentence about something that is there names nothing else; one about what is not there says "no".
+    told = [sentence for pair in pairs if " no " not in (sentence := answer_in_a_sentence(*pair))]
+    colour, shape = (
+        next((found[0] for sentence in told if (found := re.search(rf"\b({words})\b", sentence))), None)
+        for words in (_COLOURS, _SHAPES)
+    )
+    return None if colour is None or shape is None else f"A {colour} {shape}."
+
+
 def draw_validation_images(numbers: set[int]) -> set[int]:
     """Draw the training images that are held out.
 
@@ -80,9 +152,10 @@ def _open_package() -> Traversable:
     return resources.files("easy_vqa")
 
 
-def _write(folder: Path, *, package: Traversable) -> None:
+def _write(folder: Path, *, package: Traversable, sentences: bool = False) -> None:
     for split in ("train", "test"):
-        records = list(_read_records(package / "data" / split, split=split))
+        published = list(_read_records(package / "data" / split, split=split))
+        records = [_in_sentences(record) for record in published] if sentences else published
         held_out = draw_validation_images({_number(record) for record in records}) if split == "train" else set()
         for name, chosen in (
             (split, [record for record in records if _number(record) not in held_out]),
@@ -91,10 +164,34 @@ def _write(folder: Path, *, package: Traversable) -> None:
             with ShardWriter(folder, name, rows_per_shard=_ROWS_PER_SHARD) as writer:
                 for record in chosen:
                     writer.write(record)
+        if sentences and split == "train":
+            with ShardWriter(folder, "captions", rows_per_shard=_ROWS_PER_SHARD) as writer:
+                for record in published:
+                    caption = describe(_pairs(record))
+                    if caption is not None and _number(record) not in held_out:
+                        turns = (Turn("human", f"{PLACEHOLDER}\nDescribe the image."), Turn("gpt", caption))
+                        writer.write(replace(record, id=record.id.replace("/train/", "/captions/"), turns=turns))
     licence = metadata.distribution("easy-vqa").read_text("LICENSE")
     if licence is None:
         raise SourceError("easy-vqa has no LICENSE", "its licence", "pip install --force-reinstall easy-vqa==1.0")
     (folder / "LICENSE").write_text(licence, encoding="utf-8", newline="\n")
+
+
+def _pairs(record: Record) -> list[tuple[str, str]]:
+    texts = [turn.text.removeprefix(f"{PLACEHOLDER}\n") for turn in record.turns]
+    return list(zip(texts[0::2], texts[1::2], strict=True))
+
+
+def _in_sentences(record: Record) -> Record:
+    turns = [
+        new
+        for (question, answer), asked in zip(_pairs(record), record.turns[0::2], strict=True)
+        for new in (
+            Turn("human", f"{asked.text} {IN_A_SENTENCE}"),
+            Turn("gpt", answer_in_a_sentence(question, answer)),
+        )
+    ]
+    return replace(record, source="easy-vqa-sentences", turns=tuple(turns))
 
 
 def _number(record: Record) -> int:
