@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from manyeyes.cli.main import cli
+from manyeyes.data.builders import BUILDERS
 from manyeyes.estimate import ParameterCounts
 from manyeyes.estimate.dry_run import image_shape
 from manyeyes.estimate.memory import find_fits
@@ -64,7 +65,7 @@ def millions(count: int) -> float:
 
 
 def test_the_list_of_recipes_is_this_one() -> None:
-    assert set(PUBLISHED) | set(TWINS) | {"tiny"} <= set(list_recipes())
+    assert set(PUBLISHED) | set(TWINS) | {"tiny", "smol"} <= set(list_recipes())
     assert len(PUBLISHED) == 28
 
 
@@ -85,6 +86,20 @@ def test_a_published_recipe_builds_offline_and_every_stage_trains_what_it_names(
         assert spec.batch_size % spec.micro_batch_size == 0
         assert spec.precision == "bf16"
         assert (spec.weight_decay, spec.betas, spec.max_grad_norm) == (0.0, (0.9, 0.999), 1.0)
+
+
+def test_smol_is_a_published_language_model_that_keeps_its_own_chat_and_adapts_by_few_weights() -> None:
+    found = recipe("smol")
+    assert counts("smol").language_model == 134_515_008  # as its model card says
+    assert image_shape(skeleton("smol")).tokens == 9
+    assert found.model.chat.template == "tokenizer"
+    for which, spec in found.present_stages():
+        assert not any(group.startswith("encoders") for group in spec.train)
+        assert spec.keep_features
+        assert (spec.lora is not None) == (which == "sft")
+        builders = {part.dataset.rpartition("-")[0] for part in spec.mixture}
+        assert builders <= set(BUILDERS)
+        assert not {part.dataset for part in spec.mixture} & set(found.data.eval_datasets)
 
 
 @pytest.mark.parametrize("system", ["llava", "eagle", "cambrian", "mini-gemini"])
