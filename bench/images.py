@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,16 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from bench import RESULTS, describe, write_result
 from bench.contamination import encode, photographs
 from manyeyes.runtime.preprocess import ImageTransform, decode_image, transform_image
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = {1: (336,), 4: (224, 336, 384, 448)}
 GOALS = {1: 1.5, 4: 2.5}
 MEAN_LIMIT, MOST = 1 / 255, 4 / 255
@@ -61,7 +56,7 @@ def compare(files: list[bytes], count: int, *, rounds: int) -> dict[str, Any]:
             made.append([transform_image(image, transform) for transform in transforms])
         return made
 
-    ratios, seconds = [], []
+    seconds: list[tuple[float, float]] = []
     mean_gap = most = 0.0
     for number in range(rounds + 1):
         (theirs, a), (own, b) = _timed(peer), _timed(ours)
@@ -73,28 +68,14 @@ def compare(files: list[bytes], count: int, *, rounds: int) -> dict[str, Any]:
             ]
             mean_gap, most = max(float(gap.mean()) for gap in gaps), max(float(gap.max()) for gap in gaps)
             continue
-        ratios.append(a / b)
         seconds.append((a, b))
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {
-        "name": f"image files to pixels, {count} encoder{'s' if count > 1 else ''}: transformers' processor / ours",
-        "ratio_median": statistics.median(ratios),
-        "ratio_iqr": [low, high],
-        "goal": GOALS[count],
-        "rounds": rounds,
-        "equal": {
-            "mean_gap_of_255": mean_gap * 255,
-            "largest_gap_of_255": most * 255,
-            "equal": mean_gap <= MEAN_LIMIT and most <= MOST,
-        },
-        "images_per_cpu_s": [len(files) / statistics.median(side) for side in zip(*seconds, strict=True)],
-        "machine": f"{platform.machine()}, 1 thread, process CPU time",
-        "versions": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "transformers": transformers.__version__,
-        },
+    title = f"image files to pixels, {count} encoder{'s' if count > 1 else ''}: transformers' processor / ours"
+    evidence = {
+        "mean_gap_of_255": mean_gap * 255,
+        "largest_gap_of_255": most * 255,
+        "equal": mean_gap <= MEAN_LIMIT and most <= MOST,
     }
+    return describe(title, seconds, goal=GOALS[count], equal=evidence, packages=("torchvision", "pillow"))
 
 
 def _timed(call: Callable[[], Pixels]) -> tuple[Pixels, float]:
@@ -111,14 +92,10 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = [encode(image, quality) for image in list(photographs().values())[::3] for quality in (90, 0)]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    equal = True
+    failed = 0
     for count in SIZES:
-        result = compare(files, count, rounds=arguments.rounds)
-        (arguments.out / f"images_{count}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(result, indent=2), flush=True)
-        equal = equal and result["equal"]["equal"]
-    return 0 if equal else 1
+        failed |= write_result(compare(files, count, rounds=arguments.rounds), arguments.out / f"images_{count}.json")
+    return failed
 
 
 if __name__ == "__main__":

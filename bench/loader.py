@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from bench import RESULTS, describe, write_result
+
 SIZES = (1_000, 100_000, 1_000_000)
 WORKERS = (0, 1, 2)
 SHARD_ROWS = 100_000
@@ -31,7 +32,6 @@ BATCH = 32
 STEPS = 60
 MOST_GROWTH = 1.1
 DATASET = "records-train"
-RESULT = Path(__file__).parent / "results" / "loader.json"
 
 
 def make_data(folder: Path, rows: int) -> None:
@@ -128,6 +128,7 @@ def main() -> int:
     """Print two tables and write the figures; exit 1 if batches differ or memory grows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("measure", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -141,45 +142,44 @@ def main() -> int:
     root = Path(__file__).resolve().parents[1]
     remote, md5 = str(root / read_default_remote(root)), read_dvc_file(root / "data.dvc").md5
     pretrained = open_snapshot(md5=md5, remote=remote, cache_dir=root / "runs" / "cache").path
-    rows = []
+    rows: list[dict[str, object]] = []
+    peaks: dict[int, list[float]] = {}
+    equal = True
     with tempfile.TemporaryDirectory() as temporary:
         for size in SIZES:
             folder = Path(temporary) / str(size)
             make_data(folder, size)
-            memory = in_own_process(folder)
+            peaks[size] = []
             speeds: dict[int, list[float]] = {workers: [] for workers in WORKERS}
-            batches = set()
+            batches, orders = set(), set()
             for _ in range(arguments.rounds):
+                memory = in_own_process(folder)
+                peaks[size].append(float(str(memory["peak_mb"])))
+                orders.add(memory["order"])
                 for workers in WORKERS:
                     found = in_own_process(folder, workers, pretrained)
                     speeds[workers].append(float(str(found["records_per_s"])))
                     batches.add(found["batches"])
+            equal = equal and len(batches) == len(orders) == 1
             rows.append(
                 {
                     "records": size,
-                    **memory,
+                    "peak_mb": statistics.median(peaks[size]),
+                    "growth_mb": memory["growth_mb"],
                     "records_per_s": {str(workers): statistics.median(found) for workers, found in speeds.items()},
-                    "equal": len(batches) == 1,
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    growth = float(str(rows[-1]["peak_mb"])) / float(str(rows[1]["peak_mb"]))
-    equal = all(row["equal"] for row in rows)
-    RESULT.parent.mkdir(exist_ok=True)
-    facts = {
-        "name": "P11 loader",
-        "rows": rows,
-        "memory_ratio": growth,
-        "goal": f"memory at most {MOST_GROWTH}",
-        "rounds": arguments.rounds,
-        "equal": equal,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"python": platform.python_version()},
-    }
-    RESULT.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    verdict = "equal" if equal else "DIFFERENT"
-    print(f"memory from {SIZES[1]:,} to {SIZES[-1]:,} records: {growth:.2f} times; batches: {verdict}")
-    return 0 if equal and growth <= MOST_GROWTH else 1
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    small, large = SIZES[1], SIZES[-1]
+    result = describe(
+        f"loading, the memory that it takes: {small:,} records / {large:,}",
+        list(zip(peaks[small], peaks[large], strict=True)),
+        goal=round(1 / MOST_GROWTH, 2),
+        equal={"batches_by_number_of_workers": "the same" if equal else "differ", "equal": equal},
+        measured="peak_mb",
+    )
+    failed = write_result({**result, "rows": rows}, arguments.out / "loader.json")
+    return failed or int(result["ratio_median"] < 1 / MOST_GROWTH)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ step differ by more than 1e-4, or its gradients' cosine from 1, fails.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import random
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench import RESULTS, describe, write_result
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import open_snapshot, read_default_remote, read_dvc_file
 from manyeyes.model import build_processor
@@ -35,7 +33,6 @@ from manyeyes.recipe import PackingSpec, load_recipe
 from manyeyes.runtime.chat import Encoded
 from manyeyes.training.packing import SampleSize, pack_row, share_out
 
-RESULT = Path(__file__).parent / "results" / "packing.json"
 STEP, MICRO_BATCH, TOKENS = 32, 8, 2048
 IMAGE_TOKENS, LONGEST = 64, 1024
 # The packing's own part of what is wanted beside TRL's trainer, which pads: that adds its logits of all positions.
@@ -114,7 +111,7 @@ def main() -> int:
     """Run both sides in turn; exit 1 where they are not equal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(__file__).resolve().parents[1]
@@ -135,7 +132,8 @@ def main() -> int:
     config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=LONGEST, **SIZES)
     model = AutoModelForCausalLM.from_config(config)
     enable_packing(model, longest=LONGEST)
-    ratios, cpu, gap, cosine = [], [], 0.0, 1.0
+    cpu: list[tuple[float, float]] = []
+    gap, cosine = 0.0, 1.0
     real = padded_places = packed_places = 0
     for number in range(arguments.rounds + 1):
         step = make_conversations(texts, seed=number)
@@ -151,29 +149,21 @@ def main() -> int:
         gap = max(gap, abs(losses[1] / losses[0] - 1))
         cosine = min(cosine, torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0).item())
         if number:  # the first one warms up
-            ratios.append(seconds[0] / seconds[1])
-            cpu.append(seconds)
+            cpu.append((seconds[0], seconds[1]))
             real += sum(len(each.input_ids) for each in step)
             padded_places, packed_places = padded_places + places[0], packed_places + places[1]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    speeds = [real / sum(own) for own in zip(*cpu, strict=True)]
-    result = {
-        "name": f"fine-tuning of a language model on unlike lengths, {STEP} samples a step: micro-batches of "
-        f"{MICRO_BATCH} padded records / of {TOKENS} packed tokens; own padded batches, not TRL's",
-        "ratio_median": statistics.median(ratios),
-        "ratio_iqr": [low, high],
-        "goal": GOAL,
-        "rounds": arguments.rounds,
-        "equal": {"loss_gap": gap, "gradient_cosine": cosine, "equal": gap < 1e-4 and cosine > 0.9999},
-        "padding": {"padded": 1 - real / padded_places, "packed": 1 - real / packed_places},
-        "real_tokens_per_cpu_s": {"padded": speeds[0], "packed": speeds[1]},
-        "machine": f"{platform.machine()}, 1 thread, process CPU time",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    title = (
+        f"packing, a language model on unlike lengths, {STEP} samples a step: padded batches of our own, {MICRO_BATCH} "
+        f"each / rows of {TOKENS} tokens"
+    )
+    evidence = {
+        "loss_gap": gap,
+        "gradient_cosine": cosine,
+        "padding_of_padded": 1 - real / padded_places,
+        "padding_of_packed": 1 - real / packed_places,
+        "equal": gap < 1e-4 and cosine > 0.9999,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["equal"]["equal"] else 1  # type: ignore[index]
+    return write_result(describe(title, cpu, goal=GOAL, equal=evidence), arguments.out / "packing.json")
 
 
 if __name__ == "__main__":

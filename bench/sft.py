@@ -11,7 +11,6 @@ TRL is installed beside this Python, into ``runs/bench/trl``; where that cannot 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -26,11 +25,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor, Trainer
 
+from bench import RESULTS, write_result
 from bench.peers_install import make_python
 from bench.peers_model import write_peer_model
 from bench.training import (
     IMAGE_TOKEN,
-    RESULTS,
     SIZES,
     Ours,
     Peer,
@@ -173,8 +172,6 @@ class PackedOurs(Ours):
 
 def measure(rounds: int, steps: int) -> dict[str, Any]:
     """The ratio, in a Python that has TRL."""
-    import trl
-
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     rows = make_rows(steps)
@@ -183,7 +180,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
         write_peer_model(folder / "published", SIZES)
         convert(folder / "published", folder / "manyeyes")
         title = f"sft, lengths mixed: TRL's SFTTrainer, padded / ours, packed, {STEP} samples a step"
-        result = compare(
+        return compare(
             "sft",
             title,
             PackedOurs(folder / "manyeyes"),
@@ -193,16 +190,15 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
             goal=GOAL,
             rounds=rounds,
             folder=folder,
+            packages=("trl",),
         )
-    result["versions"]["trl"] = trl.__version__
-    return result
 
 
 def main() -> int:
     """Install TRL beside this Python, and measure there; exit 1 where the results differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="a round, the first of them dropped")
+    parser.add_argument("--steps", type=int, default=2, help="a round, the first of them dropped")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -214,11 +210,7 @@ def main() -> int:
         path = os.pathsep.join([str(ROOT), str(ROOT / "models"), os.environ.get("PYTHONPATH", "")])
         command = [str(python), "-m", "bench.sft", "--inside", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
-    result = measure(arguments.rounds, arguments.steps)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "sft.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["equal"]["equal"] else 1
+    return write_result(measure(arguments.rounds, arguments.steps), arguments.out / "sft.json")
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ transformers' format and converted. Each side trains some steps on the same toke
 AdamW; the first step is dropped, rounds are interleaved, and process CPU time of one thread is taken. Losses and
 gradient norms are compared in every round and the gradients' direction once; a run in which they differ fails.
 
-Stages: ``projector`` trains the projector alone; ``prealign`` the encoder and the projector. Of the latter the peer
-runs twice: with everything frozen that does not train, and naively, where only the optimizer's list says what trains.
+Stages: ``projector`` trains the projector alone, once more with the encoder's features kept from an epoch before;
+``prealign`` the encoder and the projector. Of the latter the peer runs twice: with everything frozen that does not
+train, and naively, where only the optimizer's list says what trains.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import hashlib
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,19 @@ import transformers
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
+from bench import RESULTS, describe, write_result
 from bench.peers_model import PeerModel, write_peer_model
 from manyeyes.converters.convert import convert
 from manyeyes.model import load_checkpoint
 from manyeyes.recipe import MixturePart, Schedule, StageSpec
 from manyeyes.training.ahead import StepBatches
 from manyeyes.training.batches import Batch
+from manyeyes.training.features import FeatureFiles, FrozenFeatures, FrozenImage, FrozenReader
 from manyeyes.training.loop import batch_loss, loss_function, train
 from manyeyes.training.optimizer import build_optimizer, freeze_others, learning_rates
 from manyeyes.training.processes import Processes
 from manyeyes.training.running import RunningCheckpoints
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = PeerModel(image_size=224, patch=16, encoder_width=384, encoder_depth=13, vocabulary=32000)
 BATCH, TEXT, SUPERVISED, RATE = 2, 32, 24, 1e-3
 # No clipping: a naive peer would clip by the norm of gradients that it throws away.
@@ -48,11 +48,18 @@ NO_CLIPPING = 1e6
 IMAGE_TOKEN = 4
 Rows = list[dict[str, Tensor]]
 TOLERANCE, LEAST_COSINE = 1e-5, 0.9999
-# What trains, whether the peer is naive about it, and the ratio that is wanted.
-STAGES: dict[str, tuple[tuple[str, ...], bool, float]] = {
-    "projector": (("projector",), False, 1.4),
-    "prealign": (("encoders", "projector"), False, 1.3),
-    "prealign_naive": (("encoders", "projector"), True, 2.2),
+# What trains, and the ratio that is wanted; of a naive peer, and with kept features.
+STAGES: dict[str, tuple[tuple[str, ...], float]] = {
+    "projector": (("projector",), 1.4),
+    "projector_kept": (("projector",), 1.65),
+    "prealign": (("encoders", "projector"), 1.3),
+    "prealign_naive": (("encoders", "projector"), 2.2),
+}
+TITLES = {
+    "projector": "projector",
+    "projector_kept": "projector, features kept before",
+    "prealign": "prealign",
+    "prealign_naive": "prealign, nothing frozen by theirs",
 }
 # Of the peer, what trains; the rest is its language model.
 _TRAINED = {
@@ -186,8 +193,9 @@ class _Stream:
 
     waited_s = 0.0
 
-    def __init__(self, batches: Sequence[list[Batch]]) -> None:
+    def __init__(self, batches: Sequence[list[Batch]], complete: Callable[[Batch], Batch]) -> None:
         self._batches = iter(batches)
+        self._complete = complete
         self.asked: list[float] = []
 
     def go_to(self, step: int) -> None:
@@ -196,7 +204,7 @@ class _Stream:
     def next_step(self) -> StepBatches:
         """The next step's."""
         self.asked.append(time.process_time())
-        made = next(self._batches)
+        made = [self._complete(batch) for batch in next(self._batches)]
         return StepBatches(sum(batch.num_supervised for batch in made), iter(made))
 
 
@@ -224,7 +232,7 @@ class Ours:
         """Train once from the first weights."""
         _restore(list(self.trained.values()), self.start)
         planned = list(self.steps(rows))
-        stream, steps = _Stream(planned), len(planned)
+        stream, steps = _Stream(planned, self.complete), len(planned)
         optimizer = build_optimizer(self.groups, self.rates, self.spec)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -257,11 +265,15 @@ class Ours:
         self.model.zero_grad()
         first = next(iter(self.steps(rows)))
         supervised = sum(batch.num_supervised for batch in first)
-        for batch in first:
+        for batch in map(self.complete, first):
             (batch_loss(self.model, batch, device=self.processes.device) / supervised).backward()
         found = {name: own.grad.clone() for name, own in self.trained.items() if own.grad is not None}
         self.model.zero_grad()
         return found
+
+    def complete(self, batch: Batch) -> Batch:
+        """What a step does to a batch before it trains on it."""
+        return batch
 
     def steps(self, rows: Rows) -> Iterator[list[Batch]]:
         """Micro-batches of each step."""
@@ -286,6 +298,43 @@ class Ours:
             yield [made]
 
 
+class OursKept(Ours):
+    """Ours, with the encoder's features read from files that a first epoch wrote."""
+
+    def __init__(self, checkpoint: Path, groups: Sequence[str], rows: Rows, folder: Path) -> None:
+        super().__init__(checkpoint, groups)
+        (self.name,) = self.model.encoder_sizes
+        self.folder = folder
+        self.frozen = self._open()
+        for step in self.steps(rows):
+            self.complete(step[0])
+        self.frozen.write()
+
+    def _open(self) -> FrozenFeatures:
+        files = {self.name: FeatureFiles(self.folder, "k" * 32, most_bytes=2**30)}
+        reader = FrozenReader([self.name], [], shared=False, files=files)
+        return FrozenFeatures(
+            self.model, reader, files=files, plans=(), device=self.processes.device, precision=self.spec.precision
+        )
+
+    def run(self, rows: Rows, folder: Path) -> Outcome:
+        """With files that are opened anew, and whose checksums are looked at."""
+        self.frozen = self._open()
+        return super().run(rows, folder)
+
+    def complete(self, batch: Batch) -> Batch:
+        """Read what is kept."""
+        return replace(batch, frozen=(), features=self.frozen.complete(batch.frozen))
+
+    def steps(self, rows: Rows) -> Iterator[list[Batch]]:
+        """Micro-batches without pixels."""
+        for (batch,) in super().steps(rows):
+            images = batch.pixel_values[self.name].split(1)
+            digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
+            frozen = [FrozenImage(own, {}, {self.name: image}) for own, image in zip(digests, images, strict=True)]
+            yield [replace(batch, pixel_values={}, frozen=tuple(frozen))]
+
+
 def _restore(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for parameter, first in zip(parameters, start, strict=True):
@@ -293,37 +342,36 @@ def _restore(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> None:
 
 
 def compare(
-    name: str, title: str, ours: Ours, peer: Peer, rows: Rows, *, norms: bool, goal: float, rounds: int, folder: Path
+    name: str,
+    title: str,
+    ours: Ours,
+    peer: Peer,
+    rows: Rows,
+    *,
+    norms: bool,
+    goal: float,
+    rounds: int,
+    folder: Path,
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One ratio, as its JSON file has it."""
     own, theirs = ours.gradients(rows), peer.gradients(rows, folder)
     flat = [torch.cat([side[key].flatten() for key in own]).double() for side in (own, theirs)]
     cosine = float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
-    ratios, seconds, gap = [], [], 0.0
+    seconds, gap = [], 0.0
     for number in range(rounds + 1):
         a, b = peer.run(rows, folder / "trainer"), ours.run(rows, folder / "running")
         for left, right in [(a.losses, b.losses), (a.norms, b.norms)][: 1 + norms]:
             gap = max(gap, *(abs(x / y - 1) for x, y in zip(left, right, strict=True)))
         if number:
-            ratios.append(a.seconds / b.seconds)
             seconds.append((a.seconds, b.seconds))
-            print(f"  {name}: {ratios[-1]:.2f}", file=sys.stderr, flush=True)
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {
-        "name": title,
-        "ratio_median": statistics.median(ratios),
-        "ratio_iqr": [low, high],
-        "goal": goal,
-        "rounds": rounds,
-        "equal": {
-            "loss_and_norm_gap" if norms else "loss_gap": gap,
-            "gradient_cosine": cosine,
-            "equal": gap < TOLERANCE and cosine > LEAST_COSINE,
-        },
-        "cpu_s_a_step": [statistics.median(side) for side in zip(*seconds, strict=True)],
-        "machine": f"{platform.machine()}, 1 thread, process CPU time",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            print(f"  {name}: {a.seconds / b.seconds:.2f}", file=sys.stderr, flush=True)
+    evidence = {
+        "loss_and_norm_gap" if norms else "loss_gap": gap,
+        "gradient_cosine": cosine,
+        "equal": gap < TOLERANCE and cosine > LEAST_COSINE,
     }
+    return describe(title, seconds, goal=goal, equal=evidence, packages=packages)
 
 
 def main() -> int:
@@ -331,27 +379,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="a round, the first of them dropped")
+    parser.add_argument("--only", choices=tuple(STAGES), nargs="+", default=tuple(STAGES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    equal = True
+    failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_peer_model(folder / "published", SIZES)
         convert(folder / "published", folder / "manyeyes")
-        arguments.out.mkdir(parents=True, exist_ok=True)
         rows = make_rows(arguments.steps)
-        for name, (groups, naive, goal) in STAGES.items():
-            title = f"{name.replace('_', ', ')}: transformers' Trainer and LLaVA / ours, {BATCH} images a step"
-            ours, peer = Ours(folder / "manyeyes", groups), Peer(folder / "published", groups, naive=naive)
+        for name in arguments.only:
+            (groups, goal), naive = STAGES[name], name.endswith("_naive")
+            title = f"{TITLES[name]}: transformers' Trainer and LLaVA / ours, {BATCH} images a step"
+            peer = Peer(folder / "published", groups, naive=naive)
+            if name.endswith("_kept"):
+                ours: Ours = OursKept(folder / "manyeyes", groups, rows, folder / "features")
+            else:
+                ours = Ours(folder / "manyeyes", groups)
             result = compare(
                 name, title, ours, peer, rows, norms=not naive, goal=goal, rounds=arguments.rounds, folder=folder
             )
-            (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            print(json.dumps(result, indent=2), flush=True)
-            equal = equal and result["equal"]["equal"]
-    return 0 if equal else 1
+            failed |= write_result(result, arguments.out / f"{name}.json")
+    return failed
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=1, linestyle="dashed")
     axes.set_yticks(places, [each["name"].split(":")[0] for each in results])
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as theirs")
+    axes.set_xlabel("theirs / ours")
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
