@@ -71,11 +71,11 @@ def run(folder: Path, text: str, mode: str = "well") -> tuple[int, str, RunSumma
     return process.returncode, output, read_summary(folder)
 
 
-def start_hanging(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def start_hanging(folder: Path, mode: str = "hang") -> tuple[subprocess.Popen[str], list[int]]:
     """A run with two steps that hang; the pids of their processes."""
     for old in (folder / "pids").iterdir():
         old.unlink()
-    process = start(folder, "one two", "hang")
+    process = start(folder, "one two", mode)
     deadline = time.monotonic() + 60
     while len(list((folder / "pids").iterdir())) < 2:
         assert process.poll() is None
@@ -188,6 +188,26 @@ def test_ctrl_c_stops_every_process_and_exits_with_130(toy: Path) -> None:
     assert "failed" not in output
     wait_until_gone(pids, seconds=1)
     assert read_summary(toy).status == "interrupted"
+
+
+def test_ctrl_c_waits_for_what_a_step_still_saves(toy: Path) -> None:
+    process, pids = start_hanging(toy, "save")
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Ctrl-C again ends it at once" in output
+    assert all((toy / "pids" / f"{pid}-saved").is_file() for pid in pids)
+
+
+def test_a_second_ctrl_c_waits_for_nothing(toy: Path) -> None:
+    process, pids = start_hanging(toy, "save")
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not any((toy / "pids" / f"{pid}-saved").exists() for pid in pids)
+    wait_until_gone(pids, seconds=1)
 
 
 def test_kill_9_of_the_runner_leaves_no_orphan_and_the_next_run_starts(toy: Path) -> None:

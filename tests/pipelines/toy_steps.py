@@ -27,6 +27,14 @@ def letters(reporter: Reporter, *, word: str, mode: str, total_out: Path) -> Ste
         Path(os.environ["TOY_PIDS"], f"{os.getpid()}").touch()
         reporter.progress("hanging", done=0.5, eta_s=60)
         time.sleep(120)
+    if mode == "save":
+        pid = Path(os.environ["TOY_PIDS"], f"{os.getpid()}")
+        pid.touch()
+        try:
+            time.sleep(120)
+        finally:
+            time.sleep(3)
+            pid.with_name(f"{pid.name}-saved").touch()
     print(f"letters of {word}")
     total_out.write_text(str(len(word)), encoding="utf-8")
     return StepResult(f"{len(word)} letters", metrics={"letters": len(word)})

@@ -90,6 +90,10 @@ class ProgressView:
                 if self._live is None:
                     self._log(step, line)
 
+    def say(self, text: str) -> None:
+        """Show a line of text."""
+        self.console.print(text, highlight=False, markup=False)
+
     def end(self) -> None:
         """Stop showing."""
         if self._live is not None:
@@ -162,7 +166,8 @@ def _short(path: Path) -> str:
 
 
 _POLL_S = 0.2
-_GRACE_S = 15.0
+# What a pod has to end, too; it is said what a wait of some seconds is for.
+_GRACE_S, _QUIET_S = 30.0, 2.0
 # Telemetry of other people's packages, and thread pools that fork badly.
 _QUIET = {
     **OFF,
@@ -312,20 +317,28 @@ def _run_child(
                 drain()
                 view.interrupt()
         finally:
-            _end_group(child, grace_s=_GRACE_S if child.poll() is None else 0.0)
+            _end_group(child, signals, view=view, grace_s=_GRACE_S if child.poll() is None else 0.0)
         drain()
     if signals:
         return "interrupted", events, 128 + signals[0]
     return ("succeeded" if child.returncode == 0 else "failed"), events, child.returncode
 
 
-def _end_group(child: subprocess.Popen[bytes], *, grace_s: float) -> None:
-    """End the child and whatever it started; nothing outlives a run."""
+def _end_group(child: subprocess.Popen[bytes], signals: list[int], *, view: ProgressView, grace_s: float) -> None:
+    """End the child and whatever it started; nothing outlives a run. A stage saves the step that it is at first."""
+    begun, told = time.monotonic(), False
     try:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGTERM)
-            child.wait(timeout=grace_s)
-    except subprocess.TimeoutExpired:
+        # The steps outlive the child by what they still write.
+        while time.monotonic() < begun + grace_s and len(signals) < 2:
+            child.poll()
+            os.killpg(child.pid, 0)
+            if not told and time.monotonic() > begun + _QUIET_S:
+                view.say("what is trained is saved first; Ctrl-C again ends it at once")
+                told = True
+            time.sleep(_POLL_S)
+    except ProcessLookupError:
         pass
     finally:
         with suppress(ProcessLookupError):
