@@ -56,7 +56,8 @@ def train_stage(
             f"step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
             f"{progress.samples_per_s:,.0f} samples/s, {progress.tokens_per_s:,.0f} tokens/s "
             f"({progress.padding:.0%} padding beside them, {progress.supervised:.0%} supervised), "
-            f"waits for data {progress.data_wait:.0%} of the time, for checkpoints {progress.checkpoint_stall:.1%}"
+            f"waits for data {progress.data_wait:.0%} of the time, for checkpoints {progress.checkpoint_stall:.1%}, "
+            f"{progress.mfu:.0%} of the peak, {progress.peak_memory_gb:.1f} GB"
             + (f"; {progress.slow}" if progress.slow else ""),
             done=progress.step / progress.steps,
             eta_s=progress.eta_s,
@@ -70,6 +71,8 @@ def train_stage(
                 "tokens_per_s": progress.tokens_per_s,
                 "padding": progress.padding,
                 "supervised": progress.supervised,
+                "mfu": progress.mfu,
+                "peak_memory_gb": progress.peak_memory_gb,
             },
         )
 
@@ -110,6 +113,8 @@ def train_stage(
         ("seconds of training", report.seconds),
         ("samples a second", speed),
         ("tokens a second", f"{tokens_per_s:,.0f} ({tokens.supervised_share:.1%} of them supervised)"),
+        ("model FLOPs utilisation", f"{report.mfu or 0.0:.1%} of what the devices can compute"),
+        ("memory at its highest", f"{report.peak_memory_gb or 0.0:,.2f} GB in a process"),
         ("padding", f"{tokens.padding:.1%} of what the language model computed"),
         ("seconds of waiting for data", f"{waited_s:,.1f} ({data_wait:.1%} of the training)"),
         ("seconds of waiting for running checkpoints", f"{stalled_s:,.1f} ({checkpoint_stall:.1%} of the training)"),
@@ -128,6 +133,8 @@ def train_stage(
     ]
     loss = Curve("loss", [(point.step, point.loss) for point in report.history])
     rate = Curve("learning rate", [(point.step, point.learning_rate) for point in report.history], "off")
+    use = Curve("MFU", [(point.step, point.mfu or 0.0) for point in report.history])
+    wait = Curve("waiting for data", [(point.step, point.data_wait or 0.0) for point in report.history], "off")
     name = f"{stage} of {encoder}" if encoder else stage
     return StepResult(
         headline=f"loss {report.first_loss:.3f} to {report.final_loss:.3f}, {speed:,.0f} samples/s",
@@ -142,6 +149,8 @@ def train_stage(
             "tokens_per_s": tokens_per_s,
             "padding": tokens.padding,
             "supervised": tokens.supervised_share,
+            "mfu": report.mfu or 0.0,
+            "peak_memory_gb": report.peak_memory_gb or 0.0,
         },
         html=step_page(
             f"Stage {name}",
@@ -149,6 +158,8 @@ def train_stage(
             {
                 "Loss": draw_curves([loss], x_label="optimizer step", y_label="loss per supervised token"),
                 "Learning rate": draw_curves([rate], x_label="optimizer step", y_label="learning rate"),
+                "Use of the devices": draw_curves([use], x_label="optimizer step", y_label="share of their peak"),
+                "Waiting for data": draw_curves([wait], x_label="optimizer step", y_label="share of the time"),
                 "Figures": facts_table(rows),
             },
         ),

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from manyeyes.training.optimizer import schedule_factor, set_learning_rates
 from manyeyes.training.processes import Processes
 from manyeyes.training.running import HistoryPoint, RunningCheckpoints, RunningState, TokenCounts, noting_signals
 from manyeyes.training.sharding import ShardedLoss, WholeLoss, clip_gradients
+from manyeyes.training.throughput import ModelFlops, peak_memory, peak_of
 
 HISTORY_POINTS = 100
 PROGRESS_EVERY_S = 1.0
@@ -47,6 +48,8 @@ class Progress(StrictModel):
     tokens_per_s: float = Field(description="Tokens a second in this attempt, without padding.")
     padding: float = Field(description="Share of padding in what the language model computed in this attempt.")
     supervised: float = Field(description="Share of supervised tokens among the real ones in this attempt.")
+    mfu: float = Field(description="Model FLOPs utilisation in this attempt: share of what the devices can compute.")
+    peak_memory_gb: float = Field(description="Memory at its highest in the process that takes most, 1e9 bytes.")
     eta_s: float = Field(description="Seconds until the last step at this speed.")
     seconds: float = Field(description="Seconds trained so far, over all attempts.")
     slow: str = Field(default="", description="Which process is far slower than the others; empty where none is.")
@@ -63,6 +66,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     processes: Processes,
     checkpoints: RunningCheckpoints,
+    flops: ModelFlops,
     seed: int,
     report: Callable[[int, HistoryPoint, float, str], None],
 ) -> tuple[RunningState, int]:
@@ -81,6 +85,7 @@ def train(
         optimizer: Over them.
         processes: Who else takes part.
         checkpoints: The stage's running ones, of these parameters; closed here.
+        flops: Of the model of ``loss_of``.
         seed: Of dropout and the like.
         report: Called about once a second with steps done, the current figures, seconds so far, and which process is
             slow.
@@ -108,6 +113,7 @@ def train(
     samples, samples_since_mark, waited_at_mark, stalled_at_mark = 0, 0, 0.0, 0.0
     every = max(1, steps // HISTORY_POINTS)
     busy = [0.0] * processes.size
+    peak = peak_of(processes, stage.precision)
 
     def state() -> RunningState:
         return RunningState(
@@ -133,6 +139,7 @@ def train(
                 busy_s = stream.waited_s - waited_s
                 began = time.monotonic()
                 step_loss, num_tokens, num_places = torch.zeros(1, device=processes.device), 0, 0
+                num_flops = 0.0
                 parts_losses: list[Tensor] = []
                 for batch, calls in loss_of.agree(share.batches):
                     with (
@@ -147,16 +154,20 @@ def train(
                     parts_losses.append(loss.detach())
                     if batch is not None:
                         num_tokens, num_places = num_tokens + batch.num_tokens, num_places + batch.num_places
+                        num_flops += flops.of(batch)
                     del batch, loss
                 step_loss = step_loss.cpu()  # so that a GPU is done
                 busy_s += time.monotonic() - began
                 processes.sum_gradients(trained)
                 norm = clip_gradients(trained, stage.max_grad_norm, processes)
-            told = [float(num_tokens), float(num_places), float(interruption.number is not None), *checkpoints.flags()]
-            told += [busy_s if rank == processes.rank else 0.0 for rank in range(processes.size)]
+            told = [float(num_tokens), float(num_places), num_flops, float(interruption.number is not None)]
+            told += checkpoints.flags()
+            for own in (busy_s, float(peak_memory(processes.device))):
+                told += [own if rank == processes.rank else 0.0 for rank in range(processes.size)]
             summed = processes.sum(torch.cat([step_loss, torch.tensor(told)]))
-            loss_value, real, places, stop, *flags = summed.tolist()
-            flags, seconds_by_rank = flags[: -processes.size], flags[-processes.size :]
+            loss_value, real, places, all_flops, stop, *flags = summed.tolist()
+            flags, by_rank = flags[: -2 * processes.size], flags[-2 * processes.size :]
+            seconds_by_rank, memory_gb = by_rank[: processes.size], max(by_rank[processes.size :]) / 1e9
             busy = [_KEPT_OF_BUSY * old + new for old, new in zip(busy, seconds_by_rank, strict=True)]
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise RecipeError(
@@ -176,7 +187,7 @@ def train(
             num_new = min(stage.batch_size, num_samples - step * stage.batch_size)
             samples += num_new
             samples_since_mark += num_new
-            new = TokenCounts(real=round(real), places=round(places), supervised=round(total))
+            new = TokenCounts(real=round(real), places=round(places), supervised=round(total), flops=all_flops)
             tokens, tokens_since_mark = tokens + new, tokens_since_mark + new
             now = time.monotonic()
             done, last = step + 1, step + 1 == steps
@@ -191,6 +202,8 @@ def train(
                 tokens_per_s=tokens.real / (now - started),
                 padding=tokens.padding,
                 supervised=tokens.supervised_share,
+                mfu=tokens.flops / peak / (now - started),
+                peak_memory_gb=memory_gb,
             )
             if done % every == 0 or last:
                 since = now - marked
@@ -202,6 +215,7 @@ def train(
                     "tokens_per_s": tokens_since_mark.real / since,
                     "padding": tokens_since_mark.padding,
                     "supervised": tokens_since_mark.supervised_share,
+                    "mfu": tokens_since_mark.flops / peak / since,
                 }
                 history.append(point.model_copy(update=means))
                 losses, samples_since_mark, marked, tokens_since_mark = [], 0, now, TokenCounts()
@@ -281,7 +295,12 @@ def _what_takes_less(stage: StageSpec) -> str:
 
 
 def loss_function(
-    model: ManyEyesForConditionalGeneration, stage: StageSpec, *, processes: Processes, sharded: bool
+    model: ManyEyesForConditionalGeneration,
+    stage: StageSpec,
+    *,
+    processes: Processes,
+    sharded: bool,
+    flops: ModelFlops | None = None,
 ) -> WholeLoss | ShardedLoss:
     """What ``train`` computes.
 
@@ -290,10 +309,11 @@ def loss_function(
         stage: Its precision.
         processes: Who takes part.
         sharded: Whether each process keeps a part alone.
+        flops: Counts what images take.
     """
 
     def compute(batch: Batch) -> Tensor:
-        return batch_loss(model, batch, device=processes.device)
+        return batch_loss(model, batch, device=processes.device, flops=flops)
 
     if sharded:
         return ShardedLoss(model, compute, processes=processes, precision=stage.precision)
@@ -301,7 +321,9 @@ def loss_function(
     return WholeLoss(compute)
 
 
-def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device) -> Tensor:
+def batch_loss(
+    model: ManyEyesForConditionalGeneration, batch: Batch, *, device: torch.device, flops: ModelFlops | None = None
+) -> Tensor:
     """Loss summed over the supervised tokens of a batch.
 
     Images run through the encoders once. Independent samples share the prefix that ends with their images; chained
@@ -309,11 +331,12 @@ def batch_loss(model: ManyEyesForConditionalGeneration, batch: Batch, *, device:
     """
     visual_tokens = None
     if batch.pixel_values or batch.features:
-        visual_tokens = model.encode_images(
-            {name: pixels.to(device, non_blocking=True) for name, pixels in batch.pixel_values.items()},
-            features=batch.features,
-            **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.size_inputs.items()},
-        )
+        with nullcontext() if flops is None else flops.seeing(batch):
+            visual_tokens = model.encode_images(
+                {name: pixels.to(device, non_blocking=True) for name, pixels in batch.pixel_values.items()},
+                features=batch.features,
+                **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.size_inputs.items()},
+            )
     losses: list[Tensor | None] = []
     if batch.packed is not None:
         row = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.packed.items()}

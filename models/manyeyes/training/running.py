@@ -80,6 +80,10 @@ class HistoryPoint(StrictModel):
     supervised: float | None = Field(
         default=None, description="Share of supervised tokens among the real ones since the point before."
     )
+    mfu: float | None = Field(default=None, description="Model FLOPs utilisation since the point before.")
+    peak_memory_gb: float | None = Field(
+        default=None, description="Memory at its highest so far, in the process that takes most, 1e9 bytes."
+    )
 
 
 class TokenCounts(StrictModel):
@@ -88,6 +92,7 @@ class TokenCounts(StrictModel):
     real: int = Field(default=0, description="Tokens, visual ones included.")
     places: int = Field(default=0, description="Those and padding.")
     supervised: int = Field(default=0, description="Tokens that the loss counts.")
+    flops: float = Field(default=0.0, description="Operations that the model needs for them and for their images.")
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         """Both together."""
@@ -95,6 +100,7 @@ class TokenCounts(StrictModel):
             real=self.real + other.real,
             places=self.places + other.places,
             supervised=self.supervised + other.supervised,
+            flops=self.flops + other.flops,
         )
 
     @property

@@ -53,6 +53,7 @@ from manyeyes.training.packing import packed_micro_batches
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.running import HistoryPoint, RunningCheckpoints, TokenCounts, drop_running, stage_lock
 from manyeyes.training.sharding import gather_tensor, make_whole, parts_of, shards
+from manyeyes.training.throughput import ModelFlops, peak_of
 
 # How often it saves, and what is held in which memory, do not change what it learns.
 _NOT_LEARNED = ("checkpoint_every_s", "checkpoint_encoders", "checkpoint_language_model", "sharding")
@@ -77,6 +78,12 @@ class StageReport(StrictModel):
         default=None, description="Seconds of those in which training waited for running checkpoints."
     )
     tokens: TokenCounts | None = Field(default=None, description="What went through the language model.")
+    mfu: float | None = Field(
+        default=None, description="Model FLOPs utilisation: share of what the devices can compute in those seconds."
+    )
+    peak_memory_gb: float | None = Field(
+        default=None, description="Memory at its highest in the last attempt, in the process that took most, 1e9 bytes."
+    )
     resumed_from_step: int | None = Field(description="Step that the last attempt went on from; null if unbroken.")
     notes: tuple[str, ...] = Field(default=(), description="What went wrong with running checkpoints on the way.")
     features: tuple[EncoderFeatures, ...] | None = Field(
@@ -285,7 +292,8 @@ def _train_and_save(
         encoder.set_checkpointing(spec.checkpoint_encoders)
     if spec.checkpoint_language_model:
         recompute_layers(model.language_model)
-    loss_of = loss_function(model, spec, processes=processes, sharded=sharded)
+    flops = ModelFlops(model)
+    loss_of = loss_function(model, spec, processes=processes, sharded=sharded, flops=flops)
     groups = parts_of(model, groups)
     parameters = {name: parameter for group in rates for name, parameter in groups[group]}
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
@@ -313,6 +321,8 @@ def _train_and_save(
                     tokens_per_s=point.tokens_per_s or 0.0,
                     padding=point.padding or 0.0,
                     supervised=point.supervised or 0.0,
+                    mfu=point.mfu or 0.0,
+                    peak_memory_gb=point.peak_memory_gb or 0.0,
                     eta_s=(num_samples - min(num_samples, step * spec.batch_size)) / point.samples_per_s,
                     seconds=seconds,
                     slow=slow,
@@ -373,6 +383,7 @@ def _train_and_save(
                 processes=processes,
                 every_s=spec.checkpoint_every_s,
             ),
+            flops=flops,
             seed=job.seed,
             report=report,
         )
@@ -408,6 +419,8 @@ def _train_and_save(
             data_wait_s=state.data_wait_s,
             checkpoint_stall_s=state.checkpoint_stall_s,
             tokens=state.tokens,
+            mfu=state.tokens.flops / state.seconds / peak_of(processes, spec.precision),
+            peak_memory_gb=state.history[-1].peak_memory_gb,
             features=None if frozen is None else tuple(frozen.reports()),
             resumed_from_step=begin or None,
             notes=state.notes,
