@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup run test check bench docs image clean
+.PHONY: help setup run test check bench gpu docs image clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -46,6 +46,10 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.images
 	@$(BIN)/python -m bench.encoders
 	@$(BIN)/python -m bench.features
+
+gpu: setup ## what only a GPU shows: its tests, and LLaVA-1.5-7B's stages beside the estimate; says so where there is none
+	@$(BIN)/python -m pytest -m gpu -p no:cacheprovider tests/invariants
+	@$(BIN)/python -m bench.gpu
 
 docs: setup ## documents that are generated from code
 	@$(BIN)/python docs/formats.py > docs/formats.md

@@ -40,6 +40,7 @@ from manyeyes.training.loop import batch_loss, loss_function, train
 from manyeyes.training.optimizer import build_optimizer, freeze_others, learning_rates
 from manyeyes.training.processes import Processes
 from manyeyes.training.running import RunningCheckpoints
+from manyeyes.training.throughput import ModelFlops
 
 SIZES = PeerModel(image_size=224, patch=16, encoder_width=384, encoder_depth=13, vocabulary=32000)
 BATCH, TEXT, SUPERVISED, RATE = 2, 32, 24, 1e-3
@@ -253,6 +254,7 @@ class Ours:
                 processes=self.processes,
                 every_s=self.spec.checkpoint_every_s,
             ),
+            flops=ModelFlops(self.model),
             seed=0,
             report=lambda *_: None,
         )

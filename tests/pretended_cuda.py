@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from manyeyes.training import throughput
+
 CUDA = torch.device("cuda", 0)
 # What torch is asked for in place of CUDA, which it would look for.
 _STAND_IN = torch.device("meta", 1)
@@ -150,6 +152,7 @@ def pretended_cuda() -> Iterator[torch.device]:
         with (
             patch.object(torch._C, "_InferenceMode", _no_grad),
             patch.object(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9)),
+            patch.object(throughput, "device_peak", lambda *_: 1e12),
             _Names(),
             _Factories(),
         ):

@@ -396,6 +396,7 @@ def test_flex_runs_on_an_ampere_gpu_with_triton_and_nowhere_else(monkeypatch: py
     assert not runs_flex(cuda, width=64, dropout=0.0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: packed attention on one is not compared with the CPU's"
 )

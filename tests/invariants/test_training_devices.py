@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from manyeyes.recipe import Recipe
+from manyeyes.recipe import Recipe, change_recipe
 from manyeyes.training import loop, stage
 from manyeyes.training.processes import Processes, training_processes
 from manyeyes.training.stage import StageReport, read_stage_report
@@ -106,6 +106,52 @@ def test_every_stage_trains_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
         on_gpu = run("gpu")
     for expected, found in zip(on_cpu, on_gpu, strict=True):
         assert [point.loss for point in found.history] == pytest.approx([p.loss for p in expected.history], rel=1e-3)
+
+
+def test_layers_are_compiled_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_snapshot(tmp_path / "data")
+    compiled: list[object] = []
+    monkeypatch.setattr(stage, "compile_layers", compiled.append)
+
+    def run(name: str) -> int:
+        recipe = toy_recipe(torch_compile=True, max_steps=1)
+        places = {"snapshot": tmp_path / "data", "inputs": tmp_path, "work_dir": tmp_path / f"work-{name}"}
+        run_toy_stage("pretrain", recipe=recipe, out=tmp_path / name, encoder_checkpoints={}, **places)
+        return len(compiled)
+
+    assert run("cpu") == 0
+    with one_gpu():
+        assert run("gpu") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no stage is trained on one")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"torch_compile": True},
+        {"packing": {"tokens": 256}},
+        {"precision": "bf16", "checkpoint_language_model": True},
+        {"lora": LORA},
+        {"lora": {**LORA, "quantize": "nf4"}},
+    ],
+    ids=["plain", "compiled", "packed", "bf16", "adapters", "4 bits"],
+)
+def test_a_stage_on_a_real_gpu_learns_what_the_cpu_learns(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_snapshot(tmp_path / "data")
+    recipe = change_recipe(toy_recipe(), {f"stages.sft.{field}": value for field, value in changes.items()})
+
+    def run(name: str) -> list[float]:
+        places = {"snapshot": tmp_path / "data", "inputs": tmp_path, "work_dir": tmp_path / f"work-{name}"}
+        report = run_toy_stage("sft", recipe=recipe, out=tmp_path / name, checkpoint=None, **places)
+        return [point.loss for point in report.history]
+
+    on_gpu = run("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_gpu == pytest.approx(run("cpu"), rel=2e-2)
 
 
 def test_a_killed_stage_goes_on_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import open_folder
 from manyeyes.model import ManyEyesForConditionalGeneration, build_model
+from manyeyes.model.language_model import compile_layers, recompute_layers
 from manyeyes.training import throughput
 from manyeyes.training.batches import Batch, BatchBuilder
 from manyeyes.training.loop import batch_loss
@@ -117,3 +118,25 @@ def test_memory_at_its_highest_only_grows() -> None:
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     block += 1
     assert peak_memory(CPU) >= max(before, block.nbytes)
+
+
+def compute(folder: Path, *, turns: str, backend: str | None) -> list[torch.Tensor]:
+    """A batch's loss and gradients, the layers computed again in the backward pass, compiled or not."""
+    recipe = toy_recipe()
+    model, processor = build_model(recipe.model, snapshot_path=folder, seed=0)
+    assert recipe.stages.sft is not None
+    part = recipe.stages.sft.mixture[0].model_copy(update={"turns": turns, "image_dropout": 0.0})
+    batch = BatchBuilder(Mixture([part], open_folder(folder), seed=1), processor).build([0, 1])
+    recompute_layers(model.language_model)
+    if backend is not None:
+        compile_layers(model.language_model, backend=backend)
+    loss = batch_loss(model, batch, device=CPU)
+    loss.backward()
+    return [loss.detach(), *(own.grad for own in model.parameters() if own.grad is not None)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+def test_compiled_layers_give_the_same_loss_and_gradients(folder: Path) -> None:
+    plain, compiled = (compute(folder, turns="chained", backend=backend) for backend in (None, "aot_eager"))
+    for left, right in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-6)

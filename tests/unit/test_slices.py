@@ -126,6 +126,7 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "checkpoint_encoders": (True, False),
     "checkpoint_language_model": (True, False),
     "sharding": ("full", False),
+    "torch_compile": (True, False),
     "keep_features": (True, False),
     "too_long": ("cut", True),
     "template": ("plain", True),

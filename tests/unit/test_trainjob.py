@@ -55,6 +55,8 @@ PROGRESS = Progress(
     tokens_per_s=100.0,
     padding=0.0,
     supervised=0.5,
+    mfu=0.3,
+    peak_memory_gb=1.5,
     eta_s=1.0,
     seconds=1.0,
 )

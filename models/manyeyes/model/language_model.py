@@ -186,6 +186,20 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
         layer.forward = _Recomputed(layer.forward, number)  # type: ignore[method-assign, assignment]
 
 
+def compile_layers(language_model: PreTrainedModel, *, backend: str = "inductor") -> None:
+    """Have torch compile every layer of the decoder the first time that it runs, in place; after ``recompute_layers``.
+
+    Args:
+        language_model: Not yet sharded.
+        backend: One of ``torch.compiler.list_backends``.
+
+    Raises:
+        RecipeError: As ``decoder_layers``.
+    """
+    for layer in decoder_layers(language_model):
+        layer.compile(backend=backend)
+
+
 @dataclass(frozen=True)
 class _Recomputed:
     # An object and no closure, so that a deep copy of a model computes with its own layers.

@@ -209,6 +209,11 @@ class StageSpec(Strict):
         description="none: every process holds the whole model. full: each holds a part of every tensor, and all of a "
         "layer only while it computes it. auto: full where the whole would take more than half of a process's memory.",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="On a GPU, torch compiles the language model's layers, one by one: faster steps after a minute or "
+        "more of compiling, with results equal to rounding. On a CPU it is left out.",
+    )
     keep_features: bool = Field(
         default=False,
         description="Encoders that do not train see each image by itself, so that their features may be kept on disk "

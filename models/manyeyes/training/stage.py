@@ -30,7 +30,7 @@ from manyeyes.model import (
     save_checkpoint,
 )
 from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
-from manyeyes.model.language_model import recompute_layers
+from manyeyes.model.language_model import compile_layers, recompute_layers
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
@@ -292,6 +292,8 @@ def _train_and_save(
         encoder.set_checkpointing(spec.checkpoint_encoders)
     if spec.checkpoint_language_model:
         recompute_layers(model.language_model)
+    if spec.torch_compile and processes.device.type == "cuda":
+        compile_layers(model.language_model)
     flops = ModelFlops(model)
     loss_of = loss_function(model, spec, processes=processes, sharded=sharded, flops=flops)
     groups = parts_of(model, groups)
