@@ -49,7 +49,10 @@ def row(facts: RecipeFacts, stage: StageName, spec: StageSpec, nodes: int) -> li
     samples = -(-spec.batch_size // busy)
     compute_s = samples * max(branch.flops for branch in branches) / (PEAK_FLOPS * SHARE)
     sent = 2 * 4 * trained
-    if spec.shards(processes=busy, parameters=total, trained=trained, memory_bytes=GPU_GB * 1e9):
+    frozen = max(sum(branch.frozen_matrices.values()) for branch in branches)
+    if spec.shards(
+        processes=busy, parameters=total, trained=trained, frozen_matrices=frozen, memory_bytes=GPU_GB * 1e9
+    ):
         # Weights in bf16 before and behind, and gradients in fp32, of each micro-batch.
         sent = -(-samples // way.micro_batch) * (2 * 2 * total + 4 * trained)
     step_s = compute_s + sent * (busy - 1) / busy / (INSIDE if nodes == 1 else BETWEEN)

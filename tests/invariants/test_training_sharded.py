@@ -38,6 +38,8 @@ class Case:
     stage: StageName
     changes: Mapping[str, Any]
     model: str | None = None
+    # Of losses; bf16 rounds what several processes sum in another order.
+    near: float = 1e-5
 
     def recipe(self, sharding: str) -> Recipe:
         changes = {"checkpoint_every_s": 1e6, "max_steps": 2, **self.changes, "sharding": sharding}
@@ -54,13 +56,14 @@ CASES = {
     "packed": Case("sft", {"packing": {"tokens": 96}}),
     "adapters": Case("sft", {"lora": {"rank": 2, "alpha": 4}, "checkpoint_language_model": True}),
     "4 bits": Case("sft", {"lora": {"rank": 2, "alpha": 4, "quantize": "nf4"}}),
+    "bf16": Case("pretrain", {"precision": "bf16"}, near=1e-2),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
 # By processes: which case, and how they share the model; what is in 4 bits each holds whole.
 RUNS = {
     2: [
         *((name, "full") for name in CASES if name != "4 bits"),
-        *((name, "none") for name in ("sft", "adapters", "4 bits")),
+        *((name, "none") for name in ("sft", "adapters", "bf16", "4 bits")),
     ],
     4: [*((name, "full") for name in ("sft", "pretrain", "prealign", "adapters")), ("sft", "none")],
 }
@@ -143,8 +146,20 @@ def test_several_processes_have_the_losses_of_one(several: int, one: Path) -> No
             read_stage_report(one / folder).history for folder in (f"{name}-none-1", f"{name}-{sharding}-{several}")
         )
         assert len(expected) == 2
-        assert [point.loss for point in found] == pytest.approx([point.loss for point in expected], rel=1e-5), name
-        assert found[0].grad_norm == pytest.approx(expected[0].grad_norm, rel=1e-5), name
+        near = CASES[name].near
+        assert [point.loss for point in found] == pytest.approx([point.loss for point in expected], rel=near), name
+        assert found[0].grad_norm == pytest.approx(expected[0].grad_norm, rel=10 * near if near > 1e-5 else near), name
+
+
+def test_bf16_has_the_losses_of_fp32_nearly_and_leaves_frozen_parts_as_they_were(several: int, one: Path) -> None:
+    for run in [("none", 1), *((sharding, several) for name, sharding in RUNS[several] if name == "bf16")]:
+        folder = one / "bf16-{}-{}".format(*run)
+        fp32, found = (read_stage_report(path).history for path in (one / "pretrain-none-1", folder))
+        assert [point.loss for point in found] == pytest.approx([point.loss for point in fp32], rel=1e-2)
+        before, after = (load_file(path / "model.safetensors") for path in (one / "pretrain-none-1", folder))
+        frozen = [name for name in before if not name.startswith("projector")]
+        assert frozen
+        assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
 def test_a_result_written_from_parts_is_whole(several: int, one: Path) -> None:
@@ -160,4 +175,5 @@ def test_a_result_written_from_parts_is_whole(several: int, one: Path) -> None:
             assert list(whole) == list(parts)
             assert all(whole[key].shape == parts[key].shape and whole[key].dtype == parts[key].dtype for key in whole)
             # Adam turns rounding differences of tiny gradients into steps of the learning rate's size; most stay tiny.
-            assert torch.cat([(whole[key] - parts[key]).abs().flatten() for key in whole]).mean() < 1e-6
+            mean = torch.cat([(whole[key] - parts[key]).abs().flatten() for key in whole]).mean()
+            assert mean < CASES[name].near / 10

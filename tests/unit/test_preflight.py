@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import MistralConfig
 
 from manyeyes.errors import PreflightError
 from manyeyes.harness.base import LocalArtifact, Reporter, run_step
@@ -28,6 +29,7 @@ from manyeyes.steps.preflight import (
     find_data,
     preflight,
 )
+from tests.model_toys import write_language_model
 from tests.pipelines.checkout import push
 from tests.registry_store import store_uri
 from tests.training_toys import toy_recipe, toy_snapshot
@@ -133,6 +135,19 @@ def test_4_bits_without_the_library_for_them_are_found_before_any_training(
     assert "4 bits" in subjects(error)
     assert error is not None
     assert 'pip install "manyeyes[qlora]"' in error.do
+
+
+def test_packing_with_a_language_model_that_cannot_keep_samples_apart_is_found_before_any_training(
+    recipe: Recipe, remote: tuple[str, str], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = write_language_model(tmp_path / "lm", MistralConfig(**sizes, num_key_value_heads=2, sliding_window=16))
+    packed = change_recipe(recipe, {"stages.sft.packing": {"tokens": 256}})
+    assert "packing" not in subjects(look(packed, remote)[0])
+    error, _ = look(change_recipe(packed, {"model.language_model.source": f"dir:{folder}"}), remote)
+    assert "packing" in subjects(error)
+    assert error is not None
+    assert "it slides windows of 16 tokens over samples of up to 128" in error.found
 
 
 def test_nothing_wrong_leaves_a_run_and_no_probe(

@@ -2,17 +2,17 @@
 
 With f the frozen parameters of the stage's model, t those that train, b the micro-batch, and one process a GPU::
 
-    weights     4 f + 4 t          bf16 runs under autocast, whose copies come on top: + 2 (f + t)
+    weights     4 f + 4 t          bf16: + 2 (f + t), autocast's copies; frozen linear layers and convolutions 2 in all
     gradients   4 t
     optimizer   8 t                AdamW: two moments in fp32
     activations b A                what the code keeps for its backward pass, counted on the meta device
     working     b A_l / 2 + logits a layer's gradients while it runs backward; logits, made in chunks
     runtime     2 GB               the CUDA context, NCCL's buffers, cuBLAS's workspace
 
-Where N processes each hold a part (``sharding`` of the stage), weights, gradients and optimizer are 4 (f + t) / N,
-4 t / N and 8 t / N. What is not in the language model's layers (r, of which q trains) is gathered for the whole of a
-micro-batch, two layers of l at a time, and the largest message of gradients is summed in fp32. In bytes a number w, 2
-for bf16::
+Where N processes each hold a part (``sharding`` of the stage), with w bytes a number, 2 for bf16, weights, gradients
+and optimizer are (w f + 4 t) / N, 4 t / N and 8 t / N. What is not in the language model's layers (r, of which q
+trains) is whole in each where it is frozen, and no part of this f; what trains of it is gathered for the whole of a
+micro-batch, two layers of l at a time, and the largest message of gradients is summed in fp32::
 
     gathered    w (r + 2 l) + w q + 4 max(q, l)
 
@@ -59,6 +59,8 @@ class StageFacts(StrictModel):
     encoder: str | None = Field(description="The encoder that prealign trains alone.")
     parameters: dict[str, int] = Field(description="Of encoders, fusion, projector and language_model.")
     trained: dict[str, int] = Field(description="Those of them that train, adapters under language_model.")
+    matrices: dict[str, int] = Field(description="Those of linear layers and convolutions, whether they train or not.")
+    frozen_matrices: dict[str, int] = Field(description="Those of these that do not train.")
     layers: int = Field(description="Of the language model.")
     layers_parameters: int = Field(description="Of all its layers, adapters left out.")
     layer_parameters: int = Field(description="Of its largest layer.")
@@ -150,15 +152,18 @@ def way_of(spec: StageSpec, devices: int, device_gb: float = math.inf) -> Way:
 def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
     """The formulas in the head of this module."""
     bf16 = spec.precision == "bf16"
-    trained = dict(facts.trained)
+    trained, frozen = dict(facts.trained), dict(facts.frozen_matrices)
     adapters_added = way.rank is not None and spec.lora is None
     total = sum(facts.parameters.values())
     if adapters_added:
         trained["language_model"] = (way.rank or 0) * facts.linear_widths
+        frozen["language_model"] = facts.matrices["language_model"]
         total += trained["language_model"]
-    t = sum(trained.values())
+    t, matrices = sum(trained.values()), sum(frozen.values())
     held = facts.linear_parameters if way.quantized else 0
     weights = (6 if bf16 else 4) * (total - held) + NF4_BYTES * held
+    if bf16:
+        weights -= 4 * (matrices - held)
     layer_bytes = facts.layer_bytes * (_ADAPTED if adapters_added else 1.0)
     layers_bytes = facts.layers_bytes * (_ADAPTED if adapters_added else 1.0)
     if way.recompute:
@@ -176,10 +181,17 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
     parts = 1
     if way.quantized:
         working += (2 if bf16 else 4) * facts.layer_parameters
-    elif spec.shards(processes=way.devices, parameters=total, trained=t, memory_bytes=way.device_gb * GB):
-        parts = way.devices
-        weights = 4.0 * total
-        working += _gathered(facts, trained, total, width=2 if bf16 else 4)
+    elif spec.shards(
+        processes=way.devices,
+        parameters=total,
+        trained=t,
+        frozen_matrices=matrices,
+        memory_bytes=way.device_gb * GB,
+    ):
+        parts, width = way.devices, 2 if bf16 else 4
+        frozen_layers = 0 if _trains_layers(facts, trained) else facts.layers_parameters
+        weights = 4.0 * t + width * frozen_layers
+        working += _gathered(facts, trained, total, width=width)
     return StageMemory(
         weights=weights / parts / GB,
         gradients=4 * t / parts / GB,
@@ -196,9 +208,13 @@ def _gathered(facts: StageFacts, trained: Mapping[str, int], total: int, *, widt
     in_layers = min(trained.get("language_model", 0), facts.layers_parameters)
     outside = total - facts.layers_parameters
     outside_trained = sum(trained.values()) - in_layers
-    layer_trained = facts.layer_parameters if in_layers == facts.layers_parameters else 0
+    layer_trained = facts.layer_parameters if _trains_layers(facts, trained) else 0
     message = 4 * max(outside_trained, layer_trained)
     return width * (outside + 2 * facts.layer_parameters + max(outside_trained, layer_trained)) + message
+
+
+def _trains_layers(facts: StageFacts, trained: Mapping[str, int]) -> bool:
+    return trained.get("language_model", 0) >= facts.layers_parameters
 
 
 def worst_memory(branches: Iterable[StageFacts], spec: StageSpec, way: Way) -> StageMemory:

@@ -21,6 +21,7 @@ from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
+from manyeyes.training.sharding import matrices
 
 # A question and its answer beside the image, as FLOPs of a sample count them: conversations of LLaVA's instruction data
 # have some hundred tokens, captions some dozens. Ours, not published.
@@ -123,6 +124,8 @@ def _count_stage(
         encoder=encoder,
         parameters=_by_part((name, parameter) for name, parameter in model.named_parameters()),
         trained=_by_part(trained.items()),
+        matrices=_by_part(matrices(model)),
+        frozen_matrices=_by_part(pair for pair in matrices(model) if not pair[1].requires_grad),
         layers=len(layers),
         layers_parameters=sum(each),
         layer_parameters=max(each),

@@ -246,20 +246,24 @@ class StageSpec(Strict):
         """Whether the layers that have adapters are held in 4 bits, whole in each process."""
         return self.lora is not None and self.lora.quantize is not None
 
-    def shards(self, *, processes: int, parameters: int, trained: int, memory_bytes: float) -> bool:
+    def shards(
+        self, *, processes: int, parameters: int, trained: int, frozen_matrices: int, memory_bytes: float
+    ) -> bool:
         """Whether each process holds a part of the model alone.
 
         Args:
             processes: How many train.
             parameters: Of the stage's model.
             trained: Those of them that train.
+            frozen_matrices: Those that do not and that bf16 is computed with.
             memory_bytes: Of the device of one process.
         """
         if self.quantized:
             return False
         if self.sharding == "auto":
-            # Weights; copies in bf16; gradients and two moments.
-            whole = (6 if self.precision == "bf16" else 4) * parameters + 12 * trained
+            # Weights; in bf16, copies of them or these alone; gradients and two moments.
+            each = 6 * parameters - 4 * frozen_matrices if self.precision == "bf16" else 4 * parameters
+            whole = each + 12 * trained
             return processes > 1 and whole > memory_bytes / 2
         return processes > 1 and self.sharding == "full"
 

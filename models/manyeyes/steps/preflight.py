@@ -305,6 +305,28 @@ def kept_facts(recipe: Recipe, data: RemoteData | None) -> RecipeFacts:
         return shipped or RecipeFacts.model_validate_json(kept("facts", fields, digest, make=make))
 
 
+def check_packing(recipe: Recipe, data: RemoteData | None) -> None:
+    """Make sure that the language model keeps samples of a row apart, where a stage packs them.
+
+    Raises:
+        ManyEyesError: It cannot, or its configuration cannot be had.
+    """
+    packed = [name for name, spec in recipe.present_stages() if spec.packing is not None]
+    if not packed:
+        return
+    from transformers import AutoModelForCausalLM
+
+    from manyeyes.encoders.weights import meta_device
+    from manyeyes.model.language_model import language_model_config
+    from manyeyes.model.segments import enable_packing
+
+    with language_model_folder(recipe, data) as folder:
+        config = language_model_config(recipe.model.language_model.source, snapshot_path=folder)
+    with meta_device():
+        model = AutoModelForCausalLM.from_config(config)
+    enable_packing(model, longest=max(recipe.stage_model(name).language_model.max_length for name in packed))
+
+
 @contextmanager
 def language_model_folder(recipe: Recipe, data: RemoteData | None) -> Iterator[Path | None]:
     """A folder that holds the language model's configuration as the snapshot would, where its source is one."""
@@ -626,6 +648,8 @@ def _look(
         if data is not None or not in_snapshot:
             with found.collecting("model"):
                 need = estimate_recipe(parsed, data)
+            with found.collecting("packing"):
+                check_packing(parsed, data)
     found.checks += check_disk(need, data)
     found.checks += check_memory(parsed, need)
     if claim := os.environ.get(CLAIM):

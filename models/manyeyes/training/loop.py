@@ -306,6 +306,7 @@ def loss_function(
 
     Args:
         model: Where it is sharded, its parameters become parts of tensors, in place; else it is moved to the device.
+            In bf16, what is frozen of it is rounded until ``restore_frozen``.
         stage: Its precision.
         processes: Who takes part.
         sharded: Whether each process keeps a part alone.
@@ -315,10 +316,8 @@ def loss_function(
     def compute(batch: Batch) -> Tensor:
         return batch_loss(model, batch, device=processes.device, flops=flops)
 
-    if sharded:
-        return ShardedLoss(model, compute, processes=processes, precision=stage.precision)
-    model.to(processes.device)
-    return WholeLoss(compute)
+    kind = ShardedLoss if sharded else WholeLoss
+    return kind(model, compute, processes=processes, precision=stage.precision)
 
 
 def batch_loss(

@@ -3,8 +3,11 @@
 ``fully_shard`` of torch gathers a layer's parameters before its forward and its backward pass, and sums and cuts its
 gradients behind that. Each of these is a message that every process sends, so all must run every layer equally often,
 whatever their samples are: they agree on how often the language model is called for a micro-batch, and whoever has
-fewer calls makes calls of one token for nothing. Encoders and all else outside the layers are gathered for the whole of
-a micro-batch, because not every process has images.
+fewer calls makes calls of one token for nothing. What trains outside the layers is gathered for the whole of a
+micro-batch, because not every process has images; what is frozen there would be, too, so each process holds it whole.
+
+In bf16 there are no fp32 numbers of frozen parts on the device: computing would round them each time. What a stage
+writes has them as they were; until then they lie in the host's memory.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from manyeyes.errors import RecipeError
@@ -28,6 +31,8 @@ from manyeyes.recipe import StageSpec
 from manyeyes.runtime.sessions import memory_limit
 from manyeyes.training.batches import Batch
 from manyeyes.training.processes import Processes
+
+_LAYERS_OF_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
 def shards(model: nn.Module, spec: StageSpec, *, processes: Processes) -> bool:
@@ -48,20 +53,56 @@ def shards(model: nn.Module, spec: StageSpec, *, processes: Processes) -> bool:
         processes=processes.size,
         parameters=sum(count for count, _ in counts),
         trained=sum(count for count, trains in counts if trains),
+        frozen_matrices=sum(parameter.numel() for _, parameter in matrices(model) if not parameter.requires_grad),
         memory_bytes=memory,
     )
     return processes.maximum(wanted) > 0
+
+
+def matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of linear layers and convolutions alone, by name, each once: autocast rounds these, and no others."""
+    of_layers: dict[nn.Parameter, str] = {}
+    others: set[nn.Parameter] = set()
+    for place, module in model.named_modules():
+        for name, parameter in module.named_parameters(place, recurse=False):
+            if type(module) in _LAYERS_OF_MATRICES and parameter.is_floating_point():
+                of_layers.setdefault(parameter, name)
+            else:  # an embedding's, which a head may share
+                others.add(parameter)
+    return [(name, parameter) for parameter, name in of_layers.items() if parameter not in others]
 
 
 class WholeLoss:
     """The loss of a micro-batch, where every process holds the whole model.
 
     Args:
+        model: Moved to the device.
         compute: The loss of a batch.
+        processes: Who else takes part.
+        precision: With ``bf16``, what of the frozen parts autocast would round each time is held in it.
     """
 
-    def __init__(self, compute: Callable[[Batch], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compute: Callable[[Batch], Tensor],
+        *,
+        processes: Processes,
+        precision: Literal["fp32", "bf16"],
+    ) -> None:
+        self._model = model
         self._compute = compute
+        self._originals: dict[str, Tensor] = {}
+        for name, parameter in matrices(model) if precision == "bf16" else ():
+            if not parameter.requires_grad:
+                if processes.is_main:
+                    self._originals[name] = parameter.detach().cpu()
+                parameter.data = parameter.detach().to(torch.bfloat16)
+        model.to(processes.device)
+
+    def restore_frozen(self) -> None:
+        """Give the main process's frozen parts the numbers that they had, in place."""
+        _put_back(self._model, self._originals)
 
     def agree(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch | None, int]]:
         """As ``ShardedLoss.agree``; there is nothing to agree on."""
@@ -86,7 +127,8 @@ class ShardedLoss(nn.Module):
             the meta device.
         compute: The loss of a batch.
         processes: Who holds the other parts.
-        precision: ``bf16`` gathers parameters in it; parts, sums of gradients and moments stay fp32.
+        precision: ``bf16`` gathers parameters in it, and holds frozen ones in it; parts of what trains, sums of
+            gradients and moments stay fp32.
     """
 
     model: ManyEyesForConditionalGeneration
@@ -115,11 +157,15 @@ class ShardedLoss(nn.Module):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        delivery = _Delivery(model, processes)
+        layers = _layers(model)
+        in_layers = {parameter for layer in layers for parameter in layer.parameters()}
+        delivery = _Delivery(model, mesh, processes, parts=in_layers, halve=precision == "bf16")
+        self._originals = delivery.originals
         # A layer at a time, so that a device never holds the whole model.
-        for module in (*_layers(model), self):
+        for module in (*layers, self):
             delivery.deliver(module)
-            sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            whole = {each for each in module.parameters() if not each.requires_grad} if module is self else None
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
             # The loss is divided already; and gloo knows plain sums alone.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
@@ -163,16 +209,32 @@ class ShardedLoss(nn.Module):
         self._hidden = []
         return total
 
+    def restore_frozen(self) -> None:
+        """Give frozen parts the numbers that they had, in place; of what each process has whole, the main process's."""
+        _put_back(self.model, self._originals)
+
     def _keep_hidden(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         self._hidden.append(output.last_hidden_state)
 
 
 class _Delivery:
-    """Brings the main process's tensors to the devices of all, one at a time."""
+    """Brings the main process's tensors to the devices of all, one at a time.
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
+    Attributes:
+        originals: What came as bf16 and was more, on the host: this process's parts, and what the main one has whole.
+    """
+
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh, processes: Processes, *, parts: set[nn.Parameter], halve: bool
+    ) -> None:
+        self._mesh = mesh
         self._processes = processes
         self._brought: dict[int, Tensor] = {}
+        # Of what is frozen and to come as bf16, its name, and whether a process holds a part of it.
+        self._halved = {
+            id(each): (name, each in parts) for name, each in model.named_parameters() if halve and _is_halved(each)
+        }
+        self.originals: dict[str, Tensor] = {}
         own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
         if processes.from_main(own) != own:
             raise RuntimeError("the main process has other tensors")
@@ -197,6 +259,13 @@ class _Delivery:
             else torch.empty_like(tensor, device=device)
         )
         self._processes.send_from_main(here)
+        if id(tensor) in self._halved:
+            name, in_parts = self._halved[id(tensor)]
+            if in_parts:
+                self.originals[name] = here[_place(here.shape, self._mesh, (Shard(0),))].to("cpu", copy=True)
+            elif self._processes.is_main:
+                self.originals[name] = tensor.detach().cpu()
+            here = here.to(torch.bfloat16)
         brought = here
         if isinstance(tensor, nn.Parameter):
             brought = nn.Parameter(here, requires_grad=tensor.requires_grad)
@@ -204,6 +273,34 @@ class _Delivery:
         self._brought[id(tensor)] = brought
         self._brought[id(brought)] = brought
         return brought
+
+
+def _is_halved(parameter: nn.Parameter) -> bool:
+    return not parameter.requires_grad and parameter.dtype == torch.float32
+
+
+def _place(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[slice, ...]:
+    """Where this process's part of a tensor is."""
+    sizes, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(slice(start, start + length) for start, length in zip(offset, sizes, strict=True))
+
+
+def _put_back(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    """Give parameters by name other numbers, and forget those."""
+    news: dict[nn.Parameter, nn.Parameter] = {}
+    while originals:
+        name, values = originals.popitem()
+        old = model.get_parameter(name)
+        values = values.to(old.device)
+        if isinstance(old, DTensor):
+            values = DTensor.from_local(
+                values, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+            )
+        news[old] = nn.Parameter(values, requires_grad=False)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = news.get(parameter, parameter)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -250,15 +347,14 @@ def _layers(model: ManyEyesForConditionalGeneration) -> Sequence[nn.Module]:
 @torch.no_grad()
 def add_to_part(part: DTensor, full: Tensor) -> None:
     """Add a tensor to one of which this process holds a part, in place."""
-    shape, offset = compute_local_shape_and_global_offset(part.shape, part.device_mesh, part.placements)
-    place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    place = _place(part.shape, part.device_mesh, part.placements)
     part.to_local().add_(full[place].to(part.dtype))
 
 
 def gather_tensor(tensor: Tensor, processes: Processes) -> Tensor:
-    """The whole of a tensor, on the CPU of the main process; empty elsewhere. What is no part comes as it is."""
+    """The whole of a tensor, on the CPU of the main process; what is a part is empty elsewhere."""
     if not isinstance(tensor, DTensor):
-        return tensor.detach()
+        return tensor.detach().cpu()
     with processes.computing_together():
         full: Tensor = tensor.full_tensor().detach()
     return full.cpu() if processes.is_main else full.to("meta")

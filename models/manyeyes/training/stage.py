@@ -395,6 +395,7 @@ def _train_and_save(
         model.to("cpu")
     elif spec.lora is not None:
         make_whole(adapter_modules(model))
+    loss_of.restore_frozen()
     if not processes.is_main:
         if whole is not None:
             _take_part(model, job, whole)
