@@ -39,7 +39,7 @@ GPU_SIZES_GB = (80, 48, 24)
 COUNTS = (1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64)
 ONE_NODE = 8
 
-_RUNTIME_BYTES = 2 * 10**9
+RUNTIME_BYTES = 2 * 10**9
 # manyeyes.model.branches.LOGITS_AT_ONCE, which cannot be imported without torch; a test holds them equal.
 LOGITS_AT_ONCE = 2**25
 # Logits in bf16 and fp32, their softmax, and the gradients of the first two.
@@ -177,7 +177,7 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
     if bf16:
         kept *= _AUTOCAST
     logits = _BYTES_A_LOGIT * min(LOGITS_AT_ONCE, samples * facts.text_tokens * facts.vocabulary)
-    working = samples * layer_bytes / 2 + logits + _RUNTIME_BYTES
+    working = samples * layer_bytes / 2 + logits + RUNTIME_BYTES
     parts = 1
     if way.quantized:
         working += (2 if bf16 else 4) * facts.layer_parameters

@@ -316,8 +316,9 @@ def loss_function(
     def compute(batch: Batch) -> Tensor:
         return batch_loss(model, batch, device=processes.device, flops=flops)
 
-    kind = ShardedLoss if sharded else WholeLoss
-    return kind(model, compute, processes=processes, precision=stage.precision)
+    if sharded:
+        return ShardedLoss(model, compute, processes=processes, precision=stage.precision)
+    return WholeLoss(model, compute, processes=processes, precision=stage.precision)
 
 
 def batch_loss(
