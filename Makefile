@@ -41,6 +41,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.packing
 	@$(BIN)/python -m bench.kills
+	@$(BIN)/python -m bench.memory
 	@$(BIN)/python -m bench.training
 	@$(BIN)/python -m bench.sft
 	@$(BIN)/python -m bench.images

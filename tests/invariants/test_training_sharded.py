@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from manyeyes.errors import ProcessLostError
 from manyeyes.model.language_model import load_language_model
 from manyeyes.recipe import Recipe, StageName
-from manyeyes.training.loop import train
+from manyeyes.training.loop import Progress, train
 from manyeyes.training.stage import ADAPTER, StageReport, read_stage_report
 from tests.invariants.test_layouts_training import recipe_of
 from tests.training_ranks import free_port, run_ranks
@@ -57,19 +60,23 @@ CASES = {
     "adapters": Case("sft", {"lora": {"rank": 2, "alpha": 4}, "checkpoint_language_model": True}),
     "4 bits": Case("sft", {"lora": {"rank": 2, "alpha": 4, "quantize": "nf4"}}),
     "bf16": Case("pretrain", {"precision": "bf16"}, near=1e-2),
+    "kept features": Case("pretrain", {"keep_features": True}),
+    "longer": Case("sft", {"max_steps": 4, "epochs": 2}),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
 # By processes: which case, and how they share the model; what is in 4 bits each holds whole.
 RUNS = {
     2: [
-        *((name, "full") for name in CASES if name != "4 bits"),
+        *((name, "full") for name in CASES if name not in ("4 bits", "longer")),
         *((name, "none") for name in ("sft", "adapters", "bf16", "4 bits")),
     ],
     4: [*((name, "full") for name in ("sft", "pretrain", "prealign", "adapters")), ("sft", "none")],
 }
 
 
-def train_case(folder: Path, name: str, sharding: str, processes: int) -> StageReport:
+def train_case(
+    folder: Path, name: str, sharding: str, processes: int, *, work: Path | None = None, **more: Any
+) -> StageReport:
     case = CASES[name]
     given: dict[str, Any] = {"encoder_checkpoints": {}} if case.stage == "pretrain" else {}
     if case.stage == "sft":
@@ -80,9 +87,26 @@ def train_case(folder: Path, name: str, sharding: str, processes: int) -> StageR
         snapshot=folder / "data",
         inputs=folder,
         out=folder / f"{name}-{sharding}-{processes}",
-        work_dir=folder / f"work-{name}-{sharding}-{processes}",
+        work_dir=work or folder / f"work-{name}-{sharding}-{processes}",
         **given,
+        **more,
     )
+
+
+def train_in_part(rank: int, port: int, kwargs: dict[str, Any]) -> None:
+    """Train a case as one of several processes; where it is to stop, it is told so after its first step."""
+    size, stops = kwargs["processes"], kwargs["stops"]
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    os.environ["MASTER_PORT"] = str(port)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def evict(_: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch("manyeyes.training.loop.PROGRESS_EVERY_S", 0), suppress(*([ProcessLostError] if stops else [])):
+        more = {"on_progress": evict} if stops else {}
+        train_case(kwargs["folder"], "longer", "full", size, work=kwargs["work"], **more)
+        assert not stops
 
 
 def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
@@ -160,6 +184,28 @@ def test_bf16_has_the_losses_of_fp32_nearly_and_leaves_frozen_parts_as_they_were
         frozen = [name for name in before if not name.startswith("projector")]
         assert frozen
         assert all(torch.equal(before[name], after[name]) for name in frozen)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4), (4, 2)])
+def test_another_number_of_processes_goes_on_from_parts(first: int, then: int, one: Path, tmp_path: Path) -> None:
+    given = {"folder": one, "work": tmp_path / "work"}
+    run_ranks(first, train_in_part, {**given, "processes": first, "stops": True})
+    if then == 1:
+        train_case(one, "longer", "full", 1, work=tmp_path / "work")
+    else:
+        run_ranks(then, train_in_part, {**given, "processes": then, "stops": False})
+    expected, found = (read_stage_report(one / f"longer-{run}") for run in ("none-1", f"full-{then}"))
+    assert found.resumed_from_step == 2
+    assert [point.loss for point in found.history] == pytest.approx(
+        [point.loss for point in expected.history], rel=1e-5
+    )
+    assert found.samples == expected.samples
+
+
+def test_features_of_encoders_that_are_frozen_may_be_kept_where_processes_hold_parts(several: int, one: Path) -> None:
+    for name, sharding in RUNS[several]:
+        features = read_stage_report(one / f"{name}-{sharding}-{several}").features
+        assert [each.encoder for each in features or ()] == (["left", "right"] if name == "kept features" else [])
 
 
 def test_a_result_written_from_parts_is_whole(several: int, one: Path) -> None:

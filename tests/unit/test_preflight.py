@@ -260,8 +260,8 @@ def test_stage_that_does_not_fit_is_refused_with_the_nearest_change_that_would(
     alone = memory_of("pretrain=1,sft=1", "45", monkeypatch)["sft"]
     assert alone.state == "problem"
     assert "lora={rank: 64, alpha: 16}" in alone.do
-    assert "quantize: nf4" in memory_of("pretrain=1,sft=1", "20", monkeypatch)["sft"].do
-    adapters = memory_of("pretrain=1,sft=1", "20", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)
+    assert "quantize: nf4" in memory_of("pretrain=1,sft=1", "14", monkeypatch)["sft"].do
+    adapters = memory_of("pretrain=1,sft=1", "14", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)
     assert '--set "stages.sft.lora.quantize=nf4"' in adapters["sft"].do
     changed = memory_of("pretrain=1,sft=1", "45", monkeypatch, lora={"rank": 64, "alpha": 16}, micro_batch_size=1)[
         "sft"

@@ -35,8 +35,7 @@ import safetensors.torch
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from manyeyes.encoders import Encoder
 from manyeyes.errors import PipelineError, StorageError
@@ -643,13 +642,9 @@ def _frozen_encoders(model: ManyEyesForConditionalGeneration) -> list[str]:
     return [
         name
         for name, encoder in model.encoders.items()
-        if not any(parameter.requires_grad for parameter in encoder.parameters()) and not _is_sharded(encoder)
+        # What is frozen outside the language model's layers no process holds a part of.
+        if not any(parameter.requires_grad for parameter in encoder.parameters())
     ]
-
-
-def _is_sharded(encoder: nn.Module) -> bool:
-    # Its parts are gathered from all processes, which would have to run it equally often.
-    return any(isinstance(parameter, DTensor) for parameter in encoder.parameters())
 
 
 def _measure(

@@ -1,0 +1,172 @@
+"""``python -m bench.memory``: peak memory of 1, 2 and 4 processes that train all of 300 M parameters, and the estimate.
+
+The estimate is of a GPU, and counts 2 GB for its runtime; in place of these a process on a CPU has its interpreter with
+torch and this package loaded, which is measured in each before anything is built, and taken off. What a process takes
+at most is asked of Linux: while the model is loaded, and anew from the first step on. One record a process and step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results") / "memory.json"
+COUNTS = (1, 2, 4)
+MOST_OFF = 0.15
+_PEAK = "VmHWM"
+
+
+def recipe_of(processes: int) -> Any:
+    """Everything trains in fp32 for two steps; the second one has gradients and moments at once."""
+    from manyeyes.recipe import Recipe
+    from tests.training_toys import toy_recipe
+
+    values = toy_recipe().model_dump(mode="json")
+    values["model"]["language_model"]["max_length"] = 64
+    values["stages"] = {
+        "sft": {
+            **values["stages"]["sft"],
+            "mixture": [{"dataset": "toy-train", "turns": "chained"}],
+            "batch_size": processes,
+            "max_steps": 2,
+            "checkpoint_every_s": 1e6,
+            "sharding": "full",
+        }
+    }
+    return Recipe.model_validate(values)
+
+
+def make(folder: Path, *, layers: int) -> None:
+    """A snapshot whose language model has so many layers of 16.8 M."""
+    from tests.model_toys import toy_config, write_language_model
+    from tests.training_toys import toy_snapshot
+
+    toy_snapshot(folder)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 16}
+    write_language_model(folder / "pretrained" / "lm", toy_config(0, **sizes, num_key_value_heads=16))
+
+
+def estimate(folder: Path, processes: int) -> tuple[int, float]:
+    """Parameters, and bytes of each process without the runtime's."""
+    from manyeyes.estimate.memory import RUNTIME_BYTES, stage_memory, way_of
+    from manyeyes.estimate.skeleton import count_facts
+
+    recipe = recipe_of(processes)
+    facts = count_facts(recipe, snapshot_path=folder)
+    (stage,) = facts.stages["sft"]
+    memory = stage_memory(stage, recipe.stages.sft, way_of(recipe.stages.sft, processes))
+    return facts.parameters.total, memory.total * 1e9 - RUNTIME_BYTES
+
+
+class _TrainedError(Exception):
+    """All that is measured has happened."""
+
+
+def be_process(folder: Path, processes: int) -> None:
+    """Train as one of the processes; prints what it had at most: loaded, while it loaded, while it trained."""
+    from unittest.mock import patch
+
+    import torch
+
+    from manyeyes.data.snapshot import open_folder
+    from manyeyes.training.loop import train
+    from manyeyes.training.stage import run_stage
+
+    torch.set_num_threads(1)
+    peaks = [_bytes("VmRSS")]
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        peaks.append(_bytes(_PEAK))
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        train(*arguments, **more)
+        peaks.append(_bytes(_PEAK))
+        raise _TrainedError
+
+    with patch("manyeyes.training.stage.train", watched), tempfile.TemporaryDirectory() as work:
+        try:
+            run_stage(
+                recipe_of(processes),
+                "sft",
+                snapshot=open_folder(folder),
+                code_digest="bench",
+                out=Path(work) / "out",
+                work_dir=Path(work) if processes == 1 else folder / "work",
+            )
+        except _TrainedError:
+            print(json.dumps(peaks))
+
+
+def _bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def measure(folder: Path, processes: int) -> list[list[int]]:
+    """What each process had at most."""
+    from tests.training_ranks import free_port
+
+    shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.memory", "--process", str(folder), str(processes)]
+    started = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+
+
+def main() -> int:
+    """Print a line a number of processes; exit 1 where one is further off than 15%."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--process", nargs=2, metavar=("FOLDER", "PROCESSES"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.process:
+        be_process(Path(arguments.process[0]), int(arguments.process[1]))
+        return 0
+    runs: list[dict[str, Any]] = []
+    parameters = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder, layers=arguments.layers)
+        for processes in COUNTS:
+            parameters, expected = estimate(folder, processes)
+            found = measure(folder, processes)
+            own = [trained - base for base, _, trained in found]
+            runs.append(
+                {
+                    "processes": processes,
+                    "estimate_gb": expected / 1e9,
+                    "trained_gb": [each / 1e9 for each in own],
+                    "loaded_gb": [(loaded - base) / 1e9 for base, loaded, _ in found],
+                    "interpreter_gb": [base / 1e9 for base, _, _ in found],
+                    "off": max((each / expected - 1 for each in own), key=abs),
+                }
+            )
+            spread = ", ".join(f"{each / 1e9:.2f}" for each in own)
+            print(f"| {processes} | {expected / 1e9:.2f} GB | {spread} GB | {runs[-1]['off']:+.0%} |", flush=True)
+    import torch
+
+    record = {
+        "name": "peak memory of a process against the estimate",
+        "parameters": parameters,
+        "goal": MOST_OFF,
+        "runs": runs,
+        "machine": f"{platform.machine()}, CPU, gloo, fp32",
+        "versions": {"torch": torch.__version__},
+    }
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(abs(run["off"]) <= MOST_OFF for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
