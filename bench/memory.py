@@ -113,7 +113,8 @@ def measure(folder: Path, processes: int) -> list[list[int]]:
     from tests.training_ranks import free_port
 
     shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    # glibc's threshold would grow with what is freed, and keep up to a gigabyte of that.
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-m", "bench.memory", "--process", str(folder), str(processes)]
     started = [
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pytest
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from manyeyes.errors import ProcessLostError
@@ -115,12 +117,19 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     kinds: list[str] = []
     loaded: list[Path] = []
+    wholes: list[weakref.ref[torch.Tensor]] = []
 
     def watched(*args: Any, parameters: Mapping[str, torch.nn.Parameter], **more: Any) -> Any:
         kinds.append(" and ".join(sorted({type(parameter).__name__ for parameter in parameters.values()})))
         parts = [each for each in parameters.values() if isinstance(each, DTensor)]
         assert all(each.to_local().shape[0] <= -(-each.shape[0] // size) for each in parts)
         return train(*args, parameters=parameters, **more)
+
+    def watched_shard(module: torch.nn.Module, **more: Any) -> Any:
+        # What was cut into parts before is nowhere whole any more.
+        assert not any(whole() is not None for whole in wholes)
+        wholes.extend(weakref.ref(each) for each in module.parameters() if not isinstance(each, DTensor))
+        return fully_shard(module, **more)
 
     def watched_load(path: Path, **more: Any) -> Any:
         loaded.append(path)
@@ -129,6 +138,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     with (
         patch("manyeyes.training.stage.train", watched),
         patch("manyeyes.model.checkpoint.load_language_model", watched_load),
+        patch("manyeyes.training.sharding.fully_shard", watched_shard),
     ):
         for (name, sharding), meeting in kwargs["runs"]:
             os.environ["MASTER_PORT"] = str(meeting)
@@ -136,6 +146,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
             # Of those that hold parts, the main process alone reads weights.
             assert bool(loaded) == ((rank == 0 or sharding == "none") and name != "packed")
             loaded.clear()
+            wholes.clear()
     (kwargs["folder"] / f"kinds-{size}-{rank}.json").write_text(json.dumps(kinds), encoding="utf-8")
 
 

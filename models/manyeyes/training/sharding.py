@@ -158,8 +158,8 @@ class ShardedLoss(nn.Module):
             cast_forward_inputs=False,
         )
         layers = _layers(model)
-        in_layers = {parameter for layer in layers for parameter in layer.parameters()}
-        delivery = _Delivery(model, mesh, processes, parts=in_layers, halve=precision == "bf16")
+        parts = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        delivery = _Delivery(model, mesh, processes, parts=parts, halve=precision == "bf16")
         self._originals = delivery.originals
         # A layer at a time, so that a device never holds the whole model.
         for module in (*layers, self):
@@ -225,14 +225,14 @@ class _Delivery:
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, processes: Processes, *, parts: set[nn.Parameter], halve: bool
+        self, model: nn.Module, mesh: DeviceMesh, processes: Processes, *, parts: set[int], halve: bool
     ) -> None:
         self._mesh = mesh
         self._processes = processes
         self._brought: dict[int, Tensor] = {}
         # Of what is frozen and to come as bf16, its name, and whether a process holds a part of it.
         self._halved = {
-            id(each): (name, each in parts) for name, each in model.named_parameters() if halve and _is_halved(each)
+            id(each): (name, id(each) in parts) for name, each in model.named_parameters() if halve and _is_halved(each)
         }
         self.originals: dict[str, Tensor] = {}
         own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
@@ -241,6 +241,8 @@ class _Delivery:
 
     def deliver(self, module: nn.Module) -> None:
         """Bring a module's parameters and buffers, and what else of tensors its modules have."""
+        # Or what has been cut into parts would stay here whole.
+        self._brought.clear()
         for each in module.modules():
             homes: tuple[dict[str, Any], ...] = (each._parameters, each._buffers, vars(each))
             for home in homes:
@@ -269,7 +271,7 @@ class _Delivery:
         brought = here
         if isinstance(tensor, nn.Parameter):
             brought = nn.Parameter(here, requires_grad=tensor.requires_grad)
-        # What is tied stays so, and what has come is not sent again.
+        # What is tied inside a module stays so, and is not sent twice.
         self._brought[id(tensor)] = brought
         self._brought[id(brought)] = brought
         return brought
