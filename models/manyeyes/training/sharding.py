@@ -230,6 +230,7 @@ class _Delivery:
         self._mesh = mesh
         self._processes = processes
         self._brought: dict[int, Tensor] = {}
+        self._done: set[nn.Module] = set()
         # Of what is frozen and to come as bf16, its name, and whether a process holds a part of it.
         self._halved = {
             id(each): (name, id(each) in parts) for name, each in model.named_parameters() if halve and _is_halved(each)
@@ -243,7 +244,10 @@ class _Delivery:
         """Bring a module's parameters and buffers, and what else of tensors its modules have."""
         # Or what has been cut into parts would stay here whole.
         self._brought.clear()
-        for each in module.modules():
+        # An id may be given anew once a tensor is gone: nothing is looked up but what was there at the beginning.
+        modules = [each for each in module.modules() if each not in self._done]
+        self._done.update(modules)
+        for each in modules:
             homes: tuple[dict[str, Any], ...] = (each._parameters, each._buffers, vars(each))
             for home in homes:
                 for name, tensor in home.items():
@@ -273,7 +277,6 @@ class _Delivery:
             brought = nn.Parameter(here, requires_grad=tensor.requires_grad)
         # What is tied inside a module stays so, and is not sent twice.
         self._brought[id(tensor)] = brought
-        self._brought[id(brought)] = brought
         return brought
 
 
