@@ -92,7 +92,7 @@ def recipe_of(folder: Path, name: str, *, tiny: bool) -> tuple[Recipe, StageName
     small: dict[str, Any] = {}
     if tiny:
         encoder = {"name": "clip", "encoder": "vit-tiny-p16-64"}
-        small = {"model.fusion.grid": 4, "model.language_model.max_length": 128}
+        small = {"model.fusion.grid": 4, "model.language_model.max_length": 512}
     recipe = change_recipe(
         load_recipe("llava-1.5-7b"),
         {

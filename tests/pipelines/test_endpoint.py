@@ -13,10 +13,10 @@ import pytest
 from manyeyes.cli import main as command_line
 from manyeyes.data.snapshot import read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, RecipeError
+from manyeyes.kubeflow.compact import step_of
 from manyeyes.kubeflow.endpoint import Endpoint
 from manyeyes.kubeflow.endpoint_runs import run_parameters
 from manyeyes.kubeflow.pipeline import GIT_COMMIT
-from manyeyes.kubeflow.profiles import step_of
 from manyeyes.kubeflow.run import git_state, named_commit
 from manyeyes.kubeflow.uploading import code_state, form_defaults, upload_pipeline, version_name
 from manyeyes.recipe import load_recipe, read_recipe_text

@@ -14,9 +14,9 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from manyeyes.errors import PipelineError
 from manyeyes.harness.trainjob import TrainJobPlan
-from manyeyes.kubeflow.compact import compact_for_cluster
+from manyeyes.kubeflow.compact import compact_for_cluster, step_of
 from manyeyes.kubeflow.pipeline import PIPELINES, compile_pipeline
-from manyeyes.kubeflow.profiles import Profile, apply_profile, list_profiles, load_profile, step_of
+from manyeyes.kubeflow.profiles import Profile, apply_profile, list_profiles, load_profile
 from tests.pipelines.checkout import ROOT
 from tests.pipelines.profile_pipeline import GOLDEN, PROFILES, compile_golden, compile_plain
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from manyeyes.data.builders import BUILDERS, add_pretrained
 from manyeyes.data.builders.__main__ import main
-from manyeyes.data.builders.easy_vqa import IN_A_SENTENCE, answer_in_a_sentence, describe, draw_validation_images
+from manyeyes.data.builders.easy_vqa import IN_A_SENTENCE, answer_in_a_sentence, draw_validation_images, write_caption
 from manyeyes.data.records import check_record
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot, hash_folder, open_folder, read_dvc_file
@@ -107,7 +107,7 @@ def test_sentences_and_captions_agree_with_every_published_answer() -> None:
     pairs: dict[int, list[tuple[str, str]]] = {}
     for question, answer, number in published:
         pairs.setdefault(number, []).append((question, answer))
-    captions = {number: caption for number, own in pairs.items() if (caption := describe(own)) is not None}
+    captions = {number: caption for number, own in pairs.items() if (caption := write_caption(own)) is not None}
     assert len(captions) == 3542
     for number, caption in captions.items():
         _, colour, shape = caption.removesuffix(".").split()

@@ -180,3 +180,11 @@ def _source_for_pod(source: str) -> str:
 def _field_name(field: ast.expr) -> str:
     assert isinstance(field, ast.Tuple)
     return str(ast.literal_eval(field.elts[0]))
+
+
+def step_of(executor: dict[str, Any]) -> str:
+    """Name of the step that an executor runs: the function that its command line names."""
+    arguments = [*executor["container"].get("command", []), *executor["container"].get("args", [])]
+    if "--function_to_execute" not in arguments:
+        return ""
+    return str(arguments[arguments.index("--function_to_execute") + 1])

@@ -30,8 +30,8 @@ from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineErro
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
 from manyeyes.harness.inputs import PINNING_STEPS
-from manyeyes.kubeflow.compact import compact, compact_for_cluster
-from manyeyes.kubeflow.profiles import Profile, step_of
+from manyeyes.kubeflow.compact import compact, compact_for_cluster, step_of
+from manyeyes.kubeflow.profiles import Profile
 from manyeyes.recipe import list_recipes, load_recipe
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel

@@ -19,6 +19,7 @@ from manyeyes.errors import PipelineError, did_you_mean
 from manyeyes.harness.base import RETRIES
 from manyeyes.harness.cluster import NODE, TRAINER
 from manyeyes.harness.trainjob import CLAIM, PLAN, POD_LABEL, RUNTIME, TrainJobPlan
+from manyeyes.kubeflow.compact import step_of
 from manyeyes.strict import StrictModel
 
 FOLDER = Path("infra") / "profiles"
@@ -446,14 +447,6 @@ def trainjob_plan(profile: Profile, step: str, image: str) -> TrainJobPlan:
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in (None, "", {}, [])}
-
-
-def step_of(executor: dict[str, Any]) -> str:
-    """Name of the step that an executor runs: the function that its command line names."""
-    arguments = [*executor["container"].get("command", []), *executor["container"].get("args", [])]
-    if "--function_to_execute" not in arguments:
-        return ""
-    return str(arguments[arguments.index("--function_to_execute") + 1])
 
 
 def _set_retries(spec: dict[str, Any], retries: dict[str, dict[str, Any]]) -> None:

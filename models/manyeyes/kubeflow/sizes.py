@@ -24,7 +24,7 @@ import numpy as np
 
 from manyeyes.errors import ManyEyesError, PipelineError
 from manyeyes.harness.inputs import Pinned
-from manyeyes.kubeflow.profiles import step_of
+from manyeyes.kubeflow.compact import step_of
 from manyeyes.recipe import Recipe, write_recipe_text
 from manyeyes.search.variant import MAX_BATCHES, Variant, in_batches, read_grid
 from manyeyes.steps.resolve_data import pin_steps, read_recipe

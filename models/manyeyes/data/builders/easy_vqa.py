@@ -114,7 +114,7 @@ def answer_in_a_sentence(question: str, answer: str) -> str:
     return f"The {thing[1]} is a {answer}."
 
 
-def describe(pairs: Sequence[tuple[str, str]]) -> str | None:
+def write_caption(pairs: Sequence[tuple[str, str]]) -> str | None:
     """The caption of an image, from what its questions and answers say; None where they leave colour or shape open.
 
     Args:
@@ -167,7 +167,7 @@ def _write(folder: Path, *, package: Traversable, sentences: bool = False) -> No
         if sentences and split == "train":
             with ShardWriter(folder, "captions", rows_per_shard=_ROWS_PER_SHARD) as writer:
                 for record in published:
-                    caption = describe(_pairs(record))
+                    caption = write_caption(_pairs(record))
                     if caption is not None and _number(record) not in held_out:
                         turns = (Turn("human", f"{PLACEHOLDER}\nDescribe the image."), Turn("gpt", caption))
                         writer.write(replace(record, id=record.id.replace("/train/", "/captions/"), turns=turns))
