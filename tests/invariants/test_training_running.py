@@ -263,7 +263,10 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(first: int, then
     resumed = run(then, "resumed")
     assert resumed.resumed_from_step
     losses, expected = ([point.loss for point in each.history] for each in (resumed, whole))
-    assert losses == pytest.approx(expected, rel=1e-5)
+    # Sums in another order round otherwise, which training makes larger with every step from there on.
+    soon = resumed.resumed_from_step + 50
+    assert losses[:soon] == pytest.approx(expected[:soon], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-4)
     assert resumed.samples == whole.samples
     if first == then:
         assert losses == expected
