@@ -96,12 +96,8 @@ class TokenCounts(StrictModel):
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         """Both together."""
-        return TokenCounts(
-            real=self.real + other.real,
-            places=self.places + other.places,
-            supervised=self.supervised + other.supervised,
-            flops=self.flops + other.flops,
-        )
+        names = TokenCounts.model_fields
+        return TokenCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def padding(self) -> float:
