@@ -49,6 +49,7 @@ WRITES = (
     "convert",
     "data build",
     "data contamination",
+    "data self-chat",
     "data validate",
     "judge",
     "logits",

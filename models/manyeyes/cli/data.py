@@ -1,4 +1,4 @@
-"""``manyeyes data contamination``: what training data and benchmarks share."""
+"""``manyeyes data contamination`` and ``self-chat``: what data shares with benchmarks; what a language model says."""
 
 from __future__ import annotations
 
@@ -72,3 +72,27 @@ def contamination_command(
     )
     click.echo(report.as_markdown(), nl=False)
     click.echo(f"report: {out / 'contamination.html'}")
+
+
+@click.command("self-chat")
+@click.argument("language_model", type=click.Path(path_type=Path))
+@click.argument("out", type=OutPath())
+@click.option("--count", default=256, show_default=True, type=click.IntRange(min=1), help="Conversations.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0))
+@click.option("--licence", required=True, help="SPDX name of the language model's licence, for instance Apache-2.0.")
+def self_chat_command(language_model: Path, out: Path, count: int, seed: int, licence: str) -> None:
+    """Let the chat model in LANGUAGE_MODEL write conversations into the snapshot in OUT, as self-chat-train.
+
+    Mixed into training they keep its language while it learns to see. Stopped with Ctrl-C, the same command goes on.
+    """
+    from manyeyes.training.self_chat import write_self_chat
+
+    left_out = write_self_chat(
+        out,
+        language_model=language_model,
+        licence=licence,
+        count=count,
+        seed=seed,
+        on_progress=lambda done: click.echo(f"{done} of {count}", err=True),
+    )
+    click.echo(f"{count} conversations in {out}; {left_out} left out (no end in time, or said before)")

@@ -11,7 +11,7 @@ import click
 from manyeyes import __version__
 from manyeyes.cli.chat import render_command
 from manyeyes.cli.convert import convert_command, logits_command
-from manyeyes.cli.data import contamination_command
+from manyeyes.cli.data import contamination_command, self_chat_command
 from manyeyes.cli.evaluation import (
     compare_command,
     correlate_command,
@@ -217,6 +217,7 @@ def data_validate(
 
 
 data.add_command(contamination_command)
+data.add_command(self_chat_command)
 
 
 # --- what there is -------------------------------------------------------------------------------------------------
