@@ -10,7 +10,10 @@ import sys
 import pytest
 
 PUBLIC = {
-    "manyeyes.runtime": "Bundle GeneratedAnswer Group ImageCache ImageLike ImageTokens load_bundle",
+    "manyeyes.runtime": (
+        "Bundle Chat ChatAnswer Engine GeneratedAnswer Group ImageCache ImageLike ImageTokens Piece Sampling "
+        "load_bundle"
+    ),
     "manyeyes.model": (
         "BranchAnswers BranchBatch BranchOutput CheckpointManifest ManyEyesConfig ManyEyesForConditionalGeneration "
         "ManyEyesOutput ManyEyesProcessor build_encoders build_model build_processor build_skeleton checkpoint_digest "

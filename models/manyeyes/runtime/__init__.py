@@ -10,19 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyeyes.runtime.bundle import Bundle, GeneratedAnswer, Group, load_bundle
+    from manyeyes.runtime.engine import Chat, ChatAnswer, Engine, Piece
+    from manyeyes.runtime.sampling import Sampling
     from manyeyes.runtime.vision import ImageCache, ImageLike, ImageTokens
 
 _HOMES = {
     "Bundle": "bundle",
+    "Chat": "engine",
+    "ChatAnswer": "engine",
+    "Engine": "engine",
     "GeneratedAnswer": "bundle",
     "Group": "bundle",
     "ImageCache": "vision",
     "ImageLike": "vision",
     "ImageTokens": "vision",
+    "Piece": "engine",
+    "Sampling": "sampling",
     "load_bundle": "bundle",
 }
 
-__all__ = ["Bundle", "GeneratedAnswer", "Group", "ImageCache", "ImageLike", "ImageTokens", "load_bundle"]
+__all__ = [
+    "Bundle",
+    "Chat",
+    "ChatAnswer",
+    "Engine",
+    "GeneratedAnswer",
+    "Group",
+    "ImageCache",
+    "ImageLike",
+    "ImageTokens",
+    "Piece",
+    "Sampling",
+    "load_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,7 @@ from manyeyes.runtime.bundle_contents import (
     read_file,
     read_manifest,
 )
-from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, encode_conversation, stop_token_ids
+from manyeyes.runtime.chat import IMAGE_PLACEHOLDER, ChatTemplate, Encoded, Turns, encode_conversation, stop_token_ids
 from manyeyes.runtime.decoding import Decoder, OptionEncoder, OptionIds, check_choices
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import Graph, choose_providers, choose_threads
@@ -108,6 +108,8 @@ class Bundle:
         path: The bundle's folder.
         manifest: What ``manifest.json`` says.
         providers: Execution providers that run the graphs, best first.
+        decoder: The graphs that write.
+        max_length: Most tokens, question, images and answer together.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Bundle:
         self._template = ChatTemplate.from_dict(chat.template.model_dump())
         self._system: str | None = chat.system
         self._image_token_id = chat.image_token_id
-        self._max_length = chat.max_length
+        self.max_length = chat.max_length
         stop_ids = self._find_stops()
         self._vision = Vision(
             Graph(path / VISION, providers=providers, threads=threads),
@@ -135,12 +137,12 @@ class Bundle:
             tile_tokens=chat.image_tokens,
             cache=image_cache,
         )
-        self._decoder = Decoder(
+        self.decoder = Decoder(
             Graph(path / EMBED, providers=providers, threads=threads),
             Graph(path / DECODER, providers=providers, threads=threads),
             stop_ids=stop_ids,
         )
-        self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self._max_length)
+        self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self.max_length)
         self.providers: tuple[str, ...] = self._vision.providers
 
     def _find_stops(self) -> list[int]:
@@ -227,6 +229,47 @@ class Bundle:
             encoded.extend(self._vision.encode(files[start : start + batch_size]))
         return encoded
 
+    def encode_chat(self, turns: Turns, images: Sequence[ImageTokens], *, system: str | None = None) -> Encoded:
+        """Tokens of a conversation that ends with a question.
+
+        Args:
+            turns: Speaker (``human`` or ``gpt``) and text of each turn, ``<image>`` where an image goes.
+            images: From ``encode_images``, in order.
+            system: Replaces the bundle's system text.
+
+        Raises:
+            RecordError: Turns do not alternate, another number of images, or more tokens than the model allows.
+            RecipeError: A system text that the model's template has no place for.
+        """
+        encoded = encode_conversation(
+            self._tokenizer,
+            self._template,
+            turns,
+            image_tokens=[len(image.tokens) for image in images],
+            image_token_id=self._image_token_id,
+            system=self._system if system is None else system,
+            generation_prompt=True,
+        )
+        question = turns[-1][1].replace(f"{IMAGE_PLACEHOLDER}\n", "")
+        if len(encoded.input_ids) >= self.max_length:
+            raise RecordError(
+                f"question {question[:60]!r} with its images is {len(encoded.input_ids)} tokens long",
+                f"fewer than {self.max_length} are needed",
+                "Shorten it, or show fewer images.",
+            )
+        if len(encoded.input_ids) == encoded.prefix_length:
+            raise RecordError("question is empty", "at least one token after the images is needed", "Write one.")
+        return encoded
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out.
+
+        Raises:
+            BundleError: The tokenizer cannot write them.
+        """
+        with library_errors(BundleError, found=f"{TOKENIZER} cannot write what the model answers"):
+            return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def _answer_window(
         self, groups: Sequence[Group], max_new_tokens: int, batch_size: int, first_logits: bool
     ) -> list[list[GeneratedAnswer]]:
@@ -240,7 +283,7 @@ class Bundle:
         # Any question of a group has the group's prefix; a group without questions needs none.
         of_group = {prompt.group: prompt.encoded for prompt in prompts}
         rows = {group: row for row, group in enumerate(of_group)}
-        prefixes = self._decoder.run_prefixes(
+        prefixes = self.decoder.run_prefixes(
             [encoded.input_ids[: encoded.prefix_length] for encoded in of_group.values()],
             [images[group] for group in of_group],
             [encoded.image_spans for encoded in of_group.values()],
@@ -252,20 +295,19 @@ class Bundle:
         writing = [prompt for prompt in prompts if not groups[prompt.group].options(prompt.question)]
         for start in range(0, len(writing), batch_size):
             batch = writing[start : start + batch_size]
-            continuations = self._decoder.continue_greedily(
+            continuations = self.decoder.continue_greedily(
                 prefixes,
                 [rows[prompt.group] for prompt in batch],
                 [prompt.branch_ids for prompt in batch],
-                max_new_tokens=[min(max_new_tokens, self._max_length - len(p.encoded.input_ids)) for p in batch],
+                max_new_tokens=[min(max_new_tokens, self.max_length - len(p.encoded.input_ids)) for p in batch],
             )
             for prompt, written in zip(batch, continuations, strict=True):
-                with library_errors(BundleError, found=f"{TOKENIZER} cannot write what the model answers"):
-                    text = str(self._tokenizer.decode(list(written.token_ids), skip_special_tokens=True)).strip()
+                text = self.decode_text(written.token_ids).strip()
                 kept = written.first_logits if first_logits else None
                 found[prompt.group, prompt.question] = GeneratedAnswer(text, written.token_ids, kept)
         for start in range(0, len(choosing), batch_size):
             batch = choosing[start : start + batch_size]
-            choices = self._decoder.choose(
+            choices = self.decoder.choose(
                 prefixes,
                 [rows[prompt.group] for prompt in batch],
                 [prompt.branch_ids for prompt in batch],
@@ -289,25 +331,8 @@ class Bundle:
                         "the placeholder is put in front for every image",
                         "Leave it out.",
                     )
-                encoded = encode_conversation(
-                    self._tokenizer,
-                    self._template,
-                    [("human", f"{IMAGE_PLACEHOLDER}\n" * len(group.images) + question)],
-                    image_tokens=[len(image.tokens) for image in images[index]],
-                    image_token_id=self._image_token_id,
-                    system=self._system,
-                    generation_prompt=True,
-                )
-                if len(encoded.input_ids) >= self._max_length:
-                    raise RecordError(
-                        f"question {question[:60]!r} with its images is {len(encoded.input_ids)} tokens long",
-                        f"fewer than {self._max_length} are needed",
-                        "Shorten it, or show fewer images.",
-                    )
-                if len(encoded.input_ids) == encoded.prefix_length:
-                    raise RecordError(
-                        "question is empty", "at least one token after the images is needed", "Write one."
-                    )
+                turns = [("human", f"{IMAGE_PLACEHOLDER}\n" * len(group.images) + question)]
+                encoded = self.encode_chat(turns, images[index])
                 yield _Prompt(index, place, encoded)
 
     def _encode_options(self, group: Group, prompt: _Prompt) -> OptionIds:

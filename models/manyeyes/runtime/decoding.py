@@ -319,6 +319,53 @@ class Decoder:
             for prompt, places in enumerate(leading)
         ]
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._stop_ids
+
+    def start(self, prefixes: Prefixes, prompt: Sequence[int]) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+        """``[V]`` logits behind one prompt, and its cache without padding.
+
+        Args:
+            prefixes: From ``run_prefixes``, of this prompt alone.
+            prompt: Token ids after the prefix; at least one.
+        """
+        logits, _, cache = self._run_prompts(prefixes, [0], [prompt])
+        return logits[0], cache
+
+    def go_on(
+        self, tokens: Sequence[int], cache: Mapping[str, ort.OrtValue], lengths: Sequence[int]
+    ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+        """One step of several answers: ``[rows, V]`` logits, and the cache with the tokens in it.
+
+        Args:
+            tokens: The last token of each.
+            cache: From ``arrange``, or from the step before.
+            lengths: Tokens in the cache of each; the longest of them has no padding.
+        """
+        longest = max(lengths)
+        mask = (np.arange(longest + 1) >= longest - np.array(lengths)[:, None]).astype(np.int64)
+        logits, cache = self._step(self._embed_tokens(np.array(tokens, np.int64)[:, None]), mask, cache)
+        return logits[:, -1], cache
+
+    def arrange(self, rows: Sequence[tuple[Mapping[str, ort.OrtValue], int, int]]) -> dict[str, ort.OrtValue]:
+        """A cache of rows from several, padded on the left to the longest of them and no further.
+
+        Args:
+            rows: For each: a cache, the row in it, and how many tokens of its end count.
+        """
+        longest = max(length for _, _, length in rows)
+        arranged = {}
+        for name in self._cache_names:
+            sources = {id(cache): cache[name].numpy() for cache, _, _ in {id(row[0]): row for row in rows}.values()}
+            first = next(iter(sources.values()))
+            values = np.zeros((len(rows), first.shape[1], longest, first.shape[3]), first.dtype)
+            for place, (cache, row, length) in enumerate(rows):
+                values[place, :, longest - length :] = sources[id(cache)][row, :, -length:]
+            arranged[name] = self._decoder.to_device(values)
+        return arranged
+
     def _run_prompts(
         self, prefixes: Prefixes, rows: Sequence[int], prompts: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, ort.OrtValue]]:
