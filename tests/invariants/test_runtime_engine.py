@@ -14,7 +14,7 @@ import pytest
 
 from manyeyes.errors import BundleError, ManyEyesError, RecordError
 from manyeyes.runtime.bundle import Bundle, Group
-from manyeyes.runtime.engine import Chat, ChatAnswer, Engine, Piece, Ticket, place_images
+from manyeyes.runtime.engine import Chat, ChatAnswer, Engine, AnswerPiece, Ticket, place_images
 from manyeyes.runtime.sampling import Sampling
 from tests.export_toys import picture
 
@@ -56,11 +56,11 @@ class Heard:
     """All that is delivered of one conversation."""
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
+        self.pieces: list[AnswerPiece] = []
         self.error: ManyEyesError | None = None
         self.ended = threading.Event()
 
-    def __call__(self, piece: Piece | ManyEyesError) -> None:
+    def __call__(self, piece: AnswerPiece | ManyEyesError) -> None:
         if isinstance(piece, ManyEyesError):
             self.error = piece
         else:

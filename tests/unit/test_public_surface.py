@@ -11,7 +11,7 @@ import pytest
 
 PUBLIC = {
     "manyeyes.runtime": (
-        "Bundle Chat ChatAnswer Engine GeneratedAnswer Group ImageCache ImageLike ImageTokens Piece Sampling "
+        "AnswerPiece Bundle Chat ChatAnswer Engine GeneratedAnswer Group ImageCache ImageLike ImageTokens Sampling "
         "load_bundle"
     ),
     "manyeyes.model": (

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyeyes.runtime.bundle import Bundle, GeneratedAnswer, Group, load_bundle
-    from manyeyes.runtime.engine import Chat, ChatAnswer, Engine, Piece
+    from manyeyes.runtime.engine import AnswerPiece, Chat, ChatAnswer, Engine
     from manyeyes.runtime.sampling import Sampling
     from manyeyes.runtime.vision import ImageCache, ImageLike, ImageTokens
 
 _HOMES = {
+    "AnswerPiece": "engine",
     "Bundle": "bundle",
     "Chat": "engine",
     "ChatAnswer": "engine",
@@ -24,12 +25,12 @@ _HOMES = {
     "ImageCache": "vision",
     "ImageLike": "vision",
     "ImageTokens": "vision",
-    "Piece": "engine",
     "Sampling": "sampling",
     "load_bundle": "bundle",
 }
 
 __all__ = [
+    "AnswerPiece",
     "Bundle",
     "Chat",
     "ChatAnswer",
@@ -39,7 +40,6 @@ __all__ = [
     "ImageCache",
     "ImageLike",
     "ImageTokens",
-    "Piece",
     "Sampling",
     "load_bundle",
 ]

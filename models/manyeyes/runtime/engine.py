@@ -120,7 +120,7 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What one step adds to an answer.
 
     Attributes:
@@ -159,7 +159,7 @@ class ChatAnswer:
     prompt_tokens: int
 
     @classmethod
-    def join(cls, pieces: Sequence[Piece]) -> Self:
+    def join(cls, pieces: Sequence[AnswerPiece]) -> Self:
         """The answer that all its pieces make."""
         last = pieces[-1]
         return cls(
@@ -198,7 +198,7 @@ class EngineState:
     cache_bytes: int = 0
 
 
-Deliver = Callable[[Piece | ManyEyesError], None]
+Deliver = Callable[[AnswerPiece | ManyEyesError], None]
 
 
 class Ticket:
@@ -297,14 +297,14 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
-    def stream(self, chat: Chat) -> Iterator[Piece]:
+    def stream(self, chat: Chat) -> Iterator[AnswerPiece]:
         """Pieces of an answer as they are written; leaving the loop cancels it.
 
         Raises:
             ManyEyesError: The conversation cannot be answered: its images, its length, its turns.
             BundleError: The engine is closed, or a graph fails.
         """
-        pieces: queue.SimpleQueue[Piece | ManyEyesError] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[AnswerPiece | ManyEyesError] = queue.SimpleQueue()
         ticket = self.submit(chat, pieces.put)
         try:
             while True:
@@ -315,12 +315,12 @@ class Engine:
         finally:
             ticket.cancel()
 
-    async def stream_async(self, chat: Chat) -> AsyncIterator[Piece]:
+    async def stream_async(self, chat: Chat) -> AsyncIterator[AnswerPiece]:
         """As ``stream``, for an event loop."""
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | ManyEyesError] = asyncio.Queue()
+        pieces: asyncio.Queue[AnswerPiece | ManyEyesError] = asyncio.Queue()
 
-        def deliver(piece: Piece | ManyEyesError) -> None:
+        def deliver(piece: AnswerPiece | ManyEyesError) -> None:
             with suppress(RuntimeError):  # the loop was closed, and nobody reads any more
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
@@ -541,7 +541,7 @@ class Engine:
         """Choose a row's next token and deliver it; whether the answer goes on."""
         logits = np.asarray(logits, np.float32)
         token = row.pick(logits)
-        piece = Piece("", None, None, "stop", row.prompt_tokens, row.cached_tokens)
+        piece = AnswerPiece("", None, None, "stop", row.prompt_tokens, row.cached_tokens)
         if token not in self.bundle.decoder.stop_ids:
             row.token, row.left = token, row.left - 1
             self._written += 1
@@ -556,7 +556,7 @@ class Engine:
         return piece.finish is None
 
 
-def _raised(piece: Piece | ManyEyesError) -> Piece:
+def _raised(piece: AnswerPiece | ManyEyesError) -> AnswerPiece:
     if isinstance(piece, ManyEyesError):
         raise piece
     return piece
