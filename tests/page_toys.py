@@ -63,6 +63,9 @@ from manyeyes.pages import (
 from manyeyes.recipe import load_recipe
 from manyeyes.recipe.gate_rules import RuleResult
 from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
+from manyeyes.registry.history import History, Identity
+from manyeyes.registry.history import Record as Move
+from manyeyes.registry.history_page import render_history
 from manyeyes.search.search import Search, SearchRound, search_html, search_markdown
 from manyeyes.search.trial import Difference, Row, Trial, TrialStage
 from manyeyes.search.variant import Variant
@@ -323,6 +326,36 @@ def status_page(change: Change) -> dict[str, str]:
     return {"status.html": render_status(status, [failure], ui="https://k", now=moment(40))}
 
 
+def history_page(change: Change) -> dict[str, str]:
+    moves: list[tuple[Any, ...]] = [
+        ("adopt", None, {"champion": 1}, 0),
+        ("promote", 2, {"champion": 2, "previous": 1}, 5),
+        ("outside", None, {"champion": 1, "previous": 1}, 20),
+        ("rollback", 2, {"champion": 2, "previous": 1}, 21),
+    ]
+    records = tuple(
+        Move(
+            number=number,
+            action=action,
+            version=version,
+            moves={change("champion"): (None, version)},
+            aliases=aliases,
+            by=Identity(name=change("ada"), source="mlflow"),
+            at=f"2026-11-{day + 1:02}T10:00:00.000+00:00",
+            reason=change("better on charts") if version else "",
+            gate_digest=change("0" * 64),
+            client=change("manyeyes 1"),
+            code="unknown",
+            previous="",
+            request=str(number),
+        )
+        for number, (action, version, aliases, day) in enumerate(moves, 1)
+    )
+    history = History(change("tiny"), "run", records, "", (change("record 9 is missing"),))
+    scores = {version: {change("easy-vqa"): change("94.40")} for version in (1, 2)}
+    return {"history.html": render_history(history, scores, now=datetime(2026, 11, 28, tzinfo=UTC))}
+
+
 def step_pages(change: Change) -> dict[str, str]:
     texts = [[Text("a", "b", (1,), "good"), Text("c", link="https://m/1")], [Text("code", kind="code"), "d"]]
     plot = scatter(
@@ -423,7 +456,7 @@ def ablation_page(change: Change) -> dict[str, str]:
 
 CASES: list[Callable[..., dict[str, str]]] = [
     *(report_pages, compare_pages, correlation_page, reliance_pages, gate_pages, contamination_page, validation_page),
-    *(run_pages, status_page, step_pages, search_pages, ablation_page),
+    *(run_pages, status_page, history_page, step_pages, search_pages, ablation_page),
 ]
 PARTS = {"base.html", "parts.html", "charts.html", "trials.html"}
 

@@ -32,6 +32,7 @@ READS = {
     "correlate": ["correlate", "no.json"],
     "encoders": ["encoders"],
     "fusions": ["fusions"],
+    "history": ["history", NAME],
     "pipeline schedule list": ["pipeline", "schedule", "list"],
     "pipeline status": ["pipeline", "status"],
     "projectors": ["projectors"],
@@ -219,6 +220,7 @@ def test_a_user_who_may_only_read_pulls_and_compares(
 ) -> None:
     assert call(monkeypatch, "pull", NAME, "pulled") == 0
     assert call(monkeypatch, "compare", f"{NAME}/1", f"{NAME}/2", "--out", "compared") == 0
+    assert call(monkeypatch, "history", NAME, "--html", "history.html") == 0
     assert call(monkeypatch, "ask", NAME, "-", "what is it?") == 2  # it has the bundle, which is a pretended one
     assert (environment / "work" / "pulled" / "manifest.json").is_file()
     assert reader.refused == []

@@ -149,7 +149,7 @@ def test_an_interrupted_promotion_is_finished(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(versions, "_make_champion", killed)
+        patch.setattr(versions, "_promote_by_gate", killed)
         with pytest.raises(KilledError):
             put(name, candidate)
     assert find_alias(connect(), name, "champion") is None

@@ -24,7 +24,13 @@ from manyeyes.cli.group import CommandGroup as _Group
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.pipeline import pipeline as pipeline_group
 from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command
-from manyeyes.cli.registry import ask_command
+from manyeyes.cli.registry import (
+    ask_command,
+    history_command,
+    promote_command,
+    pull_command,
+    rollback_command,
+)
 from manyeyes.errors import (
     INTERRUPTED,
     NOT_PROMOTED,
@@ -275,35 +281,8 @@ cli.add_command(reliance_command)
 cli.add_command(ask_command)
 
 
-@cli.command()
-@click.argument("model")
-@click.argument("out", type=OutPath())
-def pull(model: str, out: Path) -> None:
-    """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
-    from manyeyes.cli.registry import pull_model
-
-    click.echo(str(pull_model(model, out)))
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--force", is_flag=True, help="Promote a version that the gate failed, too.")
-def promote(model: str, force: bool) -> None:
-    """Make MODEL/VERSION or MODEL@ALIAS the champion."""
-    from manyeyes.cli.registry import promote_model
-
-    click.echo(promote_model(model, force=force))
-
-
-@cli.command()
-@click.argument("model")
-def rollback(model: str) -> None:
-    """Make MODEL's previous champion the champion again; of another MODEL/VERSION, nothing is done."""
-    from manyeyes.cli.registry import rollback_model
-
-    click.echo(rollback_model(model))
-
-
+for command in (pull_command, promote_command, rollback_command, history_command):
+    cli.add_command(command)
 cli.add_command(convert_command)
 cli.add_command(logits_command)
 

@@ -1,4 +1,4 @@
-"""The verbs of the registry: ask, pull, promote, rollback."""
+"""The verbs of the registry: ask, pull, promote, rollback, history."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from manyeyes.cli.group import OutPath
 from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
@@ -25,29 +26,59 @@ def pulled_bundle(reference: str) -> Path:
     )
 
 
-def pull_model(reference: str, out: Path) -> Path:
-    """Fetch a bundle into ``out``."""
+@click.command("pull")
+@click.argument("model")
+@click.argument("out", type=OutPath())
+def pull_command(model: str, out: Path) -> None:
+    """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
     from manyeyes.registry.versions import pull
 
-    return pull(reference, out_dir=out)
+    click.echo(str(pull(model, out_dir=out)))
 
 
-def promote_model(reference: str, *, force: bool) -> str:
-    """Make a version the champion; says what the registry holds now."""
+@click.command("promote")
+@click.argument("model")
+@click.option("--force", is_flag=True, help="Promote a version that the gate failed, too.")
+@click.option("--reason", default="", help="Why; kept in the history.")
+def promote_command(model: str, force: bool, reason: str) -> None:
+    """Make MODEL/VERSION or MODEL@ALIAS the champion."""
     from manyeyes.registry.versions import promote
 
-    return _in_words(promote(reference, force=force))
+    _tell(promote(model, force=force, reason=reason))
 
 
-def rollback_model(reference: str) -> str:
-    """Make the previous champion the champion again; says what the registry holds now."""
+@click.command("rollback")
+@click.argument("model")
+@click.option("--reason", default="", help="Why; kept in the history.")
+def rollback_command(model: str, reason: str) -> None:
+    """Make MODEL's previous champion the champion again; of another MODEL/VERSION, nothing is done."""
     from manyeyes.registry.versions import rollback
 
-    return _in_words(rollback(reference))
+    _tell(rollback(model, reason=reason))
 
 
-def _in_words(version: RegisteredVersion) -> str:
-    return f"{version.name} version {version.version} is now {' and '.join(version.aliases)} (gate: {version.verdict})"
+@click.command("history")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="The records as JSON.")
+@click.option("--html", "page", type=OutPath(file=True), help="Also write a page with a timeline and scores.")
+def history_command(model: str, as_json: bool, page: Path | None) -> None:
+    """Who moved which alias of MODEL when, and why."""
+    from manyeyes.registry.history_page import history_json, history_text, load_history, read_scores, render_history
+    from manyeyes.storage import write_file
+
+    history = load_history(model)
+    click.echo(history_json(history) if as_json else history_text(history))
+    if page is not None:
+        write_file(page, render_history(history, read_scores(model)))
+        click.echo(f"page: {page}", err=True)
+
+
+def _tell(version: RegisteredVersion) -> None:
+    for note in version.notes:
+        click.echo(note, err=True)
+    click.echo(
+        f"{version.name} version {version.version} is now {' and '.join(version.aliases)} (gate: {version.verdict})"
+    )
 
 
 ANSWER_TOKENS = 32

@@ -91,12 +91,15 @@ class Timeline:
     def ticks(self) -> list[tuple[float, str]]:
         """Four or five moments: where they stand in percent, and in words."""
         steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
-        step = next((step for step in steps if self.seconds / step <= 5), round(self.seconds / 5))
+        days = 86400 * max(1, round(self.seconds / 5 / 86400))
+        step = next((step for step in steps if self.seconds / step <= 5), days)
         # The words of one at the edge would stand beyond it.
         return [(self.at(second), _clock(second)) for second in range(0, int(0.95 * self.seconds) + 1, step)]
 
 
 def _clock(seconds: int) -> str:
+    if seconds >= 86400 and seconds % 86400 == 0:
+        return f"{seconds // 86400}\N{NO-BREAK SPACE}d"
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 

@@ -254,10 +254,9 @@ def _connect(uri: str, experiment_id: str, create: bool) -> Tracking:
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if scheme == "sqlite":
-        database = Path(uri.partition(":///")[2].partition("?")[0]).absolute()
-        artifacts: str | None = (database.parent / "mlartifacts").as_uri()
+        database = _database(uri)
         with _initialising(database) if create else _initialised(database):
-            return _open(uri, experiment_id, artifacts, create=create)
+            return _open(uri, experiment_id, create=create)
     if scheme in _PORTS:
         _probe_database(uri, scheme)
         if not create:
@@ -268,25 +267,40 @@ def _connect(uri: str, experiment_id: str, create: bool) -> Tracking:
             "sqlite:///FILE, http(s)://SERVER or a database: a folder has no registry",
             "Unset it to use runs/mlflow.db.",
         )
-    return _open(uri, experiment_id, None, create=create)
+    return _open(uri, experiment_id, create=create)
 
 
-def _open(uri: str, experiment_id: str, artifacts: str | None, *, create: bool) -> Tracking:
+def _database(uri: str) -> Path:
+    return Path(uri.partition(":///")[2].partition("?")[0]).absolute()
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its files; ``None`` where the server says it.
+
+    Args:
+        uri: Of the store.
+    """
+    return (_database(uri).parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+
+
+def _open(uri: str, experiment_id: str, *, create: bool) -> Tracking:
     mlflow.set_tracking_uri(uri)
     with registry_errors():
         client = mlflow.MlflowClient(uri)
         with asked_once(timeout_s=PROBE_TIMEOUT_S):
             client.search_experiments(max_results=1)
         tracking = Tracking(uri, experiment_id, client)
-        return replace(tracking, experiment_id=_make_experiment(tracking, artifacts)) if create else tracking
+        return replace(tracking, experiment_id=_make_experiment(tracking)) if create else tracking
 
 
-def _make_experiment(tracking: Tracking, artifacts: str | None) -> str:
+def _make_experiment(tracking: Tracking) -> str:
     found = find_experiment(tracking)
     if found is not None:
         return found
     try:
-        return str(tracking.client.create_experiment(_experiment_name(), artifact_location=artifacts))
+        return str(
+            tracking.client.create_experiment(_experiment_name(), artifact_location=artifact_location(tracking.uri))
+        )
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise

@@ -9,6 +9,7 @@ The MLflow model of a version holds bundle, evidence and the code that serves it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from manyeyes import __version__
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report, render_gate_html, render_gate_markdown
+from manyeyes.registry.history import Change, History, move
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
 from manyeyes.registry.pull import champion_evidence, comparable_champion, pull
 from manyeyes.registry.references import (
@@ -41,7 +43,6 @@ from manyeyes.registry.references import (
     SCORECARD,
     ModelReference,
     check_registry_name,
-    find_alias,
     find_version,
     parse_model_reference,
 )
@@ -188,6 +189,8 @@ def _requirements() -> list[str]:
 
 _TAG_CHARACTERS = 5000
 _PENDING, _DONE = "pending", "done"
+# On versions whose registration is recorded, or about to be.
+_CLAIM = "manyeyes.registration"
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ class RegisteredVersion:
         aliases: That point at it now, sorted.
         verdict: The gate's.
         created: Whether this call registered it; ``False`` when its bundle was there already.
+        notes: What the call found and put right: a move that was left half done, aliases that were moved by other
+            means.
     """
 
     name: str
@@ -207,6 +212,7 @@ class RegisteredVersion:
     aliases: tuple[str, ...]
     verdict: Verdict
     created: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def register(
@@ -257,26 +263,105 @@ def register(
         )
     check_registry_name(name)
     tracking = connect(create=True)
-    version = _find_bundle(tracking, name, digest)
-    created = version is None
-    if version is None:
+    own = None
+    if not _versions_of(tracking, name, digest):
         evidence = {SCORECARD: scorecard, BUNDLE_SCORECARD: bundle_scorecard, ITEMS: items, GATE: gate}
         evidence |= {path.name: path for path in attachments}
         marks = _tags(manifest, score, report) | dict(tags or {})
         with _run(name, run_id) as run:
             model_id, source = log_model(tracking, run, bundle=bundle, evidence=evidence, report=report, tags=marks)
             log_scores(tracking, run, model_id, score)
-            version = _create_version(tracking, name, source=source, run_id=run, model_id=model_id, tags=marks)
-    elif version.tags.get("gate") == "failed" and report.verdict == "passed":
-        _set_tags(tracking, version, _gate_tags(report))
-        version = find_version(tracking, ModelReference(name, None, int(version.version)))
-    if report.verdict == "passed" and version.tags.get("promotion") == _PENDING:
-        expected = report.champion
-        with registry_errors():
-            tracking.client.set_registered_model_alias(name, CHALLENGER, str(version.version))
-        _make_champion(tracking, version, expected=expected)
-        _set_tags(tracking, version, {"promotion": _DONE})
-    return _describe(tracking, name, int(version.version), created=created)
+            own = _create_version(tracking, name, source=source, run_id=run, model_id=model_id, tags=marks)
+    gate_digest = hashlib.sha256(gate.read_bytes()).hexdigest()
+    version, notes = _settle_version(tracking, name, report, gate_digest=gate_digest)
+    if report.verdict == "passed":
+        notes += _promote_by_gate(tracking, version, report, gate_digest=gate_digest)
+    return _describe(tracking, name, int(version.version), created=own == int(version.version), notes=notes)
+
+
+def _settle_version(
+    tracking: Tracking, name: str, report: GateReport, *, gate_digest: str
+) -> tuple[ModelVersion, tuple[str, ...]]:
+    """The one version of a bundle: the recorded one, and of several that are not recorded yet the oldest.
+
+    Processes that register one bundle at once each make a version; one of these is recorded, the others go.
+    """
+    digest, numbers, chosen = report.challenger, list[int](), 0
+
+    def decide(history: History) -> Change | None:
+        nonlocal numbers, chosen
+        numbers = _versions_of(tracking, name, digest)
+        recorded = [
+            record
+            for record in history.records
+            if record.action == "register" and record.bundle_digest == digest and record.version in numbers
+        ]
+        chosen = (recorded[-1].version if recorded else None) or min(numbers)
+        found = find_version(tracking, ModelReference(name, None, chosen))
+        verdicts = {found.tags.get("gate"), report.verdict, *(record.verdict for record in recorded)}
+        verdict: Verdict = "passed" if "passed" in verdicts else "failed"
+        if recorded and recorded[-1].verdict == verdict:
+            return None
+        now_allowed = found.tags.get("gate") == "failed" and verdict == "passed"
+        return Change(
+            "register",
+            chosen,
+            history.aliases,
+            tags=_gate_tags(report) if now_allowed else {},
+            verdict=verdict,
+            gate_digest=gate_digest if verdict == report.verdict else None,
+            bundle_digest=digest,
+        )
+
+    made = move(tracking, name, decide)
+    for number in numbers:
+        spare = find_version(tracking, ModelReference(name, None, number)) if number != chosen else None
+        # Versions from before there was a history stay.
+        if spare is not None and _CLAIM in spare.tags and not spare.aliases:
+            with registry_errors():
+                tracking.client.delete_model_version(name, str(number))
+    return find_version(tracking, ModelReference(name, None, chosen)), made.notes
+
+
+def _promote_by_gate(
+    tracking: Tracking, version: ModelVersion, report: GateReport, *, gate_digest: str
+) -> tuple[str, ...]:
+    """Make a version that passed the champion, once, and only while the champion is the one it was compared with."""
+    name, number = version.name, int(version.version)
+
+    def decide(history: History) -> Change | None:
+        registered = max((record.number for record in history.of(number, "register")), default=0)
+        if any(record.number > registered for record in history.of(number, "promote")):
+            return None
+        if version.tags.get("promotion") != _PENDING:
+            return None  # of a version from before there was a history
+        champion = history.aliases.get(CHAMPION)
+        if champion not in (report.champion, number):
+            raise RegistryError(
+                f'champion of "{name}" is version {champion} now',
+                f"the gate compared version {number} with "
+                f"{'no champion' if report.champion is None else f'version {report.champion}'}",
+                "Run again: the gate then judges against the new champion.",
+                retry=True,
+            )
+        return Change(
+            "promote",
+            number,
+            _crowned(history.aliases, number) | {CHALLENGER: number},
+            tags={"promotion": _DONE},
+            verdict=report.verdict,
+            gate_digest=gate_digest,
+            bundle_digest=report.challenger,
+        )
+
+    return move(tracking, name, decide).notes
+
+
+def _crowned(aliases: Mapping[str, int], number: int) -> dict[str, int]:
+    """The aliases once a version is champion."""
+    champion = aliases.get(CHAMPION)
+    previous = {PREVIOUS: champion} if champion not in (None, number) else {}
+    return {**aliases, **previous, CHAMPION: number}
 
 
 def promote(
@@ -310,10 +395,28 @@ def promote(
             "a version that passed the gate",
             "Choose another version, or say --force.",
         )
-    _make_champion(tracking, found, expected=find_alias(tracking, name, CHAMPION))
-    marks = {"promotion": "forced" if found.tags.get("gate") != "passed" else _DONE}
-    _set_tags(tracking, found, marks | _reason_tags(reason))
-    return _describe(tracking, name, version)
+    passed = found.tags.get("gate") == "passed"
+
+    def decide(history: History) -> Change | None:
+        if history.aliases.get(CHAMPION) == version:
+            return None
+        return Change(
+            "promote",
+            version,
+            _crowned(history.aliases, version),
+            tags={"promotion": _DONE if passed else "forced"},
+            forced=not passed,
+            verdict=found.tags.get("gate"),
+            gate_digest=_gate_digest(history, version),
+            bundle_digest=found.tags.get("bundle_digest"),
+        )
+
+    made = move(tracking, name, decide, reason=reason)
+    return _describe(tracking, name, version, notes=made.notes)
+
+
+def _gate_digest(history: History, version: int) -> str | None:
+    return next((record.gate_digest for record in reversed(history.of(version, "register"))), None)
 
 
 def rollback(name: str, alias_or_version: str | int | None = None, *, reason: str = "") -> RegisteredVersion:
@@ -332,26 +435,37 @@ def rollback(name: str, alias_or_version: str | int | None = None, *, reason: st
     name = reference.name
     tracking = connect()
     wanted = int(find_version(tracking, reference).version) if reference.names_version else None
-    champion = int(find_version(tracking, ModelReference(name, CHAMPION)).version)
-    previous = find_alias(tracking, name, PREVIOUS)
-    if previous is None or previous == champion:
-        raise RegistryError(
-            f'champion of "{name}" is version {champion}, and no version is "{PREVIOUS}"',
-            "an earlier champion",
-            f"Promote a version by number: manyeyes promote {name}/VERSION",
+    find_version(tracking, ModelReference(name, CHAMPION))  # says what there is, where there is none
+    restored = 0
+
+    def decide(history: History) -> Change | None:
+        nonlocal restored
+        champion, previous = history.aliases.get(CHAMPION), history.aliases.get(PREVIOUS)
+        if champion is None or previous is None or previous == champion:
+            raise RegistryError(
+                f'champion of "{name}" is version {champion}, and no version is "{PREVIOUS}"',
+                "an earlier champion",
+                f"Promote a version by number: manyeyes promote {name}/VERSION",
+            )
+        if wanted is not None and wanted != previous:
+            raise RegistryError(
+                f"{reference} is version {wanted}" if reference.alias else f"version is {wanted}",
+                f"version {previous}, which was champion before: a rollback restores no other",
+                f"Leave the version out, or promote the one you want: manyeyes promote {name}/{wanted}",
+            )
+        restored = previous
+        found = find_version(tracking, ModelReference(name, None, previous))
+        return Change(
+            "rollback",
+            previous,
+            {**history.aliases, CHAMPION: previous, PREVIOUS: champion},
+            verdict=found.tags.get("gate"),
+            gate_digest=_gate_digest(history, previous),
+            bundle_digest=found.tags.get("bundle_digest"),
         )
-    if wanted is not None and wanted != previous:
-        raise RegistryError(
-            f"{reference} is version {wanted}" if reference.alias else f"version is {wanted}",
-            f"version {previous}, which was champion before: a rollback restores no other",
-            f"Leave the version out, or promote the one you want: manyeyes promote {name}/{wanted}",
-        )
-    with registry_errors():
-        tracking.client.set_registered_model_alias(name, CHAMPION, str(previous))
-        tracking.client.set_registered_model_alias(name, PREVIOUS, str(champion))
-    restored = find_version(tracking, ModelReference(name, None, previous))
-    _set_tags(tracking, restored, _reason_tags(reason))
-    return _describe(tracking, name, previous)
+
+    made = move(tracking, name, decide, reason=reason)
+    return _describe(tracking, name, restored, notes=made.notes)
 
 
 def read_aliases(name: str) -> dict[str, int]:
@@ -378,44 +492,26 @@ def describe(reference: ModelReference) -> RegisteredVersion:
     return _describe(tracking, reference.name, int(find_version(tracking, reference).version))
 
 
-def _describe(tracking: Tracking, name: str, version: int, *, created: bool = False) -> RegisteredVersion:
+def _describe(
+    tracking: Tracking, name: str, version: int, *, created: bool = False, notes: tuple[str, ...] = ()
+) -> RegisteredVersion:
     found = find_version(tracking, ModelReference(name, None, version))
     verdict: Verdict = "passed" if found.tags.get("gate") == "passed" else "failed"
-    return RegisteredVersion(name, version, tuple(sorted(found.aliases)), verdict, created)
+    return RegisteredVersion(name, version, tuple(sorted(found.aliases)), verdict, created, notes)
 
 
-def _find_bundle(tracking: Tracking, name: str, digest: str) -> ModelVersion | None:
+def _versions_of(tracking: Tracking, name: str, digest: str) -> list[int]:
+    """Numbers of a bundle's versions: one, but while processes register it at once."""
     with registry_errors():
         found = tracking.client.search_model_versions(f"name='{name}' and tags.bundle_digest='{digest}'")
-    if not found:
-        return None
-    # search_model_versions leaves aliases out.
-    oldest = min(int(version.version) for version in found)
-    return find_version(tracking, ModelReference(name, None, oldest))
-
-
-def _make_champion(tracking: Tracking, version: ModelVersion, *, expected: int | None) -> None:
-    """Compare and set: move the aliases only while the champion is the one that was compared with."""
-    name, number = version.name, int(version.version)
-    champion = find_alias(tracking, name, CHAMPION)
-    if champion == number:
-        return
-    if champion != expected:
-        raise RegistryError(
-            f'champion of "{name}" is version {champion} now',
-            f"the gate compared version {number} with {'no champion' if expected is None else f'version {expected}'}",
-            "Run again: the gate then judges against the new champion.",
-            retry=True,
-        )
-    with registry_errors():
-        if champion is not None:
-            tracking.client.set_registered_model_alias(name, PREVIOUS, str(champion))
-        tracking.client.set_registered_model_alias(name, CHAMPION, str(number))
+    return sorted(int(version.version) for version in found)
 
 
 def _create_version(
     tracking: Tracking, name: str, *, source: str, run_id: str, model_id: str, tags: Mapping[str, str]
-) -> ModelVersion:
+) -> int:
+    marks = {**tags, _CLAIM: uuid.uuid4().hex}
+
     def create_model() -> bool:
         try:
             tracking.client.create_registered_model(name)
@@ -425,9 +521,7 @@ def _create_version(
         return True
 
     def create() -> int:
-        made = tracking.client.create_model_version(
-            name, source=source, run_id=run_id, model_id=model_id, tags=dict(tags)
-        )
+        made = tracking.client.create_model_version(name, source=source, run_id=run_id, model_id=model_id, tags=marks)
         return int(made.version)
 
     def find() -> int | None:
@@ -436,13 +530,7 @@ def _create_version(
         return min((int(version.version) for version in found), default=None)
 
     create_once(create_model, find=lambda: None)
-    return find_version(tracking, ModelReference(name, None, create_once(create, find=find)))
-
-
-def _set_tags(tracking: Tracking, version: ModelVersion, tags: Mapping[str, str]) -> None:
-    with registry_errors():
-        for key, value in tags.items():
-            tracking.client.set_model_version_tag(version.name, str(version.version), key, value)
+    return create_once(create, find=find)
 
 
 def _tags(manifest: Mapping[str, Any], score: Scorecard, report: GateReport) -> dict[str, str]:
@@ -454,10 +542,6 @@ def _tags(manifest: Mapping[str, Any], score: Scorecard, report: GateReport) -> 
         **scores,
         **_gate_tags(report),
     }
-
-
-def _reason_tags(reason: str) -> dict[str, str]:
-    return {"promotion_reason": reason[:_TAG_CHARACTERS]} if reason else {}
 
 
 def _gate_tags(report: GateReport) -> dict[str, str]:
