@@ -63,8 +63,7 @@ from manyeyes.pages import (
 from manyeyes.recipe import load_recipe
 from manyeyes.recipe.gate_rules import RuleResult
 from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
-from manyeyes.registry.history import History, Identity
-from manyeyes.registry.history import Record as Move
+from manyeyes.registry.history import History, Identity, MoveRecord
 from manyeyes.registry.history_page import render_history
 from manyeyes.search.search import Search, SearchRound, search_html, search_markdown
 from manyeyes.search.trial import Difference, Row, Trial, TrialStage
@@ -334,7 +333,7 @@ def history_page(change: Change) -> dict[str, str]:
         ("rollback", 2, {"champion": 2, "previous": 1}, 21),
     ]
     records = tuple(
-        Move(
+        MoveRecord(
             number=number,
             action=action,
             version=version,

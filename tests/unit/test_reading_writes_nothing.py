@@ -38,10 +38,13 @@ READS = {
     "projectors": ["projectors"],
     "pull": ["pull", NAME, "pulled"],
     "recipe list": ["recipe", "list"],
+    "registry audit": ["registry", "audit", NAME],
     "recipe show": ["recipe", "show", "tiny"],
 }
 # What these write is what they are for; with a model that is not there, they write nothing either.
 REFUSED = {
+    "approve": ["approve", f"{NAME}/1", "--reason", "good"],
+    "reject": ["reject", f"{NAME}/1", "--reason", "bad"],
     "evaluate": ["evaluate", f"{NAME}@champion"],
     "promote": ["promote", f"{NAME}/1"],
     "rollback": ["rollback", NAME],
@@ -221,6 +224,7 @@ def test_a_user_who_may_only_read_pulls_and_compares(
     assert call(monkeypatch, "pull", NAME, "pulled") == 0
     assert call(monkeypatch, "compare", f"{NAME}/1", f"{NAME}/2", "--out", "compared") == 0
     assert call(monkeypatch, "history", NAME, "--html", "history.html") == 0
+    assert call(monkeypatch, "registry", "audit", NAME) == 0
     assert call(monkeypatch, "ask", NAME, "-", "what is it?") == 2  # it has the bundle, which is a pretended one
     assert (environment / "work" / "pulled" / "manifest.json").is_file()
     assert reader.refused == []

@@ -30,6 +30,7 @@ GRID = {"model.layout": {"tiling": "grid"}}
 ROWS = {"model.layout": {"newline": True}}
 LOOK = {"model.reinjection": {"stride": 1, "count": 1}}
 JUDGE = {"evaluation.judge": {"endpoint": "https://judge.example/v1", "model": "m"}}
+APPROVAL = {"registry.promotion": "approval"}
 NOTHING: dict[str, Any] = {}
 
 # Field: what it is flipped to, the steps that it concerns beside register (which keeps the whole recipe), and what
@@ -97,6 +98,9 @@ FIELDS: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
     "export.opset": (21, {"export_onnx"}, NOTHING),
     "export.parity_items": (9, {"export_onnx"}, NOTHING),
     "registry.model": ("another", {"plan_evaluation"}, NOTHING),
+    "registry.promotion": ("approval", set(), NOTHING),
+    "registry.approvals": (2, set(), APPROVAL),
+    "registry.four_eyes": (True, set(), APPROVAL),
 }
 
 # Field of a stage: what it is flipped to, and whether validation reads it, which refuses what a stage would.

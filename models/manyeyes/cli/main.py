@@ -25,10 +25,13 @@ from manyeyes.cli.group import OutPath
 from manyeyes.cli.pipeline import pipeline as pipeline_group
 from manyeyes.cli.recipes import encoders_command, fusions_command, projectors_command
 from manyeyes.cli.registry import (
+    approve_command,
     ask_command,
     history_command,
     promote_command,
     pull_command,
+    registry,
+    reject_command,
     rollback_command,
 )
 from manyeyes.errors import (
@@ -281,7 +284,10 @@ cli.add_command(reliance_command)
 cli.add_command(ask_command)
 
 
-for command in (pull_command, promote_command, rollback_command, history_command):
+for command in (
+    *(pull_command, promote_command, rollback_command),
+    *(approve_command, reject_command, history_command, registry),
+):
     cli.add_command(command)
 cli.add_command(convert_command)
 cli.add_command(logits_command)

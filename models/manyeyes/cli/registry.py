@@ -1,14 +1,16 @@
-"""The verbs of the registry: ask, pull, promote, rollback, history."""
+"""The verbs of the registry: ask, pull, promote, rollback, approve, reject, history, audit."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from manyeyes.cli.group import OutPath
+from manyeyes.cli.group import CommandGroup, OutPath
+from manyeyes.errors import OTHER_ERROR
 from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
@@ -29,11 +31,12 @@ def pulled_bundle(reference: str) -> Path:
 @click.command("pull")
 @click.argument("model")
 @click.argument("out", type=OutPath())
-def pull_command(model: str, out: Path) -> None:
+@click.option("--require-approved", is_flag=True, help="Refuse a version that nobody approved.")
+def pull_command(model: str, out: Path, require_approved: bool) -> None:
     """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
     from manyeyes.registry.versions import pull
 
-    click.echo(str(pull(model, out_dir=out)))
+    click.echo(str(pull(model, out_dir=out, require_approved=require_approved)))
 
 
 @click.command("promote")
@@ -57,28 +60,75 @@ def rollback_command(model: str, reason: str) -> None:
     _tell(rollback(model, reason=reason))
 
 
+@click.command("approve")
+@click.argument("model")
+@click.option("--reason", required=True, help="Why; kept in the history.")
+def approve_command(model: str, reason: str) -> None:
+    """Approve MODEL/VERSION, which waits for it; with the last approval that it needs it becomes the champion."""
+    from manyeyes.registry.versions import approve
+
+    _tell(approve(model, reason=reason))
+
+
+@click.command("reject")
+@click.argument("model")
+@click.option("--reason", required=True, help="Why; kept in the history.")
+def reject_command(model: str, reason: str) -> None:
+    """Refuse MODEL/VERSION, which waits for approval."""
+    from manyeyes.registry.versions import reject
+
+    _tell(reject(model, reason=reason))
+
+
+@click.group(cls=CommandGroup)
+def registry() -> None:
+    """Look after a registered model."""
+
+
+@registry.command("audit")
+@click.argument("model")
+def audit_command(model: str) -> None:
+    """Look for aliases of MODEL that were moved around its history; exit code 1 where there are some."""
+    from manyeyes.registry.approval import audit
+    from manyeyes.registry.history_page import load_history
+    from manyeyes.registry.tracking import connect
+
+    load_history(model)  # says which models there are
+    findings = audit(connect(), model)
+    for finding in findings:
+        click.echo(finding)
+    if findings:
+        sys.exit(OTHER_ERROR)
+    click.echo(f"{model}: the history explains every alias")
+
+
 @click.command("history")
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="The records as JSON.")
 @click.option("--html", "page", type=OutPath(file=True), help="Also write a page with a timeline and scores.")
 def history_command(model: str, as_json: bool, page: Path | None) -> None:
     """Who moved which alias of MODEL when, and why."""
-    from manyeyes.registry.history_page import history_json, history_text, load_history, read_scores, render_history
+    from manyeyes.registry.history_page import (
+        history_json,
+        history_text,
+        load_history,
+        registered_scores,
+        render_history,
+    )
     from manyeyes.storage import write_file
 
     history = load_history(model)
     click.echo(history_json(history) if as_json else history_text(history))
     if page is not None:
-        write_file(page, render_history(history, read_scores(model)))
+        write_file(page, render_history(history, registered_scores(model)))
         click.echo(f"page: {page}", err=True)
 
 
 def _tell(version: RegisteredVersion) -> None:
     for note in version.notes:
         click.echo(note, err=True)
-    click.echo(
-        f"{version.name} version {version.version} is now {' and '.join(version.aliases)} (gate: {version.verdict})"
-    )
+    aliases = " and ".join(version.aliases) or "without an alias"
+    click.echo(f"{version.name} version {version.version} is now {aliases} (gate: {version.verdict})")
 
 
 ANSWER_TOKENS = 32

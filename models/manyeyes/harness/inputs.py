@@ -51,7 +51,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     ),
     "gate": (*_SCORE, "gate"),
     "register": tuple(Recipe.model_fields),
-    "plan_evaluation": (*_SCORE, "registry"),
+    "plan_evaluation": (*_SCORE, "registry.model"),
     "fetch_model": (),
     "score_benchmark": (
         *("name", "model.chat"),

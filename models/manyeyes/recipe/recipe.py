@@ -174,9 +174,22 @@ class ExportSpec(Strict):
 
 
 class RegistrySpec(Strict):
-    """Where the model is registered."""
+    """Where the model is registered, and what a version that passed the gate still needs to become champion."""
 
     model: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    promotion: Literal["automatic", "approval"] = Field(
+        default="automatic", description="automatic: the gate promotes; approval: it waits until persons approve it."
+    )
+    approvals: Literal[1, 2] = Field(default=1, description="Persons who must approve.")
+    four_eyes: bool = Field(default=False, description="None of them may be who registered the version.")
+
+    @model_validator(mode="after")
+    def _approvals_need_approval(self) -> RegistrySpec:
+        if self.promotion == "automatic" and (self.approvals != 1 or self.four_eyes):
+            raise ValueError(
+                "approvals and four_eyes are asked for, and promotion is automatic; needed is promotion: approval"
+            )
+        return self
 
 
 class Recipe(Strict):

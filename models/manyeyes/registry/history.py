@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Action = Literal["adopt", "outside", "register", "promote", "rollback"]
+Action = Literal["adopt", "outside", "register", "challenge", "approve", "reject", "promote", "rollback"]
 
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
 _EXPERIMENT = "manyeyes-history-"
@@ -69,7 +69,14 @@ class Identity(StrictModel):
     )
 
 
-class Record(StrictModel):
+class Approvals(StrictModel):
+    """What a version needs before it becomes champion, where passing the gate is not enough."""
+
+    count: Literal[1, 2] = Field(default=1, description="Persons who must approve.")
+    four_eyes: bool = Field(default=False, description="None of them may be who registered the version.")
+
+
+class MoveRecord(StrictModel):
     """One move, as it stands in the chain."""
 
     format_version: Literal[1] = 1
@@ -86,6 +93,8 @@ class Record(StrictModel):
     verdict: str | None = Field(default=None, description="The gate's, of the version.")
     gate_digest: str | None = Field(default=None, description="sha256 of the version's gate.json.")
     bundle_digest: str | None = Field(default=None, description="Of the version's bundle.")
+    approvals: Approvals | None = Field(default=None, description="That the version needs, from its registration on.")
+    against: int | None = Field(default=None, description="Champion that the gate compared a challenger with.")
     client: str = Field(description="Versions of what made the move.")
     code: str = Field(description="Image digest or commit of what made the move; unknown where neither is said.")
     previous: str = Field(description="sha256 of the record before; empty for the first.")
@@ -106,7 +115,7 @@ class History:
 
     name: str
     run_id: str | None = None
-    records: tuple[Record, ...] = ()
+    records: tuple[MoveRecord, ...] = ()
     digest: str = ""
     problems: tuple[str, ...] = ()
 
@@ -115,7 +124,7 @@ class History:
         """Version by alias after the last record."""
         return dict(self.records[-1].aliases) if self.records else {}
 
-    def of(self, version: int, *actions: Action) -> tuple[Record, ...]:
+    def of(self, version: int, *actions: Action) -> tuple[MoveRecord, ...]:
         """Records about a version, of these actions."""
         return tuple(record for record in self.records if record.version == version and record.action in actions)
 
@@ -132,6 +141,8 @@ class Change:
     verdict: str | None = None
     gate_digest: str | None = None
     bundle_digest: str | None = None
+    approvals: Approvals | None = None
+    against: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Move:
         notes: What was found and put right on the way, one sentence each.
     """
 
-    record: Record | None
+    record: MoveRecord | None
     notes: tuple[str, ...]
 
 
@@ -171,11 +182,11 @@ def read_history(tracking: Tracking, name: str) -> History:
 
 
 def _parse(name: str, run_id: str, params: Mapping[str, str]) -> History:
-    records: list[Record] = []
+    records: list[MoveRecord] = []
     digest, problems = "", []
     for position, (key, text) in enumerate(sorted(params.items()), 1):
         try:
-            record = Record.model_validate_json(text)
+            record = MoveRecord.model_validate_json(text)
         except ValidationError as error:
             problems.append(f'"{key}" is no record ({error.errors()[0]["msg"]})')
             continue
@@ -269,12 +280,12 @@ def _settle(tracking: Tracking, name: str, *, mark: str, notes: list[str]) -> Hi
         if made is None:
             continue
         if history.records:
-            moved = ", ".join(in_words(alias, *move) for alias, move in made.records[-1].moves.items())
+            moved = ", ".join(alias_move(alias, *move) for alias, move in made.records[-1].moves.items())
             notes.append(f"moved by other means than ManyEyes, and recorded as such: {moved}")
         return made
 
 
-def _about(records: Iterable[Record]) -> str:
+def _about(records: Iterable[MoveRecord]) -> str:
     said = [
         f"record {record.number} ({record.action}{f' version {record.version}' if record.version else ''}, by "
         f"{record.by.name})"
@@ -283,7 +294,7 @@ def _about(records: Iterable[Record]) -> str:
     return " and ".join(said) or "an earlier move"
 
 
-def in_words(alias: str, before: int | None, after: int | None) -> str:
+def alias_move(alias: str, before: int | None, after: int | None) -> str:
     """A move of an alias."""
     return f"{alias} from {before or 'none'} to {after or 'none'}"
 
@@ -292,7 +303,7 @@ def _append(tracking: Tracking, history: History, change: Change, *, reason: str
     """The chain with one more record; ``None`` where another process was first."""
     run_id = history.run_id or _open(tracking, history.name)
     before, after = history.aliases, dict(change.aliases)
-    record = Record(
+    record = MoveRecord(
         number=len(history.records) + 1,
         action=change.action,
         version=change.version,
@@ -308,6 +319,8 @@ def _append(tracking: Tracking, history: History, change: Change, *, reason: str
         verdict=change.verdict,
         gate_digest=change.gate_digest,
         bundle_digest=change.bundle_digest,
+        approvals=change.approvals,
+        against=change.against,
         client=f"manyeyes {__version__}, mlflow {mlflow.__version__}, python {platform.python_version()}",
         code=os.environ.get("MANYEYES_IMAGE_DIGEST") or os.environ.get("MANYEYES_GIT_COMMIT") or "unknown",
         previous=history.digest,
@@ -359,7 +372,7 @@ def _open(tracking: Tracking, name: str) -> str:
         return str(client.get_experiment_by_name(wanted).tags[_RUN_TAG])
 
 
-def _project(tracking: Tracking, history: History, *, tags_of: Iterable[Record]) -> list[str]:
+def _project(tracking: Tracking, history: History, *, tags_of: Iterable[MoveRecord]) -> list[str]:
     """Make aliases and tags what the chain says, until neither changes any more.
 
     Returns:
@@ -385,12 +398,24 @@ def _project(tracking: Tracking, history: History, *, tags_of: Iterable[Record])
                     _write(client.delete_registered_model_alias, name, alias)
                 else:
                     _write(client.set_registered_model_alias, name, alias, str(number))
-                moved.append(in_words(alias, found.get(alias), number))
+                moved.append(alias_move(alias, found.get(alias), number))
                 changed = True
         latest = read_history(tracking, name)
         if not changed and latest.digest == history.digest:
             return moved
         history = latest
+
+
+def read_aliases_of(tracking: Tracking, name: str) -> dict[str, int]:
+    """Version by alias, of those that moves are about."""
+    with registry_errors():
+        return _aliases(tracking.client.get_registered_model(name))
+
+
+def moving(tracking: Tracking, name: str) -> bool:
+    """Whether a process moves aliases now, or died while it did."""
+    with registry_errors():
+        return any(tag.startswith(_MARK) for tag in tracking.client.get_registered_model(name).tags)
 
 
 def _aliases(model: RegisteredModel) -> dict[str, int]:

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from manyeyes.pages import Stretch, Table, Text, Timeline, render
-from manyeyes.registry.history import History, Record, in_words, read_history
+from manyeyes.registry.history import History, MoveRecord, alias_move, read_history
 from manyeyes.registry.mlflow_errors import registry_errors
 from manyeyes.registry.references import CHAMPION, ModelReference, find_alias, find_version
 from manyeyes.registry.tracking import connect
 
 Scores = Mapping[int, Mapping[str, str]]
-_KINDS = {"adopt": "quiet", "outside": "bad", "rollback": "warn", "promote": "good"}
+_KINDS = {
+    **{"adopt": "quiet", "outside": "bad", "rollback": "warn", "reject": "warn"},
+    **{"promote": "good", "approve": "good"},
+}
 
 
 def load_history(name: str) -> History:
@@ -29,7 +32,7 @@ def load_history(name: str) -> History:
     return read_history(tracking, name)
 
 
-def read_scores(name: str) -> Scores:
+def registered_scores(name: str) -> Scores:
     """Score by benchmark of each version, as registered.
 
     Raises:
@@ -75,7 +78,7 @@ def render_history(history: History, scores: Scores, *, now: datetime | None = N
 
     Args:
         history: From ``load_history``.
-        scores: From ``read_scores``.
+        scores: From ``registered_scores``.
         now: Until when the last champion has been one.
     """
     now = now or datetime.now(UTC)
@@ -92,7 +95,7 @@ def render_history(history: History, scores: Scores, *, now: datetime | None = N
         )
         rows.setdefault(version, []).append(stretch)
     champion = history.aliases.get(CHAMPION)
-    champions = [
+    champions: list[list[str | Text]] = [
         [
             Text(f"version {version}", kind="strong" if version == champion and end == now else ""),
             start.strftime("%Y-%m-%d %H:%M"),
@@ -102,7 +105,7 @@ def render_history(history: History, scores: Scores, *, now: datetime | None = N
         ]
         for version, start, end, record in reversed(reigns)
     ]
-    moves = [
+    moves: list[list[str | Text]] = [
         [
             str(record.number),
             _when(record),
@@ -131,9 +134,9 @@ def render_history(history: History, scores: Scores, *, now: datetime | None = N
 _TRUST = {"mlflow": "known to MLflow", "environment": "as the machine says"}
 
 
-def _reigns(records: Sequence[Record], now: datetime) -> list[tuple[int, datetime, datetime, Record]]:
+def _reigns(records: Sequence[MoveRecord], now: datetime) -> list[tuple[int, datetime, datetime, MoveRecord]]:
     """Each champion, from when to when, and the record that made it champion."""
-    found: list[tuple[int, datetime, datetime, Record]] = []
+    found: list[tuple[int, datetime, datetime, MoveRecord]] = []
     for record in records:
         champion, at = record.aliases.get(CHAMPION), datetime.fromisoformat(record.at)
         if found and found[-1][0] == champion and found[-1][2] == now:
@@ -146,19 +149,19 @@ def _reigns(records: Sequence[Record], now: datetime) -> list[tuple[int, datetim
     return found
 
 
-def _what(record: Record) -> str:
+def _what(record: MoveRecord) -> str:
     words = {"adopt": "taken over", "outside": "moved by other means"}.get(record.action, record.action)
     forced = " by force" if record.forced else ""
     return f"{words} version {record.version}{forced}" if record.version else words
 
 
-def _moves(record: Record) -> str:
-    return ", ".join(in_words(alias, *ends) for alias, ends in record.moves.items()) or "no alias moved"
+def _moves(record: MoveRecord) -> str:
+    return ", ".join(alias_move(alias, *ends) for alias, ends in record.moves.items()) or "no alias moved"
 
 
-def _when(record: Record) -> str:
+def _when(record: MoveRecord) -> str:
     return record.at[:19].replace("T", " ")
 
 
-def _who(record: Record) -> str:
+def _who(record: MoveRecord) -> str:
     return f"{record.by.name} ({record.by.source})"

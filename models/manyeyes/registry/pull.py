@@ -21,6 +21,7 @@ from manyeyes.evaluation.answering.answerers import Answerer, BundleAnswerer
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.recipe import Recipe
+from manyeyes.registry.approval import check_approved
 from manyeyes.registry.gate import ChampionEvidence
 from manyeyes.registry.references import (
     BUNDLE_PATH,
@@ -39,7 +40,13 @@ from manyeyes.runtime.bundle_contents import MANIFEST, check_files, digest_files
 from manyeyes.storage import folder_beside, is_there, link_or_copy, new_folder, replaceable, storage_errors
 
 
-def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | None = None) -> Path:
+def pull(
+    name: str,
+    alias_or_version: str | int | None = None,
+    out_dir: Path | None = None,
+    *,
+    require_approved: bool = False,
+) -> Path:
     """Fetch a bundle from the registry.
 
     Every file is checked against the manifest, and the manifest's digest against the registry, before anything
@@ -49,12 +56,13 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
         name: Of the registered model, or a whole reference such as ``NAME@ALIAS``.
         alias_or_version: ``champion``, ``previous``, 3, ...; the champion when left out.
         out_dir: Where the bundle goes; ``<name>`` in the working directory when left out.
+        require_approved: Refuse a version that nobody approved.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        RegistryError: No such model, alias or version, or ``out_dir`` is not a bundle's folder.
+        RegistryError: No such model, alias or version, it is not approved, or ``out_dir`` is not a bundle's folder.
         RegistryUnreachableError: The registry does not answer.
         BundleError: A file is missing or is not what was registered.
         StorageError: No space, no permission, or no place for a folder: a file, or the working directory.
@@ -64,6 +72,8 @@ def pull(name: str, alias_or_version: str | int | None = None, out_dir: Path | N
     out_dir = replaceable(given)
     tracking = connect()
     version = find_version(tracking, reference)
+    if require_approved:
+        check_approved(tracking, version.name, int(version.version))
     expected = version.tags.get("bundle_digest")
     if out_dir.exists():
         if _is_intact(out_dir, expected):

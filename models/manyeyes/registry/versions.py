@@ -29,8 +29,9 @@ from mlflow.exceptions import MlflowException
 from manyeyes import __version__
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
+from manyeyes.registry.approval import check_approver, is_approved, waits
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report, render_gate_html, render_gate_markdown
-from manyeyes.registry.history import Change, History, move
+from manyeyes.registry.history import Approvals, Change, History, identify, move
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
 from manyeyes.registry.pull import champion_evidence, comparable_champion, pull
 from manyeyes.registry.references import (
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 __all__ = [
+    "Approvals",
     "ModelReference",
     "RegisteredVersion",
+    "approve",
     "champion_evidence",
     "comparable_champion",
     "describe",
@@ -64,6 +67,7 @@ __all__ = [
     "pull",
     "read_aliases",
     "register",
+    "reject",
     "rollback",
 ]
 
@@ -188,7 +192,7 @@ def _requirements() -> list[str]:
 
 
 _TAG_CHARACTERS = 5000
-_PENDING, _DONE = "pending", "done"
+_PENDING, _WAITING, _DONE = "pending", "waiting", "done"
 # On versions whose registration is recorded, or about to be.
 _CLAIM = "manyeyes.registration"
 
@@ -226,8 +230,9 @@ def register(
     tags: Mapping[str, str] | None = None,
     attachments: Sequence[Path] = (),
     run_id: str | None = None,
+    approvals: Approvals | None = None,
 ) -> RegisteredVersion:
-    """Register a bundle with its evidence, and promote it when the gate passed it.
+    """Register a bundle with its evidence; when the gate passed it, promote it, or let it wait for approval.
 
     The same bundle digest is never registered twice: the version that has it is reported, and a promotion that was
     interrupted, or that a new verdict now allows, is carried out.
@@ -242,6 +247,7 @@ def register(
         tags: Lineage beyond what the bundle's manifest says, for instance ``git_commit``.
         attachments: More files to keep with the version, for instance ``parity.json``.
         run_id: MLflow run that it belongs to; a run of its own when left out.
+        approvals: What it needs before it becomes champion; left out, passing the gate is enough.
 
     Raises:
         BundleError: A file of the bundle is missing or has changed.
@@ -273,14 +279,14 @@ def register(
             log_scores(tracking, run, model_id, score)
             own = _create_version(tracking, name, source=source, run_id=run, model_id=model_id, tags=marks)
     gate_digest = hashlib.sha256(gate.read_bytes()).hexdigest()
-    version, notes = _settle_version(tracking, name, report, gate_digest=gate_digest)
+    version, notes = _settle_version(tracking, name, report, gate_digest=gate_digest, approvals=approvals)
     if report.verdict == "passed":
         notes += _promote_by_gate(tracking, version, report, gate_digest=gate_digest)
     return _describe(tracking, name, int(version.version), created=own == int(version.version), notes=notes)
 
 
 def _settle_version(
-    tracking: Tracking, name: str, report: GateReport, *, gate_digest: str
+    tracking: Tracking, name: str, report: GateReport, *, gate_digest: str, approvals: Approvals | None
 ) -> tuple[ModelVersion, tuple[str, ...]]:
     """The one version of a bundle: the recorded one, and of several that are not recorded yet the oldest.
 
@@ -311,6 +317,7 @@ def _settle_version(
             verdict=verdict,
             gate_digest=gate_digest if verdict == report.verdict else None,
             bundle_digest=digest,
+            approvals=approvals,
         )
 
     made = move(tracking, name, decide)
@@ -326,14 +333,18 @@ def _settle_version(
 def _promote_by_gate(
     tracking: Tracking, version: ModelVersion, report: GateReport, *, gate_digest: str
 ) -> tuple[str, ...]:
-    """Make a version that passed the champion, once, and only while the champion is the one it was compared with."""
+    """Make a version that passed the champion, once, and only while the champion is the one it was compared with.
+
+    One that needs approval becomes the challenger, which waits; judged again after the champion changed, it waits anew.
+    """
     name, number = version.name, int(version.version)
 
     def decide(history: History) -> Change | None:
-        registered = max((record.number for record in history.of(number, "register")), default=0)
-        if any(record.number > registered for record in history.of(number, "promote")):
+        last = history.of(number, "register", "challenge", "approve", "reject", "promote")[-1:]
+        waiting = bool(last) and last[0].action in ("challenge", "approve") and waits(history, number)
+        if last and last[0].action != "register" and not (waiting and _against(history, number) != report.champion):
             return None
-        if version.tags.get("promotion") != _PENDING:
+        if version.tags.get("promotion") not in (_PENDING, _WAITING):
             return None  # of a version from before there was a history
         champion = history.aliases.get(CHAMPION)
         if champion not in (report.champion, number):
@@ -344,17 +355,24 @@ def _promote_by_gate(
                 "Run again: the gate then judges against the new champion.",
                 retry=True,
             )
+        waits_now = waits(history, number)
         return Change(
-            "promote",
+            "challenge" if waits_now else "promote",
             number,
-            _crowned(history.aliases, number) | {CHALLENGER: number},
-            tags={"promotion": _DONE},
+            (history.aliases if waits_now else _crowned(history.aliases, number)) | {CHALLENGER: number},
+            tags={"promotion": _WAITING if waits_now else _DONE},
             verdict=report.verdict,
             gate_digest=gate_digest,
             bundle_digest=report.challenger,
+            against=report.champion,
         )
 
     return move(tracking, name, decide).notes
+
+
+def _against(history: History, version: int) -> int | None:
+    """The champion that the gate last compared a waiting version with."""
+    return next((record.against for record in reversed(history.of(version, "challenge"))), None)
 
 
 def _crowned(aliases: Mapping[str, int], number: int) -> dict[str, int]:
@@ -369,6 +387,9 @@ def promote(
 ) -> RegisteredVersion:
     """Make a version the champion; the old champion becomes ``previous``.
 
+    For a version that needs approval this is an approval: the last one that it needs makes it champion. ``force`` skips
+    the gate, and no approval.
+
     Args:
         name: Of the registered model, or a whole reference such as ``NAME/VERSION``.
         alias_or_version: Which, where ``name`` does not say it.
@@ -376,7 +397,8 @@ def promote(
         reason: Why; kept as the version's tag ``promotion_reason``.
 
     Raises:
-        RegistryError: No version was named, no such model or version, or the gate failed it.
+        RegistryError: No version was named, no such model or version, the gate failed it, or this person may not
+            approve it.
         RegistryUnreachableError: The registry does not answer.
     """
     reference = parse_model_reference(name, alias_or_version)
@@ -400,6 +422,8 @@ def promote(
     def decide(history: History) -> Change | None:
         if history.aliases.get(CHAMPION) == version:
             return None
+        if waits(history, version):
+            return _vote(tracking, history, found, reason=reason)
         return Change(
             "promote",
             version,
@@ -413,6 +437,119 @@ def promote(
 
     made = move(tracking, name, decide, reason=reason)
     return _describe(tracking, name, version, notes=made.notes)
+
+
+def _vote(tracking: Tracking, history: History, found: ModelVersion, *, reason: str) -> Change:
+    """One more approval of a version; the last that it needs makes it champion."""
+    name, version = found.name, int(found.version)
+    _check_reason(reason, "approve")
+    missing = check_approver(history, version, identify(tracking))
+    champion = history.aliases.get(CHAMPION)
+    if history.of(version, "challenge") and champion not in (_against(history, version), version):
+        compared = _against(history, version)
+        raise RegistryError(
+            f'champion of "{name}" is version {champion} now',
+            f"the gate compared version {version} with {f'version {compared}' if compared else 'no champion'}",
+            "Run the pipeline again: the gate then judges it against the new champion, and it waits anew.",
+        )
+    return Change(
+        "approve",
+        version,
+        history.aliases if missing else _crowned(history.aliases, version),
+        tags={} if missing else {"promotion": _DONE},
+        forced=found.tags.get("gate") != "passed",
+        verdict=found.tags.get("gate"),
+        gate_digest=_gate_digest(history, version),
+        bundle_digest=found.tags.get("bundle_digest"),
+    )
+
+
+def approve(name: str, alias_or_version: str | int | None = None, *, reason: str) -> RegisteredVersion:
+    """Approve a version: the last approval that it needs makes it champion.
+
+    A champion that needed none, or that came by other means, may be approved too: it is then as good as any to
+    ``check_approved``.
+
+    Args:
+        name: Of the registered model, or a whole reference such as ``NAME/VERSION``.
+        alias_or_version: Which, where ``name`` does not say it.
+        reason: Why; kept in the history.
+
+    Raises:
+        RegistryError: No reason, no such version, it does not wait, it was rejected, or this person may not approve it.
+        RegistryUnreachableError: The registry does not answer.
+    """
+    tracking, found = _find_to_decide(name, alias_or_version, reason, "approve")
+    name, version = found.name, int(found.version)
+
+    def decide(history: History) -> Change | None:
+        champion = history.aliases.get(CHAMPION) == version
+        if not waits(history, version) and (not champion or is_approved(history, version)):
+            raise RegistryError(
+                f"{name}/{version} does not wait for approval",
+                "a version that does",
+                f"What happened: manyeyes history {name}. To make it champion: manyeyes promote {name}/{version}",
+            )
+        return _vote(tracking, history, found, reason=reason)
+
+    made = move(tracking, name, decide, reason=reason)
+    return _describe(tracking, name, version, notes=made.notes)
+
+
+def reject(name: str, alias_or_version: str | int | None = None, *, reason: str) -> RegisteredVersion:
+    """Refuse a version that waits for approval, for good; ``challenger`` leaves it.
+
+    Args:
+        name: Of the registered model, or a whole reference such as ``NAME/VERSION``.
+        alias_or_version: Which, where ``name`` does not say it.
+        reason: Why; kept in the history.
+
+    Raises:
+        RegistryError: No reason, no such version, or it does not wait for approval.
+        RegistryUnreachableError: The registry does not answer.
+    """
+    tracking, found = _find_to_decide(name, alias_or_version, reason, "reject")
+    name, version = found.name, int(found.version)
+
+    def decide(history: History) -> Change | None:
+        last = history.of(version, "challenge", "approve", "reject")[-1:]
+        if not waits(history, version) or not last or last[0].action == "reject":
+            raise RegistryError(
+                f"{name}/{version} does not wait for approval",
+                "a version that does",
+                f"What happened: manyeyes history {name}. To replace a champion: manyeyes rollback {name}",
+            )
+        kept = {alias: n for alias, n in history.aliases.items() if (alias, n) != (CHALLENGER, version)}
+        return Change(
+            "reject",
+            version,
+            kept,
+            tags={"promotion": "rejected"},
+            verdict=found.tags.get("gate"),
+            gate_digest=_gate_digest(history, version),
+            bundle_digest=found.tags.get("bundle_digest"),
+        )
+
+    made = move(tracking, name, decide, reason=reason)
+    return _describe(tracking, name, version, notes=made.notes)
+
+
+def _find_to_decide(
+    name: str, alias_or_version: str | int | None, reason: str, verb: str
+) -> tuple[Tracking, ModelVersion]:
+    _check_reason(reason, verb)
+    reference = parse_model_reference(name, alias_or_version)
+    if not reference.names_version:
+        raise RegistryError(
+            f'model is "{reference.name}"', "a version: NAME/VERSION", f"For instance: {reference.name}@{CHALLENGER}"
+        )
+    tracking = connect()
+    return tracking, find_version(tracking, reference)
+
+
+def _check_reason(reason: str, verb: str) -> None:
+    if not reason.strip():
+        raise RegistryError("reason is empty", f"why to {verb}; it is kept in the history", "Write a sentence.")
 
 
 def _gate_digest(history: History, version: int) -> str | None:

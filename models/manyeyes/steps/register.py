@@ -45,6 +45,7 @@ def register(
         RegistryError: The bundle was made with another recipe.
     """
     from manyeyes.evaluation.scorecard import read_scorecard
+    from manyeyes.registry.versions import Approvals
     from manyeyes.registry.versions import register as register_version
 
     inputs = parse_pinned(pinned)
@@ -57,6 +58,7 @@ def register(
             f"{recipe_digest[:12]}, the recipe that would be kept with the version",
             "Name the recipe that the bundle was exported with, or export it again.",
         )
+    wanted = inputs.recipe.registry
     reporter.progress("copying bundle and evidence", done=0.1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
@@ -76,6 +78,9 @@ def register(
             },
             attachments=(parity / "parity.json", validation / "validation.json", recipe),
             run_id=reporter.run_id,
+            approvals=Approvals(count=wanted.approvals, four_eyes=wanted.four_eyes)
+            if wanted.promotion == "approval"
+            else None,
         )
     aliases = list(registered.aliases)
     rows: list[tuple[str, object]] = [
