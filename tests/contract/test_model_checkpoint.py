@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import RotaryEmbeddingCat
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, MixtralConfig
 
 from manyeyes import encoders
 from manyeyes.encoders import Encoder, EncoderFamily, EncoderRow
@@ -34,6 +35,7 @@ from manyeyes.model import (
 from manyeyes.model import checkpoint as checkpoints
 from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
 from manyeyes.model.configuration import EncoderConfig, SharedPixelsConfig
+from manyeyes.model.stored import Stored
 from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
 from manyeyes.runtime.tiling import TokenLayout
 from tests.model_toys import toy_config, toy_images, toy_spec, write_language_model
@@ -101,6 +103,53 @@ def test_an_empty_model_has_the_tensors_of_a_full_one(language_model: Path, part
     for empty in (built, loaded):
         assert [(name, tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()] == expected
         assert all(tensor.is_meta for tensor in empty.state_dict().values())
+
+
+def fill(stored: Stored) -> None:
+    with torch.no_grad():
+        for tensor, where in stored.items():
+            tensor.copy_(where.read())
+
+
+@pytest.mark.parametrize("file_size", ["5GB", "200KB"])
+def test_weights_that_are_noted_and_read_later_make_the_same_checkpoint(
+    file_size: str, parts: Parts, language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_FILE_SIZE", file_size)
+    digest = save_checkpoint(*parts, tmp_path / "before")
+    spec = toy_spec(language_model)
+    makers: list[Callable[[Stored], Parts]] = [
+        lambda stored: load_checkpoint(tmp_path / "before", stored=stored),
+        lambda stored: build_model(spec, snapshot_path=None, seed=1, stored=stored),
+    ]
+    for make in makers:
+        stored: Stored = {}
+        model, processor = make(stored)
+        assert not torch.equal(model.language_model.lm_head.weight, parts[0].language_model.lm_head.weight)
+        fill(stored)
+        assert save_checkpoint(model, processor, tmp_path / "after") == digest
+
+
+def test_weights_in_other_tensors_than_the_models_are_read_at_once(language_model: Path, tmp_path: Path) -> None:
+    half, short, experts = (tmp_path / name for name in ("half", "short names", "experts"))
+    for folder in (half, short):
+        shutil.copytree(language_model, folder)
+    weights = load_file(language_model / "model.safetensors")
+    halved = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file(halved, half / "model.safetensors", metadata={"format": "pt"})
+    renamed = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(renamed, short / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    write_language_model(experts, MixtralConfig(**sizes, **special, num_key_value_heads=2, num_local_experts=2))
+    for folder, noted in ((half, True), (short, False), (experts, False)):
+        stored: Stored = {}
+        expected, _ = build_model(toy_spec(folder), snapshot_path=None, seed=1)
+        found, _ = build_model(toy_spec(folder), snapshot_path=None, seed=1, stored=stored)
+        assert bool(stored) == noted
+        fill(stored)
+        pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in pairs)
 
 
 def question(processor: ManyEyesProcessor) -> dict[str, Tensor]:

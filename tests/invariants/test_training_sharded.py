@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from manyeyes.errors import ProcessLostError
+from manyeyes.errors import ProcessLostError, SourceError
 from manyeyes.model.language_model import load_language_model
+from manyeyes.model.stored import StoredTensor
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.stage import ADAPTER, StageReport, read_stage_report
@@ -66,6 +68,7 @@ CASES = {
     "longer": Case("sft", {"max_steps": 4, "epochs": 2}),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
+read_stored = StoredTensor.read
 # By processes: which case, and how they share the model; what is in 4 bits each holds whole.
 RUNS = {
     2: [
@@ -111,16 +114,28 @@ def train_in_part(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         assert not stops
 
 
+def digest_of(parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    """Of every bit; in all processes at once where they are parts."""
+    digest = hashlib.sha256()
+    for _, each in sorted(parameters.items()):
+        whole = each.full_tensor() if isinstance(each, DTensor) else each
+        digest.update(whole.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     """Train every case as one of several processes; writes what its parameters were."""
     size = kwargs["processes"]
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     kinds: list[str] = []
+    starts: list[str] = []
     loaded: list[Path] = []
+    read: list[int] = []
     wholes: list[weakref.ref[torch.Tensor]] = []
 
     def watched(*args: Any, parameters: Mapping[str, torch.nn.Parameter], **more: Any) -> Any:
         kinds.append(" and ".join(sorted({type(parameter).__name__ for parameter in parameters.values()})))
+        starts.append(digest_of(parameters))
         parts = [each for each in parameters.values() if isinstance(each, DTensor)]
         assert all(each.to_local().shape[0] <= -(-each.shape[0] // size) for each in parts)
         return train(*args, parameters=parameters, **more)
@@ -131,23 +146,67 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         wholes.extend(weakref.ref(each) for each in module.parameters() if not isinstance(each, DTensor))
         return fully_shard(module, **more)
 
-    def watched_load(path: Path, **more: Any) -> Any:
-        loaded.append(path)
-        return load_language_model(path, **more)
+    def watched_load(path: Path, *, pretrained: bool) -> Any:
+        loaded.extend([path] if pretrained else [])
+        return load_language_model(path, pretrained=pretrained)
+
+    def watched_read(*args: Any) -> torch.Tensor:
+        found = read_stored(*args)
+        read.append(found.numel())
+        return found
 
     with (
         patch("manyeyes.training.stage.train", watched),
         patch("manyeyes.model.checkpoint.load_language_model", watched_load),
         patch("manyeyes.training.sharding.fully_shard", watched_shard),
+        patch.object(StoredTensor, "read", watched_read),
     ):
         for (name, sharding), meeting in kwargs["runs"]:
             os.environ["MASTER_PORT"] = str(meeting)
             train_case(kwargs["folder"], name, sharding, size)
-            # Of those that hold parts, the main process alone reads weights.
-            assert bool(loaded) == ((rank == 0 or sharding == "none") and name != "packed")
+            # What holds parts reads parts, whether of a language model or of a checkpoint.
+            assert bool(loaded) == (sharding == "none" and name != "packed")
+            assert bool(read) == (sharding == "full")
+            if name == "packed":
+                assert sum(read) < 1.1 * kwargs["elements"] / size
             loaded.clear()
+            read.clear()
             wholes.clear()
-    (kwargs["folder"] / f"kinds-{size}-{rank}.json").write_text(json.dumps(kinds), encoding="utf-8")
+    found = json.dumps([kinds, starts])
+    (kwargs["folder"] / f"kinds-{size}-{rank}.json").write_text(found, encoding="utf-8")
+
+
+def train_on_damaged(rank: int, port: int, kwargs: dict[str, Any]) -> None:
+    """Train where the second process's weights are cut off, and again where they are gone; writes the errors."""
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    folder, told = kwargs["folder"], []
+    for kind, meeting in zip(("cut", "gone"), (port, kwargs["port"]), strict=True):
+        os.environ["MASTER_PORT"] = str(meeting)
+        with pytest.raises(SourceError) as caught:
+            run_toy_stage(
+                "pretrain",
+                recipe=CASES["pretrain"].recipe("full"),
+                snapshot=folder / ("whole", kind)[rank],
+                inputs=folder,
+                out=folder / "out",
+                work_dir=folder / "work",
+                encoder_checkpoints={},
+            )
+        told.append(str(caught.value))
+    (folder / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def test_weights_that_one_process_cannot_read_end_all_with_that_error(tmp_path: Path) -> None:
+    for kind in ("whole", "cut", "gone"):
+        toy_snapshot(tmp_path / kind)
+    file = Path("pretrained", "lm", "model.safetensors")
+    (tmp_path / "gone" / file).unlink()
+    (tmp_path / "cut" / file).write_bytes((tmp_path / "whole" / file).read_bytes()[:-64])
+    run_ranks(2, train_on_damaged, {"folder": tmp_path, "port": free_port()})
+    for rank in range(2):
+        cut, gone = json.loads((tmp_path / f"told-{rank}.json").read_text(encoding="utf-8"))
+        assert f"{tmp_path / 'cut' / file} cannot be read" in cut
+        assert "other weights than the first one" in gone
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +214,16 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process."""
     folder = tmp_path_factory.mktemp("sharded")
     toy_snapshot(folder / "data")
-    for name in CASES:
-        train_case(folder, name, "none", 1)
+    starts: dict[str, str] = {}
+
+    def watched(*args: Any, parameters: Mapping[str, torch.nn.Parameter], **more: Any) -> Any:
+        starts[name] = digest_of(parameters)
+        return train(*args, parameters=parameters, **more)
+
+    with patch("manyeyes.training.stage.train", watched):
+        for name in CASES:
+            train_case(folder, name, "none", 1)
+    (folder / "starts.json").write_text(json.dumps(starts), encoding="utf-8")
     return folder
 
 
@@ -165,14 +232,17 @@ def several(request: pytest.FixtureRequest, one: Path) -> int:
     """So many processes, which have run every case of theirs."""
     size: int = request.param
     met = [(run, free_port()) for run in RUNS[size]]
-    run_ranks(size, train_as, {"folder": one, "processes": size, "runs": met})
+    elements = sum(each.numel() for each in load_file(one / "pretrain-none-1" / "model.safetensors").values())
+    run_ranks(size, train_as, {"folder": one, "processes": size, "runs": met, "elements": elements})
     return size
 
 
-def test_parts_are_what_is_trained(several: int, one: Path) -> None:
+def test_parts_are_what_is_trained_and_begin_as_the_whole_does_bit_for_bit(several: int, one: Path) -> None:
     for rank in range(several):
-        kinds = json.loads((one / f"kinds-{several}-{rank}.json").read_text(encoding="utf-8"))
+        kinds, starts = json.loads((one / f"kinds-{several}-{rank}.json").read_text(encoding="utf-8"))
         assert kinds == [{"full": "DTensor", "none": "Parameter"}[sharding] for _, sharding in RUNS[several]]
+        alone = json.loads((one / "starts.json").read_text(encoding="utf-8"))
+        assert starts == [alone[name] for name, _ in RUNS[several]]
 
 
 def test_several_processes_have_the_losses_of_one(several: int, one: Path) -> None:

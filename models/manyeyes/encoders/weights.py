@@ -4,7 +4,7 @@ Hub repositories keep three layouts of the same vision transformer: timm's, open
 and transformers'. Encoders here have timm's. A layout is recognised by a key that only it has; what stands in front of
 that key (``vision_model.``, ``model.vision_tower.``) is the publisher's prefix, and keys without it are left out.
 
-``meta_device`` builds modules at their true sizes, without memory.
+``meta_device`` builds modules at their true sizes, without memory; ``nothing_drawn`` in memory that nothing touches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyeyes.errors import SourceError
@@ -183,13 +183,20 @@ def meta_device() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Build what follows with parameters of no values, whose memory the system gives once they are written to."""
+    with _NothingDrawn():
+        yield
+
+
 class _NothingDrawn(TorchDispatchMode):
-    """Skips what fills a tensor without memory: those kernels are Python there, and take seconds for large models."""
+    """Skips what fills a parameter; without memory any tensor: those kernels are Python, and take seconds."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _FILLING and args[0].is_meta:
+        if func in _FILLING and (args[0].is_meta or isinstance(args[0], nn.Parameter)):
             return args[0]
         return func(*args, **(kwargs or {}))
 

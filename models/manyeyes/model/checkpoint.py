@@ -21,13 +21,13 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_WEIGHT
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from manyeyes.encoders import Encoder, encoder_row, load_encoder_weights
-from manyeyes.encoders.weights import meta_device
+from manyeyes.encoders.weights import meta_device, nothing_drawn
 from manyeyes.errors import BundleError, CheckpointError, SourceError, StorageError
 from manyeyes.model.configuration import MAKES_NO_SENSE, ManyEyesConfig
 from manyeyes.model.from_recipe import choose_encoders, configure, image_transforms, make_processor
@@ -40,6 +40,7 @@ from manyeyes.model.language_model import (
     resolve_language_model,
 )
 from manyeyes.model.modeling import ManyEyesForConditionalGeneration, build_encoders
+from manyeyes.model.stored import Stored, find_stored
 from manyeyes.processor import ManyEyesProcessor
 from manyeyes.recipe import ModelSpec
 from manyeyes.runtime.tokenizer import library_errors
@@ -186,6 +187,7 @@ def build_model(
     seed: int,
     encoders: Sequence[str] | None = None,
     empty: bool = False,
+    stored: Stored | None = None,
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Make a model from a recipe and load its pretrained parts.
 
@@ -195,6 +197,7 @@ def build_model(
         seed: Everything that is not pretrained is drawn from it; torch's global generator is left as it was.
         encoders: Only these, by their names in the recipe (prealign); all when left out.
         empty: The same model on the meta device: no weights are read, and none are drawn.
+        stored: Where its files allow it, the language model's weights are not read, and noted in it instead.
 
     Returns:
         Model in fp32 and evaluation mode, and its processor.
@@ -213,7 +216,7 @@ def build_model(
         language_model = None
         if not empty:
             with _without_progress_bars():
-                language_model = load_language_model(path, pretrained=pretrained)
+                language_model = _read_or_note(path, pretrained=pretrained, stored=stored)
         text_config = load_language_model_config(path) if language_model is None else language_model.config
         config = configure(
             spec, chosen, text_config=text_config, image_token_id=find_image_token_id(tokenizer, text_config)
@@ -226,6 +229,8 @@ def build_model(
             model.config.text_config = text_config
             model.encoders = build_encoders(config.encoders)
             model.connect()
+        elif stored is not None and pretrained:
+            stored.update(find_stored(model.language_model, path, exactly=False))
     for entry in () if empty else chosen:
         row = encoder_row(entry.encoder)
         weights = resolve_source(
@@ -241,6 +246,16 @@ def build_model(
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
     return model.eval(), processor
+
+
+def _read_or_note(path: Path, *, pretrained: bool, stored: Stored | None) -> PreTrainedModel:
+    if pretrained and stored is not None:
+        with nothing_drawn():
+            language_model = load_language_model(path, pretrained=False)
+        stored.update(find_stored(language_model, path, exactly=False))
+        if stored:
+            return language_model
+    return load_language_model(path, pretrained=pretrained)
 
 
 def build_processor(
@@ -412,7 +427,7 @@ def write_manifest(folder: Path) -> str:
 
 
 def load_checkpoint(
-    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None
+    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None, stored: Stored | None = None
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
 
@@ -420,6 +435,7 @@ def load_checkpoint(
         path: The folder.
         spec: What the model is to be from here on, for instance at another resolution; as it was saved when left out.
         dtype: Of every tensor in memory; the one that ``config.json`` names when left out.
+        stored: Where the files allow it, weights are not read, and noted in it instead.
 
     Returns:
         Model in evaluation mode, and its processor.
@@ -431,6 +447,24 @@ def load_checkpoint(
     """
     checkpoint_digest(path)
     config, processor = _load_facts(path, spec)
+    if stored is not None:
+        with _sensible(path), nothing_drawn():
+            model = ManyEyesForConditionalGeneration(config)
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        _note(model, path, stored)
+    if not stored:
+        model = _read_checkpoint(path, config, dtype)
+    if spec is not None:
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _note(model: ManyEyesForConditionalGeneration, path: Path, stored: Stored) -> None:
+    if model.config.dtype in (None, torch.float32):
+        stored.update(find_stored(model, path, exactly=True))
+
+
+def _read_checkpoint(path: Path, config: ManyEyesConfig, dtype: torch.dtype | None) -> ManyEyesForConditionalGeneration:
     with _without_progress_bars(), _sensible(path):
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
@@ -440,18 +474,18 @@ def load_checkpoint(
         raise CheckpointError(
             f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
         )
-    if spec is not None:
-        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
-    return model.eval(), processor
+    return model
 
 
 def load_empty_checkpoint(
-    path: Path, *, spec: ModelSpec | None = None
+    path: Path, *, spec: ModelSpec | None = None, stored: Stored | None = None
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
-    """The model of ``load_checkpoint`` on the meta device: no weights are read, and no file is checked."""
+    """The model of ``load_checkpoint`` on the meta device: no weights are read, and no checksum is computed."""
     config, processor = _load_facts(path, spec)
     with meta_device():
         model = ManyEyesForConditionalGeneration(config)
+    if stored is not None:
+        _note(model, path, stored)
     if spec is not None:
         processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
     return model.eval(), processor

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from manyeyes.errors import ProcessLostError, RecipeError
 from manyeyes.model import BranchBatch, ManyEyesForConditionalGeneration
+from manyeyes.model.stored import Stored
 from manyeyes.recipe import StageSpec
 from manyeyes.strict import StrictModel
 from manyeyes.training.ahead import BatchStream
@@ -300,6 +301,7 @@ def loss_function(
     *,
     processes: Processes,
     sharded: bool,
+    stored: Stored | None = None,
     flops: ModelFlops | None = None,
 ) -> WholeLoss | ShardedLoss:
     """What ``train`` computes.
@@ -310,6 +312,7 @@ def loss_function(
         stage: Its precision.
         processes: Who takes part.
         sharded: Whether each process keeps a part alone.
+        stored: What of a sharded model each process reads its part of.
         flops: Counts what images take.
     """
 
@@ -317,7 +320,7 @@ def loss_function(
         return batch_loss(model, batch, device=processes.device, flops=flops)
 
     if sharded:
-        return ShardedLoss(model, compute, processes=processes, precision=stage.precision)
+        return ShardedLoss(model, compute, processes=processes, precision=stage.precision, stored=stored or {})
     return WholeLoss(model, compute, processes=processes, precision=stage.precision)
 
 

@@ -24,9 +24,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from manyeyes.errors import RecipeError
+from manyeyes.errors import RecipeError, SourceError
 from manyeyes.model import ManyEyesForConditionalGeneration
 from manyeyes.model.language_model import decoder_layers, decoder_of
+from manyeyes.model.stored import Stored
 from manyeyes.recipe import StageSpec
 from manyeyes.runtime.sessions import memory_limit
 from manyeyes.training.batches import Batch
@@ -123,12 +124,16 @@ class ShardedLoss(nn.Module):
     """The loss of a micro-batch, as the one forward pass that torch's hooks know.
 
     Args:
-        model: Its parameters become parts, in place. That of the main process has the values; the others' may be on
-            the meta device.
+        model: Its parameters become parts, in place. That of the main process has the values that are not stored; the
+            others' may be on the meta device.
         compute: The loss of a batch.
         processes: Who holds the other parts.
         precision: ``bf16`` gathers parameters in it, and holds frozen ones in it; parts of what trains, sums of
             gradients and moments stay fp32.
+        stored: Tensors of the model whose values are in files.
+
+    Raises:
+        SourceError: A file is missing or damaged.
     """
 
     model: ManyEyesForConditionalGeneration
@@ -140,6 +145,7 @@ class ShardedLoss(nn.Module):
         *,
         processes: Processes,
         precision: Literal["fp32", "bf16"],
+        stored: Stored,
     ) -> None:
         super().__init__()
         self.model = model
@@ -158,14 +164,15 @@ class ShardedLoss(nn.Module):
             cast_forward_inputs=False,
         )
         layers = _layers(model)
-        parts = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        delivery = _Delivery(model, mesh, processes, parts=parts, halve=precision == "bf16")
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        whole = {id(each) for each in self.parameters() if not each.requires_grad and id(each) not in in_layers}
+        delivery = _Delivery(model, mesh, processes, stored=stored, whole=whole, halve=precision == "bf16")
         self._originals = delivery.originals
         # A layer at a time, so that a device never holds the whole model.
         for module in (*layers, self):
             delivery.deliver(module)
-            whole = {each for each in module.parameters() if not each.requires_grad} if module is self else None
-            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+            ignored = {each for each in module.parameters() if not each.requires_grad} if module is self else None
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
             # The loss is divided already; and gloo knows plain sums alone.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
@@ -218,27 +225,42 @@ class ShardedLoss(nn.Module):
 
 
 class _Delivery:
-    """Brings the main process's tensors to the devices of all, one at a time.
+    """Brings tensors to the devices of all, one at a time: from files what is stored, else from the main process.
+
+    Of what is stored, a process reads no more than the rows of its part; the rest of the tensor is memory that has no
+    values, which ``fully_shard`` drops.
 
     Attributes:
         originals: What came as bf16 and was more, on the host: this process's parts, and what the main one has whole.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, processes: Processes, *, parts: set[int], halve: bool
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        processes: Processes,
+        *,
+        stored: Stored,
+        whole: set[int],
+        halve: bool,
     ) -> None:
         self._mesh = mesh
         self._processes = processes
         self._brought: dict[int, Tensor] = {}
         self._done: set[nn.Module] = set()
-        # Of what is frozen and to come as bf16, its name, and whether a process holds a part of it.
-        self._halved = {
-            id(each): (name, id(each) in parts) for name, each in model.named_parameters() if halve and _is_halved(each)
-        }
+        # By what was there at the beginning; whole is what each process holds whole.
+        self._stored = {id(tensor): found for tensor, found in stored.items()}
+        self._whole = whole | {id(buffer) for buffer in model.buffers()}
+        # Of what is frozen and to come as bf16, its name.
+        self._halved = {id(each): name for name, each in model.named_parameters() if halve and _is_halved(each)}
         self.originals: dict[str, Tensor] = {}
-        own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
+        own = [(name, tuple(tensor.shape), str(tensor.dtype), tensor in stored) for name, tensor in _tensors(model)]
         if processes.from_main(own) != own:
-            raise RuntimeError("the main process has other tensors")
+            raise SourceError(
+                "this process finds other weights than the first one",
+                "the same files for every process",
+                "Let all nodes mount the same volume, or fetch the sources again.",
+            )
 
     def deliver(self, module: nn.Module) -> None:
         """Bring a module's parameters and buffers, and what else of tensors its modules have."""
@@ -259,18 +281,24 @@ class _Delivery:
         if known is not None:
             return known
         device = self._processes.device
-        here = (
-            tensor.detach().to(device).contiguous()
-            if self._processes.is_main
-            else torch.empty_like(tensor, device=device)
-        )
-        self._processes.send_from_main(here)
+        stored = self._stored.get(id(tensor))
+        place = None
+        if id(tensor) not in self._whole and (stored is not None or id(tensor) in self._halved):
+            place = _place(tensor.shape, self._mesh, (Shard(0),))
+        if self._processes.is_main and stored is None:
+            here = tensor.detach().to(device).contiguous()
+        else:
+            here = torch.empty_like(tensor, device=device, requires_grad=False)
+        if stored is None:
+            self._processes.send_from_main(here)
+        else:
+            (here if place is None else here[place]).copy_(stored.read(place))
         if id(tensor) in self._halved:
-            name, in_parts = self._halved[id(tensor)]
-            if in_parts:
-                self.originals[name] = here[_place(here.shape, self._mesh, (Shard(0),))].to("cpu", copy=True)
+            name = self._halved[id(tensor)]
+            if place is not None:
+                self.originals[name] = here[place].to("cpu", copy=True)
             elif self._processes.is_main:
-                self.originals[name] = tensor.detach().cpu()
+                self.originals[name] = here.cpu()
             here = here.to(torch.bfloat16)
         brought = here
         if isinstance(tensor, nn.Parameter):

@@ -31,6 +31,7 @@ from manyeyes.model import (
 )
 from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
 from manyeyes.model.language_model import compile_layers, recompute_layers
+from manyeyes.model.stored import Stored
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
@@ -275,12 +276,14 @@ def _train_and_save(
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     spec = job.spec
-    # Where each will hold a part, one process alone reads the weights.
-    empty = not processes.is_main and spec.sharding != "none" and not spec.quantized
-    model, processor = _build(job, empty=empty)
+    # Where each will hold a part, it reads that part alone, and the main process what cannot be read so.
+    may_shard = processes.size > 1 and spec.sharding != "none" and not spec.quantized
+    stored: Stored | None = {} if may_shard else None
+    empty = may_shard and not processes.is_main
+    model, processor = _build(job, empty=empty, stored=stored)
     groups, rates = _what_trains(job, model, device=processes.device)
     sharded = shards(model, spec, processes=processes)
-    if empty and not sharded:
+    if (empty or stored) and not sharded:
         model, processor = _build(job)
         groups, rates = _what_trains(job, model, device=processes.device)
     model.train()
@@ -295,7 +298,8 @@ def _train_and_save(
     if spec.torch_compile and processes.device.type == "cuda":
         compile_layers(model.language_model)
     flops = ModelFlops(model)
-    loss_of = loss_function(model, spec, processes=processes, sharded=sharded, flops=flops)
+    loss_of = loss_function(model, spec, processes=processes, sharded=sharded, stored=stored, flops=flops)
+    stored = None
     groups = parts_of(model, groups)
     parameters = {name: parameter for group in rates for name, parameter in groups[group]}
     mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
@@ -469,7 +473,9 @@ def _images_a_record(job: _Job) -> float:
     return sum(own.images for own in sets) / max(1, sum(own.rows for own in sets))
 
 
-def _build(job: _Job, *, empty: bool = False) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+def _build(
+    job: _Job, *, empty: bool = False, stored: Stored | None = None
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     spec = job.recipe.stage_model(job.stage)
     if job.checkpoint is not None:
         earlier = job.stage == "sft" and job.recipe.stages.pretrain is not None
@@ -477,13 +483,14 @@ def _build(job: _Job, *, empty: bool = False) -> tuple[ManyEyesForConditionalGen
         found = match_checkpoint(job.checkpoint, models, snapshot_path=job.snapshot.path)
         # As it was saved, unless the stages differ in what the model is.
         load = load_empty_checkpoint if empty else load_checkpoint
-        return load(job.checkpoint, spec=None if found == spec else spec)
+        return load(job.checkpoint, spec=None if found == spec else spec, stored=stored)
     model, processor = build_model(
         spec,
         snapshot_path=job.snapshot.path,
         seed=job.seed,
         encoders=None if job.encoder is None else [job.encoder],
         empty=empty,
+        stored=stored,
     )
     if not empty:
         for name, path in job.encoder_checkpoints.items():
