@@ -33,7 +33,7 @@ from manyeyes.model import (
     write_manifest,
 )
 from manyeyes.model import checkpoint as checkpoints
-from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
+from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint, load_noted_checkpoint
 from manyeyes.model.configuration import EncoderConfig, SharedPixelsConfig
 from manyeyes.model.stored import Stored
 from manyeyes.recipe import FusionSpec, ProjectorSpec, ReinjectionSpec
@@ -119,7 +119,7 @@ def test_weights_that_are_noted_and_read_later_make_the_same_checkpoint(
     digest = save_checkpoint(*parts, tmp_path / "before")
     spec = toy_spec(language_model)
     makers: list[Callable[[Stored], Parts]] = [
-        lambda stored: load_checkpoint(tmp_path / "before", stored=stored),
+        lambda stored: load_noted_checkpoint(tmp_path / "before", stored=stored),
         lambda stored: build_model(spec, snapshot_path=None, seed=1, stored=stored),
     ]
     for make in makers:

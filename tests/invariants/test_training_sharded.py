@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from manyeyes.errors import ProcessLostError, SourceError
 from manyeyes.model.language_model import load_language_model
-from manyeyes.model.stored import StoredTensor
+from manyeyes.model.stored import TensorPlace
 from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.stage import ADAPTER, StageReport, read_stage_report
@@ -68,7 +68,7 @@ CASES = {
     "longer": Case("sft", {"max_steps": 4, "epochs": 2}),
     "looks again": Case("sft", {"batch_size": 4}, model="cambrian"),
 }
-read_stored = StoredTensor.read
+read_stored = TensorPlace.read
 # By processes: which case, and how they share the model; what is in 4 bits each holds whole.
 RUNS = {
     2: [
@@ -159,7 +159,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         patch("manyeyes.training.stage.train", watched),
         patch("manyeyes.model.checkpoint.load_language_model", watched_load),
         patch("manyeyes.training.sharding.fully_shard", watched_shard),
-        patch.object(StoredTensor, "read", watched_read),
+        patch.object(TensorPlace, "read", watched_read),
     ):
         for (name, sharding), meeting in kwargs["runs"]:
             os.environ["MASTER_PORT"] = str(meeting)

@@ -427,7 +427,7 @@ def write_manifest(folder: Path) -> str:
 
 
 def load_checkpoint(
-    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None, stored: Stored | None = None
+    path: Path, *, spec: ModelSpec | None = None, dtype: torch.dtype | None = None
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """Read what ``save_checkpoint`` wrote, after checking every file's sha256.
 
@@ -435,7 +435,6 @@ def load_checkpoint(
         path: The folder.
         spec: What the model is to be from here on, for instance at another resolution; as it was saved when left out.
         dtype: Of every tensor in memory; the one that ``config.json`` names when left out.
-        stored: Where the files allow it, weights are not read, and noted in it instead.
 
     Returns:
         Model in evaluation mode, and its processor.
@@ -447,24 +446,6 @@ def load_checkpoint(
     """
     checkpoint_digest(path)
     config, processor = _load_facts(path, spec)
-    if stored is not None:
-        with _sensible(path), nothing_drawn():
-            model = ManyEyesForConditionalGeneration(config)
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-        _note(model, path, stored)
-    if not stored:
-        model = _read_checkpoint(path, config, dtype)
-    if spec is not None:
-        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
-    return model.eval(), processor
-
-
-def _note(model: ManyEyesForConditionalGeneration, path: Path, stored: Stored) -> None:
-    if model.config.dtype in (None, torch.float32):
-        stored.update(find_stored(model, path, exactly=True))
-
-
-def _read_checkpoint(path: Path, config: ManyEyesConfig, dtype: torch.dtype | None) -> ManyEyesForConditionalGeneration:
     with _without_progress_bars(), _sensible(path):
         model, report = ManyEyesForConditionalGeneration.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
@@ -474,7 +455,31 @@ def _read_checkpoint(path: Path, config: ManyEyesConfig, dtype: torch.dtype | No
         raise CheckpointError(
             f"checkpoint {path}: {problems}", "every tensor of the model and no other is needed", "Write it again."
         )
-    return model
+    if spec is not None:
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def load_noted_checkpoint(
+    path: Path, *, spec: ModelSpec | None = None, stored: Stored
+) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
+    """As ``load_checkpoint``; where the files allow it, weights are not read, and noted in ``stored`` instead."""
+    checkpoint_digest(path)
+    config, processor = _load_facts(path, spec)
+    with _sensible(path), nothing_drawn():
+        model = ManyEyesForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    _note(model, path, stored)
+    if not stored:
+        return load_checkpoint(path, spec=spec)
+    if spec is not None:
+        processor = make_processor(spec, spec.encoders, model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _note(model: ManyEyesForConditionalGeneration, path: Path, stored: Stored) -> None:
+    if model.config.dtype in (None, torch.float32):
+        stored.update(find_stored(model, path, exactly=True))
 
 
 def load_empty_checkpoint(

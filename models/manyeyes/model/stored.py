@@ -18,7 +18,7 @@ from manyeyes.errors import SourceError
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorPlace:
     """A tensor in a file."""
 
     file: Path
@@ -39,7 +39,7 @@ class StoredTensor:
             return stored.clone()
 
 
-Stored = dict[Tensor, StoredTensor]
+Stored = dict[Tensor, TensorPlace]
 """Tensors of a model that have no values yet, and where these are."""
 
 
@@ -60,11 +60,11 @@ def find_stored(model: PreTrainedModel, folder: Path, *, exactly: bool) -> Store
     """
     if get_model_conversion_mapping(model, add_legacy=False):
         return {}
-    found: dict[str, tuple[StoredTensor, list[int]]] = {}
+    found: dict[str, tuple[TensorPlace, list[int]]] = {}
     for file in _files(folder):
         with _sensible(file), safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (it is no mapping)
-                found[key] = StoredTensor(file, key), opened.get_slice(key).get_shape()
+                found[key] = TensorPlace(file, key), opened.get_slice(key).get_shape()
     state = model.state_dict(keep_vars=True)
     stored: Stored = {}
     for name, tensor in state.items():

@@ -29,7 +29,7 @@ from manyeyes.model import (
     match_checkpoint,
     save_checkpoint,
 )
-from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint
+from manyeyes.model.checkpoint import gather_checkpoint, load_empty_checkpoint, load_noted_checkpoint
 from manyeyes.model.language_model import compile_layers, recompute_layers
 from manyeyes.model.stored import Stored
 from manyeyes.recipe import Recipe, StageName, StageSpec
@@ -482,8 +482,12 @@ def _build(
         models = [*([job.recipe.stage_model("pretrain")] if earlier else []), job.recipe.model, spec]
         found = match_checkpoint(job.checkpoint, models, snapshot_path=job.snapshot.path)
         # As it was saved, unless the stages differ in what the model is.
-        load = load_empty_checkpoint if empty else load_checkpoint
-        return load(job.checkpoint, spec=None if found == spec else spec, stored=stored)
+        own = None if found == spec else spec
+        if empty:
+            return load_empty_checkpoint(job.checkpoint, spec=own, stored=stored)
+        if stored is not None:
+            return load_noted_checkpoint(job.checkpoint, spec=own, stored=stored)
+        return load_checkpoint(job.checkpoint, spec=own)
     model, processor = build_model(
         spec,
         snapshot_path=job.snapshot.path,
