@@ -57,6 +57,10 @@ FORMATS = [
     ("comparison.json", "manyeyes.steps.compare_trials", "AblationComparison", "the step `compare_trials`"),
     ("error.json", "manyeyes.harness.events", "ErrorReport", "any step that fails"),
     ("estimate", "manyeyes.estimate", "RecipeEstimate", "`manyeyes recipe show NAME --json`, beside recipe and digest"),
+    (
+        *("history record", "manyeyes.registry.history", "RegistryEvent"),
+        "every move in the registry, to `MANYEYES_REGISTRY_WEBHOOK_URL`; its `record` is what the history holds",
+    ),
     ("webhook", "manyeyes.steps.summarise_run", "RunNotice", "the step `summarise_run`, to `MANYEYES_WEBHOOK_URL`"),
     (
         "infra/profiles/NAME.yaml",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 
 import pytest
@@ -175,6 +179,45 @@ def test_a_history_that_was_deleted_stops_every_move_and_says_how_to_restore_it(
     client.restore_experiment(experiment)
     assert promote(name, 2).version == 2
     check_explained(name)
+
+
+def test_each_move_is_told_with_a_signature_and_a_dead_receiver_stops_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, got = "events", list[tuple[dict[str, str], str]]()
+    make_versions(name, 2)
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            got.append(({key.lower(): value for key, value in self.headers.items()}, body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/secret-path"
+        monkeypatch.setenv("MANYEYES_REGISTRY_WEBHOOK_URL", url)
+        monkeypatch.setenv("MANYEYES_REGISTRY_WEBHOOK_SECRET", "shared")
+        assert promote(name, 1, reason="first").notes == ()
+        server.shutdown()
+        thread.join()
+    ((headers, body),) = got
+    told = json.loads(body)
+    assert told["record"] == read_history(connect(), name).records[0].model_dump(mode="json")
+    assert told["text"].startswith("events: record 1 (promote version 1, by ")
+    assert told["text"].endswith("champion from none to 1")
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.{body}".encode()
+    expected = base64.b64encode(hmac.new(b"shared", signed, "sha256").digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    (note,) = promote(name, 2).notes
+    assert note.startswith("webhook of the registry: not sent: 127.0.0.1")
+    assert "secret-path" not in note
+    assert read_aliases(name) == {"champion": 2, "previous": 1}
 
 
 def test_the_user_of_the_machine_is_named_where_it_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:

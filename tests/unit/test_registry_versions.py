@@ -156,6 +156,32 @@ def test_an_interrupted_promotion_is_finished(
     assert put(name, candidate) == RegisteredVersion(name, 1, ("challenger", "champion"), "passed", created=False)
 
 
+def test_of_versions_that_processes_made_of_one_bundle_at_once_the_oldest_stays(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, candidate = "twice", make_candidate(tmp_path / "one", snapshot)
+    client = connect().client
+    create, delete = mlflow.MlflowClient.create_model_version, mlflow.MlflowClient.delete_model_version
+    calls: list[str] = []
+
+    def create_thrice(self: mlflow.MlflowClient, *arguments: object, **named: object) -> object:
+        for other in range(2):  # the other processes, which are a moment earlier
+            create(self, *arguments, **named | {"source": f"s3://other/{other}", "run_id": None, "model_id": None})
+        return create(self, *arguments, **named)
+
+    def delete_twice(self: mlflow.MlflowClient, name: str, version: str) -> None:
+        calls.append(version)
+        delete(self, name, version)  # another process, which finds the same spare
+        delete(self, name, version)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_model_version", create_thrice)
+    monkeypatch.setattr(mlflow.MlflowClient, "delete_model_version", delete_twice)
+    version = put(name, candidate)
+    assert (version.version, version.created) == (1, False)
+    assert sorted(calls) == ["2", "3"]
+    assert [found.version for found in client.search_model_versions(f"name='{name}'")] == [1]
+
+
 def test_a_champion_that_changed_since_the_gate_stops_the_promotion(snapshot: Snapshot, tmp_path: Path) -> None:
     name = "race"
     put(name, make_candidate(tmp_path / "one", snapshot))

@@ -20,8 +20,9 @@ from manyeyes.harness.base import Reporter, StepResult, tagging_failure
 from manyeyes.harness.events import pipeline_tags
 from manyeyes.kubeflow.pipeline import PIPELINES
 from manyeyes.registry.tracking import connect, start_parent_run, step_records, step_run
+from manyeyes.registry.webhook import post_json
 from manyeyes.steps import summarise_run as summarise_module
-from manyeyes.steps.summarise_run import LAST_STEPS, RunNotice, post_json, summarise_run
+from manyeyes.steps.summarise_run import LAST_STEPS, RunNotice, summarise_run
 from tests.registry_store import store_uri
 
 REGISTERED = {

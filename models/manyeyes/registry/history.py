@@ -41,6 +41,7 @@ from manyeyes.errors import RegistryError, RegistryUnreachableError
 from manyeyes.registry.mlflow_errors import registry_errors
 from manyeyes.registry.references import CHALLENGER, CHAMPION, PREVIOUS
 from manyeyes.registry.tracking import Tracking, artifact_location
+from manyeyes.registry.webhook import post_json, sign
 from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ _RECORD_CHARACTERS = 6000  # MLflow cuts longer parameters
 _MARK_LASTS_S = 600.0
 _ATTEMPTS = 6
 _TIMEOUT_S = 10
+EVENTS_URL, EVENTS_SECRET = "MANYEYES_REGISTRY_WEBHOOK_URL", "MANYEYES_REGISTRY_WEBHOOK_SECRET"
+_EVENT_S = 3.0
 
 
 class Identity(StrictModel):
@@ -99,6 +102,14 @@ class MoveRecord(StrictModel):
     code: str = Field(description="Image digest or commit of what made the move; unknown where neither is said.")
     previous: str = Field(description="sha256 of the record before; empty for the first.")
     request: str = Field(description="Tells this record from any other.")
+
+
+class RegistryEvent(StrictModel):
+    """A move, as the webhook is told it."""
+
+    text: str = Field(description="In one line, which chat services show as it is.")
+    model: str = Field(description="Name in the registry.")
+    record: MoveRecord = Field(description="As it stands in the history; a number that is left out was not delivered.")
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,7 @@ def move(tracking: Tracking, name: str, decide: Callable[[History], Change | Non
             break
     _project(tracking, made, tags_of=made.records[-1:])
     _unmark(tracking, name, [mark])
+    notes += _tell(name, made.records[-1])
     return Move(made.records[-1], tuple(notes))
 
 
@@ -279,10 +291,22 @@ def _settle(tracking: Tracking, name: str, *, mark: str, notes: list[str]) -> Hi
         made = _append(tracking, history, change, reason="", request=uuid.uuid4().hex)
         if made is None:
             continue
+        notes += _tell(name, made.records[-1])
         if history.records:
             moved = ", ".join(alias_move(alias, *move) for alias, move in made.records[-1].moves.items())
             notes.append(f"moved by other means than ManyEyes, and recorded as such: {moved}")
         return made
+
+
+def _tell(name: str, record: MoveRecord) -> list[str]:
+    """Tell the webhook, if there is one; what went wrong, in words. The move stands whatever comes of it."""
+    url, secret = os.environ.get(EVENTS_URL, ""), os.environ.get(EVENTS_SECRET, "")
+    if not url:
+        return []
+    text = f"{name}: {_about([record])}; {', '.join(alias_move(alias, *ends) for alias, ends in record.moves.items())}"
+    body = RegistryEvent(text=text.removesuffix("; "), model=name, record=record).model_dump_json()
+    said = post_json(url, body, timeout_s=_EVENT_S, waits_s=(1.0,), headers=sign(body, secret) if secret else None)
+    return [] if said.startswith("sent") else [f"webhook of the registry: {said}"]
 
 
 def _about(records: Iterable[MoveRecord]) -> str:

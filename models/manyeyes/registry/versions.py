@@ -321,13 +321,22 @@ def _settle_version(
         )
 
     made = move(tracking, name, decide)
-    for number in numbers:
-        spare = find_version(tracking, ModelReference(name, None, number)) if number != chosen else None
-        # Versions from before there was a history stay.
-        if spare is not None and _CLAIM in spare.tags and not spare.aliases:
-            with registry_errors():
-                tracking.client.delete_model_version(name, str(number))
+    if len(numbers) > 1:
+        _delete_spares(tracking, name, digest, chosen)
     return find_version(tracking, ModelReference(name, None, chosen)), made.notes
+
+
+def _delete_spares(tracking: Tracking, name: str, digest: str, chosen: int) -> None:
+    """Delete other versions of a bundle; those from before there was a history, and those with an alias, stay."""
+    used = {chosen, *read_aliases(name).values()}
+    with registry_errors():
+        for version in tracking.client.search_model_versions(f"name='{name}' and tags.bundle_digest='{digest}'"):
+            if _CLAIM in version.tags and int(version.version) not in used:
+                try:
+                    tracking.client.delete_model_version(name, str(version.version))
+                except MlflowException as error:  # another process, which does the same
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
 
 
 def _promote_by_gate(

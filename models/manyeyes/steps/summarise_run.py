@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
@@ -19,50 +14,11 @@ from manyeyes.errors import ManyEyesError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.events import ERROR_TAG, HEADLINE_TAG, ErrorReport
 from manyeyes.pages import Table, Text, facts_table, render
+from manyeyes.registry.webhook import post_json
 from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:
     from manyeyes.registry.tracking import StepRecord
-
-_TIMEOUT_S = 10.0
-# Before the second and the third attempt.
-_WAITS_S = (1.0, 3.0)
-_BUSY = 429
-
-
-def post_json(url: str, body: str, *, timeout_s: float = _TIMEOUT_S, waits_s: tuple[float, ...] = _WAITS_S) -> str:
-    """Send a JSON body, again where the service is busy or away.
-
-    Args:
-        url: ``http://`` or ``https://``. It may hold a secret, and is never shown.
-        body: JSON text.
-        timeout_s: For each attempt.
-        waits_s: Before each further attempt.
-
-    Returns:
-        What came of it, in words, with the service's host alone.
-    """
-    parts = urlsplit(url)
-    host = parts.hostname or "no host"
-    if parts.scheme not in ("http", "https"):
-        return f"not sent: the webhook's address begins with {parts.scheme or 'nothing'}, and not with https"
-    request = urllib.request.Request(url, data=body.encode(), headers={"Content-Type": "application/json"})
-    reason = ""
-    for wait in (0.0, *waits_s):
-        time.sleep(wait)
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                return f"sent to {host} ({answer.status})"
-        except urllib.error.HTTPError as error:
-            error.close()
-            reason = f"it answers {error.code}"
-            if error.code < 500 and error.code != _BUSY:
-                break
-        except (OSError, http.client.HTTPException) as error:
-            # urllib wraps some of these in URLError, which is an OSError.
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-    return f"not sent: {host}: {reason}"
-
 
 WEBHOOK_URL = "MANYEYES_WEBHOOK_URL"
 
