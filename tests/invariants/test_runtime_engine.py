@@ -14,7 +14,7 @@ import pytest
 
 from manyeyes.errors import BundleError, ManyEyesError, RecordError
 from manyeyes.runtime.bundle import Bundle, Group
-from manyeyes.runtime.engine import Chat, ChatAnswer, Engine, AnswerPiece, Ticket, place_images
+from manyeyes.runtime.engine import AnswerPiece, Chat, ChatAnswer, Engine, Ticket, place_images
 from manyeyes.runtime.sampling import Sampling
 from tests.export_toys import picture
 

@@ -34,6 +34,7 @@ from manyeyes.cli.registry import (
     reject_command,
     rollback_command,
 )
+from manyeyes.cli.serving import serve_command
 from manyeyes.errors import (
     INTERRUPTED,
     NOT_PROMOTED,
@@ -50,6 +51,7 @@ EXTRAS = {
     "boto3": "data",
     "datasets": "dvc",
     "diffusers": "drawing",
+    "fastapi": "serve",
     "great_expectations": "data",
     "kfp": "pipeline",
     "kfp_server_api": "pipeline",
@@ -57,12 +59,14 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "pandas": "data",
+    "prometheus_client": "serve",
     "pyarrow": "data",
     "safetensors": "train",
     "scipy": "data",
     "timm": "train",
     "torch": "train",
     "transformers": "train",
+    "uvicorn": "serve",
 }
 
 
@@ -282,6 +286,7 @@ cli.add_command(compare_command)
 cli.add_command(correlate_command)
 cli.add_command(reliance_command)
 cli.add_command(ask_command)
+cli.add_command(serve_command)
 
 
 for command in (

@@ -21,7 +21,7 @@ import hashlib
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -297,7 +297,7 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
-    def stream(self, chat: Chat) -> Iterator[AnswerPiece]:
+    def stream(self, chat: Chat) -> Generator[AnswerPiece, None, None]:
         """Pieces of an answer as they are written; leaving the loop cancels it.
 
         Raises:
@@ -315,7 +315,7 @@ class Engine:
         finally:
             ticket.cancel()
 
-    async def stream_async(self, chat: Chat) -> AsyncIterator[AnswerPiece]:
+    async def stream_async(self, chat: Chat) -> AsyncGenerator[AnswerPiece, None]:
         """As ``stream``, for an event loop."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[AnswerPiece | ManyEyesError] = asyncio.Queue()

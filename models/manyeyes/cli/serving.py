@@ -1,0 +1,80 @@
+"""``manyeyes serve``: a bundle behind an HTTP server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import click
+
+from manyeyes.storage import cache_dir, is_there
+
+MIB = 2**20
+
+
+@click.command("serve")
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", default=8080, show_default=True, help="0 takes any that is free.")
+@click.option("--threads", type=int, help="Threads a graph may use; every core by default.")
+@click.option("--max-tokens", type=int, help="Slots of the batch; eight of the longest conversations by default.")
+@click.option("--max-waiting", default=64, show_default=True, help="Requests that may wait; more get 429.")
+@click.option("--cache-mb", default=256, show_default=True, help="MiB of images and prefixes to keep.")
+@click.option("--max-body-mb", default=20, show_default=True, help="Largest body, and image that is fetched, in MiB.")
+@click.option("--max-images", default=8, show_default=True, help="Images in one request.")
+@click.option("--max-pixels", default=40_000_000, show_default=True, help="Width times height of an image.")
+@click.option("--allow-image-host", "hosts", multiple=True, metavar="HOST", help="Fetch images from HOST, by http(s).")
+@click.option("--follow-seconds", default=30.0, show_default=True, help="Between two looks at the alias.")
+@click.option("--stop-seconds", default=30.0, show_default=True, help="For running answers after SIGTERM.")
+def serve_command(
+    model: str,
+    host: str,
+    port: int,
+    threads: int | None,
+    max_tokens: int | None,
+    max_waiting: int,
+    cache_mb: int,
+    max_body_mb: int,
+    max_images: int,
+    max_pixels: int,
+    hosts: tuple[str, ...],
+    follow_seconds: float,
+    stop_seconds: float,
+) -> None:
+    """Serve MODEL[@ALIAS or /VERSION], or the bundle in the folder MODEL, as OpenAI's chat completions.
+
+    Another version at the alias takes over without a lost request. MANYEYES_API_KEYS holds the API keys, separated by
+    commas; without it everybody may ask.
+    """
+    from manyeyes.runtime.bundle_contents import read_manifest
+    from manyeyes.serving.app import Limits, run_server
+    from manyeyes.serving.hosting import BundleSource, FolderSource, Host, RegistrySource, open_bundle
+    from manyeyes.serving.images import ImageLimits
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    folder = Path(model)
+    fixed = is_there(folder) and folder.is_dir()
+    source: BundleSource = (
+        FolderSource(folder, str(read_manifest(folder)["recipe"]))
+        if fixed
+        else RegistrySource(model, kept=cache_dir() / "bundles")
+    )
+    limits = Limits(
+        images=ImageLimits(max_images, max_pixels, max_body_mb * MIB, hosts),
+        max_body_bytes=max_body_mb * MIB,
+        max_waiting=max_waiting,
+        stop_s=stop_seconds,
+        keys=tuple(key for key in os.environ.get("MANYEYES_API_KEYS", "").split(",") if key),
+    )
+    serving = Host(
+        source,
+        lambda path: open_bundle(path, threads=threads, max_tokens=max_tokens, cache_bytes=cache_mb * MIB),
+    )
+    run_server(
+        serving,
+        limits,
+        address=(host, port),
+        follow_s=None if fixed else follow_seconds,
+        started=lambda port: click.echo(f"{serving.name} answers at http://{host}:{port}"),
+    )

@@ -1,0 +1,1 @@
+"""Serves a bundle over HTTP, in OpenAI's format, without torch."""
