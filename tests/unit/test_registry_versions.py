@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from PIL import Image
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, RecordError, RegistryError
 from manyeyes.evaluation.scorecard import read_scorecard
-from manyeyes.registry import versions
+from manyeyes.registry import carried, versions
 from manyeyes.registry.gate import ChampionEvidence
 from manyeyes.registry.references import ModelReference, find_alias
 from manyeyes.registry.tracking import connect, step_run
@@ -35,6 +39,8 @@ from manyeyes.runtime.bundle_contents import REQUIRED_FILES
 from manyeyes.runtime.preprocess import decode_image
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -359,6 +365,37 @@ def test_the_mlflow_model_answers(
     assert list(model.predict(rows, params={"max_new_tokens": 5})) == expected
     assert calls[1][1] == 5
     assert list(model.predict(pd.DataFrame({"question": ["g?"]}))) == ["0 g?"]
+
+
+def test_the_mlflow_model_brings_its_own_code_and_asks_the_index_for_none_of_ours(
+    registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    model = Path(mlflow.artifacts.download_artifacts("models:/served@champion", dst_path=str(tmp_path / "model")))
+    wanted = (model / "requirements.txt").read_text(encoding="utf-8")
+    assert "manyeyes" not in wanted
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert [line for line in project["dependencies"] if line.startswith("onnxruntime")] == list(carried._ONNX_RUNTIME)
+    assert not list(model.rglob("__pycache__"))
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "sys.path = [path for path in sys.path if path and not (Path(path) / 'manyeyes').is_dir()]\n"
+        "import mlflow.pyfunc\n"
+        "try:\n    mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "except Exception as error:\n    print(type(error).__name__)\n"
+        "import manyeyes\nprint(manyeyes.__file__)\nassert 'torch' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(model)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+    )
+    error, home = done.stdout.split()[-2:]
+    assert error == "BundleError", "this bundle is a toy of text files, which the carried code must say"
+    assert Path(home) == model / "code" / "manyeyes" / "__init__.py"
 
 
 def test_a_small_image_as_base64_is_no_name_of_a_file() -> None:

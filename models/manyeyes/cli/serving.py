@@ -26,6 +26,7 @@ MIB = 2**20
 @click.option("--max-pixels", default=40_000_000, show_default=True, help="Width times height of an image.")
 @click.option("--allow-image-host", "hosts", multiple=True, metavar="HOST", help="Fetch images from HOST, by http(s).")
 @click.option("--follow-seconds", default=30.0, show_default=True, help="Between two looks at the alias.")
+@click.option("--require-approved", is_flag=True, help="Refuse a version that nobody approved.")
 @click.option("--stop-seconds", default=30.0, show_default=True, help="For running answers after SIGTERM.")
 def serve_command(
     model: str,
@@ -40,6 +41,7 @@ def serve_command(
     max_pixels: int,
     hosts: tuple[str, ...],
     follow_seconds: float,
+    require_approved: bool,
     stop_seconds: float,
 ) -> None:
     """Serve MODEL[@ALIAS or /VERSION], or the bundle in the folder MODEL, as OpenAI's chat completions.
@@ -58,7 +60,7 @@ def serve_command(
     source: BundleSource = (
         FolderSource(folder, str(read_manifest(folder)["recipe"]))
         if fixed
-        else RegistrySource(model, kept=cache_dir() / "bundles")
+        else RegistrySource(model, kept=cache_dir() / "bundles", require_approved=require_approved)
     )
     limits = Limits(
         images=ImageLimits(max_images, max_pixels, max_body_mb * MIB, hosts),

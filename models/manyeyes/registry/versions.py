@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,10 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from manyeyes import __version__
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.approval import check_approver, is_approved, waits
+from manyeyes.registry.carried import carried_requirements, copy_code
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report, render_gate_html, render_gate_markdown
 from manyeyes.registry.history import Approvals, Change, History, identify, move
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
@@ -117,7 +116,8 @@ def log_model(
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={"bundle": str(staging / "bundle"), "evidence": str(staging / "evidence")},
                 signature=_signature(),
-                pip_requirements=_requirements(),
+                code_paths=[str(copy_code(staging / "code"))],
+                pip_requirements=carried_requirements(),
             )
             tracking.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
     return str(logged.model_id), str(logged.artifact_location)
@@ -183,12 +183,6 @@ def _signature() -> ModelSignature:
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.integer, _MAX_NEW_TOKENS)]),
     )
-
-
-def _requirements() -> list[str]:
-    """What serving needs: this package's core and MLflow's own base; no torch."""
-    names = ("mlflow", "numpy", "pillow", "tokenizers")
-    return [f"manyeyes=={__version__}", *(f"{name}=={metadata.version(name)}" for name in names)]
 
 
 _TAG_CHARACTERS = 5000

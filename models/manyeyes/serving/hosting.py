@@ -63,16 +63,18 @@ class RegistrySource:
     Args:
         reference: ``NAME``, ``NAME@ALIAS`` or ``NAME/VERSION``.
         kept: Folder for bundles that were fetched.
+        require_approved: Refuse a version that nobody approved.
 
     Raises:
         RegistryError: No reference to a model.
     """
 
-    def __init__(self, reference: str, *, kept: Path) -> None:
+    def __init__(self, reference: str, *, kept: Path, require_approved: bool = False) -> None:
         from manyeyes.registry.references import parse_model_reference
 
         self._reference = parse_model_reference(reference)
         self._kept = kept
+        self._require_approved = require_approved
         self.name = self._reference.name
 
     def find(self) -> str:
@@ -86,7 +88,11 @@ class RegistrySource:
         """Pull the version, checksums and all."""
         from manyeyes.registry.pull import pull
 
-        return pull(f"{self.name}/{version}", out_dir=self._kept / f"{self.name}-{version}")
+        return pull(
+            f"{self.name}/{version}",
+            out_dir=self._kept / f"{self.name}-{version}",
+            require_approved=self._require_approved,
+        )
 
 
 @dataclass

@@ -1,0 +1,28 @@
+"""What a version carries so that MLflow serves it where this package was never heard of."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+# As in pyproject.toml.
+_ONNX_RUNTIME = (
+    "onnxruntime-gpu>=1.23; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "onnxruntime>=1.23; sys_platform != 'linux' or platform_machine != 'x86_64'",
+)
+
+
+def carried_requirements() -> list[str]:
+    """What serving needs beside the code that a version carries: packages of the index, and none named ``manyeyes``.
+
+    Nobody owns that name on a public index, so whoever took it would run code in every service that asked for it.
+    """
+    names = ("mlflow", "numpy", "pillow", "pydantic", "tokenizers")
+    return [*(f"{name}=={metadata.version(name)}" for name in names), *_ONNX_RUNTIME]
+
+
+def copy_code(folder: Path) -> Path:
+    """A copy of this package, for environments that do not have it."""
+    own = Path(__file__).parents[1]
+    return Path(shutil.copytree(own, folder / own.name, ignore=shutil.ignore_patterns("__pycache__")))
