@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,16 @@ def make_model(
     return model, processor
 
 
-def make_toy(folder: Path, recipe: Recipe, **changes: Any) -> Toy:
+def make_toy(folder: Path, recipe: Recipe, *, calibration: Sequence[Group] = (), **changes: Any) -> Toy:
     """Write a checkpoint and export it; ``changes`` as for ``make_model``."""
     save_checkpoint(*make_model(**changes), folder / "checkpoint")
     manifest = export_bundle(
-        folder / "checkpoint", folder / "bundle", recipe=recipe, data_md5=MD5, code_digest="c" * 64
+        folder / "checkpoint",
+        folder / "bundle",
+        recipe=recipe,
+        data_md5=MD5,
+        code_digest="c" * 64,
+        calibration=calibration,
     )
     return Toy(folder / "checkpoint", folder / "bundle", manifest)
 

@@ -27,11 +27,13 @@ from manyeyes.recipe.gate_rules import (
     ImageAddsRule,
     NonInferiorityRule,
     ParityRule,
+    PrecisionRule,
     ValidationRule,
 )
 from manyeyes.registry.gate import (
     ChampionEvidence,
     GateReport,
+    VariantEvidence,
     compare_outcomes,
     decide,
     read_gate_report,
@@ -83,7 +85,11 @@ def worse(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Score
 
 def parity(**changes: Any) -> Any:
     return SimpleNamespace(
-        **({"items": 200, "token_match": 1.0, "max_abs_logit": 2e-5, "mean_abs_logit": 1e-6} | changes)
+        **(
+            {"items": 200, "token_match": 1.0, "max_abs_logit": 2e-5, "mean_abs_logit": 1e-6}
+            | {"precision": "fp32", "variants": {}}
+            | changes
+        )
     )
 
 
@@ -222,6 +228,42 @@ def test_non_inferiority_compares_the_benchmarks_own_figure(good: Scored, worse:
         items=challenger.items,
     )
     assert "scores 0.05 points apart" in decide_one(ParityRule(rule="parity"), near).rules[0].found
+
+
+def test_variants_below_fp32_score_as_the_checkpoint_within_a_margin(
+    good: Scored, worse: Scored, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    """``worse`` is wrong on five images more than the checkpoint of ``good``."""
+    rule = PrecisionRule(rule="precision", margin=-1)
+    below = SimpleNamespace(precision="decoder int4")
+    report = parity(precision="fp32", variants={"small": below})
+
+    def verdict(rule: PrecisionRule, report: Any, variant: Scored | None) -> Any:
+        given = {} if variant is None else {"small": VariantEvidence(variant.bundle, variant.items)}
+        return decide(
+            [rule],
+            scorecard=good.torch,
+            bundle_scorecard=good.bundle,
+            parity=report,
+            validation=None,
+            items=good.items,
+            champion=None,
+            checkpoint_items=good.items.parents[1] / "torch" / "items.parquet",
+            variants=given,
+        ).rules[0]
+
+    assert verdict(rule, report, good).passed
+    failed = verdict(rule, report, worse)
+    assert not failed.passed
+    lost = worse.bundle.benchmarks["easy-vqa"].score - good.torch.benchmarks["easy-vqa"].score
+    assert failed.found.startswith(f"small on easy-vqa: {lost:+.2f} points (")
+    assert verdict(rule.model_copy(update={"margin": -60}), report, worse).passed
+    # Nothing below fp32 is met; a variant that was not scored, or that nobody measured, is not.
+    assert verdict(rule, parity(precision="fp32", variants={}), None).passed
+    assert verdict(rule, report, None).found == "no verdict"
+    assert verdict(rule, None, good).found == "no verdict"
+    # The default variant is judged by the same rule.
+    assert verdict(rule, parity(precision="decoder int8", variants={}), None).found.startswith("default on easy-vqa")
 
 
 def test_the_same_model_again_is_not_inferior(good: Scored) -> None:

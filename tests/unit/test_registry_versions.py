@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -35,7 +37,7 @@ from manyeyes.registry.versions import (
     rollback,
 )
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
 from manyeyes.runtime.preprocess import decode_image
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
@@ -266,6 +268,28 @@ def test_files_that_are_gone_from_the_store_are_named(registered: RegisteredVers
         assert list(tmp_path.iterdir()) == []
     finally:
         away.rename(folder)
+
+
+def test_one_variant_is_pulled_without_the_files_of_the_others(snapshot: Snapshot, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "exported", "whole")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (bundle / "decoder_q4.onnx").write_bytes(b"four bits")
+    manifest["files"]["decoder_q4.onnx"] = {"sha256": hashlib.sha256(b"four bits").hexdigest(), "bytes": 9}
+    graphs = {"vision": ["vision.onnx"], "embed": ["embed.onnx"], "decoder": ["decoder.onnx"]}
+    precision = dict.fromkeys(graphs, "fp32")
+    manifest["variants"] = {
+        "default": {"graphs": graphs, "precision": precision},
+        "int4": {"graphs": graphs | {"decoder": ["decoder_q4.onnx"]}, "precision": precision | {"decoder": "int4"}},
+    }
+    manifest["digest"] = digest_files(manifest["files"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    put("with-variants", make_candidate(tmp_path / "one", snapshot, bundle=bundle))
+    pulled = pull("with-variants", out_dir=tmp_path / "pulled", variant="int4")
+    assert {path.name for path in pulled.iterdir()} == {path.name for path in bundle.iterdir()} - {"decoder.onnx"}
+    assert (pulled / "decoder_q4.onnx").read_bytes() == b"four bits"
+    with pytest.raises(BundleError, match='variant is "int3"'):
+        pull("with-variants", out_dir=tmp_path / "other", variant="int3")
+    assert "decoder.onnx" in {path.name for path in pull("with-variants", out_dir=tmp_path / "pulled").iterdir()}
 
 
 def test_pull_leaves_a_folder_alone_that_is_no_bundle(registered: RegisteredVersion, tmp_path: Path) -> None:

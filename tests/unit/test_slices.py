@@ -14,6 +14,7 @@ from manyeyes.recipe import Recipe, change_recipe, load_recipe
 from manyeyes.recipe.gate_rules import GATE_RULES
 from manyeyes.recipe.model import STAGE_NAMES, Strict, model_inside
 from manyeyes.recipe.partial import one_encoder
+from manyeyes.recipe.recipe import GraphPrecision
 from tests.gate_toys import RULES
 
 # Steps with one slice an encoder.
@@ -95,6 +96,8 @@ FIELDS: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
             **{"timeout_s": 9, "requests_per_minute": 9, "price_in": 9, "price_out": 9},
         }.items()
     },
+    "export.precision": ({"embed": "int8"}, {"export_onnx"}, NOTHING),
+    "export.variants": ({"small": {"embed": "int8"}}, {"export_onnx"}, NOTHING),
     "export.opset": (21, {"export_onnx"}, NOTHING),
     "export.parity_items": (9, {"export_onnx"}, NOTHING),
     "registry.model": ("another", {"plan_evaluation"}, NOTHING),
@@ -173,7 +176,7 @@ def leaves(model: type[Strict], place: str = "") -> Iterator[str]:
         if name == "gate":
             for number, rule in enumerate(RULES):
                 yield from leaves(GATE_RULES[rule["rule"]], f"gate.{number}.")
-        elif inner is not None and issubclass(inner, Strict):
+        elif inner is not None and issubclass(inner, Strict) and inner is not GraphPrecision:
             yield from leaves(inner, f"{where}.0." if str(field.annotation).startswith("tuple") else f"{where}.")
         elif get_origin(field.annotation) is not Literal or len(get_args(field.annotation)) > 1:
             yield where

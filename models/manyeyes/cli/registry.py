@@ -31,12 +31,13 @@ def pulled_bundle(reference: str) -> Path:
 @click.command("pull")
 @click.argument("model")
 @click.argument("out", type=OutPath())
+@click.option("--variant", help="Fetch the files of this variant alone, for instance int4.")
 @click.option("--require-approved", is_flag=True, help="Refuse a version that nobody approved.")
-def pull_command(model: str, out: Path, require_approved: bool) -> None:
+def pull_command(model: str, out: Path, variant: str | None, require_approved: bool) -> None:
     """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
     from manyeyes.registry.versions import pull
 
-    click.echo(str(pull(model, out_dir=out, require_approved=require_approved)))
+    click.echo(str(pull(model, out_dir=out, variant=variant, require_approved=require_approved)))
 
 
 @click.command("promote")

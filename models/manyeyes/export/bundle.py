@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from manyeyes.estimate.skeleton import count_model
-from manyeyes.export.graphs import check_exportable, export_decoder, export_embed, export_vision
-from manyeyes.export.parity import ParityReport
+from manyeyes.export.graphs import check_exportable
+from manyeyes.export.parity import ParityFigures, ParityReport
+from manyeyes.export.variants import write_graphs
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
+from manyeyes.runtime.bundle import Group
 from manyeyes.runtime.bundle_contents import (
     CHAT,
-    DECODER,
-    EMBED,
+    DEFAULT_VARIANT,
     MANIFEST,
     PREPROCESS,
     TOKENIZER,
-    VISION,
     BundleFile,
     BundleManifest,
     BundleParity,
@@ -58,7 +59,15 @@ def write_json(model: BaseModel, file: Path) -> None:
     write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str, code_digest: str) -> BundleManifest:
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    *,
+    recipe: Recipe,
+    data_md5: str,
+    code_digest: str,
+    calibration: Sequence[Group] = (),
+) -> BundleManifest:
     """Write a checkpoint as an ONNX bundle.
 
     The same checkpoint gives the same bytes with the same versions of torch, onnxscript and onnx-ir.
@@ -66,23 +75,22 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
     Args:
         checkpoint: From ``manyeyes.model.save_checkpoint``.
         out: The bundle's folder; it appears when it is complete and replaces an older one.
-        recipe: Opset and precision come from it, and its digest is stamped on the bundle.
+        recipe: Opset, precision and variants come from it, and its digest is stamped on the bundle.
         data_md5: md5 of the data snapshot.
         code_digest: Digest of the library.
+        calibration: Questions about images, on which fp16 is tried where the recipe asks for it.
 
     Returns:
         What ``manifest.json`` says. Its ``parity`` is null until ``record_parity``.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete.
-        BundleError: The model cannot be exported.
+        BundleError: The model cannot be exported, or not in fp16.
         StorageError: No space or no permission to write.
     """
     model, processor = load_checkpoint(checkpoint)
     model = model.eval().float()
-    opset = recipe.export.opset
     transforms = processor.image_transforms
-    sizes = {name: transform.size for name, transform in transforms.items()}
     check_exportable(model, processor)
     preprocess = PreprocessFile(
         mode="independent" if model.shared_pixels is None else "shared",
@@ -102,27 +110,32 @@ def export_bundle(checkpoint: Path, out: Path, *, recipe: Recipe, data_md5: str,
         stop_token_ids=processor.stop_token_ids,
     )
     with new_folder(out) as folder:
-        graphs = {
-            VISION: export_vision(model, sizes, folder / VISION, opset=opset),
-            EMBED: export_embed(model.language_model, folder / EMBED, opset=opset),
-            DECODER: export_decoder(model.language_model, folder / DECODER, opset=opset, reinjection=model.reinjection),
-        }
+        graphs, variants = write_graphs(
+            model,
+            processor,
+            folder,
+            precisions=recipe.export.precisions(),
+            opset=recipe.export.opset,
+            calibration=calibration,
+        )
         _save_tokenizer(processor.rust_tokenizer, folder / TOKENIZER)
         write_json(preprocess, folder / PREPROCESS)
         write_json(chat, folder / CHAT)
         files = {file.name: _describe_file(file) for file in sorted(folder.iterdir())}
+        main = variants[DEFAULT_VARIANT].precision
         manifest = BundleManifest(
             recipe=recipe.name,
             recipe_digest=recipe.digest,
             data_md5=data_md5,
             code_digest=code_digest,
             checkpoint_digest=checkpoint_digest(checkpoint),
-            opset=opset,
-            precision=recipe.export.precision,
+            opset=recipe.export.opset,
+            precision="fp32" if set(main.values()) == {"fp32"} else main,
             files=files,
             graphs=graphs,
             model=count_model(model.config),
             digest=digest_files({name: file.model_dump() for name, file in files.items()}),
+            variants=variants,
         )
         write_json(manifest, folder / MANIFEST)
     return manifest
@@ -138,15 +151,24 @@ def record_parity(bundle: Path, report: ParityReport) -> BundleManifest:
     Raises:
         BundleError: No bundle there.
     """
-    summary = BundleParity(
-        items=report.items,
-        token_match=report.token_match,
-        max_abs_logit=report.max_abs_logit,
-        mean_abs_logit=report.mean_abs_logit,
-    )
-    manifest = load_manifest(bundle).model_copy(update={"parity": summary})
+    manifest = load_manifest(bundle)
+    measured = {DEFAULT_VARIANT: report, **report.variants}
+    variants = {
+        name: variant.model_copy(update={"parity": _summary(measured[name]) if name in measured else None})
+        for name, variant in manifest.variants.items()
+    }
+    manifest = manifest.model_copy(update={"parity": _summary(report), "variants": variants})
     write_json(manifest, bundle / MANIFEST)
     return manifest
+
+
+def _summary(figures: ParityFigures) -> BundleParity:
+    return BundleParity(
+        items=figures.items,
+        token_match=figures.token_match,
+        max_abs_logit=figures.max_abs_logit,
+        mean_abs_logit=figures.mean_abs_logit,
+    )
 
 
 def _describe_shared(model: ManyEyesForConditionalGeneration) -> SharedInput | None:

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
 from manyeyes.errors import BundleError
+from manyeyes.export.attention import use_grouped_attention
 from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.model.connection import VisualTokens
@@ -29,6 +32,9 @@ from manyeyes.model.reinjection import VISUAL_CONTEXT, Reinjection, VisualContex
 from manyeyes.runtime.bundle_contents import GraphSignature, GraphTensor
 from manyeyes.runtime.tiling import NEWLINE
 from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
+
+MOST_BYTES = 2**31 - 2**26
+"""Of weights in one file: a protobuf file ends at 2 GiB, and so does what some stores take."""
 
 
 def export_graph(
@@ -44,7 +50,7 @@ def export_graph(
     """Trace a module and write the graph.
 
     Args:
-        module: In evaluation mode, fp32, on the CPU.
+        module: In evaluation mode, on the CPU.
         samples: Arguments of its ``forward``.
         dynamic_shapes: As ``torch.export`` wants them: per argument the axes that may differ from the sample's.
         out: The ``.onnx`` file to write.
@@ -78,7 +84,45 @@ def export_graph(
             "The exporter dropped one; report the model.",
         )
     _strip_traces(model)
-    program.save(str(out))
+    save_graph(model, out)
+    return describe_graph(model)
+
+
+def save_graph(model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES) -> None:
+    """Write a graph; what is larger than one file may be has its weights in files beside it.
+
+    These are ``<out>_data``, ``<out>_data_1`` and so on, as transformers.js looks for them. ONNX Runtime maps them into
+    memory. A tensor is never cut: one that is larger than ``most_bytes`` is a file of its own.
+
+    Args:
+        model: Its weights may lie in files; they are copied one by one.
+        out: The ``.onnx`` file to write.
+        most_bytes: Of a file.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if size <= most_bytes:
+        onnx_ir.save(model, out)
+        return
+    with TemporaryDirectory(dir=out.parent) as name:
+        onnx_ir.save(model, Path(name) / out.name, external_data="weights", max_shard_size_bytes=most_bytes)
+        shards = sorted(file.name for file in Path(name).iterdir() if file.name != out.name)
+        called = {shard: f"{out.name}_data{f'_{place}' if place else ''}" for place, shard in enumerate(shards)}
+        proto = onnx.load(Path(name) / out.name, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = called[entry.value]
+        for shard, given in called.items():
+            (Path(name) / shard).replace(out.with_name(given))
+        onnx.save(proto, out)
+
+
+def describe_graph(model: onnx_ir.Model) -> GraphSignature:
+    """What a graph takes and gives.
+
+    Raises:
+        BundleError: An input or output has no type.
+    """
     return GraphSignature(
         inputs=[_describe(value) for value in model.graph.inputs],
         outputs=[_describe(value) for value in model.graph.outputs],
@@ -86,7 +130,7 @@ def export_graph(
 
 
 def _strip_traces(model: onnx_ir.Model) -> None:
-    # Stack traces name files of this machine, and would make two exports of one checkpoint differ.
+    """Take out what differs between two exports of one checkpoint: names of this machine's files."""
     model.metadata_props.clear()
     model.doc_string = None
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
@@ -142,14 +186,14 @@ class _Vision(nn.Module):
 
     def forward(self, pixels: list[Tensor], of_images: Sequence[Tensor] = ()) -> Tensor | tuple[Tensor, ...]:
         tokens = self.model.encode_images(
-            dict(zip(self.names, pixels, strict=True)),
+            dict(zip(self.names, [each.to(self.model.dtype) for each in pixels], strict=True)),
             features=None,
             **dict(zip(self.of_images, of_images, strict=True)),
         )
         if not isinstance(tokens, VisualTokens):
-            return tokens
+            return tokens.float()
         windows = tokens.windows
-        return tokens.tokens, windows.keys, windows.mask, windows.overall
+        return tokens.tokens.float(), windows.keys.float(), windows.mask, windows.overall.float()
 
 
 class _Embed(nn.Module):
@@ -159,7 +203,7 @@ class _Embed(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         embeddings: Tensor = self.embedding(input_ids)
-        return embeddings
+        return embeddings.float()
 
 
 class _Decoder(nn.Module):
@@ -177,16 +221,17 @@ class _Decoder(nn.Module):
         past: KeyValues,
         looks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, KeyValues]:
-        cache = DynamicCache()
+        cache, dtype = DynamicCache(), self.language_model.dtype
         for layer, (key, value) in enumerate(past):
-            cache.update(key, value, layer)
+            cache.update(key.to(dtype), value.to(dtype), layer)
         context, keywords = None, {}
         if self.reinjection is not None:
             places, keys, mask, overall = looks
+            keys, overall = keys.to(dtype), overall.to(dtype)
             context = VisualContext(places, VisualWindows(keys=keys, mask=mask, overall=overall))
             keywords[VISUAL_CONTEXT] = context
         output = decoder_of(self.language_model)(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds.to(dtype),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
@@ -195,7 +240,7 @@ class _Decoder(nn.Module):
         )
         check_read(context, self.reinjection, self.language_model)
         logits = compute_logits(self.language_model, output.last_hidden_state[:, logits_positions])
-        return logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return logits.float(), [(layer.keys.float(), layer.values.float()) for layer in output.past_key_values.layers]
 
 
 def check_exportable(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor) -> None:
@@ -315,7 +360,7 @@ def export_decoder(
     padding) then gives a finite result that nothing looks at, and not NaN.
 
     Args:
-        language_model: In evaluation mode, fp32, on the CPU. Its attention implementation is set to ``eager``.
+        language_model: In evaluation mode, on the CPU. Its attention is set to what ``use_grouped_attention`` says.
         out: The ``.onnx`` file to write.
         opset: ONNX operator set.
         reinjection: Its blocks, attached to it; None without them.
@@ -332,7 +377,7 @@ def export_decoder(
         BundleError: The graph lacks an input.
         RecipeError: This family of language models does not look back.
     """
-    language_model.set_attn_implementation("eager")
+    use_grouped_attention(language_model)
     shape = read_cache_shape(language_model)
     width = language_model.get_input_embeddings().weight.shape[1]
     attention_mask = torch.ones(_ROWS, _PAST + _QUERY, dtype=torch.long)
@@ -385,7 +430,8 @@ def read_cache_shape(language_model: PreTrainedModel) -> CacheShape:
     """
     width = language_model.get_input_embeddings().weight.shape[1]
     with torch.no_grad():
-        output = language_model(inputs_embeds=torch.zeros(1, 2, width), past_key_values=DynamicCache(), use_cache=True)
+        embeddings = torch.zeros(1, 2, width, dtype=language_model.dtype)
+        output = language_model(inputs_embeds=embeddings, past_key_values=DynamicCache(), use_cache=True)
     layers = output.past_key_values.layers
     return CacheShape(
         heads=tuple(layer.keys.shape[1] for layer in layers),

@@ -18,6 +18,13 @@ from pydantic import Field
 
 from manyeyes.errors import BundleError, EvaluationError
 from manyeyes.runtime.bundle import GeneratedAnswer, Group, load_bundle
+from manyeyes.runtime.bundle_contents import (
+    DEFAULT_VARIANT,
+    BundleVariant,
+    describe_precision,
+    read_manifest,
+    read_variants,
+)
 from manyeyes.strict import StrictModel
 
 if TYPE_CHECKING:  # the gate reads reports and needs no torch
@@ -37,9 +44,10 @@ class Mismatch(StrictModel):
     bundle_ids: list[int] = Field(description="The bundle's tokens, without the stop token.")
 
 
-class ParityReport(StrictModel):
-    """``parity.json``: how closely a bundle follows torch."""
+class ParityFigures(StrictModel):
+    """How closely one variant of a bundle follows torch."""
 
+    precision: str = Field(default="fp32", description="fp32, or that of each graph: vision int8, decoder int4.")
     items: int = Field(ge=0, description="Questions compared.")
     token_match: float = Field(ge=0, le=1, description="Share of questions whose whole token sequence is equal.")
     max_abs_logit: float = Field(ge=0, description="Largest absolute difference of a first-token logit.")
@@ -47,6 +55,12 @@ class ParityReport(StrictModel):
     max_new_tokens: int = Field(ge=1, description="Most tokens an answer may have.")
     providers: list[str] = Field(description="Execution providers that ran the bundle, best first.")
     mismatches: list[Mismatch] = Field(description=f"The first {_MAX_MISMATCHES} questions answered differently.")
+
+
+class ParityReport(ParityFigures):
+    """``parity.json``: how closely a bundle follows torch; at the top its default variant."""
+
+    variants: dict[str, ParityFigures] = Field(default={}, description="The same of the other variants, by name.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class _Reference:
 def measure_parity(
     checkpoint: Path, bundle: Path, groups: Sequence[Group], *, items: int, max_new_tokens: int
 ) -> ParityReport:
-    """Let torch and the bundle answer the same questions.
+    """Let torch and every variant of the bundle answer the same questions.
 
     Args:
         checkpoint: What the bundle was exported from.
@@ -77,19 +91,38 @@ def measure_parity(
     from manyeyes.model import load_checkpoint
 
     chosen = list(_first_questions(groups, items))
-    count = sum(len(group.questions) for group in chosen)
-    if count == 0:
+    if not chosen:
         raise EvaluationError("no question to compare", "at least one is needed", "Pass groups that have questions.")
-    runner = load_bundle(bundle)
-    found = runner.answer_groups(chosen, max_new_tokens=max_new_tokens, first_logits=True)
+    manifest = read_manifest(bundle)
     model, processor = load_checkpoint(checkpoint)
     model = model.eval().float()
-    matches, largest, total = 0, 0.0, 0.0
+    references = [
+        [_answer_with_torch(model, processor, group.images, question, max_new_tokens) for question in group.questions]
+        for group in chosen
+    ]
+    figures = {
+        name: _compare(bundle, name, variant, chosen, references, max_new_tokens)
+        for name, variant in read_variants(manifest).items()
+    }
+    return ParityReport(**dict(figures.pop(DEFAULT_VARIANT)), variants=figures)
+
+
+def _compare(
+    bundle: Path,
+    name: str,
+    variant: BundleVariant,
+    groups: Sequence[Group],
+    references: Sequence[Sequence[_Reference]],
+    max_new_tokens: int,
+) -> ParityFigures:
+    runner = load_bundle(bundle, variant=name)
+    found = runner.answer_groups(groups, max_new_tokens=max_new_tokens, first_logits=True)
+    count, matches, largest, total = 0, 0, 0.0, 0.0
     mismatches: list[Mismatch] = []
-    for index, (group, answers) in enumerate(zip(chosen, found, strict=True)):
-        for question, answer in zip(group.questions, answers, strict=True):
-            reference = _answer_with_torch(model, processor, group.images, question, max_new_tokens)
+    for index, (group, of_group, answers) in enumerate(zip(groups, references, found, strict=True)):
+        for question, reference, answer in zip(group.questions, of_group, answers, strict=True):
             difference = _compare_logits(reference, answer)
+            count += 1
             largest = max(largest, float(difference.max()))
             total += float(difference.mean())
             if reference.token_ids == answer.token_ids:
@@ -105,7 +138,8 @@ def measure_parity(
                         bundle_ids=list(answer.token_ids),
                     )
                 )
-    return ParityReport(
+    return ParityFigures(
+        precision=describe_precision(variant),
         items=count,
         token_match=matches / count,
         max_abs_logit=largest,
@@ -121,6 +155,8 @@ def _first_questions(groups: Sequence[Group], items: int) -> Iterator[Group]:
     for group in groups:
         if left <= 0:
             return
+        if not group.questions:
+            continue
         questions = group.questions[:left]
         left -= len(questions)
         yield Group(images=group.images, questions=questions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, get_args
 
 from pydantic import Field
@@ -70,7 +70,14 @@ class _Scorecard(Protocol):
     def skipped(self) -> Mapping[str, str]: ...
 
 
-class _Parity(Protocol):
+class _ParityFigures(Protocol):
+    """Of one variant; ``precision`` is fp32 or says which graphs are below it."""
+
+    @property
+    def precision(self) -> str: ...
+
+
+class _Parity(_ParityFigures, Protocol):
     """``parity.json``."""
 
     @property
@@ -79,6 +86,8 @@ class _Parity(Protocol):
     def token_match(self) -> float: ...
     @property
     def max_abs_logit(self) -> float: ...
+    @property
+    def variants(self) -> Mapping[str, _ParityFigures]: ...
 
 
 class _Expectation(Protocol):
@@ -153,6 +162,7 @@ class Evidence:
         champion: The champion on the same questions, or ``None`` when there is none yet.
         contamination: Of the training data; without it only exact duplicates are known.
         compare: Challenger and champion on one benchmark.
+        variants: By name of a variant below fp32 that was scored: checkpoint and variant on one benchmark.
     """
 
     scorecard: _Scorecard
@@ -162,6 +172,7 @@ class Evidence:
     champion: _Champion | None
     contamination: _Contamination | None
     compare: Callable[[str], _Difference]
+    variants: Mapping[str, Callable[[str], _Difference]] = field(default_factory=dict)
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
@@ -329,6 +340,49 @@ class ParityRule(Rule):
         )
 
 
+class PrecisionRule(Rule):
+    """Every variant below fp32 scores as the checkpoint does, within a margin.
+
+    On every benchmark the lower end of variant minus checkpoint (paired, clustered by image, 95%) is above it.
+    """
+
+    rule: Literal["precision"]
+    margin: float = Field(
+        ge=-_MAX_POINTS, le=0, description="Points of each benchmark's own figure (MME: of 2,000); 0 or below."
+    )
+
+    def decide(self, evidence: Evidence) -> RuleResult:
+        """The variant and benchmark that lose most; a variant that was not scored is not met."""
+        needed = f"lower end above {self.margin:+g} points in every variant"
+        parity, variants = evidence.parity, evidence.variants
+        if parity is None:
+            return self.no_verdict(needed, why="The bundle's variants are not known: it has no parity report.")
+        below = {name for name, figures in parity.variants.items() if figures.precision != "fp32"}
+        below |= {"default"} if parity.precision != "fp32" else set()
+        if not below:
+            why = "Every variant of this bundle is fp32."
+            return self.result(found="nothing below fp32", needed=needed, passed=True, explanation=why)
+        absent = sorted(below - variants.keys())
+        if absent or not evidence.scorecard.benchmarks:
+            return self.no_verdict(needed, why=f"No score of {', '.join(absent) or 'any benchmark'} was found.")
+        compared = {
+            (name, benchmark): variants[name](benchmark)
+            for name in sorted(below)
+            for benchmark in evidence.scorecard.benchmarks
+        }
+        (name, benchmark), worst = min(compared.items(), key=lambda item: item[1].low)
+        others = "; ".join(
+            f"{one} on {asked} {found.difference:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+            for (one, asked), found in compared.items()
+        )
+        return self.result(
+            found=f"{name} on {benchmark}: {worst.difference:+.2f} points ({worst.low:+.2f} to {worst.high:+.2f})",
+            needed=needed,
+            passed=worst.low > self.margin,
+            explanation=f"Variant minus checkpoint, paired and clustered by image, 95%: {others}.",
+        )
+
+
 class ValidationRule(Rule):
     """The data passed validation."""
 
@@ -396,7 +450,7 @@ class ContaminationRule(Rule):
 
 
 GateRule = Annotated[
-    FloorRule | NonInferiorityRule | ImageAddsRule | ParityRule | ValidationRule | ContaminationRule,
+    FloorRule | NonInferiorityRule | ImageAddsRule | ParityRule | PrecisionRule | ValidationRule | ContaminationRule,
     Field(discriminator="rule"),
 ]
 

@@ -8,9 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.gate_rules import GateRule
@@ -25,6 +33,9 @@ from manyeyes.recipe.model import (
     StagesSpec,
     Strict,
 )
+
+DEFAULT_VARIANT = "default"
+"""The variant of a bundle that is loaded where none is named."""
 
 API_KEY = "MANYEYES_JUDGE_KEY"
 """Environment variable that holds the key, unless ``key_from`` names another."""
@@ -163,14 +174,47 @@ class EvaluationSpec(Strict):
     )
 
 
+class GraphPrecision(Strict):
+    """The precision of each graph's weights; inputs and outputs are fp32 in all of them."""
+
+    vision: Literal["fp32", "fp16", "int8"] = "fp32"
+    embed: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    decoder: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+
+
 class ExportSpec(Strict):
     """The ONNX bundle."""
 
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32"] | GraphPrecision = Field(
+        default="fp32", description="fp32 for every graph, or one precision a graph: vision, embed, decoder."
+    )
+    variants: Mapping[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,31}$")], GraphPrecision] = Field(
+        default={}, description="More variants of the same bundle, by name; graphs of equal precision are one file."
+    )
     opset: int = Field(default=20, ge=18, le=30)
     parity_items: int = Field(
         default=200, gt=0, le=MAX_COUNT, description="Questions on which bundle and torch are compared."
     )
+
+    @field_validator("variants")
+    @classmethod
+    def _default_is_precision(cls, value: Mapping[str, GraphPrecision]) -> Mapping[str, GraphPrecision]:
+        if DEFAULT_VARIANT in value:
+            raise ValueError(f'"{DEFAULT_VARIANT}" is what `precision` says; choose another name')
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``variants`` where there are none, so that digests of published recipes stay."""
+        tree: dict[str, Any] = handler(self)
+        if not tree.get("variants"):
+            tree.pop("variants", None)
+        return tree
+
+    def precisions(self) -> dict[str, GraphPrecision]:
+        """Of every variant by its name, that of ``precision`` first."""
+        main = GraphPrecision() if isinstance(self.precision, str) else self.precision
+        return {DEFAULT_VARIANT: main, **self.variants}
 
 
 class RegistrySpec(Strict):
@@ -209,6 +253,12 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _references_exist(self) -> Recipe:
         self.check_stages()
+        below = [name for name, precision in self.export.precisions().items() if precision != GraphPrecision()]
+        if below and not any(rule.rule == "precision" for rule in self.gate):
+            raise ValueError(
+                f"export has {', '.join(below)} below fp32, and no gate rule judges that: add one, for instance "
+                "{rule: precision, margin: -1}"
+            )
         for rule in self.gate:
             benchmark = getattr(rule, "benchmark", None)
             if benchmark is not None and benchmark not in self.evaluation.benchmarks:

@@ -8,7 +8,7 @@ kept them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,10 +18,11 @@ from pydantic import Field, ValidationError, model_validator
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import Outcome, OutcomeFile, read_outcomes
-from manyeyes.evaluation.scorecard import Scorecard
+from manyeyes.evaluation.scorecard import ModelKind, Scorecard
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
 from manyeyes.pages import Table, Text, render
 from manyeyes.recipe.gate_rules import Evidence, GateRule, RuleResult
+from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 
@@ -80,6 +81,19 @@ class ChampionEvidence:
     rescored: bool = False
 
 
+@dataclass(frozen=True)
+class VariantEvidence:
+    """What the gate needs to know of a variant of the bundle.
+
+    Attributes:
+        scorecard: Of the variant.
+        items: Its ``items.parquet``.
+    """
+
+    scorecard: Scorecard
+    items: Path
+
+
 def decide(
     rules: Sequence[GateRule],
     *,
@@ -90,6 +104,8 @@ def decide(
     items: Path,
     champion: ChampionEvidence | None,
     contamination: ContaminationReport | None = None,
+    checkpoint_items: Path | None = None,
+    variants: Mapping[str, VariantEvidence] | None = None,
 ) -> GateReport:
     """Apply a recipe's gate rules.
 
@@ -102,6 +118,8 @@ def decide(
         items: The bundle's ``items.parquet``.
         champion: The champion on the same questions, or ``None`` when there is none yet.
         contamination: Of the training data; without it only exact duplicates are known.
+        checkpoint_items: The checkpoint's ``items.parquet``; variants are compared with it.
+        variants: The bundle's other variants, by name; the default one is in ``bundle_scorecard``.
 
     Raises:
         EvaluationError: No rules, or evidence that does not belong together: other models, other questions, a benchmark
@@ -126,7 +144,9 @@ def decide(
         assert champion is not None
         return _compare_with(champion, benchmark, bundle_scorecard, outcomes)
 
-    evidence = Evidence(scorecard, bundle_scorecard, parity, validation, champion, contamination, compare)
+    scored = {DEFAULT_VARIANT: VariantEvidence(bundle_scorecard, items), **(variants or {})}
+    compared = {} if checkpoint_items is None else _compare_with_checkpoint(scorecard, checkpoint_items, scored)
+    evidence = Evidence(scorecard, bundle_scorecard, parity, validation, champion, contamination, compare, compared)
     results = tuple(rule.decide(evidence) for rule in rules)
     return GateReport(
         verdict=_verdict(results),
@@ -183,6 +203,33 @@ def _compare_with(
     return compare_outcomes(benchmark, outcomes.of(benchmark), theirs.of(benchmark), variant=score.variant)
 
 
+def _compare_with_checkpoint(
+    scorecard: Scorecard, items: Path, variants: Mapping[str, VariantEvidence]
+) -> dict[str, Callable[[str], PairedTest]]:
+    checkpoint = _belonging(items, scorecard, kind="torch")
+
+    def of(variant: VariantEvidence) -> Callable[[str], PairedTest]:
+        theirs = _belonging(variant.items, variant.scorecard)
+
+        def compare(benchmark: str) -> PairedTest:
+            if theirs.benchmark_digests.get(benchmark) != checkpoint.benchmark_digests.get(benchmark):
+                raise EvaluationError(
+                    f'checkpoint and variant were asked other questions of "{benchmark}"',
+                    "one benchmark digest",
+                    "Evaluate both again.",
+                )
+            return compare_outcomes(
+                benchmark,
+                theirs.of(benchmark),
+                checkpoint.of(benchmark),
+                variant=scorecard.benchmarks[benchmark].variant,
+            )
+
+        return compare
+
+    return {name: of(variant) for name, variant in variants.items()}
+
+
 def write_gate_report(report: GateReport, path: Path) -> None:
     """Write ``gate.json``; whole or not at all.
 
@@ -210,19 +257,19 @@ def _verdict(rules: Sequence[RuleResult]) -> Verdict:
     return "passed" if rules and all(result.passed for result in rules) else "failed"
 
 
-def _belonging(items: Path, scorecard: Scorecard) -> OutcomeFile:
+def _belonging(items: Path, scorecard: Scorecard, *, kind: ModelKind = "bundle") -> OutcomeFile:
     outcomes = read_outcomes(items)
-    if scorecard.model.kind != "bundle" or outcomes.model_digest != scorecard.model.digest:
+    if scorecard.model.kind != kind or outcomes.model_digest != scorecard.model.digest:
         raise EvaluationError(
             f"{items} is of {outcomes.kind} {outcomes.model_digest[:16]}, the scorecard of {scorecard.model.kind} "
             f"{scorecard.model.digest[:16]}",
-            "scorecard and items of one bundle",
-            "Pass the bundle's scorecard with the items.parquet beside it.",
+            f"scorecard and items of one {'bundle' if kind == 'bundle' else 'checkpoint'}",
+            f"Pass the {'bundle' if kind == 'bundle' else 'checkpoint'}'s scorecard with the items.parquet beside it.",
         )
     expected = {name: score.benchmark_digest for name, score in scorecard.benchmarks.items()}
     if dict(outcomes.benchmark_digests) != expected:
         raise EvaluationError(
-            f"{items} has other questions than its scorecard", "one benchmark digest", "Evaluate the bundle again."
+            f"{items} has other questions than its scorecard", "one benchmark digest", "Evaluate the model again."
         )
     return outcomes
 

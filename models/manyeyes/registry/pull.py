@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from manyeyes.data.remote import Remote, open_remote
 from manyeyes.data.snapshot import Snapshot
@@ -35,9 +35,19 @@ from manyeyes.registry.references import (
     find_version,
     parse_model_reference,
 )
-from manyeyes.registry.tracking import connect
-from manyeyes.runtime.bundle_contents import MANIFEST, check_files, digest_files, read_manifest
+from manyeyes.registry.tracking import Tracking, connect
+from manyeyes.runtime.bundle_contents import (
+    MANIFEST,
+    check_files,
+    choose_variant,
+    digest_files,
+    needed_files,
+    read_manifest,
+)
 from manyeyes.storage import folder_beside, is_there, link_or_copy, new_folder, replaceable, storage_errors
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 
 def pull(
@@ -46,6 +56,7 @@ def pull(
     out_dir: Path | None = None,
     *,
     require_approved: bool = False,
+    variant: str | None = None,
 ) -> Path:
     """Fetch a bundle from the registry.
 
@@ -57,6 +68,7 @@ def pull(
         alias_or_version: ``champion``, ``previous``, 3, ...; the champion when left out.
         out_dir: Where the bundle goes; ``<name>`` in the working directory when left out.
         require_approved: Refuse a version that nobody approved.
+        variant: Fetch the files of this variant alone, for instance ``int4``; everything when left out.
 
     Returns:
         The bundle's folder.
@@ -76,14 +88,17 @@ def pull(
         check_approved(tracking, version.name, int(version.version))
     expected = version.tags.get("bundle_digest")
     if out_dir.exists():
-        if _is_intact(out_dir, expected):
+        if _is_intact(out_dir, expected, variant):
             return given
         _check_replaceable(out_dir)
     with storage_errors(out_dir):
         scratch = folder_beside(out_dir)
         try:
-            bundle = download(tracking, version, BUNDLE_PATH, scratch)
-            _check(bundle, expected, reference)
+            if variant is None:
+                bundle = download(tracking, version, BUNDLE_PATH, scratch)
+            else:
+                bundle = _download_variant(tracking, version, variant, scratch)
+            _check(bundle, expected, reference, variant)
             if out_dir.exists():
                 out_dir.rename(scratch / "replaced")
             bundle.rename(out_dir)
@@ -92,15 +107,32 @@ def pull(
     return given
 
 
-def _is_intact(folder: Path, expected: str | None) -> bool:
+def _download_variant(tracking: Tracking, version: ModelVersion, variant: str, scratch: Path) -> Path:
+    # A file keeps its folders, as the whole bundle does.
+    bundle = download(tracking, version, f"{BUNDLE_PATH}/{MANIFEST}", scratch).parent
+    manifest = read_manifest(bundle)
+    for name in needed_files(manifest, choose_variant(bundle, manifest, variant)[1]):
+        download(tracking, version, f"{BUNDLE_PATH}/{name}", scratch)
+    return bundle
+
+
+def _is_intact(folder: Path, expected: str | None, variant: str | None) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     try:
         manifest = read_manifest(folder)
-        check_files(folder, manifest["files"])
+        check_files(folder, _files(folder, manifest, variant))
     except BundleError:
         return False
     return bool(manifest.get("digest") == expected)
+
+
+def _files(folder: Path, manifest: dict[str, Any], variant: str | None) -> dict[str, Any]:
+    """What the manifest says of the files that are to be there."""
+    if variant is None:
+        files: dict[str, Any] = manifest["files"]
+        return files
+    return needed_files(manifest, choose_variant(folder, manifest, variant)[1])
 
 
 def _check_replaceable(out_dir: Path) -> None:
@@ -110,9 +142,9 @@ def _check_replaceable(out_dir: Path) -> None:
         )
 
 
-def _check(bundle: Path, expected: str | None, reference: ModelReference) -> None:
+def _check(bundle: Path, expected: str | None, reference: ModelReference, variant: str | None) -> None:
     manifest = read_manifest(bundle)
-    check_files(bundle, manifest["files"])
+    check_files(bundle, _files(bundle, manifest, variant))
     digest = digest_files(manifest["files"])
     if digest != expected:
         raise BundleError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from manyeyes.errors import BundleError, RecipeError, RecordError
 from manyeyes.runtime.bundle_contents import (
     CHAT,
-    DECODER,
-    EMBED,
     PREPROCESS,
     TOKENIZER,
-    VISION,
     ChatFile,
+    GraphName,
     PreprocessFile,
     check_files,
+    choose_variant,
+    needed_files,
     read_file,
     read_manifest,
 )
@@ -107,6 +107,7 @@ class Bundle:
     Attributes:
         path: The bundle's folder.
         manifest: What ``manifest.json`` says.
+        variant: Name of the variant that is loaded.
         providers: Execution providers that run the graphs, best first.
         decoder: The graphs that write.
         max_length: Most tokens, question, images and answer together.
@@ -120,9 +121,12 @@ class Bundle:
         providers: Sequence[str],
         threads: int,
         image_cache: ImageCache | None = None,
+        variant: str | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
+        self.variant, chosen = choose_variant(path, manifest, variant)
+        vision, embed, decoder = (path / chosen.graphs[name][0] for name in get_args(GraphName))
         chat, preprocess = read_file(ChatFile, path / CHAT), read_file(PreprocessFile, path / PREPROCESS)
         self._tokenizer = read_tokenizer(path / TOKENIZER, error=BundleError)
         self._template = ChatTemplate.from_dict(chat.template.model_dump())
@@ -131,15 +135,15 @@ class Bundle:
         self.max_length = chat.max_length
         stop_ids = self._find_stops()
         self._vision = Vision(
-            Graph(path / VISION, providers=providers, threads=threads),
+            Graph(vision, providers=providers, threads=threads),
             {name: ImageTransform.from_dict(pixels.model_dump()) for name, pixels in preprocess.encoders.items()},
             layout=None if preprocess.layout is None else TokenLayout.from_dict(preprocess.layout.model_dump()),
             tile_tokens=chat.image_tokens,
             cache=image_cache,
         )
         self.decoder = Decoder(
-            Graph(path / EMBED, providers=providers, threads=threads),
-            Graph(path / DECODER, providers=providers, threads=threads),
+            Graph(embed, providers=providers, threads=threads),
+            Graph(decoder, providers=providers, threads=threads),
             stop_ids=stop_ids,
         )
         self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self.max_length)
@@ -351,6 +355,7 @@ def load_bundle(
     threads: int | None = None,
     verify: bool = True,
     image_cache: ImageCache | None = None,
+    variant: str | None = None,
 ) -> Bundle:
     """Load a bundle.
 
@@ -358,8 +363,10 @@ def load_bundle(
         path: The bundle's folder.
         providers: Execution providers of ONNX Runtime, best first; by default CUDA where there is a device, else CPU.
         threads: Threads a graph may use; by default ``MANYEYES_THREADS``, else every core.
-        verify: Whether to check every file's sha256.
+        verify: Whether to check the sha256 of every file that is needed.
         image_cache: Keeps the visual tokens of images; None without.
+        variant: Name of one of the manifest's variants, for instance ``int4``; by default the one called ``default``,
+            or the only one that was pulled.
 
     Raises:
         BundleError: A file is missing, has changed or makes no sense, the manifest is of another format, a provider is
@@ -368,5 +375,6 @@ def load_bundle(
     path = Path(path)
     chosen, num_threads = choose_providers(providers), choose_threads(threads)
     manifest = read_manifest(path)
-    check_files(path, manifest["files"], sha256=verify)
-    return Bundle(path, manifest, providers=chosen, threads=num_threads, image_cache=image_cache)
+    name, files = choose_variant(path, manifest, variant)
+    check_files(path, needed_files(manifest, files), sha256=verify)
+    return Bundle(path, manifest, providers=chosen, threads=num_threads, image_cache=image_cache, variant=name)

@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from manyeyes.errors import BundleError
+from manyeyes.errors import BundleError, did_you_mean
 from manyeyes.storage import hash_file, parse_json
 from manyeyes.strict import StrictModel
 
@@ -95,6 +95,29 @@ class ModelFacts(_Exact):
     text_tokens: int = Field(gt=0, description="Tokens of text in that sample.")
 
 
+GraphName = Literal["vision", "embed", "decoder"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+DEFAULT_VARIANT = "default"
+"""The variant that is loaded where none is named."""
+
+
+class BundleVariant(_Exact):
+    """One choice of precisions. Variants share the files that are equal in them."""
+
+    precision: dict[GraphName, Precision] = Field(description="Precision of each graph's weights.")
+    graphs: dict[GraphName, Annotated[list[FileName], Field(min_length=1)]] = Field(
+        description="By graph: its file, then the files that hold its weights."
+    )
+    parity: BundleParity | None = Field(default=None, description="Comparison with torch; null until it is measured.")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        absent = sorted(set(get_args(GraphName)) - (self.precision.keys() & self.graphs.keys()))
+        if absent:
+            raise ValueError(f"no {', '.join(absent)}: each variant names all graphs")
+        return self
+
+
 class BundleManifest(_Exact):
     """``manifest.json``: what a bundle is, where it comes from, and the checksum of every file."""
 
@@ -105,12 +128,19 @@ class BundleManifest(_Exact):
     code_digest: str = Field(description="Digest of the library that trained and exported.")
     checkpoint_digest: str = Field(description="sha256 over the checkpoint's files, hexadecimal.")
     opset: int = Field(ge=18, description="ONNX operator set.")
-    precision: Literal["fp32"] = Field(description="Precision of the weights.")
+    precision: Literal["fp32"] | dict[GraphName, Precision] = Field(
+        description="Precision of the default variant's weights: fp32 in all graphs, or by graph."
+    )
     files: dict[FileName, BundleFile] = Field(description="Every file but this one, by name.")
     graphs: dict[FileName, GraphSignature] = Field(description="Inputs and outputs of each graph, by file name.")
     digest: str = Field(description="Digest of the bundle: sha256 over the names and sha256s of its files.")
     model: ModelFacts | None = Field(default=None, description="Size and cost of the model; null in older bundles.")
-    parity: BundleParity | None = Field(default=None, description="Comparison with torch; null until it is measured.")
+    parity: BundleParity | None = Field(
+        default=None, description="Comparison of the default variant with torch; null until it is measured."
+    )
+    variants: dict[str, BundleVariant] = Field(
+        default={}, description="By name; `default` is loaded where none is named. Empty in older bundles."
+    )
 
 
 class EncoderPixels(_Exact):
@@ -276,6 +306,10 @@ def read_object(file: Path) -> dict[str, Any]:
 VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
 TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
 REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
+"""Files of a bundle whose graphs are fp32."""
+
+COMMON_FILES = (TOKENIZER, PREPROCESS, CHAT)
+"""What every variant needs besides its graphs."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -297,7 +331,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     read_part(BundleManifest, manifest, what=MANIFEST)
     files = manifest["files"]
-    absent = [name for name in REQUIRED_FILES if name not in files]
+    needed = [*COMMON_FILES, *(name for variant in read_variants(manifest).values() for name in variant_files(variant))]
+    absent = [name for name in dict.fromkeys(needed) if name not in files]
     if absent:
         raise BundleError(f"{MANIFEST} lists no {', '.join(absent)}", "a whole bundle is needed", "Export it again.")
     if digest_files(files) != manifest.get("digest"):
@@ -307,6 +342,82 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "The manifest was changed: pull or export the bundle again.",
         )
     return manifest
+
+
+def read_variants(manifest: Mapping[str, Any]) -> dict[str, BundleVariant]:
+    """The variants of a bundle by name; an older bundle has the default alone.
+
+    Args:
+        manifest: From ``read_manifest``.
+
+    Raises:
+        BundleError: None of them is the default.
+    """
+    variants = {
+        name: read_part(BundleVariant, given, what=name) for name, given in manifest.get("variants", {}).items()
+    }
+    if not variants:
+        # The names of older bundles; a graph beyond 2 GiB has its weights in a second file.
+        files = {"vision": VISION, "embed": EMBED, "decoder": DECODER}
+        graphs = {graph: [file, *({f"{file}.data"} & manifest["files"].keys())] for graph, file in files.items()}
+        whole = {"precision": dict.fromkeys(files, "fp32"), "graphs": graphs, "parity": manifest.get("parity")}
+        return {DEFAULT_VARIANT: read_part(BundleVariant, whole, what=MANIFEST)}
+    if DEFAULT_VARIANT not in variants:
+        raise BundleError(
+            f"{MANIFEST} has the variants {', '.join(variants)}", f'one is "{DEFAULT_VARIANT}"', "Export it again."
+        )
+    return variants
+
+
+def variant_files(variant: BundleVariant) -> list[str]:
+    """The files of a variant's graphs, each once."""
+    return list(dict.fromkeys(name for files in variant.graphs.values() for name in files))
+
+
+def describe_precision(variant: BundleVariant) -> str:
+    """``fp32``, or what differs from it: ``vision int8, decoder int4``."""
+    below = [f"{graph} {precision}" for graph, precision in variant.precision.items() if precision != "fp32"]
+    return ", ".join(below) or "fp32"
+
+
+def choose_variant(path: Path, manifest: Mapping[str, Any], name: str | None = None) -> tuple[str, BundleVariant]:
+    """The variant to load, and its name.
+
+    Args:
+        path: The bundle's folder.
+        manifest: From ``read_manifest``.
+        name: Which; by default ``default``, or where its files were not pulled the one whose files are all there.
+
+    Raises:
+        BundleError: There is no such variant.
+    """
+    variants = read_variants(manifest)
+    if name is None:
+        there = [
+            one for one, variant in variants.items() if all((path / file).is_file() for file in variant_files(variant))
+        ]
+        name = there[0] if len(there) == 1 else DEFAULT_VARIANT
+    if name not in variants:
+        raise BundleError(
+            f'variant is "{name}"',
+            f"this bundle has {', '.join(variants)}",
+            did_you_mean(name, variants) or "Name one.",
+        )
+    return name, variants[name]
+
+
+def needed_files(manifest: Mapping[str, Any], variant: BundleVariant) -> dict[str, Any]:
+    """What the manifest says of the files that one variant needs, and not of those of the others."""
+    others = {name for other in read_variants(manifest).values() for name in variant_files(other)}
+    left_out = others - set(variant_files(variant))
+    return {name: file for name, file in manifest["files"].items() if name not in left_out}
+
+
+def variant_digest(manifest: Mapping[str, Any], name: str) -> str:
+    """Digest of one variant: the bundle's for the default, else over the files that it needs."""
+    if name == DEFAULT_VARIANT:
+        return str(manifest["digest"])
+    return digest_files(needed_files(manifest, read_variants(manifest)[name]))
 
 
 def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: bool = True) -> None:

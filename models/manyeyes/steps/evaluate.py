@@ -19,11 +19,20 @@ from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
 from manyeyes.harness.events import EXAMPLE_FILE, ExampleSummary
 from manyeyes.harness.inputs import Pinned, cache_dir, parse_pinned, work_dir
-from manyeyes.runtime.bundle_contents import ModelFacts, read_manifest
+from manyeyes.runtime.bundle_contents import (
+    DEFAULT_VARIANT,
+    ModelFacts,
+    read_manifest,
+    read_variants,
+    variant_digest,
+)
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.answering.asking import EvaluationProgress
     from manyeyes.evaluation.answering.encoder_cache import FeatureSettings
+
+VARIANTS = "variants"
+"""Folder beside a bundle's scorecard that has those of its variants, one folder each."""
 
 
 def find_champion(registry_model: str) -> Champion:
@@ -74,6 +83,8 @@ def evaluate(
 ) -> StepResult:
     """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
+    Of a bundle with variants the same of each other one in ``variants/NAME``.
+
     Args:
         reporter: Shows the progress.
         kind: ``torch`` for a checkpoint, ``bundle`` for an ONNX bundle.
@@ -85,43 +96,25 @@ def evaluate(
         registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
         frozen_encoders: Encoders of a checkpoint whose features are kept, and read where a stage or a trial kept them.
     """
-    from manyeyes.evaluation.answering.answerers import AnswererSpec
-    from manyeyes.evaluation.answering.asking import open_answerer
-    from manyeyes.evaluation.answering.encoder_cache import encoder_cache_settings
-    from manyeyes.evaluation.evaluate import evaluate as evaluate_model
-
     inputs = parse_pinned(pinned)
-    digest = _digest(kind, model)
-    spec = AnswererSpec(
-        kind=kind,
-        model=model,
-        threads=num_threads(),
-        encoder_cache=encoder_cache_settings(
-            work_dir() / "images", kind=kind, model_digest=digest, code_digest=inputs.code_digest
-        ),
-        features=_feature_settings(inputs, frozen_encoders) if frozen_encoders else None,
-    )
-
-    def show(progress: EvaluationProgress) -> None:
-        reporter.progress(
-            _in_words(progress, inputs.recipe.evaluation.benchmarks),
-            done=progress.done / progress.total,
-            eta_s=progress.eta_s if progress.questions_per_s else None,
+    names = [DEFAULT_VARIANT] if kind == "torch" else [*read_variants(read_manifest(model))]
+    folders = {name: scorecard if name == DEFAULT_VARIANT else scorecard / VARIANTS / name for name in names}
+    cards = {
+        name: _score(
+            reporter,
+            inputs,
+            kind=kind,
+            model=model,
+            variant=name,
+            out=out,
+            processes=processes,
+            registry_model=registry_model,
+            frozen_encoders=frozen_encoders,
         )
-
-    with open_answerer(spec, processes=processes) as answerer:
-        card = evaluate_model(
-            answerer,
-            inputs.recipe,
-            snapshot=inputs.snapshot,
-            out_dir=scorecard,
-            code_digest=inputs.code_digest,
-            model_digest=digest,
-            on_progress=show,
-            work_dir=work_dir() / "evaluate",
-            facts=_facts(kind, model),
-            champion=find_champion(registry_model),
-        )
+        for name, out in folders.items()
+    }
+    card = cards.pop(DEFAULT_VARIANT)
+    digest = card.model.digest
     _keep_example(inputs, scorecard)
     headline = ", ".join(
         [
@@ -129,6 +122,11 @@ def evaluate(
             for name, score in card.benchmarks.items()
         ]
         + [f"{name} skipped" for name in card.skipped]
+        + [
+            f"{variant}: {name} {score.score:.1f}{score.mark}"
+            for variant, other in cards.items()
+            for name, score in other.benchmarks.items()
+        ]
     )
     return StepResult(
         headline=headline,
@@ -142,6 +140,58 @@ def evaluate(
             "data_md5": inputs.data_md5,
         },
     )
+
+
+def _score(
+    reporter: Reporter,
+    inputs: Pinned,
+    *,
+    kind: Literal["torch", "bundle"],
+    model: Path,
+    variant: str,
+    out: Path,
+    processes: int | None,
+    registry_model: str,
+    frozen_encoders: Sequence[str],
+) -> Scorecard:
+    from manyeyes.evaluation.answering.answerers import AnswererSpec
+    from manyeyes.evaluation.answering.asking import open_answerer
+    from manyeyes.evaluation.answering.encoder_cache import encoder_cache_settings
+    from manyeyes.evaluation.evaluate import evaluate as evaluate_model
+
+    digest = _digest(kind, model, variant)
+    spec = AnswererSpec(
+        kind=kind,
+        model=model,
+        threads=num_threads(),
+        encoder_cache=encoder_cache_settings(
+            work_dir() / "images", kind=kind, model_digest=digest, code_digest=inputs.code_digest
+        ),
+        features=_feature_settings(inputs, frozen_encoders) if frozen_encoders else None,
+        variant=variant if kind == "bundle" else None,
+    )
+
+    def show(progress: EvaluationProgress) -> None:
+        words = _in_words(progress, inputs.recipe.evaluation.benchmarks)
+        reporter.progress(
+            words if variant == DEFAULT_VARIANT else f"{variant}: {words}",
+            done=progress.done / progress.total,
+            eta_s=progress.eta_s if progress.questions_per_s else None,
+        )
+
+    with open_answerer(spec, processes=processes) as answerer:
+        return evaluate_model(
+            answerer,
+            inputs.recipe,
+            snapshot=inputs.snapshot,
+            out_dir=out,
+            code_digest=inputs.code_digest,
+            model_digest=digest,
+            on_progress=show,
+            work_dir=work_dir() / "evaluate",
+            facts=_facts(kind, model),
+            champion=find_champion(registry_model),
+        )
 
 
 def _feature_settings(inputs: Pinned, encoders: Sequence[str]) -> FeatureSettings:
@@ -163,12 +213,12 @@ def _in_words(progress: EvaluationProgress, benchmarks: Sequence[str]) -> str:
     )
 
 
-def _digest(kind: Literal["torch", "bundle"], model: Path) -> str:
+def _digest(kind: Literal["torch", "bundle"], model: Path, variant: str) -> str:
     if kind == "torch":
         from manyeyes.model import checkpoint_digest
 
         return checkpoint_digest(model)
-    return str(read_manifest(model)["digest"])
+    return variant_digest(read_manifest(model), variant)
 
 
 def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:

@@ -10,6 +10,7 @@ from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle import Group
+from manyeyes.runtime.bundle_contents import variant_files
 
 
 def export_onnx(
@@ -45,16 +46,22 @@ def export_onnx(
     models = [recipe.stage_model(name) for name, _ in recipe.present_stages() if name != "prealign"][::-1]
     match_checkpoint(checkpoint, [*models, recipe.model], snapshot_path=inputs.snapshot.path)
     reporter.progress("writing the graphs", done=0.1)
-    manifest = export_bundle(
-        checkpoint, bundle, recipe=recipe, data_md5=inputs.data_md5, code_digest=inputs.code_digest
-    )
     asked = recipe.evaluation.model_copy(update={"benchmarks": recipe.evaluation.benchmarks[:1]})
     (benchmark,) = load_benchmarks(asked, snapshot=inputs.snapshot, max_items=recipe.export.parity_items)
+    groups = _groups(benchmark)
+    manifest = export_bundle(
+        checkpoint,
+        bundle,
+        recipe=recipe,
+        data_md5=inputs.data_md5,
+        code_digest=inputs.code_digest,
+        calibration=groups,
+    )
     reporter.progress("comparing with torch", done=0.5)
     report = measure_parity(
         checkpoint,
         bundle,
-        _groups(benchmark),
+        groups,
         items=recipe.export.parity_items,
         max_new_tokens=asked.max_new_tokens or benchmark.row.max_new_tokens,
     )
@@ -66,12 +73,20 @@ def export_onnx(
         ("bundle digest", manifest.digest),
         ("bytes", size),
         ("opset", manifest.opset),
-        ("precision", manifest.precision),
+        ("precision", report.precision),
         ("questions compared", report.items),
         ("same tokens as torch (fraction)", report.token_match),
         ("largest difference of a logit", report.max_abs_logit),
         ("mean difference of a logit", report.mean_abs_logit),
         ("providers", ", ".join(report.providers)),
+    ]
+    variants: list[tuple[str, object]] = [
+        (
+            f"{name}: {figures.precision}",
+            f"{sum(manifest.files[file].bytes for file in variant_files(manifest.variants[name])):,} bytes, "
+            f"{figures.token_match:.1%} token-equal, logits within {figures.max_abs_logit:.2g}",
+        )
+        for name, figures in report.variants.items()
     ]
     files: list[tuple[str, object]] = [(name, file.bytes) for name, file in sorted(manifest.files.items())]
     return StepResult(
@@ -85,7 +100,11 @@ def export_onnx(
         html=step_page(
             f"Bundle of {recipe.name}",
             "What the bundle holds, and how it compares with torch.",
-            {"": facts_table(rows), "Files (bytes)": facts_table(files)},
+            {
+                "": facts_table(rows),
+                **({"Variants": facts_table(variants)} if variants else {}),
+                "Files (bytes)": facts_table(files),
+            },
         ),
         markdown=facts_table(rows).markdown() + "\n",
         metadata={"bundle_digest": manifest.digest, "recipe_digest": recipe.digest, "data_md5": inputs.data_md5},

@@ -10,6 +10,7 @@ import pydantic
 from manyeyes.errors import EvaluationError
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import cache_dir, parse_pinned
+from manyeyes.steps.evaluate import VARIANTS
 
 T = TypeVar("T", bound=pydantic.BaseModel)
 
@@ -41,7 +42,13 @@ def gate(
     from manyeyes.data.validation_report import ValidationReport
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.export.parity import ParityReport
-    from manyeyes.registry.gate import decide, render_gate_html, render_gate_markdown, write_gate_report
+    from manyeyes.registry.gate import (
+        VariantEvidence,
+        decide,
+        render_gate_html,
+        render_gate_markdown,
+        write_gate_report,
+    )
     from manyeyes.registry.pull import comparable_champion
 
     # In a pipeline it runs in register's pod, and is given what is pinned for that.
@@ -65,6 +72,11 @@ def gate(
         items=bundle_scorecard / "items.parquet",
         champion=champion,
         contamination=read_contamination(validation),
+        checkpoint_items=scorecard / "items.parquet",
+        variants={
+            folder.name: VariantEvidence(read_scorecard(folder / "scorecard.json"), folder / "items.parquet")
+            for folder in sorted((bundle_scorecard / VARIANTS).glob("*"))
+        },
     )
     gate.mkdir(parents=True, exist_ok=True)
     write_gate_report(report, gate / "gate.json")

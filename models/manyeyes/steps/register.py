@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from manyeyes.errors import RegistryError
@@ -11,6 +12,8 @@ from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
 from manyeyes.runtime.bundle_contents import read_manifest
+from manyeyes.steps.evaluate import VARIANTS
+from manyeyes.storage import link_or_copy
 
 
 def register(
@@ -76,7 +79,12 @@ def register(
                 "data_remote": inputs.data_remote,
                 "git_commit": os.environ.get("MANYEYES_GIT_COMMIT") or "unknown",
             },
-            attachments=(parity / "parity.json", validation / "validation.json", recipe),
+            attachments=(
+                parity / "parity.json",
+                validation / "validation.json",
+                recipe,
+                *_variant_evidence(bundle_scorecard, Path(folder)),
+            ),
             run_id=reporter.run_id,
             approvals=Approvals(count=wanted.approvals, four_eyes=wanted.four_eyes)
             if wanted.promotion == "approval"
@@ -117,6 +125,14 @@ def register(
             "scores": scores,
         },
     )
+
+
+def _variant_evidence(bundle_scorecard: Path, folder: Path) -> Iterator[Path]:
+    """Scorecards and items of the bundle's variants, with the variant in their names."""
+    for variant in sorted((bundle_scorecard / VARIANTS).glob("*")):
+        for name in ("scorecard.json", "items.parquet"):
+            link_or_copy(variant / name, folder / f"{variant.name}-{name}")
+            yield folder / f"{variant.name}-{name}"
 
 
 STEP = Step("register", register, imports=("mlflow.pyfunc", "manyeyes.registry.versions"))

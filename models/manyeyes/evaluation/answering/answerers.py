@@ -72,6 +72,7 @@ class AnswererSpec:
         device: ``cpu``, ``cuda`` or, for a checkpoint, ``cuda:1``; by default CUDA where there is a device.
         encoder_cache: Keeps visual tokens; every image is encoded anew without.
         features: Of a checkpoint, which encoders' features are kept for other models too; none without.
+        variant: Of a bundle, which; as for ``load_bundle``.
     """
 
     kind: ModelKind
@@ -80,6 +81,7 @@ class AnswererSpec:
     device: str | None = None
     encoder_cache: EncoderCacheSettings | None = None
     features: FeatureSettings | None = None
+    variant: str | None = None
 
     def build(self) -> Answerer:
         """Load the model.
@@ -90,7 +92,11 @@ class AnswererSpec:
         """
         if self.kind == "bundle":
             return BundleAnswerer(
-                self.model, threads=self.threads, device=self.device, encoder_cache=self.encoder_cache
+                self.model,
+                threads=self.threads,
+                device=self.device,
+                encoder_cache=self.encoder_cache,
+                variant=self.variant,
             )
         from manyeyes.evaluation.answering.torch_answerer import TorchAnswerer
 
@@ -128,6 +134,7 @@ class BundleAnswerer:
         batch_size: Most questions a run of a graph.
         device: ``cpu`` or ``cuda``; by default CUDA where there is a device.
         encoder_cache: Keeps visual tokens; every image is encoded anew without.
+        variant: Which; as for ``load_bundle``.
 
     Raises:
         BundleError: The bundle is incomplete or was changed, or the device does not start.
@@ -143,10 +150,13 @@ class BundleAnswerer:
         batch_size: int = 128,
         device: str | None = None,
         encoder_cache: EncoderCacheSettings | None = None,
+        variant: str | None = None,
     ) -> None:
         providers = None if device is None else [CPU] if device == "cpu" else [CUDA, CPU]
         self._encoder_cache = None if encoder_cache is None else EncoderCache(encoder_cache)
-        self.bundle = load_bundle(bundle, providers=providers, threads=threads, image_cache=self._encoder_cache)
+        self.bundle = load_bundle(
+            bundle, providers=providers, threads=threads, image_cache=self._encoder_cache, variant=variant
+        )
         self._batch_size = batch_size
 
     @property

@@ -1,0 +1,131 @@
+"""Variants of a bundle: graphs in fp16, int8 and int4 beside fp32, files shared by content."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+
+from manyeyes.errors import BundleError
+from manyeyes.export.bundle import record_parity
+from manyeyes.export.graphs import save_graph
+from manyeyes.export.overflow import find_overflow
+from manyeyes.export.parity import ParityReport, measure_parity
+from manyeyes.export.precision import quantize_blocks
+from manyeyes.model import load_checkpoint
+from manyeyes.recipe import Recipe, change_recipe
+from manyeyes.runtime.bundle import Group, load_bundle
+from manyeyes.runtime.bundle_contents import needed_files
+from tests.export_toys import Toy, make_groups, make_toy, picture, rewrite_manifest
+
+VARIANTS = {
+    "int8": {"vision": "int8", "embed": "int8", "decoder": "int8"},
+    "int4": {"vision": "int8", "embed": "int4", "decoder": "int4"},
+    "half": {"vision": "fp16", "embed": "fp16", "decoder": "fp16"},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Recipe) -> Toy:
+    recipe = change_recipe(tiny_recipe, {"export.variants": VARIANTS, "gate": [{"rule": "precision", "margin": -2}]})
+    folder = tmp_path_factory.mktemp("variants")
+    return make_toy(folder, recipe, encoders={"vit": "vit-tiny-p16-64"}, calibration=make_groups())
+
+
+@pytest.fixture(scope="module")
+def report(toy: Toy) -> ParityReport:
+    return measure_parity(toy.checkpoint, toy.bundle, make_groups(), items=100, max_new_tokens=4)
+
+
+def test_each_variant_follows_torch_as_closely_as_its_precision_lets_it(toy: Toy, report: ParityReport) -> None:
+    assert report.precision == "fp32"
+    assert report.token_match == 1.0
+    assert set(report.variants) == set(VARIANTS)
+    spread = np.ptp(load_bundle(toy.bundle).answer_groups(make_groups()[:1], first_logits=True)[0][0].first_logits)
+    limits = {"half": 0.02, "int8": 0.4, "int4": 0.7}
+    for name, limit in limits.items():
+        figures = report.variants[name]
+        # Further from torch than fp32 is, else nothing was rounded.
+        assert 10 * report.max_abs_logit < figures.max_abs_logit < limit * spread, name
+    assert report.variants["half"].token_match > 0.8
+    manifest = record_parity(toy.bundle, report)
+    assert manifest.variants["int4"].parity.max_abs_logit == report.variants["int4"].max_abs_logit
+
+
+def test_equal_graphs_are_one_file(toy: Toy) -> None:
+    variants = toy.manifest.variants
+    assert variants["int8"].graphs["vision"] == variants["int4"].graphs["vision"]
+    graphs = {name for variant in variants.values() for files in variant.graphs.values() for name in files}
+    assert {name for name in toy.manifest.files if ".onnx" in name} == graphs
+    assert len(graphs) == 3 + 3 + 3 + 2
+    assert set(toy.manifest.graphs) == graphs
+
+
+def test_one_variant_needs_no_file_of_another(toy: Toy, tmp_path: Path) -> None:
+    """Of a folder with the files of one variant alone, that one is loaded."""
+    needed = needed_files(toy.manifest.model_dump(), toy.manifest.variants["int4"])
+    for name in [*needed, "manifest.json"]:
+        shutil.copy(toy.bundle / name, tmp_path)
+    pulled = load_bundle(tmp_path)
+    assert pulled.variant == "int4"
+    whole = load_bundle(toy.bundle, variant="int4").answer_groups(make_groups(), max_new_tokens=4)
+    assert pulled.answer_groups(make_groups(), max_new_tokens=4) == whole
+    with pytest.raises(BundleError, match=r"decoder\.onnx is missing"):
+        load_bundle(tmp_path, variant="default")
+    with pytest.raises(BundleError, match='variant is "int5"'):
+        load_bundle(tmp_path, variant="int5")
+    (tmp_path / "decoder_q4.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match="decoder_q4"):
+        load_bundle(tmp_path, variant="int4")
+
+
+def test_weights_beyond_one_files_limit_lie_in_files_of_their_own(toy: Toy, tmp_path: Path) -> None:
+    """The limit is 2 GiB; here 20 kB, and no file but the graph's own is larger."""
+    bundle = shutil.copytree(toy.bundle, tmp_path / "bundle")
+    save_graph(onnx_ir.load(toy.bundle / "decoder.onnx"), bundle / "decoder.onnx", most_bytes=20_000)
+    shards = sorted(file.name for file in bundle.glob("decoder.onnx_data*"))
+    assert len(shards) > 2
+    assert {"decoder.onnx_data", "decoder.onnx_data_1"} < set(shards)
+    assert max((bundle / name).stat().st_size for name in shards) <= 2 * 20_000
+    manifest = toy.manifest.model_dump(mode="json")
+    manifest["files"] |= dict.fromkeys(shards)
+    manifest["variants"]["default"]["graphs"]["decoder"] += shards
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    rewrite_manifest(bundle)
+    answers = (load_bundle(folder).answer_groups(make_groups(), max_new_tokens=4) for folder in (bundle, toy.bundle))
+    assert next(answers) == next(answers)
+    (bundle / shards[1]).unlink()
+    with pytest.raises(BundleError, match=f"{shards[1]} is missing"):
+        load_bundle(bundle)
+    assert load_bundle(bundle, variant="int8").answer("red?")
+
+
+def test_rounding_to_four_bits_is_off_by_a_step_at_most() -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
+    packed, scales = quantize_blocks(rows)
+    numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(5, 3, 32).astype(np.float32) - 8
+    restored = (numbers * scales[..., None]).reshape(5, -1)[:, :70]
+    assert np.all(np.abs(restored - rows) <= np.repeat(np.abs(scales), 32, axis=1)[:, :70] * (1 + 1e-6))
+    furthest = np.abs(rows[:, :32]).argmax(axis=1)
+    np.testing.assert_allclose(restored[range(5), furthest], rows[range(5), furthest], rtol=1e-6)
+
+
+def test_an_encoder_that_overflows_fp16_is_named(toy: Toy) -> None:
+    model, processor = load_checkpoint(toy.checkpoint)
+    groups = [Group((picture(0),), ("red?",))]
+    model.eval().half()
+    find_overflow(model, processor, groups, graphs=["vision", "decoder"])
+    layer = dict(model.named_modules())
+    name = next(name for name in layer if name.startswith("encoders.vit") and name.endswith("fc1"))
+    with torch.no_grad():
+        layer[name].weight.copy_(6e4 * layer[name].weight.sign())
+    with pytest.raises(BundleError, match=rf"fp16 of the vision graph overflows at {name}"):
+        find_overflow(model, processor, groups, graphs=["vision"])
+    find_overflow(model, processor, groups, graphs=["decoder"])
+    with pytest.raises(BundleError, match="without an image to try it on"):
+        find_overflow(model, processor, [], graphs=["vision"])
