@@ -34,7 +34,7 @@ from manyeyes.cli.registry import (
     reject_command,
     rollback_command,
 )
-from manyeyes.cli.serving import serve_command
+from manyeyes.cli.serving import handoff_command, serve_command
 from manyeyes.errors import (
     INTERRUPTED,
     NOT_PROMOTED,
@@ -287,6 +287,7 @@ cli.add_command(correlate_command)
 cli.add_command(reliance_command)
 cli.add_command(ask_command)
 cli.add_command(serve_command)
+cli.add_command(handoff_command)
 
 
 for command in (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from manyeyes.storage import cache_dir, is_there
+from manyeyes.storage import cache_dir, check_out, is_there, write_file
 
 MIB = 2**20
 
@@ -80,3 +80,37 @@ def serve_command(
         follow_s=None if fixed else follow_seconds,
         started=lambda port: click.echo(f"{serving.name} answers at http://{host}:{port}"),
     )
+
+
+@click.command("handoff")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "target", type=click.Choice(["oci", "kubernetes", "kserve"]), required=True, help="What to write."
+)
+@click.option("--name", help="Of the service, or the image's tag; the recipe, or the bundle's digest, by default.")
+@click.option("--uri", default="", help="Where the cluster finds the bundle: oci://REGISTRY/NAME:TAG, s3://..., ...")
+@click.option("--image", help="The runtime image; manyeyes-runtime of this version by default.")
+def handoff_command(model: str, out: Path, target: str, name: str | None, uri: str, image: str | None) -> None:
+    """Write what other servers need of MODEL[@ALIAS or /VERSION], or of the bundle in the folder MODEL.
+
+    oci writes an image layout into the folder OUT; kubernetes and kserve write YAML into the file OUT.
+    """
+    from manyeyes.runtime.bundle_contents import read_manifest
+    from manyeyes.serving import handoff
+    from manyeyes.serving.hosting import RegistrySource
+
+    check_out(out, file=target != "oci")
+    folder = Path(model)
+    if not (is_there(folder) and folder.is_dir()):
+        source = RegistrySource(model, kept=cache_dir() / "bundles")
+        folder = source.fetch(source.find())
+    manifest = read_manifest(folder)
+    if target == "oci":
+        digest = handoff.write_oci_layout(folder, out, tag=name or str(manifest["digest"])[:12])
+        click.echo(f"{out} ({digest})")
+        return
+    render = handoff.render_kserve if target == "kserve" else handoff.render_kubernetes
+    service = name or str(manifest["recipe"]).lower().replace("_", "-").replace(".", "-")
+    write_file(out, render(service, image=image or handoff.default_image(), models=uri))
+    click.echo(str(out))

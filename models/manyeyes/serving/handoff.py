@@ -1,0 +1,239 @@
+"""Hands a bundle to other people's servers: an OCI image of its files, a Deployment, a KServe InferenceService.
+
+The OCI image is written as the image layout of the standard (https://github.com/opencontainers/image-spec): a few JSON
+files and one layer a file, which any client pushes. Equal files are equal layers, so two versions share what is equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from manyeyes import __version__
+from manyeyes.errors import BundleError
+from manyeyes.runtime.bundle_contents import MANIFEST, check_files, read_manifest
+from manyeyes.storage import new_folder
+
+MODELS = "/models"
+PORT = 8080
+_USER = 10001
+_GRACE_S = 45  # above the seconds that the server gives to running answers
+_ARCHITECTURES = ("amd64", "arm64")
+_OCI = "application/vnd.oci.image"
+
+
+def write_oci_layout(bundle: Path, out: Path, *, tag: str) -> str:
+    """Write an OCI image layout with the bundle's files under ``/models``, for each architecture the same layers.
+
+    Args:
+        bundle: Its folder.
+        out: Folder to write; appears when it is complete.
+        tag: Of the image in the layout.
+
+    Returns:
+        Digest of the image.
+
+    Raises:
+        BundleError: A file is missing, or is not what the manifest says.
+        StorageError: No space, or no permission.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest["files"])
+    with new_folder(out) as folder:
+        blobs = folder / "blobs" / "sha256"
+        blobs.mkdir(parents=True)
+        layers = [_write_layer(bundle / name, blobs) for name in sorted([*manifest["files"], MANIFEST])]
+        images = []
+        for architecture in _ARCHITECTURES:
+            config = {
+                "architecture": architecture,
+                "os": "linux",
+                "config": {},
+                "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
+                "history": [{"created_by": layer["annotations"]["org.opencontainers.image.title"]} for layer in layers],
+            }
+            image: dict[str, Any] = {
+                "schemaVersion": 2,
+                "mediaType": f"{_OCI}.manifest.v1+json",
+                "config": _write_json(config, blobs, kind=f"{_OCI}.config.v1+json"),
+                "layers": layers,
+                "annotations": {"manyeyes.bundle": manifest["digest"], "manyeyes.recipe": manifest["recipe"]},
+            }
+            platform = {"architecture": architecture, "os": "linux"}
+            images.append({**_write_json(image, blobs, kind=image["mediaType"]), "platform": platform})
+        index: dict[str, Any] = {"schemaVersion": 2, "mediaType": f"{_OCI}.index.v1+json", "manifests": images}
+        whole = _write_json(index, blobs, kind=index["mediaType"])
+        named = {**whole, "annotations": {"org.opencontainers.image.ref.name": tag}}
+        (folder / "index.json").write_text(json.dumps({**index, "manifests": [named]}), encoding="utf-8")
+        (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}', encoding="utf-8")
+    return str(whole["digest"])
+
+
+def _write_layer(file: Path, blobs: Path) -> dict[str, Any]:
+    """One file as a layer; weights do not compress. Nothing of the machine or the time is in it."""
+    started = blobs / "layer"
+    with started.open("wb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo(f"{MODELS[1:]}/{file.name}")
+        entry.size, entry.mode = file.stat().st_size, 0o644
+        with file.open("rb") as source:
+            tar.addfile(entry, source)
+    with started.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    size = started.stat().st_size
+    started.rename(blobs / digest)
+    return {
+        "mediaType": f"{_OCI}.layer.v1.tar",
+        "digest": f"sha256:{digest}",
+        "size": size,
+        "annotations": {"org.opencontainers.image.title": file.name},
+    }
+
+
+def _write_json(content: dict[str, Any], blobs: Path, *, kind: str) -> dict[str, Any]:
+    data = json.dumps(content, sort_keys=True).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    (blobs / digest).write_bytes(data)
+    return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(data)}
+
+
+def default_image() -> str:
+    """The runtime image of this version."""
+    return f"manyeyes-runtime:{__version__}"
+
+
+def render_kubernetes(name: str, *, image: str, models: str) -> str:
+    """A Deployment of ``manyeyes serve`` and its Service, as YAML.
+
+    Args:
+        name: Of both.
+        image: The runtime image.
+        models: Reference of an image with the bundle's files under ``/models``; it is mounted as a volume (Kubernetes
+            1.33 or newer).
+
+    Raises:
+        BundleError: ``name`` or ``models`` is none.
+    """
+    _check_name(name)
+    if not models or "://" in models.removeprefix("oci://"):
+        raise BundleError(
+            f"the place of the model is {models!r}", "an OCI image, oci://REGISTRY/NAME:TAG", "Name it with --uri."
+        )
+    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "manyeyes"}
+    container = {
+        **_container(image, f"{MODELS}/models"),
+        "volumeMounts": [
+            {"name": "models", "mountPath": MODELS, "readOnly": True},
+            {"name": "scratch", "mountPath": "/tmp"},
+        ],
+    }
+    pod = {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": _GRACE_S,
+        "securityContext": _pod_security(),
+        "containers": [container],
+        "volumes": [
+            {"name": "models", "image": {"reference": models.removeprefix("oci://"), "pullPolicy": "IfNotPresent"}},
+            {"name": "scratch", "emptyDir": {}},
+        ],
+    }
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "replicas": 1,
+            "selector": {"matchLabels": labels},
+            # The new pod takes requests before the old one stops.
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+    }
+    return yaml.safe_dump_all([deployment, service], sort_keys=False)
+
+
+def render_kserve(name: str, *, image: str, models: str) -> str:
+    """A KServe InferenceService whose container is ``manyeyes serve``, as YAML.
+
+    Args:
+        name: Of the service.
+        image: The runtime image.
+        models: Where the bundle's folder lies: ``oci://``, ``oci+native://``, ``s3://``, ``pvc://``, ...
+
+    Raises:
+        BundleError: ``name`` or ``models`` is none.
+    """
+    _check_name(name)
+    if "://" not in models:
+        raise BundleError(f"the place of the model is {models!r}", "oci://, s3://, pvc://, ...", "Name it with --uri.")
+    mounted = "/mnt/models"
+    service = {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name},
+        "spec": {
+            "predictor": {
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": _GRACE_S,
+                "securityContext": _pod_security(),
+                "storageUris": [{"uri": models, "mountPath": mounted}],
+                "containers": [
+                    {
+                        **_container(image, mounted),
+                        "name": "kserve-container",
+                        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+                    }
+                ],
+                "volumes": [{"name": "scratch", "emptyDir": {}}],
+            }
+        },
+    }
+    return yaml.safe_dump(service, sort_keys=False)
+
+
+def _container(image: str, folder: str) -> dict[str, Any]:
+    probe = {"periodSeconds": 5, "timeoutSeconds": 5}
+    return {
+        "name": "serve",
+        "image": image,
+        "command": ["manyeyes", "serve", folder, "--host", "0.0.0.0", "--port", str(PORT)],
+        "ports": [{"name": "http", "containerPort": PORT}],
+        "env": [
+            {
+                "name": "MANYEYES_API_KEYS",
+                "valueFrom": {"secretKeyRef": {"name": "manyeyes-api-keys", "key": "keys", "optional": True}},
+            }
+        ],
+        # Loading takes as long as the weights are large.
+        "startupProbe": {"httpGet": {"path": "/ready", "port": "http"}, **probe, "failureThreshold": 120},
+        "readinessProbe": {"httpGet": {"path": "/ready", "port": "http"}, **probe},
+        "livenessProbe": {"httpGet": {"path": "/health", "port": "http"}, **probe, "failureThreshold": 6},
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+
+
+def _pod_security() -> dict[str, Any]:
+    return {"runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", name):
+        raise BundleError(
+            f"name is {name!r}", "up to 50 small letters, digits and dashes, a letter first", "Name it with --name."
+        )
