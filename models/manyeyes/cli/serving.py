@@ -86,7 +86,7 @@ def serve_command(
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "target", type=click.Choice(["oci", "kubernetes", "kserve"]), required=True, help="What to write."
+    "--to", "target", type=click.Choice(["oci", "kubernetes", "kserve", "triton"]), required=True, help="What to write."
 )
 @click.option("--name", help="Of the service, or the image's tag; the recipe, or the bundle's digest, by default.")
 @click.option("--uri", default="", help="Where the cluster finds the bundle: oci://REGISTRY/NAME:TAG, s3://..., ...")
@@ -94,13 +94,13 @@ def serve_command(
 def handoff_command(model: str, out: Path, target: str, name: str | None, uri: str, image: str | None) -> None:
     """Write what other servers need of MODEL[@ALIAS or /VERSION], or of the bundle in the folder MODEL.
 
-    oci writes an image layout into the folder OUT; kubernetes and kserve write YAML into the file OUT.
+    oci (an image layout) and triton (a model repository) write the folder OUT, kubernetes and kserve the YAML file OUT.
     """
     from manyeyes.runtime.bundle_contents import read_manifest
     from manyeyes.serving import handoff
     from manyeyes.serving.hosting import RegistrySource
 
-    check_out(out, file=target != "oci")
+    check_out(out, file=target in ("kubernetes", "kserve"))
     folder = Path(model)
     if not (is_there(folder) and folder.is_dir()):
         source = RegistrySource(model, kept=cache_dir() / "bundles")
@@ -110,7 +110,11 @@ def handoff_command(model: str, out: Path, target: str, name: str | None, uri: s
         digest = handoff.write_oci_layout(folder, out, tag=name or str(manifest["digest"])[:12])
         click.echo(f"{out} ({digest})")
         return
-    render = handoff.render_kserve if target == "kserve" else handoff.render_kubernetes
     service = name or str(manifest["recipe"]).lower().replace("_", "-").replace(".", "-")
+    if target == "triton":
+        handoff.write_triton(folder, out, name=service)
+        click.echo(str(out))
+        return
+    render = handoff.render_kserve if target == "kserve" else handoff.render_kubernetes
     write_file(out, render(service, image=image or handoff.default_image(), models=uri))
     click.echo(str(out))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 from manyeyes import __version__
 from manyeyes.errors import BundleError
 from manyeyes.runtime.bundle_contents import MANIFEST, check_files, read_manifest
-from manyeyes.storage import new_folder
+from manyeyes.storage import link_or_copy, new_folder
 
 MODELS = "/models"
 PORT = 8080
@@ -100,6 +101,48 @@ def _write_json(content: dict[str, Any], blobs: Path, *, kind: str) -> dict[str,
     digest = hashlib.sha256(data).hexdigest()
     (blobs / digest).write_bytes(data)
     return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(data)}
+
+
+def write_triton(bundle: Path, out: Path, *, name: str) -> None:
+    """Write a model repository of Triton: a model of the Python back end, with the bundle and this package's code.
+
+    Args:
+        bundle: Its folder; external data of a graph stays beside it.
+        out: Folder to write, the repository; appears when it is complete.
+        name: Of the model.
+
+    Raises:
+        BundleError: A file is missing or is not what the manifest says, or ``name`` is none.
+        StorageError: No space, or no permission.
+    """
+    from manyeyes.registry.carried import copy_code
+
+    _check_name(name)
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest["files"])
+    with new_folder(out) as folder:
+        version = folder / name / "1"
+        (version / "bundle").mkdir(parents=True)
+        for file in (*manifest["files"], MANIFEST):
+            link_or_copy(bundle / file, version / "bundle" / file)
+        shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
+        copy_code(version / "code")
+        (folder / name / "config.pbtxt").write_text(_TRITON.replace("NAME", name), encoding="utf-8")
+
+
+# https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
+_TRITON = """name: "NAME"
+backend: "python"
+max_batch_size: 0
+model_transaction_policy { decoupled: true }
+input [
+  { name: "question" data_type: TYPE_STRING dims: [ 1 ] },
+  { name: "images" data_type: TYPE_STRING dims: [ -1 ] optional: true },
+  { name: "max_tokens" data_type: TYPE_INT32 dims: [ 1 ] optional: true }
+]
+output [ { name: "text" data_type: TYPE_STRING dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
 
 
 def default_image() -> str:
