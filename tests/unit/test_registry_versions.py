@@ -39,6 +39,7 @@ from manyeyes.registry.versions import (
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
 from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
 from manyeyes.runtime.preprocess import decode_image
+from manyeyes.serving.hosting import RegistrySource
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
 
@@ -389,6 +390,19 @@ def test_the_mlflow_model_answers(
     assert list(model.predict(rows, params={"max_new_tokens": 5})) == expected
     assert calls[1][1] == 5
     assert list(model.predict(pd.DataFrame({"question": ["g?"]}))) == ["0 g?"]
+
+
+def test_server_finds_and_fetches_what_the_alias_names_and_may_ask_for_approval(
+    registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    source = RegistrySource("served@champion", kept=tmp_path)
+    assert (source.name, source.find()) == ("served", str(registered.version))
+    assert (source.fetch(source.find()) / "manifest.json").is_file()
+    strict = RegistrySource("served@champion", kept=tmp_path, require_approved=True)
+    with pytest.raises(RegistryError, match="not approved"):
+        strict.fetch(strict.find())
+    with pytest.raises(RegistryError, match="no such alias"):
+        RegistrySource("served@nobody", kept=tmp_path).find()
 
 
 def test_the_mlflow_model_brings_its_own_code_and_asks_the_index_for_none_of_ours(
