@@ -1,13 +1,15 @@
 """Graphs in int8 and int4, made from the fp32 graph.
 
-- **int8**: products of matrices with int8 weights, one scale a column, and inputs that are quantised as they come
-  (``DynamicQuantizeLinear``, ``MatMulInteger``: ONNX's own operators). The quickest for many tokens at once: prefill,
-  encoders. The scale of an input is that of the whole batch, so an answer may depend on what runs beside it.
+- **int8**: products of matrices in 8 bits (``MatMulIntegerToFloat`` of ONNX Runtime), one scale a column of the weights
+  and one a row of the input, found as it comes. The quickest for many tokens at once: prefill, encoders. One scale for
+  a whole input, which ``DynamicQuantizeLinear`` finds and ``quantize_dynamic`` uses, ruins language models: the first
+  token's activations are thousands of times those of the others, which become 0.
 - **int4**: ``MatMulNBits`` of ONNX Runtime in blocks of 32, symmetric, one fp32 scale a block, accuracy level 4 (inputs
   are rounded to int8 by block). The smallest, and the quickest for one token at a time.
 
-Convolutions and norms stay fp32. The weights are rounded here and not by ``onnxruntime.quantization``, which takes the
-whole model into memory and leaves ``Gemm`` and ``Gather`` out.
+Convolutions and norms stay fp32; RMS norms become one operator each, with the sum in front of them
+(``SkipSimplifiedLayerNormalization``, by onnxscript's rewrite rules). The weights are rounded here and not by
+``onnxruntime.quantization``, which takes the whole model into memory and leaves ``Gemm`` and ``Gather`` out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
+from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_rms_normalization
 
 BLOCK = 32
 _CONTRIB = "com.microsoft"
@@ -73,6 +77,9 @@ def quantize_graph(source: Path, precision: str) -> onnx_ir.Model:
     """
     model = onnx_ir.load(source)
     graph = model.graph
+    # Beside products this small, the dozen operators of a norm count.
+    fuse_rms_normalization(model)
+    fuse_skip_rms_normalization(model)
     writer = _Writer(graph)
     for node in [*graph]:
         if node.op_type in ("MatMul", "Gemm"):
@@ -101,34 +108,40 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.new: list[onnx_ir.Node] = []
-        self.rounded: dict[onnx_ir.Value, list[onnx_ir.Value]] = {}
+        self.rounded: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
+        self.one, self.step = self.weight("one", np.float32(1)), self.weight("step", np.float32(1 / 127))
+        # A row of zeros has a scale too, whose reciprocal is finite.
+        self.smallest = self.weight("smallest", np.float32(1e-30))
+        self.middle, self.last_axis = self.weight("middle", np.uint8(128)), self.weight("last_axis", np.array([-1]))
+        self.first, self.second = self.weight("first", np.array([0])), self.weight("second", np.array([1]))
 
-    def weight(self, name: str, values: NDArray[np.generic]) -> onnx_ir.Value:
+    def weight(self, name: str, values: NDArray[np.generic] | np.generic) -> onnx_ir.Value:
         self.made += 1
-        tensor = onnx_ir.tensor(np.ascontiguousarray(values), name=f"{name}.{self.made}")
+        tensor = onnx_ir.tensor(np.array(values, order="C"), name=f"{name}.{self.made}")
         value = onnx_ir.Value(
             name=tensor.name,
             const_value=tensor,
-            shape=onnx_ir.Shape(values.shape),
+            shape=onnx_ir.Shape(np.shape(values)),
             type=onnx_ir.TensorType(tensor.dtype),
         )
         self.graph.register_initializer(value)
         return value
 
-    def ops(
-        self, op_type: str, *inputs: onnx_ir.Value, domain: str = "", outputs: int = 1, **attributes: int
-    ) -> list[onnx_ir.Value]:
-        node = onnx_ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs)
-        self.new.append(node)
-        return list(node.outputs)
-
     def op(self, op_type: str, *inputs: onnx_ir.Value, domain: str = "", **attributes: int) -> onnx_ir.Value:
-        return self.ops(op_type, *inputs, domain=domain, **attributes)[0]
+        node = onnx_ir.node(op_type, inputs, attributes=attributes, domain=domain)
+        self.new.append(node)
+        return node.outputs[0]
 
-    def round_input(self, value: onnx_ir.Value) -> list[onnx_ir.Value]:
+    def round_rows(self, value: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+        """Each row of an input in 8 bits, and its scale ``[..., 1]``."""
         # Query, key and value read one input, which is rounded once.
         if value not in self.rounded:
-            self.rounded[value] = self.ops("DynamicQuantizeLinear", value, outputs=3)
+            largest = self.op("ReduceMax", self.op("Abs", value), self.last_axis, keepdims=1)
+            # Of no rows at all, ONNX Runtime's ReduceMax keeps the width, which is to be 1.
+            largest = self.op("Slice", largest, self.first, self.second, self.last_axis)
+            scale = self.op("Mul", self.op("Max", largest, self.smallest), self.step)
+            rounded = self.op("QuantizeLinear", self.op("Div", value, scale), self.one, self.middle)
+            self.rounded[value] = rounded, scale
         return self.rounded[value]
 
     def replace(self, node: onnx_ir.Node, made: onnx_ir.Value) -> None:
@@ -163,10 +176,10 @@ def _product(writer: _Writer, node: onnx_ir.Node, weight: NDArray[np.float32], p
         )
     else:
         rounded, scales = quantize_vectors(weight, axis=0)
-        values, scale, zero = writer.round_input(given)
-        made = writer.op("MatMulInteger", values, writer.weight(name, rounded), zero)
-        made = writer.op("Cast", made, to=onnx_ir.DataType.FLOAT.value)
-        made = writer.op("Mul", made, writer.op("Mul", scale, writer.weight(f"{name}.scales", scales)))
+        values, scale = writer.round_rows(given)
+        matrix, columns = writer.weight(name, rounded), writer.weight(f"{name}.scales", scales)
+        made = writer.op("MatMulIntegerToFloat", values, matrix, writer.one, columns, writer.middle, domain=_CONTRIB)
+        made = writer.op("Mul", made, scale)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return made if bias is None else writer.op("Add", made, bias)
 
