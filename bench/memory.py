@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ class _TrainedError(Exception):
     """All that is measured has happened."""
 
 
-def be_process(folder: Path, processes: int) -> None:
-    """Train as one of the processes; prints what it had at most: loaded, while it loaded, while it trained."""
+def be_process(folder: Path, processes: int) -> list[int]:
+    """Train as one of the processes; what it had at first, and at most while it loaded and while it trained."""
     from unittest.mock import patch
 
     import torch
@@ -89,18 +90,20 @@ def be_process(folder: Path, processes: int) -> None:
         peaks.append(_bytes(_PEAK))
         raise _TrainedError
 
-    with patch("manyeyes.training.stage.train", watched), tempfile.TemporaryDirectory() as work:
-        try:
-            run_stage(
-                recipe_of(processes),
-                "sft",
-                snapshot=open_folder(folder),
-                code_digest="bench",
-                out=Path(work) / "out",
-                work_dir=Path(work) if processes == 1 else folder / "work",
-            )
-        except _TrainedError:
-            print(json.dumps(peaks))
+    with (
+        patch("manyeyes.training.stage.train", watched),
+        tempfile.TemporaryDirectory() as work,
+        suppress(_TrainedError),
+    ):
+        run_stage(
+            recipe_of(processes),
+            "sft",
+            snapshot=open_folder(folder),
+            code_digest="bench",
+            out=Path(work) / "out",
+            work_dir=Path(work) if processes == 1 else folder / "work",
+        )
+    return peaks
 
 
 def _bytes(field: str) -> int:
@@ -131,7 +134,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.process:
-        be_process(Path(arguments.process[0]), int(arguments.process[1]))
+        print(json.dumps(be_process(Path(arguments.process[0]), int(arguments.process[1]))))
         return 0
     runs: list[dict[str, Any]] = []
     parameters = 0
