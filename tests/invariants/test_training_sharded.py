@@ -132,6 +132,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     loaded: list[Path] = []
     read: list[int] = []
     wholes: list[weakref.ref[torch.Tensor]] = []
+    cut: list[str] = []
 
     def watched(*args: Any, parameters: Mapping[str, torch.nn.Parameter], **more: Any) -> Any:
         kinds.append(" and ".join(sorted({type(parameter).__name__ for parameter in parameters.values()})))
@@ -144,6 +145,7 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         # What was cut into parts before is nowhere whole any more.
         assert not any(whole() is not None for whole in wholes)
         wholes.extend(weakref.ref(each) for each in module.parameters() if not isinstance(each, DTensor))
+        cut.append(type(module).__name__)
         return fully_shard(module, **more)
 
     def watched_load(path: Path, *, pretrained: bool) -> Any:
@@ -167,10 +169,14 @@ def train_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
             # What holds parts reads parts, whether of a language model or of a checkpoint.
             assert bool(loaded) == (sharding == "none" and name != "packed")
             assert bool(read) == (sharding == "full")
+            if sharding == "full":
+                blocks = {"sft": 10, "prealign": 5, "pretrain": 0}.get(name, cut.count("Block"))
+                assert cut.count("Block") == blocks
             if name == "packed":
                 assert sum(read) < 1.1 * kwargs["elements"] / size
             loaded.clear()
             read.clear()
+            cut.clear()
             wholes.clear()
     found = json.dumps([kinds, starts])
     (kwargs["folder"] / f"kinds-{size}-{rank}.json").write_text(found, encoding="utf-8")

@@ -195,6 +195,11 @@ def test_memory_of_processes_that_hold_parts_is_the_formula_by_hand() -> None:
     gathered = 2 * (outside + 2 * layer) + (2 + 4) * max(trained, layer)
     assert memory.working - whole.working == pytest.approx(gathered / 1e9)
     assert memory.activations == whole.activations
+    # Encoders that train are gathered a block at a time, what they have besides for the whole of a micro-batch.
+    seen = {"blocks_parameters": 190_000_000, "block_parameters": 100_000_000}
+    eyes = FACTS.model_copy(update={"trained": {**FACTS.trained, "encoders": 200_000_000}, **seen})
+    found, outside = stage_memory(eyes, spec, way_of(spec, 4)), outside - 190_000_000
+    assert found.working - whole.working == pytest.approx((2 * (outside + 2 * 100e6) + (2 + 4) * 130e6) / 1e9)
     frozen = FACTS.model_copy(update={"trained": {**FACTS.trained, "language_model": 0}})
     assert stage_memory(frozen, spec, way_of(spec, 4)).weights == pytest.approx((4 * 0.02 + 2 * 0.9) / 4)
     # One process holds all there is, whatever the recipe says.

@@ -12,7 +12,8 @@ With f the frozen parameters of the stage's model, t those that train, b the mic
 Where N processes each hold a part (``sharding`` of the stage), with w bytes a number, 2 for bf16, weights, gradients
 and optimizer are (w f + 4 t) / N, 4 t / N and 8 t / N. What is not in the language model's layers (r, of which q
 trains) is whole in each where it is frozen, and no part of this f; what trains of it is gathered for the whole of a
-micro-batch, two layers of l at a time, and the largest message of gradients is summed in fp32::
+micro-batch, two layers of l at a time, and the largest message of gradients is summed in fp32. Blocks of encoders that
+train are layers like those of the language model::
 
     gathered    w (r + 2 l) + w q + 4 max(q, l)
 
@@ -64,6 +65,8 @@ class StageFacts(StrictModel):
     layers: int = Field(description="Of the language model.")
     layers_parameters: int = Field(description="Of all its layers, adapters left out.")
     layer_parameters: int = Field(description="Of its largest layer.")
+    blocks_parameters: int = Field(default=0, description="Of encoders that train, in blocks gathered one by one.")
+    block_parameters: int = Field(default=0, description="Of the largest of these blocks.")
     linear_widths: int = Field(
         description="Inputs and outputs of its layers' linear layers, added up: parameters of adapters of rank 1."
     )
@@ -206,11 +209,11 @@ def stage_memory(facts: StageFacts, spec: StageSpec, way: Way) -> StageMemory:
 def _gathered(facts: StageFacts, trained: Mapping[str, int], total: int, *, width: int) -> float:
     """Bytes of what a process that holds a part has besides, while it computes."""
     in_layers = min(trained.get("language_model", 0), facts.layers_parameters)
-    outside = total - facts.layers_parameters
-    outside_trained = sum(trained.values()) - in_layers
+    outside = total - facts.layers_parameters - facts.blocks_parameters
+    outside_trained = sum(trained.values()) - in_layers - facts.blocks_parameters
     layer_trained = facts.layer_parameters if _trains_layers(facts, trained) else 0
-    message = 4 * max(outside_trained, layer_trained)
-    return width * (outside + 2 * facts.layer_parameters + max(outside_trained, layer_trained)) + message
+    most = max(outside_trained, layer_trained, facts.block_parameters)
+    return width * (outside + 2 * max(facts.layer_parameters, facts.block_parameters) + most) + 4 * most
 
 
 def _trains_layers(facts: StageFacts, trained: Mapping[str, int]) -> bool:

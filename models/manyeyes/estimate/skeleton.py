@@ -20,6 +20,7 @@ from manyeyes.model.language_model import decoder_layers, language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters
+from manyeyes.training.encoder_parts import encoder_parts
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
 from manyeyes.training.sharding import matrices
 
@@ -100,6 +101,7 @@ def _count_stage(
     for group in groups:
         if group not in rates:
             model.get_submodule(group).eval()
+    blocks = [sum(own.numel() for own in part.parameters()) for part in encoder_parts(model)]
     # Many processes compute in it; one alone runs under autocast, see manyeyes.estimate.memory.
     model.to(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
     longest = max(max_length - shape.tokens, 1)
@@ -129,6 +131,8 @@ def _count_stage(
         layers=len(layers),
         layers_parameters=sum(each),
         layer_parameters=max(each),
+        blocks_parameters=sum(blocks),
+        block_parameters=max(blocks, default=0),
         linear_widths=linear_widths,
         linear_parameters=linear_parameters,
         vocabulary=head.shape[0],

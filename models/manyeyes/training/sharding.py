@@ -3,8 +3,9 @@
 ``fully_shard`` of torch gathers a layer's parameters before its forward and its backward pass, and sums and cuts its
 gradients behind that. Each of these is a message that every process sends, so all must run every layer equally often,
 whatever their samples are: they agree on how often the language model is called for a micro-batch, and whoever has
-fewer calls makes calls of one token for nothing. What trains outside the layers is gathered for the whole of a
-micro-batch, because not every process has images; what is frozen there would be, too, so each process holds it whole.
+fewer calls makes calls of one token for nothing. So do blocks of encoders that train, which a process without images
+calls without computing. What else trains outside the layers is gathered for the whole of a micro-batch; what is frozen
+there would be, too, so each process holds it whole.
 
 In bf16 there are no fp32 numbers of frozen parts on the device: computing would round them each time. What a stage
 writes has them as they were; until then they lie in the host's memory.
@@ -31,6 +32,7 @@ from manyeyes.model.stored import Stored
 from manyeyes.recipe import StageSpec
 from manyeyes.runtime.sessions import memory_limit
 from manyeyes.training.batches import Batch
+from manyeyes.training.encoder_parts import Skippable, encoder_parts
 from manyeyes.training.processes import Processes
 
 _LAYERS_OF_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -163,7 +165,10 @@ class ShardedLoss(nn.Module):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        layers = _layers(model)
+        self._parts = encoder_parts(model)
+        for part in self._parts:
+            part.forward = Skippable(part, _Zero.apply)  # type: ignore[method-assign, assignment]
+        layers = [*self._parts, *_layers(model)]
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
         whole = {id(each) for each in self.parameters() if not each.requires_grad and id(each) not in in_layers}
         delivery = _Delivery(model, mesh, processes, stored=stored, whole=whole, halve=precision == "bf16")
@@ -202,6 +207,11 @@ class ShardedLoss(nn.Module):
         # all processes only where everything has one.
         here = [each for each in self.parameters() if each.requires_grad and not isinstance(each, DTensor)]
         loss: Tensor = _Zero.apply(self._processes.device, *here)
+        if batch is None or not (batch.pixel_values or batch.features):
+            passed = torch.zeros((), device=self._processes.device, requires_grad=True)
+            for part in self._parts:
+                passed = part(passed, skipped=True)
+            loss = loss + passed
         if batch is not None:
             loss = loss + self._compute(batch)
         table = self.model.language_model.get_input_embeddings().weight
