@@ -47,7 +47,7 @@ def loaded(cambrian: Toy) -> Bundle:
 def _record_runs(loaded: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """How many tokens each run of the decoder is given, and how many of them look."""
     seen: list[tuple[int, int]] = []
-    decoder = loaded._decoder._decoder
+    decoder = loaded.decoder._decoder
     run = decoder.run
 
     def count(inputs: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def test_what_is_looked_at_changes_the_answer(loaded: Bundle, monkeypatch: pytes
     """Else equality with torch would say little."""
     group = [Group((picture(0),), ("red?",))]
     looked = loaded.answer_groups(group, first_logits=True, max_new_tokens=1)[0][0].first_logits
-    monkeypatch.setattr(loaded._decoder, "_gather_looks", lambda _places, _images: loaded._decoder._no_looks)
+    monkeypatch.setattr(loaded.decoder, "_gather_looks", lambda _places, _images: loaded.decoder._no_looks)
     blind = loaded.answer_groups(group, first_logits=True, max_new_tokens=1)[0][0].first_logits
     assert looked is not None
     assert blind is not None
