@@ -1,8 +1,9 @@
 """Conversations that a language model writes itself, so that it keeps its language while it learns to see.
 
 A chat model that is given the start of a user's turn writes a question; given that question, it answers. Training on
-these beside questions about images holds it where it was. Questions are sampled; answers are greedy, what it would
-say, and a long one ends behind its last whole sentence.
+these beside questions about images holds it where it was. Answers are drawn from its own distribution, at a temperature
+of one: where it stands, their expected gradient is zero, while greedy answers would sharpen it. A long answer ends
+behind its last whole sentence.
 
 Source: Magpie, arXiv:2406.08464.
 """
@@ -132,11 +133,11 @@ def _batches(
         file.writelines(whole)
         while True:
             torch.manual_seed(seed * 1_000_003 + number)
-            said = _write(model, tokenizer, [start] * BATCH, max_new_tokens=question_tokens, sample=True)
+            said = _write(model, tokenizer, [start] * BATCH, max_new_tokens=question_tokens, top_p=0.95)
             questions = [text if ended else "" for text, ended in said]
             asked = [question for question in questions if question]
             prompts = [start + question + behind for question in asked]
-            said = _write(model, tokenizer, prompts, max_new_tokens=answer_tokens, sample=False)
+            said = _write(model, tokenizer, prompts, max_new_tokens=answer_tokens, top_p=1.0)
             answers = iter([text if ended else _whole_sentences(text) for text, ended in said])
             batch = [(question, next(answers) if question else "") for question in questions]
             file.write(json.dumps(batch) + "\n")
@@ -167,14 +168,21 @@ def _write(
     prompts: list[str],
     *,
     max_new_tokens: int,
-    sample: bool,
+    top_p: float,
 ) -> list[tuple[str, bool]]:
     """What the model writes behind each prompt, and whether it came to the end of its turn."""
     if not prompts:
         return []
     inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95} if sample else {"do_sample": False}
-    rows = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    rows = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_p=top_p,
+        top_k=0,
+    )
     written = rows[:, inputs["input_ids"].shape[1] :]
     return [
         (str(tokenizer.decode(row, skip_special_tokens=True)).strip(), tokenizer.eos_token_id in row.tolist())
