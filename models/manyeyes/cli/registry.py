@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manyeyes.cli.group import CommandGroup, OutPath
-from manyeyes.errors import OTHER_ERROR
+from manyeyes.errors import NOT_PROMOTED, OTHER_ERROR
 from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
@@ -44,11 +44,29 @@ def pull_command(model: str, out: Path, variant: str | None, require_approved: b
 @click.argument("model")
 @click.option("--force", is_flag=True, help="Promote a version that the gate failed, too.")
 @click.option("--reason", default="", help="Why; kept in the history.")
-def promote_command(model: str, force: bool, reason: str) -> None:
-    """Make MODEL/VERSION or MODEL@ALIAS the champion."""
-    from manyeyes.registry.versions import promote
+@click.option("--to", metavar="NAME", default="", help="Copy it to this registered model and judge it there.")
+@click.option("--to-uri", metavar="URI", default="", help="Copy it to this MLflow server or store and judge it there.")
+def promote_command(model: str, force: bool, reason: str, to: str, to_uri: str) -> None:
+    """Make MODEL/VERSION or MODEL@ALIAS the champion, here or in another environment.
 
-    _tell(promote(model, force=force, reason=reason))
+    With --to or --to-uri it is copied with its evidence, and the gate compares it with that champion; exit code 3 where
+    the gate does not pass it there.
+    """
+    from manyeyes.registry.versions import parse_model_reference, promote
+
+    if not (to or to_uri):
+        _tell(promote(model, force=force, reason=reason))
+        return
+    if force:
+        raise click.UsageError("--force goes with a version that is there; with --to the gate decides")
+    from manyeyes.harness.inputs import cache_dir
+    from manyeyes.registry.environments import copy_version
+
+    reference = parse_model_reference(model)
+    copied = copy_version(reference, to or reference.name, to_uri=to_uri, cache_dir=cache_dir())
+    _tell(copied)
+    if copied.verdict != "passed":
+        sys.exit(NOT_PROMOTED)
 
 
 @click.command("rollback")

@@ -47,6 +47,8 @@ from manyeyes.strict import StrictModel
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
+    from manyeyes.recipe.recipe import RegistrySpec
+
 T = TypeVar("T")
 P = ParamSpec("P")
 Action = Literal["adopt", "outside", "register", "challenge", "approve", "reject", "promote", "rollback"]
@@ -77,6 +79,13 @@ class Approvals(StrictModel):
 
     count: Literal[1, 2] = Field(default=1, description="Persons who must approve.")
     four_eyes: bool = Field(default=False, description="None of them may be who registered the version.")
+
+
+def approvals_of(wanted: RegistrySpec) -> Approvals | None:
+    """What a recipe asks for; ``None`` where passing the gate is enough."""
+    if wanted.promotion == "automatic":
+        return None
+    return Approvals(count=wanted.approvals, four_eyes=wanted.four_eyes)
 
 
 class MoveRecord(StrictModel):

@@ -210,7 +210,7 @@ def comparable_champion(
         EvaluationError: The challenger's questions are not those of this recipe and snapshot.
     """
     champion = champion_evidence(name, work_dir=work_dir)
-    if champion is None or _same_questions(champion.scorecard, scorecard):
+    if champion is None or same_questions(champion.scorecard, scorecard):
         return champion
     folder = work_dir / f"champion-{champion.version}"
     asked = "-".join(digest.rpartition(":")[2][:12] for digest in (snapshot.md5, recipe.digest, code_digest))
@@ -228,7 +228,7 @@ def comparable_champion(
             code_digest=code_digest,
             model_digest=champion.bundle_digest,
         )
-    if not _same_questions(anew, scorecard):
+    if not same_questions(anew, scorecard):
         raise EvaluationError(
             "champion and challenger were asked different questions even now",
             "the scorecard of this recipe on this snapshot",
@@ -237,7 +237,8 @@ def comparable_champion(
     return ChampionEvidence(champion.version, champion.bundle_digest, anew, out_dir / ITEMS, rescored=True)
 
 
-def _same_questions(champion: Scorecard, challenger: Scorecard) -> bool:
+def same_questions(champion: Scorecard, challenger: Scorecard) -> bool:
+    """Whether a champion answered every question that a challenger did."""
     return all(
         name in champion.benchmarks and champion.benchmarks[name].benchmark_digest == score.benchmark_digest
         for name, score in challenger.benchmarks.items()

@@ -48,7 +48,7 @@ def register(
         RegistryError: The bundle was made with another recipe.
     """
     from manyeyes.evaluation.scorecard import read_scorecard
-    from manyeyes.registry.versions import Approvals
+    from manyeyes.registry.history import approvals_of
     from manyeyes.registry.versions import register as register_version
 
     inputs = parse_pinned(pinned)
@@ -61,7 +61,6 @@ def register(
             f"{recipe_digest[:12]}, the recipe that would be kept with the version",
             "Name the recipe that the bundle was exported with, or export it again.",
         )
-    wanted = inputs.recipe.registry
     reporter.progress("copying bundle and evidence", done=0.1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
@@ -84,11 +83,10 @@ def register(
                 validation / "validation.json",
                 recipe,
                 *_variant_evidence(bundle_scorecard, Path(folder)),
+                *(path for path in [validation / "contamination.json"] if path.is_file()),
             ),
             run_id=reporter.run_id,
-            approvals=Approvals(count=wanted.approvals, four_eyes=wanted.four_eyes)
-            if wanted.promotion == "approval"
-            else None,
+            approvals=approvals_of(inputs.recipe.registry),
         )
     aliases = list(registered.aliases)
     rows: list[tuple[str, object]] = [

@@ -1,0 +1,139 @@
+"""From one environment to the next: a version is copied with its evidence, and judged again where it arrives.
+
+An environment is a registered model of its own (``tiny-dev``, ``tiny-prod``), or another MLflow server.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from manyeyes.data.contamination.findings import read_contamination
+from manyeyes.data.snapshot import open_snapshot
+from manyeyes.data.validation_report import ValidationReport
+from manyeyes.errors import RegistryError
+from manyeyes.evaluation.scorecard import read_scorecard
+from manyeyes.export.parity import ParityReport
+from manyeyes.recipe import parse_recipe
+from manyeyes.registry.gate import decide, write_gate_report
+from manyeyes.registry.history import approvals_of
+from manyeyes.registry.pull import champion_evidence, comparable_champion, pull, same_questions
+from manyeyes.registry.references import (
+    BUNDLE_SCORECARD,
+    EVIDENCE_PATH,
+    GATE,
+    ITEMS,
+    SCORECARD,
+    ModelReference,
+    check_registry_name,
+    download,
+    find_version,
+)
+from manyeyes.registry.tracking import connect, default_tracking_uri
+from manyeyes.registry.versions import RegisteredVersion, register
+
+_RECIPE, _PARITY, _VALIDATION = "recipe.json", "parity.json", "validation.json"
+_MADE_ANEW = {GATE, "gate.html", "gate.md"}
+_LINEAGE = ("recipe_digest", "data_remote", "git_commit")
+
+
+def copy_version(reference: ModelReference, to: str, *, to_uri: str = "", cache_dir: Path) -> RegisteredVersion:
+    """Register a version in another environment, where the gate of its recipe compares it with that champion.
+
+    Where that champion answered other questions, its bundle is scored again on the data that the version names.
+
+    Args:
+        reference: Of the version.
+        to: Name of the other registered model.
+        to_uri: Tracking URI of the other server; the same one when left out.
+        cache_dir: For the snapshot and the other champion, where it must be scored again.
+
+    Raises:
+        RegistryError: The same model; no such version; it was registered without the evidence that the gate needs; or
+            the champion there changed meanwhile.
+        RegistryUnreachableError: One of the registries does not answer.
+        RecipeError: This version of ManyEyes does not know a field of the recipe that the version was made with.
+        SnapshotError: The data that the version names cannot be had, and the champion there must be scored again.
+    """
+    check_registry_name(to)
+    tracking = connect()
+    if to == reference.name and (not to_uri or to_uri == tracking.uri):
+        raise RegistryError(
+            f'"{to}" is where {reference} is',
+            "another registered model, or another server",
+            f"To make it champion there: manyeyes promote {reference}",
+        )
+    found = find_version(tracking, reference)
+    with tempfile.TemporaryDirectory(prefix="manyeyes-copy-") as name:
+        scratch = Path(name)
+        bundle = pull(reference.name, int(found.version), scratch / "bundle")
+        evidence = download(tracking, found, EVIDENCE_PATH, scratch)
+        missing = [name for name in (_RECIPE, _PARITY, _VALIDATION) if not (evidence / name).is_file()]
+        if missing:
+            raise RegistryError(
+                f"{reference} was registered without {', '.join(missing)}",
+                "the evidence that the gate judges by",
+                "Register it with the pipeline's step register.",
+            )
+        recipe = parse_recipe((evidence / _RECIPE).read_text(encoding="utf-8"))
+        scores = read_scorecard(evidence / BUNDLE_SCORECARD)
+        with _registry_at(to_uri):
+            work_dir = cache_dir / "champions" / to
+            champion = champion_evidence(to, work_dir=work_dir)
+            if champion is not None and not same_questions(champion.scorecard, scores):
+                champion = comparable_champion(
+                    to,
+                    scorecard=scores,
+                    recipe=recipe,
+                    snapshot=open_snapshot(
+                        md5=found.tags["data_md5"], remote=found.tags.get("data_remote", ""), cache_dir=cache_dir
+                    ),
+                    code_digest=found.tags["code_digest"],
+                    work_dir=work_dir,
+                )
+            report = decide(
+                recipe.gate,
+                scorecard=read_scorecard(evidence / SCORECARD),
+                bundle_scorecard=scores,
+                parity=ParityReport.model_validate_json((evidence / _PARITY).read_bytes()),
+                validation=ValidationReport.model_validate_json((evidence / _VALIDATION).read_bytes()),
+                items=evidence / ITEMS,
+                champion=champion,
+                contamination=read_contamination(evidence),
+            )
+            gate = scratch / GATE
+            write_gate_report(report, gate)
+            kept = {SCORECARD, BUNDLE_SCORECARD, ITEMS, *_MADE_ANEW}
+            copied = register(
+                to,
+                bundle=bundle,
+                scorecard=evidence / SCORECARD,
+                bundle_scorecard=evidence / BUNDLE_SCORECARD,
+                items=evidence / ITEMS,
+                gate=gate,
+                tags={key: found.tags[key] for key in _LINEAGE if key in found.tags}
+                | {"copied_from": f"models:/{found.name}/{found.version}"},
+                attachments=sorted(path for path in evidence.iterdir() if path.name not in kept),
+                approvals=approvals_of(recipe.registry),
+            )
+        shutil.rmtree(bundle)
+    return copied
+
+
+@contextmanager
+def _registry_at(uri: str) -> Iterator[None]:
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri or default_tracking_uri()
+    try:
+        connect(create=True)
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+        connect()
