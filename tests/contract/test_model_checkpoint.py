@@ -125,7 +125,9 @@ def test_weights_that_are_noted_and_read_later_make_the_same_checkpoint(
     for make in makers:
         stored: Stored = {}
         model, processor = make(stored)
-        assert not torch.equal(model.language_model.lm_head.weight, parts[0].language_model.lm_head.weight)
+        with torch.no_grad():
+            for tensor in stored:
+                tensor.zero_()  # what a new tensor holds is whatever was in its memory, perhaps these very weights
         fill(stored)
         assert save_checkpoint(model, processor, tmp_path / "after") == digest
 

@@ -56,7 +56,7 @@ def test_a_flipped_byte_is_refused_by_name(toy_bundle: Toy, tmp_path: Path, name
         (lambda bundle: (bundle / "vision.onnx").write_bytes(b"short"), "vision.onnx has 5 bytes"),
         (lambda bundle: edit_json(bundle / "manifest.json", format_version=2), "format_version 2"),
         (lambda bundle: edit_json(bundle / "manifest.json", digest="f" * 64), "has digest 'ffff"),
-        (lambda bundle: edit_json(bundle / "manifest.json", files={}), "lists no vision.onnx"),
+        (lambda bundle: edit_json(bundle / "manifest.json", files={}), r"lists no .*vision\.onnx"),
     ],
 )
 def test_damaged_bundle_is_refused(

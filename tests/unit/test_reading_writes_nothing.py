@@ -55,6 +55,7 @@ WRITES = (
     "data contamination",
     "data self-chat",
     "data validate",
+    "handoff",
     "judge",
     "logits",
     "pipeline compile",
@@ -68,6 +69,7 @@ WRITES = (
     "reliance",
     "run",
     "score",
+    "serve",
 )
 
 

@@ -224,7 +224,7 @@ class RegistrySpec(Strict):
     promotion: Literal["automatic", "approval"] = Field(
         default="automatic", description="automatic: the gate promotes; approval: it waits until persons approve it."
     )
-    approvals: Literal[1, 2] = Field(default=1, description="Persons who must approve.")
+    approvals: int = Field(default=1, ge=1, le=2, description="Persons who must approve.")
     four_eyes: bool = Field(default=False, description="None of them may be who registered the version.")
 
     @model_validator(mode="after")

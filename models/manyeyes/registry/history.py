@@ -77,7 +77,7 @@ class Identity(StrictModel):
 class Approvals(StrictModel):
     """What a version needs before it becomes champion, where passing the gate is not enough."""
 
-    count: Literal[1, 2] = Field(default=1, description="Persons who must approve.")
+    count: int = Field(default=1, ge=1, le=2, description="Persons who must approve.")
     four_eyes: bool = Field(default=False, description="None of them may be who registered the version.")
 
 

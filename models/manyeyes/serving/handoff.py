@@ -19,7 +19,7 @@ import yaml
 from manyeyes import __version__
 from manyeyes.errors import BundleError
 from manyeyes.runtime.bundle_contents import MANIFEST, check_files, read_manifest
-from manyeyes.storage import link_or_copy, new_folder
+from manyeyes.storage import hash_file, link_or_copy, new_folder
 
 MODELS = "/models"
 PORT = 8080
@@ -84,8 +84,7 @@ def _write_layer(file: Path, blobs: Path) -> dict[str, Any]:
         entry.size, entry.mode = file.stat().st_size, 0o644
         with file.open("rb") as source:
             tar.addfile(entry, source)
-    with started.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    digest = hash_file(started)
     size = started.stat().st_size
     started.rename(blobs / digest)
     return {
