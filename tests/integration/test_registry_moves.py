@@ -100,7 +100,9 @@ def test_a_registration_killed_at_any_write_is_one_version_after_the_next_call(s
     connect(create=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.registry_moves"])
-    for number in count(1):
+    # Every write of a registration on SQLite; of the server, where each takes seconds, every fourth.
+    step = 4 if store.startswith("http") else 1
+    for number in count(1, step):
         name = f"killed-{number}"
         process = context.Process(target=killed_at, args=(store, number, name, "register", candidate, log))
         process.start()
@@ -116,6 +118,6 @@ def test_a_registration_killed_at_any_write_is_one_version_after_the_next_call(s
         assert repair(connect(), name) == ()
     writes = log.read_text(encoding="utf-8").split()
     assert writes.count("log_param") == 2
-    assert number == len(writes) + 1
+    assert number - step <= len(writes) < number
     assert describe(parse_model_reference(name)).version == 1
     assert len(read_history(connect(), name).records) == 2
