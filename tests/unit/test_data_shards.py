@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +33,18 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     first = write_shards(RECORDS, tmp_path / "a", "train")
     second = write_shards(RECORDS, tmp_path / "b", "train")
     assert first[0].read_bytes() == second[0].read_bytes()
+
+
+def test_provenance_is_kept_in_a_column_of_its_own_and_only_when_asked_for(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    records = [replace(record, provenance='{"model": "a"}') for record in RECORDS[:3]]
+    (plain,) = write_shards(records, tmp_path / "plain", "train")
+    assert plain.read_bytes() == write_shards(RECORDS[:3], tmp_path / "none", "train")[0].read_bytes()
+    (kept,) = write_shards(records, tmp_path / "kept", "train", provenance=True)
+    assert list(RecordReader([kept, plain])) == [*records, *RECORDS[:3]]
+    loaded = datasets.Dataset.from_parquet(str(kept), cache_dir=str(tmp_path / "cache"))
+    assert loaded[2]["provenance"] == '{"model": "a"}'
+    assert loaded[1]["images"][0].size == (8, 6)
 
 
 def test_row_groups_are_small(tmp_path: Path) -> None:

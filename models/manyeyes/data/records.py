@@ -60,12 +60,14 @@ class Record:
         source: The data set it comes from.
         images: In the order of their placeholders; empty for a text-only sample.
         turns: Human first, then in turn.
+        provenance: How it came about, as a JSON object, for instance which model wrote it; empty where nothing is said.
     """
 
     id: str
     source: str
     images: tuple[ImageFile, ...]
     turns: tuple[Turn, ...]
+    provenance: str = ""
 
 
 def read_image_file(data: bytes, *, path: str) -> ImageFile:
@@ -137,6 +139,7 @@ def find_encoding_problem(record: Record) -> SampleProblem | None:
     texts = [
         ("id", record.id),
         ("source", record.source),
+        ("its provenance", record.provenance),
         *((f"the name of image {index}", image.path) for index, image in enumerate(record.images)),
         *((f"turn {index}", turn.text) for index, turn in enumerate(record.turns)),
     ]

@@ -60,6 +60,16 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
+_PROVENANCE = "provenance"
+_WITH_PROVENANCE = SCHEMA.append(pa.field(_PROVENANCE, pa.string())).with_metadata(
+    {
+        "huggingface": json.dumps(
+            {"info": {"features": {**_FEATURES, _PROVENANCE: {"dtype": "string", "_type": "Value"}}}}
+        )
+    }
+)
+"""Of shards whose records say how they came about."""
+
 
 class ShardWriter:
     """Writes records into ``<prefix>-00000.parquet``, ``<prefix>-00001.parquet``, ...
@@ -73,6 +83,7 @@ class ShardWriter:
         prefix: Start of their names; the split, for instance ``train``.
         rows_per_shard: A new shard starts after N records,
         bytes_per_shard: or after N bytes of images.
+        provenance: Whether that of the records is kept, in a last column.
     """
 
     def __init__(
@@ -82,8 +93,10 @@ class ShardWriter:
         *,
         rows_per_shard: int = ROWS_PER_SHARD,
         bytes_per_shard: int = BYTES_PER_SHARD,
+        provenance: bool = False,
     ) -> None:
         self.paths: list[Path] = []
+        self._schema = _WITH_PROVENANCE if provenance else SCHEMA
         self._out_dir = out_dir
         self._prefix = prefix
         self._rows_per_shard = rows_per_shard
@@ -136,16 +149,17 @@ class ShardWriter:
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
                     self._partial_path(),
-                    SCHEMA,
+                    self._schema,
                     # Image files are compressed already; zstd would only cost time on them.
                     compression={
-                        column: "NONE" if column.startswith("images") else "ZSTD" for column in _column_paths()
+                        column: "NONE" if column.startswith("images") else "ZSTD"
+                        for column in _column_paths(self._schema)
                     },
                     use_dictionary=["source", "conversations.list.element.from"],
                     write_statistics=["id", "source"],
                     store_schema=True,
                 )
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         except OSError as error:
             self._discard()
             raise storage_error(error, self._out_dir) from error
@@ -183,6 +197,7 @@ def write_shards(
     *,
     rows_per_shard: int = ROWS_PER_SHARD,
     bytes_per_shard: int = BYTES_PER_SHARD,
+    provenance: bool = False,
 ) -> list[Path]:
     """Write records into shards.
 
@@ -192,6 +207,7 @@ def write_shards(
         prefix: Start of their names; the split.
         rows_per_shard: A new shard starts after N records,
         bytes_per_shard: or after N bytes of images.
+        provenance: Whether that of the records is kept, in a last column.
 
     Returns:
         The shards, in order.
@@ -199,7 +215,9 @@ def write_shards(
     Raises:
         StorageError: The disk is full or cannot be written.
     """
-    with ShardWriter(out_dir, prefix, rows_per_shard=rows_per_shard, bytes_per_shard=bytes_per_shard) as writer:
+    with ShardWriter(
+        out_dir, prefix, rows_per_shard=rows_per_shard, bytes_per_shard=bytes_per_shard, provenance=provenance
+    ) as writer:
         for record in records:
             writer.write(record)
     return writer.paths
@@ -326,7 +344,7 @@ class RecordReader:
                 self._open[shard] = self._open_shard(path)
             file = self._open[shard]
             self._open.move_to_end(shard)
-            table = file.read_row_group(row_group, columns=SCHEMA.names, use_threads=False)
+            table = file.read_row_group(row_group, columns=_WITH_PROVENANCE.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return table.combine_chunks().to_batches()[0]
@@ -383,7 +401,7 @@ def read_shard_metadata(path: Path, *, end: Path | pa.Buffer | None = None) -> p
         ) from error
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-    if not schema.equals(SCHEMA, check_metadata=False):
+    if not any(schema.equals(known, check_metadata=False) for known in (SCHEMA, _WITH_PROVENANCE)):
         differing = [
             field.name for field in SCHEMA if field.name not in schema.names or schema.field(field.name) != field
         ]
@@ -416,7 +434,7 @@ def _unreadable(path: Path, error: Exception) -> SnapshotError:
     )
 
 
-def _column_paths() -> list[str]:
+def _column_paths(schema: pa.Schema) -> list[str]:
     return [
         "id",
         "source",
@@ -427,6 +445,7 @@ def _column_paths() -> list[str]:
         "height.list.element",
         "conversations.list.element.from",
         "conversations.list.element.value",
+        *schema.names[len(SCHEMA) :],
     ]
 
 
@@ -439,12 +458,13 @@ def _as_row(record: Record) -> dict[str, Any]:
         "width": [image.width for image in record.images],
         "height": [image.height for image in record.images],
         "conversations": [{"from": turn.speaker, "value": turn.text} for turn in record.turns],
+        _PROVENANCE: record.provenance,
     }
 
 
 def _as_record(batch: pa.RecordBatch, row: int) -> Record:
     try:
-        values = {name: batch.column(name)[row].as_py() for name in SCHEMA.names}
+        values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:
         raise RecordError("it has text that is not UTF-8", "UTF-8", "Write it anew.") from error
     for name in ("images", "sha256", "width", "height", "conversations"):
@@ -471,4 +491,5 @@ def _as_record(batch: pa.RecordBatch, row: int) -> Record:
             Turn(speaker=as_speaker(turn["from"] or ""), text=turn["value"] or "")
             for turn in values["conversations"] or ()
         ),
+        provenance=values.get(_PROVENANCE) or "",
     )
