@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from click.testing import CliRunner
 
 from manyeyes.data.builders import BUILDERS, add_pretrained
 from manyeyes.data.builders.__main__ import main
-from manyeyes.data.builders.easy_vqa import IN_A_SENTENCE, answer_in_a_sentence, draw_validation_images, write_caption
+from manyeyes.data.builders.easy_vqa import (
+    IN_A_SENTENCE,
+    answer_in_a_sentence,
+    balance,
+    draw_validation_images,
+    write_caption,
+)
 from manyeyes.data.records import check_record
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import Snapshot, hash_folder, open_folder, read_dvc_file
@@ -135,6 +142,29 @@ def test_the_sentences_are_the_same_questions_on_the_same_images(snapshot: Snaps
     captions = list(RecordReader(built.shards("easy-vqa-sentences-captions")))
     assert not held_out & {record.id.rpartition("/")[2] for record in captions}
     assert {len(record.turns) for record in captions} == {2}
+    balanced = list(RecordReader(built.shards("easy-vqa-sentences-balanced")))
+    assert not held_out & {record.id.rpartition("/")[2] for record in balanced}
+    answers = Counter(turn.text for record in balanced for turn in record.turns[1::2])
+    assert answers["yes"] + answers["no"] < 10_500  # of 27,000
+
+
+def test_balanced_questions_ask_as_often_for_what_is_not_there() -> None:
+    pairs = [
+        ("is there a red shape?", "no"),
+        ("is there a blue shape?", "yes"),
+        ("what color is the shape?", "blue"),
+        ("is no green shape present?", "yes"),
+        ("does the image not contain a teal shape?", "yes"),
+        ("is there a circle?", "no"),
+        ("is no circle present?", "yes"),
+    ]
+    kept = balance(pairs)
+    assert [pair for pair in pairs if pair in kept] == kept
+    assert pairs[1] in kept
+    assert pairs[2] in kept
+    assert len({pairs[0], pairs[3], pairs[4]} & set(kept)) == 1  # as many colours that are not there as are
+    assert not {pairs[5], pairs[6]} & set(kept)  # no question about a shape that is there
+    assert balance(list(reversed(pairs))) == list(reversed(kept))
 
 
 def test_pretrained_parts_are_asked_for_by_name(snapshot: Snapshot, tmp_path: Path) -> None:
