@@ -48,7 +48,23 @@ def count_facts(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeF
         SourceError: The language model's ``config.json`` cannot be had.
     """
     text_config = language_model_config(recipe.model.language_model.source, snapshot_path=snapshot_path)
+    return _count_recipe(recipe, build_skeleton(recipe.model, text_config=text_config), text_config)
+
+
+def estimate_and_count(recipe: Recipe, *, snapshot_path: Path | None = None) -> tuple[RecipeEstimate, ModelFacts]:
+    """What a recipe needs, and what ``count_checkpoint`` says of its checkpoint, from one skeleton.
+
+    Arguments and errors as ``count_facts``.
+    """
+    text_config = language_model_config(recipe.model.language_model.source, snapshot_path=snapshot_path)
     model = build_skeleton(recipe.model, text_config=text_config)
+    facts = _model_facts(model.eval())
+    return needs(recipe, _count_recipe(recipe, model, text_config)), facts
+
+
+def _count_recipe(
+    recipe: Recipe, model: ManyEyesForConditionalGeneration, text_config: PreTrainedConfig
+) -> RecipeFacts:
     shape = image_shape(model)
     stages = {}
     for name, spec in recipe.present_stages():
@@ -188,6 +204,10 @@ def count_model(config: PreTrainedConfig) -> ModelFacts:
     """
     with meta_device():
         model = ManyEyesForConditionalGeneration(copy.deepcopy(config)).eval()
+    return _model_facts(model)
+
+
+def _model_facts(model: ManyEyesForConditionalGeneration) -> ModelFacts:
     counts = count_parameters(model)
     shape = image_shape(model)
     parts = {f"encoders.{name}": count for name, count in counts.encoders.items()} | {

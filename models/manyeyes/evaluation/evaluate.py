@@ -124,6 +124,7 @@ def evaluate(
     work_dir: Path | None = None,
     judge: Judge | None = None,
     facts: ModelFacts | None = None,
+    benchmarks: Sequence[Benchmark] | None = None,
     champion: Champion = NO_CHAMPION,
 ) -> Scorecard:
     """Ask every question of the recipe's benchmarks, score the answers and write the results.
@@ -142,6 +143,7 @@ def evaluate(
             ``out_dir/unfinished`` keeps them until this one is done.
         judge: Judges free answers; the recipe's own when left out. Without any, benchmarks that need one are skipped.
         facts: Size and cost of the model, for the report.
+        benchmarks: The recipe's, where they are loaded already.
         champion: What the report compares with.
 
     Returns:
@@ -156,7 +158,8 @@ def evaluate(
     work_dir = out_dir / "unfinished" if work_dir is None else work_dir
     if judge is None and recipe.evaluation.judge is not None:
         judge = Judge(recipe.evaluation.judge, cache=work_dir / "judge")
-    benchmarks = load_benchmarks(recipe.evaluation, snapshot=snapshot)
+    if benchmarks is None:
+        benchmarks = load_benchmarks(recipe.evaluation, snapshot=snapshot)
     keys = AnswerKeys(
         kind=answerer.name,
         model_digest=model_digest,

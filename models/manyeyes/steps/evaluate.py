@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
-from manyeyes.evaluation.benchmarks import find_benchmark, load_benchmark, load_benchmarks
+from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
@@ -80,6 +80,7 @@ def evaluate(
     processes: int | None = None,
     registry_model: str = "",
     frozen_encoders: Sequence[str] = (),
+    facts: ModelFacts | None = None,
 ) -> StepResult:
     """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
@@ -95,8 +96,11 @@ def evaluate(
         processes: How many answer side by side; MANYEYES_EVALUATION_PROCESSES, else one a CUDA device, else 1.
         registry_model: Name in the registry; the report compares with its champion of today. Empty: with none.
         frozen_encoders: Encoders of a checkpoint whose features are kept, and read where a stage or a trial kept them.
+        facts: The model's size and cost, where they are known; counted when left out.
     """
     inputs = parse_pinned(pinned)
+    benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
+    facts = facts or _facts(kind, model)
     names = [DEFAULT_VARIANT] if kind == "torch" else [*read_variants(read_manifest(model))]
     folders = {name: scorecard if name == DEFAULT_VARIANT else scorecard / VARIANTS / name for name in names}
     cards = {
@@ -110,12 +114,14 @@ def evaluate(
             processes=processes,
             registry_model=registry_model,
             frozen_encoders=frozen_encoders,
+            benchmarks=benchmarks,
+            facts=facts,
         )
         for name, out in folders.items()
     }
     card = cards.pop(DEFAULT_VARIANT)
     digest = card.model.digest
-    _keep_example(inputs, scorecard)
+    _keep_example(benchmarks[0], scorecard)
     headline = ", ".join(
         [
             f"{name} {score.score:.1f}{score.mark}, without image {score.image_off:.1f}{score.mark}"
@@ -153,6 +159,8 @@ def _score(
     processes: int | None,
     registry_model: str,
     frozen_encoders: Sequence[str],
+    benchmarks: Sequence[Benchmark],
+    facts: ModelFacts | None,
 ) -> Scorecard:
     from manyeyes.evaluation.answering.answerers import AnswererSpec
     from manyeyes.evaluation.answering.asking import open_answerer
@@ -167,7 +175,7 @@ def _score(
         encoder_cache=encoder_cache_settings(
             work_dir() / "images", kind=kind, model_digest=digest, code_digest=inputs.code_digest
         ),
-        features=_feature_settings(inputs, frozen_encoders) if frozen_encoders else None,
+        features=_feature_settings(inputs, frozen_encoders, benchmarks) if frozen_encoders else None,
         variant=variant if kind == "bundle" else None,
     )
 
@@ -189,16 +197,16 @@ def _score(
             model_digest=digest,
             on_progress=show,
             work_dir=work_dir() / "evaluate",
-            facts=_facts(kind, model),
+            facts=facts,
+            benchmarks=benchmarks,
             champion=find_champion(registry_model),
         )
 
 
-def _feature_settings(inputs: Pinned, encoders: Sequence[str]) -> FeatureSettings:
+def _feature_settings(inputs: Pinned, encoders: Sequence[str], benchmarks: Sequence[Benchmark]) -> FeatureSettings:
     from manyeyes.evaluation.answering.encoder_cache import FeatureSettings
     from manyeyes.training.stage import FEATURES
 
-    benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
     images = {digest for benchmark in benchmarks for item in benchmark.items for digest in item.image_sha256s}
     return FeatureSettings(work_dir() / FEATURES, tuple(encoders), len(images), inputs.code_digest)
 
@@ -230,11 +238,9 @@ def _facts(kind: Literal["torch", "bundle"], model: Path) -> ModelFacts | None:
     return None if found is None else ModelFacts.model_validate(found)
 
 
-def _keep_example(inputs: Pinned, folder: Path) -> None:
-    """One image and question of the first benchmark, for a person to try."""
-    row = find_benchmark(inputs.recipe.evaluation.benchmarks[0])
-    benchmark = load_benchmark(row, snapshot=inputs.snapshot, max_items=1)
-    (item,) = benchmark.items
+def _keep_example(benchmark: Benchmark, folder: Path) -> None:
+    """One image and question of a benchmark, for a person to try."""
+    item = benchmark.items[0]
     images = benchmark.read_images(item.record)
     if images:
         with Image.open(io.BytesIO(images[0])) as opened:

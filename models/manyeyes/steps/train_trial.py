@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
+from manyeyes.estimate import RecipeEstimate
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import Pinned, is_absent, parse_pinned, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
@@ -164,6 +165,7 @@ class _Job:
 
     def run(self, given: dict[str, Path], kept: Path) -> None:
         """Write the trial's folder ``kept``, whole or not at all."""
+        from manyeyes.estimate.skeleton import estimate_and_count
         from manyeyes.storage import new_folder
 
         encoders = {
@@ -174,6 +176,7 @@ class _Job:
             if getattr(self.recipe.stages, stage) is not None:
                 checkpoint = self._stage(stage, None, {} if checkpoint else encoders, checkpoint)
         assert checkpoint is not None
+        size, facts = estimate_and_count(self.recipe, snapshot_path=self.inputs.snapshot.path)
         scores = self.folder / "scores"
         evaluate(
             self.reporter,
@@ -184,10 +187,13 @@ class _Job:
             processes=None,
             pinned=self.inputs.of("evaluate").text(),
             frozen_encoders=shared_encoders(self.recipe),
+            facts=facts,
         )
         with new_folder(kept) as new:
             shutil.copyfile(scores / "items.parquet", new / ITEMS_FILE)
-            (new / TRIAL_FILE).write_text(self._describe(scores).model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (new / TRIAL_FILE).write_text(
+                self._describe(scores, size).model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
         # The scores are what counts; a checkpoint of every trial would fill any disk.
         shutil.rmtree(self.folder)
         shutil.rmtree(work_dir() / self.last_digest, ignore_errors=True)
@@ -229,13 +235,11 @@ class _Job:
         self.last_digest = report.stage_digest
         return out
 
-    def _describe(self, scores: Path) -> Trial:
-        from manyeyes.estimate.skeleton import estimate
+    def _describe(self, scores: Path, size: RecipeEstimate) -> Trial:
         from manyeyes.evaluation.scorecard import read_scorecard
 
         card = read_scorecard(scores / "scorecard.json")
         mean, ci95 = mean_score(card)
-        size = estimate(self.recipe, snapshot_path=self.inputs.snapshot.path)
         return Trial(
             variant=self.variant,
             **_record(self.recipe),
