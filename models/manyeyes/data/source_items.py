@@ -62,7 +62,7 @@ def read_conversation(row: Row) -> SourceItem:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         found = ", ".join(map(str, row)) or "nothing"
         raise ItemRefused("no turns", f"it has {found}; needed: a list of conversations")
-    return SourceItem(read_images(row), tuple(_read_turn(turn, index) for index, turn in enumerate(turns)))
+    return SourceItem(image_references(row), tuple(_read_turn(turn, index) for index, turn in enumerate(turns)))
 
 
 def _read_turn(turn: Any, index: int) -> tuple[str, str]:
@@ -73,7 +73,7 @@ def _read_turn(turn: Any, index: int) -> tuple[str, str]:
     raise ItemRefused("bad turns", f"turn {index} is {_shown(turn)}; needed: from and value, both texts")
 
 
-def read_images(row: Row) -> tuple[Any, ...]:
+def image_references(row: Row) -> tuple[Any, ...]:
     """What ``image`` or ``images`` of a row names; nothing for the ways in which files say that there is none."""
     found = row.get("image")
     found = row.get("images") if found is None else found
@@ -91,7 +91,7 @@ def read_cauldron(row: Row) -> SourceItem:
         for text in _list_of(row, "texts")
         for turn in (("human", text_of(text, "user")), ("gpt", text_of(text, "assistant")))
     ]
-    return SourceItem(read_images(row), tuple(turns))
+    return SourceItem(image_references(row), tuple(turns))
 
 
 def read_captions(row: Row) -> SourceItem:
@@ -111,7 +111,7 @@ def read_captions(row: Row) -> SourceItem:
         pairs.append(
             (LIST_OBJECTS, "\n".join(f"{name}: [{', '.join(f'{x:.3f}' for x in box)}]" for name, box in boxes))
         )
-    return SourceItem(read_images(row), _pairs(*pairs))
+    return SourceItem(image_references(row), _pairs(*pairs))
 
 
 def read_caption(row: Row) -> SourceItem:
@@ -132,24 +132,24 @@ def read_synthdog(row: Row) -> SourceItem:
         text = json.loads(text_of(row, "ground_truth"))["gt_parse"]["text_sequence"]
     except (ValueError, KeyError, TypeError) as error:
         raise ItemRefused("bad answer", "ground_truth is not JSON with gt_parse.text_sequence") from error
-    return SourceItem(read_images(row), _pairs(("What is written in the image?", str(text))))
+    return SourceItem(image_references(row), _pairs(("What is written in the image?", str(text))))
 
 
 def read_question_answer(row: Row) -> SourceItem:
     """``question`` and ``answer``, with an image or without."""
-    return SourceItem(read_images(row), _pairs((text_of(row, "question"), text_of(row, "answer"))))
+    return SourceItem(image_references(row), _pairs((text_of(row, "question"), text_of(row, "answer"))))
 
 
 def read_chartqa(row: Row) -> SourceItem:
     """ChartQA: ``query`` and ``label``, a list of answers."""
     answer = ", ".join(map(str, _list_of(row, "label")))
-    return SourceItem(read_images(row), _pairs((text_of(row, "query"), answer)))
+    return SourceItem(image_references(row), _pairs((text_of(row, "query"), answer)))
 
 
 def read_arxivqa(row: Row) -> SourceItem:
     """ArxivQA: ``question``, ``options`` with their letters, ``label``."""
     question = "\n".join([text_of(row, "question"), *map(str, _list_of(row, "options"))])
-    return SourceItem(read_images(row), _pairs((question, text_of(row, "label"))))
+    return SourceItem(image_references(row), _pairs((question, text_of(row, "label"))))
 
 
 def read_scienceqa(row: Row) -> SourceItem:
@@ -161,20 +161,20 @@ def read_scienceqa(row: Row) -> SourceItem:
     question = f"{text_of(row, 'question')}\nContext: {row.get('hint') or 'N/A'}\nOptions: {options}"
     said = [str(row.get(name)).strip() for name in ("lecture", "solution") if row.get(name)]
     reply = " ".join([*said, f"The answer is {_OPTION_LETTERS[answer]}."])
-    return SourceItem(read_images(row), _pairs((question, reply)))
+    return SourceItem(image_references(row), _pairs((question, reply)))
 
 
 def read_mathvision(row: Row) -> SourceItem:
     """MATH-Vision: ``question``, ``options``, ``answer``; the pixels are in ``decoded_image``."""
     options = [f"({letter}) {text}" for letter, text in zip(_OPTION_LETTERS, row.get("options") or [], strict=False)]
     question = "\n".join([text_of(row, "question").replace("<image1>", "").strip(), *options])
-    return SourceItem(read_images({"image": row["decoded_image"]}), _pairs((question, text_of(row, "answer"))))
+    return SourceItem(image_references({"image": row["decoded_image"]}), _pairs((question, text_of(row, "answer"))))
 
 
 def read_code_of_page(row: Row) -> SourceItem:
     """A screenshot and its source: WebSight and Design2Code (``image``, ``text``)."""
     asked = "Write the HTML of the page in the screenshot."
-    return SourceItem(read_images(row), _pairs((asked, text_of(row, "text"))))
+    return SourceItem(image_references(row), _pairs((asked, text_of(row, "text"))))
 
 
 def read_openorca(row: Row) -> SourceItem:

@@ -228,13 +228,21 @@ SOURCES: dict[str, DataSource] = {
         "Mini-Gemini pretraining", "Captions", 1_253_000, (GEMINI,), licence="CC-BY-NC-4.0"
     ),
     "mini-gemini-instruction": DataSource(
-        "Mini-Gemini instructions", "General", 1_500_000, (GEMINI,), licence="CC-BY-NC-4.0"
+        "Mini-Gemini instructions",
+        "General",
+        1_500_000,
+        (GEMINI,),
+        hub_id="YanweiLi/MGM-Instruction",
+        files="mgm_instruction.json",
+        licence="CC-BY-NC-4.0",
     ),
     "mini-gemini-generation": DataSource(
         "Mini-Gemini drawing",
         "Language",
         13_000,
         (GEMINI,),
+        hub_id="YanweiLi/MGM-Instruction",
+        files="mgm_generation_pure_text.json",
         licence="CC-BY-NC-4.0",
         aliases=("mgm_generation_pure_text",),
     ),
@@ -379,9 +387,10 @@ SOURCES: dict[str, DataSource] = {
         484,
         (CAMBRIAN,),
         hub_id="SALT-NLP/Design2Code-hf",
-        files="data/*.parquet",
+        files="data/train-*.parquet",
         columns=("image", "text"),
         read=items.read_code_of_page,
+        licence="ODC-By",
         answer_format=HTML,
     ),
     # Math
@@ -469,7 +478,6 @@ SOURCES: dict[str, DataSource] = {
         (CAMBRIAN,),
         hub_id="m-a-p/Code-Feedback",
         columns=("messages",),
-        licence="Apache-2.0",
     ),
     "dolly": DataSource(
         "Dolly",
