@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -72,14 +73,22 @@ def free_port() -> int:
 
 
 def run_ranks(processes: int, target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:
-    """Run ``target(rank, port, kwargs)`` in so many processes that meet at the port; all must end well."""
+    """Run ``target(rank, port, kwargs)`` in so many processes that meet at the port; all must end well.
+
+    One that fails before they meet would be waited for by the others without end: they end with it.
+    """
     port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training_toys"])
     started = [context.Process(target=target, args=(rank, port, kwargs)) for rank in range(processes)]
     for process in started:
         process.start()
-    for process in started:
+    running = {process.sentinel: process for process in started}
+    while running and all(process.exitcode in (None, 0) for process in started):
+        for sentinel in wait(list(running)):
+            running.pop(int(sentinel)).join()
+    for process in running.values():
+        process.kill()
         process.join()
     assert [process.exitcode for process in started] == [0] * processes
 

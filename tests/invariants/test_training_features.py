@@ -27,7 +27,7 @@ from manyeyes.training.features import (
 )
 from manyeyes.training.stage import StageReport
 from tests.training_ranks import run_two
-from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 SIZE = 2 * 3 * 3 * 4
 """Bytes of ``make(...)``."""
@@ -62,10 +62,21 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.safetensors"))
 
 
-def train(data: Path, work: Path, *, stage: Any = "pretrain", changes: dict[str, Any] | None = None, **more: Any):
-    """A stage of two epochs, from nothing but what features were kept in ``work``."""
+def forget(work: Path) -> None:
+    """Leave nothing but what features were kept."""
     for folder in work.glob("?" * 64):
         shutil.rmtree(folder)
+
+
+def train(data: Path, work: Path, **more: Any) -> StageReport:
+    """A stage of two epochs, from nothing but what features were kept in ``work``."""
+    forget(work)
+    return train_on(data, work, **more)
+
+
+def train_on(
+    data: Path, work: Path, *, stage: Any = "pretrain", changes: dict[str, Any] | None = None, **more: Any
+) -> StageReport:
     spec = {f"stages.{stage}.{name}": value for name, value in (changes or {}).items() if "." not in name}
     whole = {name: value for name, value in (changes or {}).items() if "." in name}
     recipe = change_recipe(toy_recipe(epochs=2), {f"stages.{stage}.keep_features": True, **spec, **whole})
@@ -165,20 +176,20 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(data: Path, tmp_pa
     changes = {"checkpoint_every_s": 1e-6}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("manyeyes.training.loop.PROGRESS_EVERY_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+        with every_step_saved(), pytest.raises(KeyboardInterrupt):
             train(data, tmp_path, changes=changes, on_progress=stop)
     recipe = change_recipe(toy_recipe(epochs=2), {"stages.pretrain.keep_features": True})
     rest = run_toy_stage(
         "pretrain", recipe=recipe, snapshot=data / "data", inputs=data, out=tmp_path / "out", work_dir=tmp_path
     )
-    assert rest.resumed_from_step
+    assert rest.resumed_from_step == 3
     assert rest.checkpoint_digest == whole.checkpoint_digest
 
 
 def run_as(rank: int, port: int, kwargs: dict[str, Any]) -> None:
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     features._move_seconds = lambda folder: folder.mkdir(parents=True, exist_ok=True) or 0.0  # type: ignore[assignment]
-    train(**kwargs)
+    train_on(**kwargs)
 
 
 def test_two_processes_write_at_once_and_learn_what_they_learn_without(data: Path, tmp_path: Path) -> None:
@@ -187,6 +198,7 @@ def test_two_processes_write_at_once_and_learn_what_they_learn_without(data: Pat
     work = tmp_path / "work"
     run_two(run_as, {"data": data, "work": work})
     first = read_stage_report(work / "out")
+    forget(work)
     run_two(run_as, {"data": data, "work": work})
     second = read_stage_report(work / "out")
     assert first.checkpoint_digest == second.checkpoint_digest
