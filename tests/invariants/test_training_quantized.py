@@ -20,7 +20,7 @@ from manyeyes.recipe import LoraSpec, change_recipe
 from manyeyes.training import loop
 from manyeyes.training.adapters import add_adapters, merge_adapters, quantize_layers
 from manyeyes.training.stage import StageReport, read_stage_report
-from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
+from tests.training_toys import every_step_saved, run_toy_stage, toy_recipe, toy_snapshot
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_a_killed_stage_in_4_bits_goes_on_to_the_same_weights(folder: Path, monk
         if progress.step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with every_step_saved(), pytest.raises(KeyboardInterrupt):
         sft(folder, "killed", on_progress=kill, checkpoint_every_s=1e-6)
     resumed = sft(folder, "killed", checkpoint_every_s=1e-6)
     assert resumed.resumed_from_step == 2
