@@ -1,8 +1,9 @@
 """``python -m bench.memory``: peak memory of 1, 2 and 4 processes that train all of 300 M parameters, and the estimate.
 
 The estimate is of a GPU, and counts 2 GB for its runtime; in place of these a process on a CPU has its interpreter with
-torch and this package loaded, which is measured in each before anything is built, and taken off. What a process takes
-at most is asked of Linux: while the model is loaded, and anew from the first step on. One record a process and step.
+torch, this package and all that a stage loads once, which is measured in each after a small model's stage, and taken
+off. What a process takes at most is asked of Linux: while the model is loaded, and anew from the first step on. One
+record a process and step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results") / "memory.json"
 COUNTS = (1, 2, 4)
 MOST_OFF = 0.15
-_PEAK = "VmHWM"
 
 
 def recipe_of(processes: int) -> Any:
@@ -44,14 +44,18 @@ def recipe_of(processes: int) -> Any:
     return Recipe.model_validate(values)
 
 
-def make(folder: Path, *, layers: int) -> None:
-    """A snapshot whose language model has so many layers of 16.8 M."""
+def make(folder: Path, *, layers: int, width: int = 1024) -> None:
+    """A snapshot whose language model has so many layers, of 16.8 M; another, of a small one, is in ``small``."""
     from tests.model_toys import toy_config, write_language_model
     from tests.training_toys import toy_snapshot
 
     toy_snapshot(folder)
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 16}
-    write_language_model(folder / "pretrained" / "lm", toy_config(0, **sizes, num_key_value_heads=16))
+    toy_snapshot(folder / "small")
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    write_language_model(
+        folder / "pretrained" / "lm",
+        toy_config(0, **sizes, **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 16)),
+    )
 
 
 def estimate(folder: Path, processes: int) -> tuple[int, float]:
@@ -70,8 +74,14 @@ class _TrainedError(Exception):
     """All that is measured has happened."""
 
 
-def be_process(folder: Path, processes: int) -> list[int]:
-    """Train as one of the processes; what it had at first, and at most while it loaded and while it trained."""
+def be_process(folder: Path, processes: int, *, port: int) -> list[int]:
+    """Train as one of the processes; what it had at first, and at most while it loaded and while it trained.
+
+    Args:
+        folder: What ``make`` wrote.
+        processes: How many train.
+        port: That they meet at the second time; the first one is in the environment.
+    """
     from unittest.mock import patch
 
     import torch
@@ -81,29 +91,40 @@ def be_process(folder: Path, processes: int) -> list[int]:
     from manyeyes.training.stage import run_stage
 
     torch.set_num_threads(1)
-    peaks = [_bytes("VmRSS")]
+    peaks: list[int] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
-        peaks.append(_bytes(_PEAK))
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        peaks.append(_peak())
         train(*arguments, **more)
-        peaks.append(_bytes(_PEAK))
+        peaks.append(_peak())
         raise _TrainedError
 
-    with (
-        patch("manyeyes.training.stage.train", watched),
-        tempfile.TemporaryDirectory() as work,
-        suppress(_TrainedError),
-    ):
-        run_stage(
-            recipe_of(processes),
-            "sft",
-            snapshot=open_folder(folder),
-            code_digest="bench",
-            out=Path(work) / "out",
-            work_dir=Path(work) if processes == 1 else folder / "work",
-        )
+    with tempfile.TemporaryDirectory() as work:
+
+        def run(snapshot: Path) -> None:
+            run_stage(
+                recipe_of(processes),
+                "sft",
+                snapshot=open_folder(snapshot),
+                code_digest="bench",
+                out=Path(work) / "out",
+                work_dir=Path(work) if processes == 1 else folder / "work",
+            )
+
+        run(folder / "small")
+        os.environ["MASTER_PORT"] = str(port)
+        _peak()
+        peaks.append(_bytes("VmRSS"))
+        with patch("manyeyes.training.stage.train", watched), suppress(_TrainedError):
+            run(folder)
     return peaks
+
+
+def _peak() -> int:
+    """Most bytes that this process has had since this was asked the last time."""
+    found = _bytes("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return found
 
 
 def _bytes(field: str) -> int:
@@ -118,7 +139,7 @@ def measure(folder: Path, processes: int) -> list[list[int]]:
     shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # glibc's threshold would grow with what is freed, and keep up to a gigabyte of that.
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, "-m", "bench.memory", "--process", str(folder), str(processes)]
+    command = [sys.executable, "-m", "bench.memory", "--process", str(folder), str(processes), str(free_port())]
     started = [
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(processes)
@@ -130,11 +151,12 @@ def main() -> int:
     """Print a line a number of processes; exit 1 where one is further off than 15%."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=18)
-    parser.add_argument("--process", nargs=2, metavar=("FOLDER", "PROCESSES"), help=argparse.SUPPRESS)
+    parser.add_argument("--process", nargs=3, metavar=("FOLDER", "PROCESSES", "PORT"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.process:
-        print(json.dumps(be_process(Path(arguments.process[0]), int(arguments.process[1]))))
+        given, processes, port = arguments.process
+        print(json.dumps(be_process(Path(given), int(processes), port=int(port))))
         return 0
     runs: list[dict[str, Any]] = []
     parameters = 0
