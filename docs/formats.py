@@ -40,7 +40,13 @@ FORMATS = [
         "quarantine.jsonl",
         "manyeyes.data.quarantine",
         "QuarantinedSample",
-        "the step `validate_data`; `contaminated.jsonl` has the same lines",
+        "the step `validate_data`; `contaminated.jsonl` has the same lines; `manyeyes data import`, beside the shards",
+    ),
+    (
+        "import.json",
+        "manyeyes.data.importing.import_report",
+        "ImportReport",
+        "`manyeyes data import`, beside the shards",
     ),
     (
         "contamination.json",

@@ -21,6 +21,7 @@ from manyeyes.data.contamination.findings import (
     Thresholds,
     render_contamination,
 )
+from manyeyes.data.importing.import_report import ImportReport, render_import
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.shards import write_shards
@@ -244,6 +245,21 @@ def contamination_page(change: Change) -> dict[str, str]:
     }
 
 
+def import_page(change: Change) -> dict[str, str]:
+    report = change(
+        ImportReport(
+            **{"dataset": "toy-train", "kind": "json", "title": "Toys", "files": ["toy.json"], "items": 3, "kept": 2},
+            **{"images": 2, "distinct_images": 1, "text_only": 0, "shards": 1, "reasons": {"image missing": 1}},
+            **{"repairs": {"image marks merged": 1}, "sources": {"a": 1, "b": 1}},
+        )
+    )
+    turns = (Turn("human", change("<image>\nwhat?")), Turn("gpt", change("a toy")))
+    sample = Record(change("toy/0"), change("toy"), (make_image(1),), turns)
+    left_out = [QuarantinedSample(id=change("toy/2"), row=2, dataset="toy-train", reason=change("image missing"))]
+    page = render_import(report, samples=[sample], left_out=left_out)
+    return {"import.html": page, "import.md": report.as_markdown()}
+
+
 def validation_page(change: Change, folder: Path) -> dict[str, str]:
     turns = tuple(Turn("gpt" if place % 2 else "human", f"text {place}") for place in range(12))
     records = [Record(change(f"toy/{row}"), "toy", (make_image(row),), tuple(map(change, turns))) for row in range(3)]
@@ -455,6 +471,7 @@ def ablation_page(change: Change) -> dict[str, str]:
 
 CASES: list[Callable[..., dict[str, str]]] = [
     *(report_pages, compare_pages, correlation_page, reliance_pages, gate_pages, contamination_page, validation_page),
+    import_page,
     *(run_pages, status_page, history_page, step_pages, search_pages, ablation_page),
 ]
 PARTS = {"base.html", "parts.html", "charts.html", "trials.html"}

@@ -1,4 +1,4 @@
-"""``manyeyes data contamination`` and ``self-chat``: what data shares with benchmarks; what a language model says."""
+"""``manyeyes data import``, ``sources``, ``contamination``, ``self-chat``: where data is from and what it shares."""
 
 from __future__ import annotations
 
@@ -96,3 +96,68 @@ def self_chat_command(language_model: Path, out: Path, count: int, seed: int, li
         on_progress=lambda done: click.echo(f"{done} of {count}", err=True),
     )
     click.echo(f"{count} conversations in {out}; {left_out} left out (no end in time, or said before)")
+
+
+@click.command("import")
+@click.argument("source_path", metavar="SOURCE")
+@click.argument("out", type=OutPath())
+@click.option("--images", default="", metavar="ROOT", help="What names of images are relative to; where the data is.")
+@click.option("--kind", default="", help="json, jsonl, parquet, arrow, webdataset, folder or coco; guessed by default.")
+@click.option("--source", default="", metavar="NAME", help="The published set that it is (manyeyes data sources).")
+@click.option("--name", default="", help="Of the data set; --source, or the file's name, by default.")
+@click.option("--split", default="train", show_default=True, help="Of the data set, and the one that is read.")
+@click.option("--licence", default="", help="SPDX name; the source's by default.")
+@click.option("--answer-format", is_flag=True, help="Put Cambrian-1's sentence about the answer behind questions.")
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1))
+def import_command(
+    source_path: str,
+    out: Path,
+    images: str,
+    kind: str,
+    source: str,
+    name: str,
+    split: str,
+    licence: str,
+    answer_format: bool,
+    processes: int,
+) -> None:
+    """Import SOURCE (a file, a folder, s3:// or hub:ID@REVISION) into the snapshot in OUT, as NAME-SPLIT.
+
+    Every item is kept or put in quarantine.jsonl with its reason. Stopped, the same command goes on.
+    """
+    from manyeyes.data.importing import import_data
+    from manyeyes.data.importing.hub import fetch_hub_files
+
+    if source_path.startswith("hub:"):
+        source_path, name = fetch_hub_files(source_path, source=source), name or source
+    report = import_data(
+        source_path,
+        out,
+        images=images,
+        kind=kind,
+        source=source,
+        name=name,
+        split=split,
+        licence=licence,
+        answer_format=answer_format,
+        processes=processes,
+        on_progress=lambda sentence, done: click.echo(f"{100 * done:3.0f}% {sentence}", err=True),
+    )
+    click.echo(report.as_markdown(), nl=False)
+    click.echo(f"report: {out / report.dataset.removesuffix(f'-{split}') / 'import.html'}")
+
+
+@click.command("sources")
+@click.argument("name", required=False)
+def sources_command(name: str | None) -> None:
+    """The published data sets that are known; all that is known of NAME."""
+    from manyeyes.data.sources_table import SOURCES, describe_source
+
+    if name is not None:
+        click.echo(describe_source(name))
+        return
+    for known, row in SOURCES.items():
+        where = row.hub_id or "-"
+        click.echo(
+            f"{known:<24} {row.category:<9} {row.samples:>10,} {row.licence:<16} {where:<42} {', '.join(row.used_by)}"
+        )

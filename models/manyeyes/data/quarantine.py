@@ -22,7 +22,11 @@ class QuarantinedSample(StrictModel):
     """One line of ``quarantine.jsonl`` and of ``contaminated.jsonl``."""
 
     dataset: str = Field(description="Its data set.")
-    row: int = Field(ge=0, description="Its place in the data set, from 0 over all shards: what training goes by.")
+    row: int = Field(
+        ge=0,
+        description="Its place in the data set, from 0 over all shards: what training goes by. "
+        "Of an import, its place in the source.",
+    )
     id: str = Field(description="Of the record, for people; <data set>#<row> where it has none.")
     reason: str = Field(description="What was found, and what was needed.")
 

@@ -188,51 +188,88 @@ class S3Remote:
             chunks = again
 
     def _open(self, key: str, *, offset: int) -> Iterator[bytes] | None:
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            PartialCredentialsError,
-            TokenRetrievalError,
-        )
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        full_key = f"{self._prefix}/{key}" if self._prefix else key
+        full_key = self._full_key(key)
         try:
             if offset:
                 response = self._client.get_object(Bucket=self._bucket, Key=full_key, Range=f"bytes={offset}-")
             else:
                 response = self._client.get_object(Bucket=self._bucket, Key=full_key)
-        except ClientError as error:
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError):
+                if error.response.get("Error", {}).get("Code", "") in ("NoSuchKey", "404"):
+                    return None
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) == 416:  # at the object's end
+                    return iter(())
+            raise self._refusal(error, full_key) from error
+        return _read_body(response["Body"])
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; ``None`` when there is none.
+
+        Raises:
+            SnapshotError: The store does not answer or refuses.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        full_key = self._full_key(key)
+        try:
+            return int(self._client.head_object(Bucket=self._bucket, Key=full_key)["ContentLength"])
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                return None
+            raise self._refusal(error, full_key) from error
+
+    def list_names(self) -> Iterator[str]:
+        """Keys of all objects below the root, relative to it, sorted as S3 sorts them: by their bytes.
+
+        Raises:
+            SnapshotError: The store does not answer or refuses.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        prefix = self._full_key("")
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+        try:
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    if not entry["Key"].endswith("/"):  # a folder, as some tools mark it
+                        yield entry["Key"].removeprefix(prefix)
+        except (ClientError, BotoCoreError) as error:
+            raise self._refusal(error, prefix) from error
+
+    def _full_key(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _refusal(self, error: Exception, full_key: str) -> SnapshotError:
+        from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError, TokenRetrievalError
+
+        if isinstance(error, ClientError):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = error.response.get("Error", {}).get("Code", "")
             if code == "NoSuchBucket":
-                raise SnapshotError(
+                return SnapshotError(
                     f'{self._url}: there is no bucket "{self._bucket}"',
                     "the bucket of the remote",
                     "Check data_remote.",
-                ) from error
-            if code in ("NoSuchKey", "404"):
-                return None
-            if status == 416:  # offset is the object's end
-                return iter(())
+                )
             if status >= 500 or code in _BUSY:
-                raise SnapshotError(
+                return SnapshotError(
                     f"{self._url} failed at {full_key}: {code} ({status}), as often as it was asked",
                     "an S3 store that answers",
                     "Run it again: what was fetched is kept. AWS_MAX_ATTEMPTS says how often an object is asked for.",
                     retry=True,
-                ) from error
-            raise _no_credentials(f"{self._url} refused {full_key}: {code} ({status})") from error
-        except (NoCredentialsError, PartialCredentialsError, TokenRetrievalError) as error:
-            raise _no_credentials(f"{self._url} cannot be read: {error}") from error
-        except BotoCoreError as error:
-            raise SnapshotError(
-                f"{self._url} cannot be reached: {error}",
-                "an S3 store that answers",
-                "Check the network and AWS_ENDPOINT_URL.",
-                retry=True,
-            ) from error
-        return _read_body(response["Body"])
+                )
+            return _no_credentials(f"{self._url} refused {full_key}: {code} ({status})")
+        if isinstance(error, NoCredentialsError | PartialCredentialsError | TokenRetrievalError):
+            return _no_credentials(f"{self._url} cannot be read: {error}")
+        return SnapshotError(
+            f"{self._url} cannot be reached: {error}",
+            "an S3 store that answers",
+            "Check the network and AWS_ENDPOINT_URL.",
+            retry=True,
+        )
 
 
 def _read_body(body: StreamingBody) -> Iterator[bytes]:

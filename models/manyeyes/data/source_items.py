@@ -103,6 +103,9 @@ def read_captions(row: Row) -> SourceItem:
     captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
     if not captions and not boxes:
         raise ItemRefused("no caption", "it has no caption; needed: a text for the image")
+    images = image_references(row)
+    if not images:
+        raise ItemRefused("image missing", "it has a caption and no image; needed: the image")
     first = int.from_bytes(hashlib.sha256(captions[0].encode(errors="replace")).digest()[:4]) if captions else 0
     pairs = [
         (BRIEF_DESCRIPTION[(first + place) % len(BRIEF_DESCRIPTION)], caption) for place, caption in enumerate(captions)
@@ -111,7 +114,7 @@ def read_captions(row: Row) -> SourceItem:
         pairs.append(
             (LIST_OBJECTS, "\n".join(f"{name}: [{', '.join(f'{x:.3f}' for x in box)}]" for name, box in boxes))
         )
-    return SourceItem(image_references(row), _pairs(*pairs))
+    return SourceItem(images, _pairs(*pairs))
 
 
 def read_caption(row: Row) -> SourceItem:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from manyeyes.data import source_items as items
 from manyeyes.data.source_items import Row, SourceItem
+from manyeyes.errors import DataError, did_you_mean
 
 Category = Literal["General", "OCR", "Language", "Counting", "Math", "Code", "Science", "Captions"]
 """Cambrian-1's, and captions of a first stage."""
@@ -516,6 +517,34 @@ def find_source(name: str) -> DataSource | None:
         The row; None for a name that no row has.
     """
     return _BY_NAME.get(_plain(name)) or _BY_NAME.get(_plain(re.sub(r"[_-]\d+(\.\d+)?[km]?$", "", _stem(name))))
+
+
+def describe_source(name: str) -> str:
+    """All that a row says, for people.
+
+    Raises:
+        DataError: No row has that name.
+    """
+    row = find_source(name)
+    if row is None:
+        raise DataError(
+            f'source is "{name}"',
+            f"one of {', '.join(SOURCES)}",
+            did_you_mean(name, SOURCES) or "List them with: manyeyes data sources",
+        )
+    summary = (row.read.__doc__ or "").partition("\n")[0]
+    facts = {
+        "title": row.title,
+        "category": row.category,
+        "samples": f"{row.samples:,}" if row.samples else "",
+        "used by": ", ".join(row.used_by),
+        "hub": f"{row.hub_id} {row.files}".strip() or "no public home that is known",
+        "columns": ", ".join(row.columns),
+        "becomes turns": summary.replace("``", ""),
+        "licence": row.licence,
+        "answer format": row.answer_format,
+    }
+    return "\n".join(f"{fact:<14} {text}" for fact, text in facts.items() if text)
 
 
 def add_answer_format(question: str, sentence: str) -> str:
