@@ -29,6 +29,12 @@ def sample(number: int = 0, *, image: Any = "a.png", **changes: Any) -> dict[str
     return {"id": f"s{number}", "image": image, "conversations": turns, **changes}
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
@@ -203,7 +209,9 @@ def test_items_over_the_window_keep_their_offsets(root: Path, monkeypatch: pytes
     assert all(content[start : start + len(raw)] == raw for start, raw in found)
 
 
-def test_any_number_of_processes_and_any_kill_give_the_same_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_processes_and_any_kill_give_the_same_bytes(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     items = [sample(number, image="a.png" if number % 5 else "gone.png") for number in range(20)]
     (root / "set.json").write_text(json.dumps(items), encoding="utf-8")
     hashes = []
@@ -223,11 +231,12 @@ def test_any_number_of_processes_and_any_kill_give_the_same_bytes(root: Path, mo
     with pytest.raises(KeyboardInterrupt):
         import_data(str(root / "set.json"), out, items_per_unit=6, on_progress=stop)
     monkeypatch.setattr(importer, "IdIndex", None)  # nothing is planned again
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
     assert len(before) == 2
     import_data(str(root / "set.json"), out, items_per_unit=6)
     assert set(before.values()) <= {path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     assert {hash_folder(out), *hashes} == {hashes[0]}
+    assert not list(cache.rglob("*.parquet"))
 
 
 def test_an_import_of_other_options_begins_anew(root: Path) -> None:

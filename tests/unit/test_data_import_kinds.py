@@ -31,6 +31,11 @@ from manyeyes.errors import DataError
 IMAGE = {"bytes": make_image(5).data, "path": "five.png"}
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYEYES_CACHE", str(tmp_path / "cache"))
+
+
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in files.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from manyeyes.errors import DataError
-from manyeyes.storage import write_file
+from manyeyes.storage import new_file
 from manyeyes.strict import StrictModel
 
 QUARANTINE_FILE, CONTAMINATED_FILE = "quarantine.jsonl", "contaminated.jsonl"
@@ -48,7 +48,8 @@ def write_quarantine(path: Path, samples: Iterable[QuarantinedSample]) -> None:
     Raises:
         StorageError: No space or no permission.
     """
-    write_file(path, "".join(sample.model_dump_json() + "\n" for sample in samples))
+    with new_file(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(sample.model_dump_json() + "\n" for sample in samples)
 
 
 def read_quarantine(folder: Path) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """Import a source into a snapshot: plan, share units out among processes, put their shards together, report.
 
-What is done lies in ``OUT/.importing-NAME`` until the end, beside where it goes; stopped, the same command goes on.
+What is done is kept in the cache until the end; stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from manyeyes.data.importing.work import UNIT_IMAGES, UNIT_QUARANTINE, ImportJob
 from manyeyes.data.quarantine import QUARANTINE_FILE
 from manyeyes.data.sources_table import NOT_STATED, SOURCES
 from manyeyes.errors import DataError, LockedError, ProcessLostError, did_you_mean
-from manyeyes.storage import check_out, file_lock, link_or_copy, new_folder, storage_errors, write_file
+from manyeyes.storage import cache_dir, check_out, file_lock, link_or_copy, new_folder, storage_errors, write_file
 
 ITEMS_PER_UNIT = 10_000
 IMPORT_FILE, IMPORT_PAGE, IMPORT_NOTE = "import.json", "import.html", "import.md"
@@ -96,7 +96,9 @@ def import_data(
     row = SOURCES[source] if source else None
     place, file = open_place(url)
     kind = kind or guess_kind(place, file)
-    work = out / f".importing-{name}"
+    # Not in the snapshot's folder: whatever lies there is part of it.
+    place_of_work = hashlib.sha256(f"{out.resolve()} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
+    work = cache_dir() / "imports" / place_of_work
     job = ImportJob(
         kind=kind,
         url=place.url,
@@ -110,7 +112,7 @@ def import_data(
         work=work,
     )
     open_place(job.images)
-    with file_lock(out / f".importing-{name}.lock", taken=lambda owner: _taken(work, owner)), storage_errors(work):
+    with file_lock(work.with_suffix(".lock"), taken=lambda owner: _taken(out / name, owner)), storage_errors(work):
         _check_first_item(job)
         units = _plan(job, on_progress)
         summaries = _run_units(job, units, processes=processes, on_progress=on_progress)
@@ -120,7 +122,6 @@ def import_data(
         licence = licence or (row.licence if row else NOT_STATED)
         write_snapshot_manifest(out, provenance={f"{name}-{split}": Provenance(licence, _origin(job, report))})
         shutil.rmtree(work)
-    (out / f".importing-{name}.lock").unlink(missing_ok=True)
     return report
 
 
@@ -129,9 +130,9 @@ def _name_of(url: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", stem).strip("-.")
 
 
-def _taken(work: Path, owner: str) -> LockedError:
+def _taken(folder: Path, owner: str) -> LockedError:
     return LockedError(
-        f"process {owner} imports into {work.parent}", "one import into a place at a time", "Wait for it, or stop it."
+        f"process {owner} imports into {folder}", "one import into a place at a time", "Wait for it, or stop it."
     )
 
 

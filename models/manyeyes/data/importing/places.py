@@ -6,6 +6,7 @@ place: neither ``..``, nor an absolute path, nor a link.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import posixpath
@@ -109,7 +110,7 @@ def read_named_image(place: Place, name: str) -> tuple[bytes, bool]:
         found = place.find(spelling)
         if found is not None:
             return found, True
-    raise ItemRefused("image missing", f'no file "{name}" below {place.url}; needed: the image')
+    raise ItemRefused("image missing", f'no file "{name}" below the root; needed: the image')
 
 
 def _other_spellings(name: str) -> Iterator[str]:
@@ -191,12 +192,13 @@ class FolderPlace:
         path = self._path / _inside(name)
         try:
             if not str(path.resolve()).startswith(self._resolved):
-                raise ItemRefused("image outside of the root", f'"{name}" is a link that leads out of {self._path}')
+                raise ItemRefused("image outside of the root", f'"{name}" is a link that leads out of it')
             return path.read_bytes() if path.is_file() else None
         except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: a circle of links
-            if isinstance(error, FileNotFoundError) or getattr(error, "strerror", "") == "File name too long":
+            if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 return None
-            raise ItemRefused("image missing", f'"{name}" cannot be read ({error})') from error
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise ItemRefused("image missing", f'"{name}" cannot be read ({why}); needed: a file') from error
 
 
 class S3Place:
