@@ -54,6 +54,13 @@ FORMATS = [
         "ContaminationReport",
         "the step `validate_data` and `manyeyes data contamination`; `pairs.jsonl` has its pairs",
     ),
+    (
+        "generation.json",
+        "manyeyes.data.generation.dataset",
+        "GenerationReport",
+        "`manyeyes data generate KIND`, beside the data set's shards",
+    ),
+    ("refused.jsonl", "manyeyes.data.generation.dataset", "RefusedItem", "the same; one line an item"),
     ("manifest.json (snapshot)", "manyeyes.data.builders.manifest", "SnapshotManifest", "`manyeyes data build`"),
     ("stage.json", "manyeyes.training.stage", "StageReport", "every training step"),
     ("checkpoint.json", "manyeyes.model", "CheckpointManifest", "every training step"),

@@ -14,6 +14,8 @@
     ├── DrawingError           a text-to-image pipeline that is missing or does not fit
     ├── BundleError            an ONNX bundle that is missing, incomplete or does not match
     ├── EvaluationError        an unknown benchmark, or answers that cannot be scored
+    ├── ServiceError           a language model behind an endpoint that refuses, or does not answer
+    ├── FetchError             a page or an image of the web that may not be fetched, or cannot be
     ├── RegistryError          a model, version or alias that is not there
     │   └── RegistryUnreachableError   the MLflow server or store does not answer (worth a retry)
     ├── StorageError           no space, or no permission, where something must be written
@@ -41,6 +43,7 @@ __all__ = [
     "DrawingError",
     "EndpointError",
     "EvaluationError",
+    "FetchError",
     "LockedError",
     "ManyEyesError",
     "PipelineError",
@@ -50,6 +53,7 @@ __all__ = [
     "RecordError",
     "RegistryError",
     "RegistryUnreachableError",
+    "ServiceError",
     "ShapeError",
     "SnapshotError",
     "SourceError",
@@ -149,6 +153,14 @@ class BundleError(ManyEyesError):
 
 class EvaluationError(ManyEyesError):
     """An unknown benchmark, or answers that cannot be scored."""
+
+
+class ServiceError(ManyEyesError):
+    """A language model behind an endpoint that refuses, or does not answer."""
+
+
+class FetchError(ManyEyesError):
+    """A page or an image of the web that may not be fetched, or cannot be."""
 
 
 class RegistryError(ManyEyesError):

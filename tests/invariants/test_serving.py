@@ -27,9 +27,9 @@ from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.bundle import Bundle
 from manyeyes.runtime.engine import Chat, Engine
 from manyeyes.runtime.sampling import Sampling
-from manyeyes.serving import images as serving_images
 from manyeyes.serving.app import Limits
 from manyeyes.serving.images import ImageLimits, collect_images
+from manyeyes.web import public_hosts
 from tests.export_toys import Toy, picture
 from tests.invariants.test_runtime_engine import QUESTIONS, long_chats, make_chats
 from tests.serving_toys import NAME, LoadedSource, Running, as_messages, as_options, as_uri, serving
@@ -299,9 +299,9 @@ def test_images_are_fetched_from_allowed_hosts_at_public_addresses_alone(
     with pytest.raises(RecordError, match="public address"):
         collect_images([f"{base}/a.png"], limits)
     for address in ("10.0.0.1", "169.254.169.254", "::1", "fd00::1", "224.0.0.1", "0.0.0.0"):
-        assert not serving_images._is_public(address), address
-    assert serving_images._is_public("93.184.216.34")
-    monkeypatch.setattr(serving_images, "_is_public", lambda address: "." in address)
+        assert not public_hosts.is_public(address), address
+    assert public_hosts.is_public("93.184.216.34")
+    monkeypatch.setattr(public_hosts, "is_public", lambda address: "." in address)
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", image_server))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     assert collect_images([f"{base}/a.png"], limits) == (picture(0),)

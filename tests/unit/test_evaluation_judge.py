@@ -11,8 +11,9 @@ from typing import Any
 import pydantic
 import pytest
 
-from manyeyes.evaluation.judging.judge import Judge, JudgeError, Verdict
+from manyeyes.evaluation.judging.judge import Judge, JudgeError
 from manyeyes.recipe.recipe import JudgeSpec
+from manyeyes.web.chat_client import Verdict
 from tests.judge_server import Trouble, completion, in_turn, judge_server
 
 QUESTION = [{"role": "user", "content": "How good is it?"}]

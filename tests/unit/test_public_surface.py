@@ -21,9 +21,9 @@ PUBLIC = {
     ),
     "manyeyes.errors": (
         "INTERRUPTED NOT_PROMOTED OTHER_ERROR USER_ERROR BundleError CheckpointError DataError DrawingError "
-        "EndpointError EvaluationError LockedError ManyEyesError PipelineError PreflightError ProcessLostError "
-        "RecipeError RecordError RegistryError RegistryUnreachableError ShapeError SnapshotError SourceError "
-        "StorageError ValidationError did_you_mean"
+        "EndpointError EvaluationError FetchError LockedError ManyEyesError PipelineError PreflightError "
+        "ProcessLostError RecipeError RecordError RegistryError RegistryUnreachableError ServiceError ShapeError "
+        "SnapshotError SourceError StorageError ValidationError did_you_mean"
     ),
 }
 

@@ -386,6 +386,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--rate", "requests_per_minute", type=float, help="Most requests a minute; no limit by default.")
 @click.option("--price-in", type=float, help="Of a million prompt tokens, to count the cost.")
 @click.option("--price-out", type=float, help="Of a million answered tokens.")
+@click.option("--max-cost", type=float, help="Most that the answers may cost; needs both prices.")
 @click.option("--max-unjudged", type=float, help="Share without a verdict up to which a score is given; 0 by default.")
 @click.option("--cache", type=_FOLDER, help="Keeps the judge's answers; judge in MANYEYES_CACHE by default.")
 @click.option("--variant", help="Whose scoring; what papers report by default.")
@@ -477,7 +478,9 @@ def _judge_spec(endpoint: str | None, model: str | None, settings: dict[str, str
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise EvaluationError(
-            f"--{str(first['loc'][0]).replace('_', '-')} does not do", first["msg"], "See: manyeyes judge --help"
+            f"--{str((first['loc'] or ('max_cost',))[0]).replace('_', '-')} does not do",
+            first["msg"],
+            "See: manyeyes judge --help",
         ) from None
 
 

@@ -20,6 +20,7 @@ from manyeyes.cli.evaluation import (
     reliance_command,
     score_command,
 )
+from manyeyes.cli.generation import generate_group
 from manyeyes.cli.group import CommandGroup as _Group
 from manyeyes.cli.group import OutPath
 from manyeyes.cli.pipeline import pipeline as pipeline_group
@@ -233,6 +234,7 @@ data.add_command(contamination_command)
 data.add_command(import_command)
 data.add_command(sources_command)
 data.add_command(self_chat_command)
+data.add_command(generate_group)
 
 
 # --- what there is -------------------------------------------------------------------------------------------------

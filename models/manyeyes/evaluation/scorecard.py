@@ -14,10 +14,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks.benchmark import Unit
 from manyeyes.evaluation.benchmarks.items import MultipleChoice
-from manyeyes.evaluation.judging.judge import JudgeUse
 from manyeyes.runtime.bundle_contents import ModelFacts
 from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
+from manyeyes.web.chat_client import ServiceUse
 
 Interval = tuple[float, float]
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -232,7 +232,7 @@ class Scorecard(StrictModel):
         default={}, description="Benchmarks without a score, and why: no judge, or no verdict on too many items."
     )
 
-    judge: JudgeUse | None = Field(default=None, description="Who judged, and what it took; null without a judge.")
+    judge: ServiceUse | None = Field(default=None, description="Who judged, and what it took; null without a judge.")
     groups: dict[str, GroupAverage] = Field(
         default={}, description="Cambrian-1's groups of which two benchmarks or more are scored, by name."
     )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import base64
 import http.client
-import ipaddress
-import socket
-import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from manyeyes.errors import RecordError
+from manyeyes.errors import FetchError, RecordError
 from manyeyes.runtime.preprocess import read_image_size
+from manyeyes.web.public_hosts import PinnedConnection, find_public_address
 
 _FETCH_S = 10.0
 _CHUNK = 2**16
@@ -87,8 +85,8 @@ def _fetch(url: str, limits: ImageLimits) -> bytes:
     secure = parts.scheme == "https"
     deadline = time.monotonic() + _FETCH_S
     try:
-        address = _public_address(host, port or (443 if secure else 80))
-        connection = _Pinned(host, address, secure=secure, timeout=_FETCH_S)
+        address = find_public_address(host, port or (443 if secure else 80))
+        connection = PinnedConnection(host, address, secure=secure, timeout=_FETCH_S)
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "image/*"})
@@ -107,34 +105,9 @@ def _fetch(url: str, limits: ImageLimits) -> bytes:
             return data
         finally:
             connection.close()
+    except FetchError as error:
+        raise RecordError(error.found, error.needed, "Send the image inline.") from error
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise RecordError(
             f"image_url {url[:60]!r} cannot be fetched ({error})", "a server that answers", "Send it inline."
         ) from error
-
-
-def _public_address(host: str, port: int) -> tuple[str, int]:
-    """Where a host is; none of its addresses may be private: the name may be anybody's."""
-    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    inside = [address for address in found if not _is_public(address)]
-    if inside or not found:
-        raise RecordError(f"{host} is at {', '.join(inside)}", "a public address is needed", "Send the image inline.")
-    return found[0], port
-
-
-def _is_public(address: str) -> bool:
-    number = ipaddress.ip_address(address.partition("%")[0])
-    return number.is_global and not number.is_multicast
-
-
-class _Pinned(http.client.HTTPConnection):
-    """Connects to the address that was checked, whatever the name says by now."""
-
-    def __init__(self, host: str, address: tuple[str, int], *, secure: bool, timeout: float) -> None:
-        super().__init__(host, address[1], timeout=timeout)
-        self._address, self._secure = address, secure
-
-    def connect(self) -> None:
-        self.sock = socket.create_connection(self._address, self.timeout)
-        if self._secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)

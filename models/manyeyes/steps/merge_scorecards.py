@@ -7,7 +7,6 @@ from pathlib import Path
 
 from manyeyes.errors import EvaluationError
 from manyeyes.evaluation.benchmarks import load_benchmarks
-from manyeyes.evaluation.judging.judge import add_uses
 from manyeyes.evaluation.outcomes import OutcomeFile, average_groups, read_outcomes, write_outcomes
 from manyeyes.evaluation.report.contents import describe_reproduction, merge_runs
 from manyeyes.evaluation.report.writing import build_report, read_report, write_report
@@ -15,6 +14,7 @@ from manyeyes.evaluation.scorecard import Scorecard, read_scorecard, write_score
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.steps.evaluate import find_champion
+from manyeyes.web.chat_client import add_uses
 
 
 def merge_scorecards(

@@ -14,12 +14,11 @@ judge). LLaVA's script draws a random option where an answer names none; here th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,7 +27,7 @@ from manyeyes.evaluation.benchmarks import BenchmarkRow, Graded, Row, find_bench
 from manyeyes.evaluation.benchmarks import mathvista as mathvista_judge
 from manyeyes.evaluation.benchmarks.benchmark import Judging
 from manyeyes.evaluation.benchmarks.scienceqa import options
-from manyeyes.evaluation.judging.judge import Judge, JudgeUse, Verdict
+from manyeyes.evaluation.judging.judge import Judge
 from manyeyes.evaluation.score import (
     LISTED_IDS,
     ScoredItem,
@@ -39,8 +38,7 @@ from manyeyes.evaluation.score import (
     match_predictions,
 )
 from manyeyes.strict import StrictModel
-
-T = TypeVar("T")
+from manyeyes.web.chat_client import ServiceUse, Verdict, ask_each
 
 JUDGINGS: dict[str, Judging] = {
     "llava-bench-coco": llava_bench.JUDGING,
@@ -60,7 +58,7 @@ class JudgeReport(StrictModel):
     unjudged: int = Field(ge=0, description="Items without one; in no figure.")
     unjudged_reasons: dict[str, str] = Field(max_length=LISTED_IDS, description="Why, by id; the first of them.")
     prompts: str = Field(description="Name and version of what the judge is asked.")
-    judge: JudgeUse = Field(description="Who judged, and what it took.")
+    judge: ServiceUse = Field(description="Who judged, and what it took.")
 
 
 def judge_items(
@@ -99,7 +97,7 @@ def judge_items(
             max_tokens=judging.max_tokens,
         )
 
-    return ask_all(judge_one, prepared, judge)
+    return list(ask_each(judge_one, prepared, judge))
 
 
 @dataclass(frozen=True)
@@ -128,27 +126,6 @@ class _Judged:
             return cls(reference, prediction, None, direct=direct)
         invented = judging.read(reference, prediction, judging.example, variant)
         return cls(reference, prediction, messages, invented=invented)
-
-
-def ask_all(ask: Callable[[T], Verdict[Graded]], questions: Sequence[T], judge: Judge) -> list[Verdict[Graded]]:
-    """Ask all questions, as many at a time as the judge takes; where one raises, the others are given up.
-
-    Args:
-        ask: Asks the judge one question.
-        questions: In order.
-        judge: Is asked.
-
-    Returns:
-        One verdict a question, in order.
-    """
-    with ThreadPoolExecutor(judge.spec.concurrency, thread_name_prefix="judge") as pool:
-        futures = [pool.submit(ask, question) for question in questions]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            judge.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def find_judging(name: str) -> Judging:
@@ -258,7 +235,7 @@ class EnsembleReport(StrictModel):
     neither: int = Field(ge=0, description="Items on which no model names an option; wrong.")
     unjudged: int = Field(ge=0, description="Items on which they differ and the judge gave no verdict; in no figure.")
     unjudged_reasons: dict[str, str] = Field(max_length=LISTED_IDS, description="Why, by id; the first of them.")
-    judge: JudgeUse | None = Field(description="Who judged, and what it took; null for complement.")
+    judge: ServiceUse | None = Field(description="Who judged, and what it took; null for complement.")
 
 
 @dataclass(frozen=True)
@@ -360,7 +337,7 @@ def _decide(row: BenchmarkRow, pairs: Sequence[_Pair], judge: Judge, *, variant:
         pair, messages = question
         return judge.ask(messages, read=partial(read, pair), temperature=0.0, max_tokens=_MAX_TOKENS)
 
-    return ask_all(ask, [(pair, _messages(pair)) for pair in pairs], judge)
+    return list(ask_each(ask, [(pair, _messages(pair)) for pair in pairs], judge))
 
 
 def _messages(pair: _Pair) -> list[dict[str, str]]:

@@ -1,0 +1,206 @@
+"""``manyeyes data generate KIND ...``: data that a language model writes, behind any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from manyeyes.cli.group import CommandGroup, OutPath
+
+if TYPE_CHECKING:
+    from manyeyes.data.generation.dataset import GenerationReport
+    from manyeyes.data.generation.interview import Rehearsal
+    from manyeyes.web.chat_client import ChatClient
+
+API_KEY = "MANYEYES_GENERATION_KEY"
+"""Environment variable that holds the key, unless ``--key-from`` names another."""
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_SERVICE = (
+    click.option("--endpoint", required=True, help="OpenAI-compatible, for instance https://models.example/v1."),
+    click.option("--model", required=True, help="Name of the language model there."),
+    click.option("--key-from", default=API_KEY, show_default=True, metavar="VARIABLE", help="Holds the key."),
+    click.option("--temperature", type=float, help="What each prompt was written for by default."),
+    click.option("--timeout", "timeout_s", type=float, help="Longest time for one request in seconds; 60 by default."),
+    click.option("--concurrency", type=int, help="Most requests at a time; 4 by default, fewer while it is busy."),
+    click.option("--rate", "requests_per_minute", type=float, help="Most requests a minute; no limit by default."),
+    click.option("--readings", type=int, help="Answers to one question until one can be read; 3 by default."),
+    click.option("--price-in", type=float, help="Of a million prompt tokens, to count the cost."),
+    click.option("--price-out", type=float, help="Of a million answered tokens."),
+    click.option("--max-cost", type=float, help="Most that it may cost, earlier runs included; needs both prices."),
+    click.option("--cache", type=_FOLDER, help="Keeps answers; answers in MANYEYES_CACHE by default."),
+    click.option("--ask-again", is_flag=True, help="Ask again where an earlier answer could not be read."),
+)
+_RUN = (
+    click.option("--limit", type=click.IntRange(min=1), help="The first N items alone."),
+    click.option("--dry-run", is_flag=True, help="Say what it would ask and cost, and ask nothing."),
+)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def asks(command: _Command) -> _Command:
+    """Options for the service, which the command gets as ``client``, and for the run."""
+
+    @functools.wraps(command)
+    def with_client(
+        cache: Path | None, ask_again: bool, endpoint: str, model: str, key_from: str, **others: Any
+    ) -> None:
+        names = (
+            *("temperature", "timeout_s", "concurrency", "requests_per_minute", "readings"),
+            *("price_in", "price_out", "max_cost"),
+        )
+        settings = {name: others.pop(name) for name in names}
+        given = {name: value for name, value in settings.items() if value is not None}
+        service = {"endpoint": endpoint, "model": model, "key_from": key_from, **given}
+        command(client=_make_client(service, cache, ask_again=ask_again), **others)
+
+    decorated: Any = with_client
+    for option in reversed(_SERVICE + _RUN):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def _make_client(service: dict[str, Any], cache: Path | None, *, ask_again: bool) -> ChatClient:
+    import pydantic
+
+    from manyeyes.errors import ServiceError
+    from manyeyes.recipe.service import ServiceSpec
+    from manyeyes.storage import cache_dir
+    from manyeyes.web.chat_client import ChatClient
+
+    try:
+        spec = ServiceSpec.model_validate(service)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        option = f"--{str((first['loc'] or ('max_cost',))[0]).replace('_', '-')} does not do"
+        raise ServiceError(option, first["msg"], "See: manyeyes data generate KIND --help") from None
+    return ChatClient(spec, cache=cache or cache_dir() / "answers", keep_unreadable=not ask_again)
+
+
+@click.group("generate", cls=CommandGroup)
+def generate_group() -> None:
+    """Data that a language model writes; --dry-run says first what it would cost."""
+
+
+def _add_llava_command(kind: str, what: str) -> None:
+    @generate_group.command(kind, help=f"{what} about the images in DESCRIPTIONS, into the snapshot in OUT.")
+    @click.argument("descriptions", type=_FILE)
+    @click.argument("out", type=OutPath())
+    @click.option("--images", type=_FOLDER, required=True, help="Folder that the images are below.")
+    @click.option("--instances", type=_FILE, help="COCO: the boxes, beside its captions.")
+    @click.option("--name", default=f"generated-{kind}", show_default=True, help="Of the data set.")
+    @click.option("--licence", required=True, help="SPDX name of what comes out.")
+    @asks
+    def command(
+        descriptions: Path,
+        out: Path,
+        images: Path,
+        instances: Path | None,
+        name: str,
+        licence: str,
+        client: ChatClient,
+        limit: int | None,
+        dry_run: bool,
+    ) -> None:
+        from manyeyes.data.generation.descriptions import read_descriptions
+        from manyeyes.data.generation.llava import sampler
+
+        _write_dataset(
+            lambda: read_descriptions(descriptions, instances=instances),
+            sampler(kind, images),
+            client,
+            kind=kind,
+            out=out,
+            name=name,
+            licence=licence,
+            limit=limit,
+            dry_run=dry_run,
+        )
+
+
+_add_llava_command("conversation", "LLaVA's conversations")
+_add_llava_command("detail", "LLaVA's detailed descriptions")
+_add_llava_command("complex", "LLaVA's complex reasoning")
+
+
+def _write_dataset(
+    read: Callable[[], Iterable[Any]],
+    make: Callable[..., Any],
+    client: ChatClient,
+    *,
+    kind: str,
+    out: Path,
+    name: str,
+    licence: str,
+    limit: int | None,
+    dry_run: bool,
+) -> None:
+    from manyeyes.data.generation.dataset import check_name, generate_dataset, rehearse
+    from manyeyes.errors import DataError
+
+    check_name(name)
+    if dry_run:
+        _say_rehearsal(rehearse(islice(read(), limit), make, client))
+        return
+    _say_key(client)
+    report = generate_dataset(
+        islice(read(), limit),
+        make,
+        client,
+        kind=kind,
+        out=out,
+        name=name,
+        licence=licence,
+        on_progress=_progress(client),
+    )
+    _say_report(report, out / name)
+    if not report.records:
+        raise DataError("no item gave a record", "at least one that does", f"Read {out / name / 'refused.jsonl'}.")
+
+
+def _progress(client: ChatClient) -> Callable[[int, int], None]:
+    """One line a few seconds, on stderr."""
+    last = time.monotonic()
+
+    def say(done: int, refused: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 5:
+            last = time.monotonic()
+            cost = "" if client.spent is None else f", cost {client.spent:.2f}"
+            click.echo(f"{done:,} done, {refused:,} refused{cost}", err=True)
+
+    return say
+
+
+def _say_key(client: ChatClient) -> None:
+    if not os.environ.get(client.spec.key_from, "").strip():
+        click.echo(f"no key in {client.spec.key_from}: asking without one", err=True)
+
+
+def _say_rehearsal(counted: Rehearsal) -> None:
+    click.echo(
+        f"{counted.calls:,} questions to ask, {counted.kept:,} answered already; about {counted.prompt_tokens:,} "
+        f"prompt tokens and {counted.answer_tokens:,} answered ones, at most {counted.most_answer_tokens:,}"
+    )
+    likely = counted.client.price(counted.prompt_tokens, counted.answer_tokens)
+    most = counted.client.price(counted.prompt_tokens, counted.most_answer_tokens)
+    if likely is None or most is None:
+        click.echo("cost: unknown; give --price-in and --price-out")
+    else:
+        click.echo(
+            f"cost: about {likely:.2f}, at most about {most:.2f} where every answer can be read the first time; "
+            "--max-cost sets a limit"
+        )
+
+
+def _say_report(report: GenerationReport, folder: Path) -> None:
+    click.echo(f"{report.records:,} records in {folder}, {report.refused:,} items refused (refused.jsonl says why)")
+    click.echo(report.service.in_words())
