@@ -61,6 +61,22 @@ def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
     return folder
 
 
+def add_variant(bundle: Path) -> Path:
+    """Give a bundle of ``make_bundle`` the variant ``int4``, whose decoder is another file."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (bundle / "decoder_q4.onnx").write_bytes(b"four bits")
+    manifest["files"]["decoder_q4.onnx"] = {"sha256": hashlib.sha256(b"four bits").hexdigest(), "bytes": 9}
+    graphs = {"vision": ["vision.onnx"], "embed": ["embed.onnx"], "decoder": ["decoder.onnx"]}
+    precision = dict.fromkeys(graphs, "fp32")
+    manifest["variants"] = {
+        "default": {"graphs": graphs, "precision": precision},
+        "int4": {"graphs": graphs | {"decoder": ["decoder_q4.onnx"]}, "precision": precision | {"decoder": "int4"}},
+    }
+    manifest["digest"] = digest_files(manifest["files"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return bundle
+
+
 @dataclass
 class Candidate:
     """Everything that register takes."""

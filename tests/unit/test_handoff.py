@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from manyeyes.errors import BundleError
-from manyeyes.runtime.bundle_contents import digest_files
+from manyeyes.runtime.bundle_contents import digest_files, pulled_variants, read_manifest
 from manyeyes.serving.handoff import default_image, render_kserve, render_kubernetes, write_oci_layout
 from tests.cli_calls import call
-from tests.registry_store import make_bundle
+from tests.registry_store import add_variant, make_bundle
 from tests.trainjob_server import _closed
 
 URI = "oci://registry.example/team/model:1"
@@ -102,6 +102,27 @@ def test_inference_service_fits_kserves_schema(uri: str) -> None:
     del predictor["containers"][0]["name"]
     with pytest.raises(jsonschema.ValidationError, match="name"):
         jsonschema.Draft202012Validator(schema).validate(service)
+
+
+def test_one_variant_is_handed_on_without_the_files_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = add_variant(make_bundle(tmp_path / "1", "a"))
+    for target in ("oci", "triton", "kubernetes", "kserve"):
+        command = ["handoff", str(bundle), str(tmp_path / target), "--to", target, "--uri", URI, "--variant"]
+        assert call(monkeypatch, *command, "int4") == 0
+        assert call(monkeypatch, *command[:2], str(tmp_path / "none"), *command[3:], "int3") == 2
+        assert "this bundle has default, int4" in capsys.readouterr().err
+    _, files = read_layout(tmp_path / "oci")
+    names = {file.name for file in bundle.iterdir()} - {"decoder.onnx"}
+    assert files.keys() == {f"models/{name}" for name in names}
+    assert {file.name for file in (tmp_path / "triton" / "tiny" / "1" / "bundle").iterdir()} == names
+    for target in ("kubernetes", "kserve"):
+        assert (tmp_path / target).read_text(encoding="utf-8").count("- --variant") == 1
+    # What was pulled for one variant is that variant.
+    assert pulled_variants(tmp_path / "triton" / "tiny" / "1" / "bundle", read_manifest(bundle)) == ["int4"]
+    write_oci_layout(tmp_path / "triton" / "tiny" / "1" / "bundle", tmp_path / "again", tag="t")
+    assert read_layout(tmp_path / "again")[1] == files
 
 
 def test_names_and_places_that_no_cluster_takes_are_refused() -> None:

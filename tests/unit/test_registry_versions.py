@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -37,11 +35,11 @@ from manyeyes.registry.versions import (
     rollback,
 )
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
+from manyeyes.runtime.bundle_contents import REQUIRED_FILES
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.serving.hosting import RegistrySource
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
-from tests.registry_store import IMAGES, make_bundle, make_candidate, put, store_uri
+from tests.registry_store import IMAGES, add_variant, make_bundle, make_candidate, put, store_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -272,24 +270,15 @@ def test_files_that_are_gone_from_the_store_are_named(registered: RegisteredVers
 
 
 def test_one_variant_is_pulled_without_the_files_of_the_others(snapshot: Snapshot, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "exported", "whole")
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    (bundle / "decoder_q4.onnx").write_bytes(b"four bits")
-    manifest["files"]["decoder_q4.onnx"] = {"sha256": hashlib.sha256(b"four bits").hexdigest(), "bytes": 9}
-    graphs = {"vision": ["vision.onnx"], "embed": ["embed.onnx"], "decoder": ["decoder.onnx"]}
-    precision = dict.fromkeys(graphs, "fp32")
-    manifest["variants"] = {
-        "default": {"graphs": graphs, "precision": precision},
-        "int4": {"graphs": graphs | {"decoder": ["decoder_q4.onnx"]}, "precision": precision | {"decoder": "int4"}},
-    }
-    manifest["digest"] = digest_files(manifest["files"])
-    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    bundle = add_variant(make_bundle(tmp_path / "exported", "whole"))
     put("with-variants", make_candidate(tmp_path / "one", snapshot, bundle=bundle))
     pulled = pull("with-variants", out_dir=tmp_path / "pulled", variant="int4")
     assert {path.name for path in pulled.iterdir()} == {path.name for path in bundle.iterdir()} - {"decoder.onnx"}
     assert (pulled / "decoder_q4.onnx").read_bytes() == b"four bits"
-    with pytest.raises(BundleError, match='variant is "int3"'):
-        pull("with-variants", out_dir=tmp_path / "other", variant="int3")
+    source = RegistrySource("with-variants", kept=tmp_path / "kept", variant="int3")
+    with pytest.raises(BundleError, match=r'variant is "int3".*this bundle has default, int4'):
+        source.fetch(source.find())
+    assert list((tmp_path / "kept").iterdir()) == []
     assert "decoder.onnx" in {path.name for path in pull("with-variants", out_dir=tmp_path / "pulled").iterdir()}
 
 
@@ -363,8 +352,11 @@ def test_the_mlflow_model_answers(
 
     loaded: list[Path] = []
 
-    def load(path: Path) -> FakeBundle:
+    variants: list[str | None] = []
+
+    def load(path: Path, variant: str | None = None) -> FakeBundle:
         loaded.append(path)
+        variants.append(variant)
         return FakeBundle()
 
     monkeypatch.setattr("manyeyes.runtime.bundle.load_bundle", load)
@@ -390,6 +382,11 @@ def test_the_mlflow_model_answers(
     assert list(model.predict(rows, params={"max_new_tokens": 5})) == expected
     assert calls[1][1] == 5
     assert list(model.predict(pd.DataFrame({"question": ["g?"]}))) == ["0 g?"]
+    mlflow.pyfunc.load_model("models:/served@champion", model_config={"variant": "int4"})
+    # What `mlflow models serve` takes.
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"variant": "int8"}')
+    mlflow.pyfunc.load_model("models:/served@champion")
+    assert variants == ["default", "int4", "int8"]
 
 
 def test_server_finds_and_fetches_what_the_alias_names_and_may_ask_for_approval(

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from manyeyes.registry.versions import RegisteredVersion
 
 
-def pulled_bundle(reference: str) -> Path:
-    """Folder of a registered model's bundle on this machine, fetched when it is not there yet."""
-    from manyeyes.harness.inputs import cache_dir
-    from manyeyes.registry.versions import describe, parse_model_reference, pull
+def pulled_bundle(reference: str, variant: str | None = None) -> Path:
+    """Folder of a registered model's bundle on this machine, fetched when it is not there yet.
 
-    version = describe(parse_model_reference(reference))
-    return pull(
-        f"{version.name}/{version.version}", out_dir=cache_dir() / "bundles" / f"{version.name}-{version.version}"
-    )
+    Args:
+        reference: ``NAME``, ``NAME@ALIAS`` or ``NAME/VERSION``.
+        variant: Fetch this variant alone; everything when left out.
+    """
+    from manyeyes.harness.inputs import cache_dir
+    from manyeyes.serving.hosting import RegistrySource
+
+    source = RegistrySource(reference, kept=cache_dir() / "bundles", variant=variant)
+    return source.fetch(source.find())
 
 
 @click.command("pull")
@@ -159,6 +162,9 @@ DRAWING_TOKENS = 512  # Mini-Gemini's own; a prompt for a picture has some 30 wo
 @click.argument("image", type=click.Path(path_type=Path, allow_dash=True))
 @click.argument("question")
 @click.option(
+    "--variant", help="Which of the bundle's variants, for instance int4; of a registered one, it alone is fetched."
+)
+@click.option(
     "--max-new-tokens", type=int, help=f"Most tokens of the answer: {ANSWER_TOKENS}, and {DRAWING_TOKENS} with --draw."
 )
 @click.option("--draw", "source", metavar="PIPELINE", help="Draw with this diffusers folder or hub id (owner/name).")
@@ -171,6 +177,7 @@ def ask_command(
     model: str,
     image: Path,
     question: str,
+    variant: str | None,
     max_new_tokens: int | None,
     source: str | None,
     out: Path,
@@ -186,11 +193,8 @@ def ask_command(
 
     images = [] if str(image) == "-" else [read_image(image, name="image")]
     if source is None:
-        click.echo(
-            load_bundle(_find_bundle(model)).answer(
-                question, images=images, max_new_tokens=max_new_tokens or ANSWER_TOKENS
-            )
-        )
+        bundle = load_bundle(_find_bundle(model, variant), variant=variant)
+        click.echo(bundle.answer(question, images=images, max_new_tokens=max_new_tokens or ANSWER_TOKENS))
         return
 
     from manyeyes.drawing import DrawingWarning, draw, load_pipeline, request_drawing, save_images
@@ -198,7 +202,7 @@ def ask_command(
 
     settings = parse_overrides(list(assignments))
     pipeline = load_pipeline(source)
-    answer = load_bundle(_find_bundle(model)).answer(
+    answer = load_bundle(_find_bundle(model, variant), variant=variant).answer(
         request_drawing(question), images=images, max_new_tokens=max_new_tokens or DRAWING_TOKENS
     )
     with warnings.catch_warnings():
@@ -213,9 +217,9 @@ def ask_command(
         click.echo(str(path))
 
 
-def _find_bundle(model: str) -> Path:
+def _find_bundle(model: str, variant: str | None) -> Path:
     if model.strip() and is_there(Path(model) / "manifest.json"):  # Path("") is the working directory
         return Path(model)
     from manyeyes.cli.registry import pulled_bundle
 
-    return pulled_bundle(model)
+    return pulled_bundle(model, variant)

@@ -15,6 +15,9 @@ MIB = 2**20
 
 @click.command("serve")
 @click.argument("model")
+@click.option(
+    "--variant", help="Which of the bundle's variants, for instance int4; of a registered one, it alone is fetched."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", default=8080, show_default=True, help="0 takes any that is free.")
 @click.option("--threads", type=int, help="Threads a graph may use; every core by default.")
@@ -30,6 +33,7 @@ MIB = 2**20
 @click.option("--stop-seconds", default=30.0, show_default=True, help="For running answers after SIGTERM.")
 def serve_command(
     model: str,
+    variant: str | None,
     host: str,
     port: int,
     threads: int | None,
@@ -60,7 +64,7 @@ def serve_command(
     source: BundleSource = (
         FolderSource(folder, str(read_manifest(folder)["recipe"]))
         if fixed
-        else RegistrySource(model, kept=cache_dir() / "bundles", require_approved=require_approved)
+        else RegistrySource(model, kept=cache_dir() / "bundles", require_approved=require_approved, variant=variant)
     )
     limits = Limits(
         images=ImageLimits(max_images, max_pixels, max_body_mb * MIB, hosts),
@@ -71,7 +75,9 @@ def serve_command(
     )
     serving = Host(
         source,
-        lambda path: open_bundle(path, threads=threads, max_tokens=max_tokens, cache_bytes=cache_mb * MIB),
+        lambda path: open_bundle(
+            path, threads=threads, max_tokens=max_tokens, cache_bytes=cache_mb * MIB, variant=variant
+        ),
     )
     run_server(
         serving,
@@ -88,33 +94,40 @@ def serve_command(
 @click.option(
     "--to", "target", type=click.Choice(["oci", "kubernetes", "kserve", "triton"]), required=True, help="What to write."
 )
+@click.option("--variant", help="Hand on this variant of the bundle alone, for instance int4; all by default.")
 @click.option("--name", help="Of the service, or the image's tag; the recipe, or the bundle's digest, by default.")
 @click.option("--uri", default="", help="Where the cluster finds the bundle: oci://REGISTRY/NAME:TAG, s3://..., ...")
 @click.option("--image", help="The runtime image; manyeyes-runtime of this version by default.")
-def handoff_command(model: str, out: Path, target: str, name: str | None, uri: str, image: str | None) -> None:
+def handoff_command(
+    model: str, out: Path, target: str, variant: str | None, name: str | None, uri: str, image: str | None
+) -> None:
     """Write what other servers need of MODEL[@ALIAS or /VERSION], or of the bundle in the folder MODEL.
 
-    oci (an image layout) and triton (a model repository) write the folder OUT, kubernetes and kserve the YAML file OUT.
+    oci (an image layout) and triton (a model repository) write the folder OUT, with the files of --variant where it is
+    given; kubernetes and kserve the YAML file OUT, whose server then answers with that variant.
     """
-    from manyeyes.runtime.bundle_contents import read_manifest
+    from manyeyes.runtime.bundle_contents import choose_variant, read_manifest
     from manyeyes.serving import handoff
     from manyeyes.serving.hosting import RegistrySource
 
     check_out(out, file=target in ("kubernetes", "kserve"))
     folder = Path(model)
     if not (is_there(folder) and folder.is_dir()):
-        source = RegistrySource(model, kept=cache_dir() / "bundles")
+        source = RegistrySource(model, kept=cache_dir() / "bundles", variant=variant)
         folder = source.fetch(source.find())
     manifest = read_manifest(folder)
     if target == "oci":
-        digest = handoff.write_oci_layout(folder, out, tag=name or str(manifest["digest"])[:12])
+        tag = name or "-".join(filter(None, (str(manifest["digest"])[:12], variant)))
+        digest = handoff.write_oci_layout(folder, out, tag=tag, variant=variant)
         click.echo(f"{out} ({digest})")
         return
     service = name or str(manifest["recipe"]).lower().replace("_", "-").replace(".", "-")
     if target == "triton":
-        handoff.write_triton(folder, out, name=service)
+        handoff.write_triton(folder, out, name=service, variant=variant)
         click.echo(str(out))
         return
     render = handoff.render_kserve if target == "kserve" else handoff.render_kubernetes
-    write_file(out, render(service, image=image or handoff.default_image(), models=uri))
+    if variant is not None:
+        choose_variant(folder, manifest, variant)
+    write_file(out, render(service, image=image or handoff.default_image(), models=uri, variant=variant))
     click.echo(str(out))

@@ -5,6 +5,12 @@ from __future__ import annotations
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+_MAX_NEW_TOKENS = 32
 
 # As in pyproject.toml.
 _ONNX_RUNTIME = (
@@ -26,3 +32,15 @@ def copy_code(folder: Path) -> Path:
     """A copy of this package, for environments that do not have it."""
     own = Path(__file__).parents[1]
     return Path(shutil.copytree(own, folder / own.name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def carried_signature() -> ModelSignature:
+    """What a version takes and gives: columns ``image`` and ``question``, a text a row."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), name="image", required=False), ColSpec(DataType.string, name="question")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema([ParamSpec("max_new_tokens", DataType.integer, _MAX_NEW_TOKENS)]),
+    )

@@ -26,12 +26,14 @@ class BundleModel(PythonModel):
     Input: a pandas DataFrame, or a list of dicts, with the columns ``question`` and ``image``. An image is bytes, the
     path of a file, base64 text (with or without ``data:...;base64,``), an image of Pillow, an array ``[H, W, 3]`` of
     uint8, or nothing for a question about no image.
-    Output: a list of answers. ``params={"max_new_tokens": 64}`` allows longer ones.
+    Output: a list of answers. ``params={"max_new_tokens": 64}`` allows longer ones. Loaded with
+    ``model_config={"variant": "int4"}``, it is another variant of the bundle that answers.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the bundle that was logged with the model."""
-        self.bundle: Bundle = load_bundle(Path(context.artifacts["bundle"]))
+        variant = (context.model_config or {}).get("variant")
+        self.bundle: Bundle = load_bundle(Path(context.artifacts["bundle"]), variant=variant)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

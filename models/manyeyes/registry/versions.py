@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
@@ -28,7 +28,7 @@ from mlflow.exceptions import MlflowException
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.approval import check_approver, is_approved, waits
-from manyeyes.registry.carried import carried_requirements, copy_code
+from manyeyes.registry.carried import carried_requirements, carried_signature, copy_code
 from manyeyes.registry.gate import GateReport, Verdict, read_gate_report, render_gate_html, render_gate_markdown
 from manyeyes.registry.history import Approvals, Change, History, identify, move
 from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
@@ -47,11 +47,8 @@ from manyeyes.registry.references import (
     parse_model_reference,
 )
 from manyeyes.registry.tracking import Tracking, connect, step_run
-from manyeyes.runtime.bundle_contents import check_files, read_manifest
+from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT, check_files, read_manifest
 from manyeyes.storage import link_or_copy
-
-if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
 
 __all__ = [
     "Approvals",
@@ -69,8 +66,6 @@ __all__ = [
     "reject",
     "rollback",
 ]
-
-_MAX_NEW_TOKENS = 32
 
 
 def log_model(
@@ -115,7 +110,8 @@ def log_model(
                 name="bundle",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={"bundle": str(staging / "bundle"), "evidence": str(staging / "evidence")},
-                signature=_signature(),
+                signature=carried_signature(),
+                model_config={"variant": DEFAULT_VARIANT},
                 code_paths=[str(copy_code(staging / "code"))],
                 pip_requirements=carried_requirements(),
             )
@@ -172,17 +168,6 @@ def log_scores(tracking: Tracking, run_id: str, model_id: str, score: Scorecard)
     metrics = [Metric(key, value, 0, 0, model_id=model_id, run_id=run_id) for key, value in score.metrics().items()]
     with registry_errors():
         tracking.client.log_batch(run_id, metrics=metrics)
-
-
-def _signature() -> ModelSignature:
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), name="image", required=False), ColSpec(DataType.string, name="question")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema([ParamSpec("max_new_tokens", DataType.integer, _MAX_NEW_TOKENS)]),
-    )
 
 
 _TAG_CHARACTERS = 5000

@@ -380,6 +380,21 @@ def describe_precision(variant: BundleVariant) -> str:
     return ", ".join(below) or "fp32"
 
 
+def pulled_variants(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The variants whose files are all in a bundle's folder, the default first; the default where none is whole.
+
+    Args:
+        path: The bundle's folder.
+        manifest: From ``read_manifest``.
+    """
+    whole = [
+        name
+        for name, variant in read_variants(manifest).items()
+        if all((path / file).is_file() for file in variant_files(variant))
+    ]
+    return sorted(whole, key=lambda name: name != DEFAULT_VARIANT) or [DEFAULT_VARIANT]
+
+
 def choose_variant(path: Path, manifest: Mapping[str, Any], name: str | None = None) -> tuple[str, BundleVariant]:
     """The variant to load, and its name.
 
@@ -393,9 +408,7 @@ def choose_variant(path: Path, manifest: Mapping[str, Any], name: str | None = N
     """
     variants = read_variants(manifest)
     if name is None:
-        there = [
-            one for one, variant in variants.items() if all((path / file).is_file() for file in variant_files(variant))
-        ]
+        there = pulled_variants(path, manifest)
         name = there[0] if len(there) == 1 else DEFAULT_VARIANT
     if name not in variants:
         raise BundleError(

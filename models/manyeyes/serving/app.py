@@ -264,6 +264,7 @@ def build_app(service: Service) -> FastAPI:
             "owned_by": "manyeyes",
             "version": host.served.version,
             "digest": host.served.digest,
+            "variant": host.served.variant,
         }
         return {"object": "list", "data": [entry]}
 

@@ -18,7 +18,15 @@ import yaml
 
 from manyeyes import __version__
 from manyeyes.errors import BundleError
-from manyeyes.runtime.bundle_contents import MANIFEST, check_files, read_manifest
+from manyeyes.runtime.bundle_contents import (
+    DEFAULT_VARIANT,
+    MANIFEST,
+    check_files,
+    choose_variant,
+    needed_files,
+    pulled_variants,
+    read_manifest,
+)
 from manyeyes.storage import hash_file, link_or_copy, new_folder
 
 MODELS = "/models"
@@ -29,27 +37,27 @@ _ARCHITECTURES = ("amd64", "arm64")
 _OCI = "application/vnd.oci.image"
 
 
-def write_oci_layout(bundle: Path, out: Path, *, tag: str) -> str:
+def write_oci_layout(bundle: Path, out: Path, *, tag: str, variant: str | None = None) -> str:
     """Write an OCI image layout with the bundle's files under ``/models``, for each architecture the same layers.
 
     Args:
         bundle: Its folder.
         out: Folder to write; appears when it is complete.
         tag: Of the image in the layout.
+        variant: Its files alone; all when left out.
 
     Returns:
         Digest of the image.
 
     Raises:
-        BundleError: A file is missing, or is not what the manifest says.
+        BundleError: A file is missing or is not what the manifest says, or there is no such variant.
         StorageError: No space, or no permission.
     """
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest["files"])
+    manifest, files = _checked_files(bundle, variant)
     with new_folder(out) as folder:
         blobs = folder / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        layers = [_write_layer(bundle / name, blobs) for name in sorted([*manifest["files"], MANIFEST])]
+        layers = [_write_layer(bundle / name, blobs) for name in sorted([*files, MANIFEST])]
         images = []
         for architecture in _ARCHITECTURES:
             config = {
@@ -74,6 +82,19 @@ def write_oci_layout(bundle: Path, out: Path, *, tag: str) -> str:
         (folder / "index.json").write_text(json.dumps({**index, "manifests": [named]}), encoding="utf-8")
         (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}', encoding="utf-8")
     return str(whole["digest"])
+
+
+def _checked_files(bundle: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest, and what it says of the files to hand on, which are as it says."""
+    manifest = read_manifest(bundle)
+    # A folder that was pulled for one variant alone has no other files.
+    if variant is None and DEFAULT_VARIANT not in (there := pulled_variants(bundle, manifest)):
+        variant = there[0]
+    files = manifest["files"]
+    if variant is not None:
+        files = needed_files(manifest, choose_variant(bundle, manifest, variant)[1])
+    check_files(bundle, files)
+    return manifest, files
 
 
 def _write_layer(file: Path, blobs: Path) -> dict[str, Any]:
@@ -102,27 +123,27 @@ def _write_json(content: dict[str, Any], blobs: Path, *, kind: str) -> dict[str,
     return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(data)}
 
 
-def write_triton(bundle: Path, out: Path, *, name: str) -> None:
+def write_triton(bundle: Path, out: Path, *, name: str, variant: str | None = None) -> None:
     """Write a model repository of Triton: a model of the Python back end, with the bundle and this package's code.
 
     Args:
         bundle: Its folder; external data of a graph stays beside it.
         out: Folder to write, the repository; appears when it is complete.
         name: Of the model.
+        variant: Its files alone; all when left out, and the default answers.
 
     Raises:
-        BundleError: A file is missing or is not what the manifest says, or ``name`` is none.
+        BundleError: A file is missing or is not what the manifest says, there is no such variant, or ``name`` is none.
         StorageError: No space, or no permission.
     """
     from manyeyes.registry.carried import copy_code
 
     _check_name(name)
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest["files"])
+    _, files = _checked_files(bundle, variant)
     with new_folder(out) as folder:
         version = folder / name / "1"
         (version / "bundle").mkdir(parents=True)
-        for file in (*manifest["files"], MANIFEST):
+        for file in (*files, MANIFEST):
             link_or_copy(bundle / file, version / "bundle" / file)
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
         copy_code(version / "code")
@@ -149,7 +170,7 @@ def default_image() -> str:
     return f"manyeyes-runtime:{__version__}"
 
 
-def render_kubernetes(name: str, *, image: str, models: str) -> str:
+def render_kubernetes(name: str, *, image: str, models: str, variant: str | None = None) -> str:
     """A Deployment of ``manyeyes serve`` and its Service, as YAML.
 
     Args:
@@ -157,6 +178,7 @@ def render_kubernetes(name: str, *, image: str, models: str) -> str:
         image: The runtime image.
         models: Reference of an image with the bundle's files under ``/models``; it is mounted as a volume (Kubernetes
             1.33 or newer).
+        variant: Of the bundle, which answers; as for ``load_bundle``.
 
     Raises:
         BundleError: ``name`` or ``models`` is none.
@@ -168,7 +190,7 @@ def render_kubernetes(name: str, *, image: str, models: str) -> str:
         )
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "manyeyes"}
     container = {
-        **_container(image, f"{MODELS}/models"),
+        **_container(image, f"{MODELS}/models", variant),
         "volumeMounts": [
             {"name": "models", "mountPath": MODELS, "readOnly": True},
             {"name": "scratch", "mountPath": "/tmp"},
@@ -205,13 +227,14 @@ def render_kubernetes(name: str, *, image: str, models: str) -> str:
     return yaml.safe_dump_all([deployment, service], sort_keys=False)
 
 
-def render_kserve(name: str, *, image: str, models: str) -> str:
+def render_kserve(name: str, *, image: str, models: str, variant: str | None = None) -> str:
     """A KServe InferenceService whose container is ``manyeyes serve``, as YAML.
 
     Args:
         name: Of the service.
         image: The runtime image.
         models: Where the bundle's folder lies: ``oci://``, ``oci+native://``, ``s3://``, ``pvc://``, ...
+        variant: Of the bundle, which answers; as for ``load_bundle``.
 
     Raises:
         BundleError: ``name`` or ``models`` is none.
@@ -232,7 +255,7 @@ def render_kserve(name: str, *, image: str, models: str) -> str:
                 "storageUris": [{"uri": models, "mountPath": mounted}],
                 "containers": [
                     {
-                        **_container(image, mounted),
+                        **_container(image, mounted, variant),
                         "name": "kserve-container",
                         "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
                     }
@@ -244,12 +267,15 @@ def render_kserve(name: str, *, image: str, models: str) -> str:
     return yaml.safe_dump(service, sort_keys=False)
 
 
-def _container(image: str, folder: str) -> dict[str, Any]:
+def _container(image: str, folder: str, variant: str | None) -> dict[str, Any]:
     probe = {"periodSeconds": 5, "timeoutSeconds": 5}
     return {
         "name": "serve",
         "image": image,
-        "command": ["manyeyes", "serve", folder, "--host", "0.0.0.0", "--port", str(PORT)],
+        "command": [
+            *("manyeyes", "serve", folder, "--host", "0.0.0.0", "--port", str(PORT)),
+            *(() if variant is None else ("--variant", variant)),
+        ],
         "ports": [{"name": "http", "containerPort": PORT}],
         "env": [
             {

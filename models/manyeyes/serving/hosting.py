@@ -64,17 +64,21 @@ class RegistrySource:
         reference: ``NAME``, ``NAME@ALIAS`` or ``NAME/VERSION``.
         kept: Folder for bundles that were fetched.
         require_approved: Refuse a version that nobody approved.
+        variant: Fetch this variant alone; everything when left out.
 
     Raises:
         RegistryError: No reference to a model.
     """
 
-    def __init__(self, reference: str, *, kept: Path, require_approved: bool = False) -> None:
+    def __init__(
+        self, reference: str, *, kept: Path, require_approved: bool = False, variant: str | None = None
+    ) -> None:
         from manyeyes.registry.references import parse_model_reference
 
         self._reference = parse_model_reference(reference)
         self._kept = kept
         self._require_approved = require_approved
+        self._variant = variant
         self.name = self._reference.name
 
     def find(self) -> str:
@@ -90,8 +94,9 @@ class RegistrySource:
 
         return pull(
             f"{self.name}/{version}",
-            out_dir=self._kept / f"{self.name}-{version}",
+            out_dir=self._kept / "-".join(filter(None, (self.name, version, self._variant))),
             require_approved=self._require_approved,
+            variant=self._variant,
         )
 
 
@@ -115,6 +120,11 @@ class Served:
     def digest(self) -> str:
         """Of the bundle."""
         return str(self.engine.bundle.manifest["digest"])
+
+    @property
+    def variant(self) -> str:
+        """Of the bundle."""
+        return self.engine.bundle.variant
 
 
 class Host:
@@ -213,7 +223,9 @@ def _grey_square() -> bytes:
     return buffer.getvalue()
 
 
-def open_bundle(folder: Path, *, threads: int | None, max_tokens: int | None, cache_bytes: int) -> Engine:
+def open_bundle(
+    folder: Path, *, threads: int | None, max_tokens: int | None, cache_bytes: int, variant: str | None = None
+) -> Engine:
     """An engine on a bundle's folder.
 
     Raises:
@@ -221,5 +233,5 @@ def open_bundle(folder: Path, *, threads: int | None, max_tokens: int | None, ca
     """
     from manyeyes.runtime.bundle import load_bundle
 
-    bundle: Bundle = load_bundle(folder, threads=threads)
+    bundle: Bundle = load_bundle(folder, threads=threads, variant=variant)
     return Engine(bundle, max_tokens=max_tokens, cache_bytes=cache_bytes)

@@ -67,6 +67,6 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("manyeyes_steps", "Steps of the decoder.", state.steps)
         yield CounterMetricFamily("manyeyes_model_changes", "Versions that took over.", host.changes)
         yield CounterMetricFamily("manyeyes_model_refusals", "Versions that were refused.", host.refusals)
-        info = GaugeMetricFamily("manyeyes_model", "What answers.", labels=["model", "version", "digest"])
-        info.add_metric([host.name, served.version, served.digest], 1)
+        info = GaugeMetricFamily("manyeyes_model", "What answers.", labels=["model", "version", "digest", "variant"])
+        info.add_metric([host.name, served.version, served.digest, served.variant], 1)
         yield info
