@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.data.validation_report import ValidationReport
 from manyeyes.errors import RegistryError
-from manyeyes.export.parity import ParityReport
+from manyeyes.evaluation.evaluate import evaluate
+from manyeyes.export.parity import ParityFigures, ParityReport
 from manyeyes.registry.environments import copy_version
 from manyeyes.registry.references import parse_model_reference
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import champion_evidence, describe, read_aliases
+from manyeyes.runtime.bundle_contents import read_manifest, variant_digest
+from manyeyes.steps.register import _variant_evidence
 from tests.cli_calls import call
-from tests.evaluation_fakes import make_recipe, make_snapshot
+from tests.evaluation_fakes import RuleAnswerer, make_recipe, make_snapshot, rule_with_errors
 from tests.registry_moves import check_explained
-from tests.registry_store import IMAGES, Candidate, make_candidate, put, store_uri
+from tests.registry_store import IMAGES, Candidate, add_variant, make_bundle, make_candidate, put, store_uri
 
 
 @pytest.fixture(autouse=True)
@@ -33,25 +37,30 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return make_snapshot(tmp_path_factory.mktemp("snapshot"), images=IMAGES)
 
 
-def with_evidence(candidate: Candidate, *, approval: bool = False) -> list[Path]:
+FIGURES: dict[str, Any] = {
+    "items": 9,
+    "token_match": 1,
+    "max_abs_logit": 0,
+    "mean_abs_logit": 0,
+    "max_new_tokens": 9,
+    "providers": ["CPUExecutionProvider"],
+    "mismatches": [],
+}
+
+
+def with_evidence(candidate: Candidate, *, approval: bool = False, int4: bool = False) -> list[Path]:
     """What the step register keeps with a version, beside what every candidate has."""
+    rounded = ParityFigures(precision="decoder int4", **FIGURES)
     recipe = make_recipe(
         gate=[
             {"rule": "non-inferiority", "benchmark": "easy-vqa", "margin": -5},
             {"rule": "parity", "token_match": 1, "max_abs_logit": 1, "max_score_difference": 1},
             {"rule": "validation"},
+            {"rule": "precision", "margin": -5},
         ],
         registry__promotion="approval" if approval else "automatic",
     )
-    parity = ParityReport(
-        items=9,
-        token_match=1,
-        max_abs_logit=0,
-        mean_abs_logit=0,
-        max_new_tokens=9,
-        providers=["CPUExecutionProvider"],
-        mismatches=[],
-    )
+    parity = ParityReport(**FIGURES, variants={"int4": rounded} if int4 else {})
     validation = ValidationReport(
         verdict="passed",
         data_md5="d" * 32,
@@ -117,6 +126,27 @@ def test_a_version_is_judged_where_it_arrives(
     assert connect().uri == store
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
     assert describe(parse_model_reference("dev@challenger")).version == 1
+
+
+def test_variants_are_judged_where_they_arrive(snapshot: Snapshot, tmp_path: Path) -> None:
+    bundle = add_variant(make_bundle(tmp_path / "exported", "two precisions"))
+    candidate = make_candidate(tmp_path / "one", snapshot, bundle=bundle)
+    evaluate(
+        RuleAnswerer(rule_with_errors(IMAGES, range(3)), name="bundle"),
+        make_recipe(),
+        snapshot=snapshot,
+        out_dir=tmp_path / "bundle" / "variants" / "int4",
+        code_digest="c",
+        model_digest=variant_digest(read_manifest(bundle), "int4"),
+    )
+    kept = _variant_evidence(candidate.scorecard.parent, tmp_path / "bundle", tmp_path)
+    put("dev-int4", candidate, attachments=[*with_evidence(candidate, int4=True), *kept])
+    copied = copy_version(parse_model_reference("dev-int4/1"), "prod-int4", cache_dir=tmp_path / "cache")
+    assert copied.verdict == "failed"
+    reasons = connect().client.get_model_version("prod-int4", "1").tags["gate_reasons"]
+    assert "precision" in reasons
+    assert "int4 on easy-vqa: -33.33 points" in reasons
+    assert "parity" not in reasons
 
 
 def test_a_version_without_the_evidence_of_the_gate_is_not_copied(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def _cut(text: str, characters: int) -> str:
 
 SUMMARY_FILE = "summary.json"
 EXAMPLE_FILE = "example.json"
+VARIANTS = "variants"
+"""Folder beside a bundle's scorecard that has those of its variants, one folder each."""
 
 
 class StepSummary(StrictModel):
@@ -220,6 +222,15 @@ class ParitySummary(StrictModel):
 
     max_abs_logit: float = Field(description="Largest absolute difference of a logit.")
     token_match: float = Field(description="Fraction of questions whose whole token sequence is equal.")
+
+
+class VariantSummary(StrictModel):
+    """One variant of the bundle besides its default."""
+
+    precision: str = Field(description="fp32, or what differs from it: vision int8, decoder int4.")
+    bytes: int = Field(description="Of its graphs, also those that it shares with others.")
+    token_match: float = Field(description="Fraction of questions whose whole token sequence is torch's.")
+    scores: dict[str, ScoreSummary] = Field(description="By benchmark; empty where it was not scored.")
 
 
 class GateRuleSummary(StrictModel):
@@ -282,6 +293,9 @@ class RunSummary(StrictModel):
     gate: GateSummary | None = None
     model: ModelSummary | None = None
     bundle: BundleSummary | None = None
+    variants: dict[str, VariantSummary] = Field(
+        default_factory=dict, description="The bundle's variants besides its default, by name."
+    )
     example: ExampleSummary | None = None
     report: str | None = Field(default=None, description="Path of the evaluation's HTML report.")
     reports: dict[str, str] = Field(default_factory=dict, description="Path of every step's HTML report, by step.")

@@ -19,15 +19,17 @@ from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.export.parity import ParityReport
 from manyeyes.recipe import parse_recipe
-from manyeyes.registry.gate import decide, write_gate_report
+from manyeyes.registry.gate import VariantEvidence, decide, write_gate_report
 from manyeyes.registry.history import approvals_of
 from manyeyes.registry.pull import champion_evidence, comparable_champion, pull, same_questions
 from manyeyes.registry.references import (
     BUNDLE_SCORECARD,
+    CHECKPOINT_ITEMS,
     EVIDENCE_PATH,
     GATE,
     ITEMS,
     SCORECARD,
+    VARIANT,
     ModelReference,
     check_registry_name,
     download,
@@ -35,6 +37,7 @@ from manyeyes.registry.references import (
 )
 from manyeyes.registry.tracking import connect, default_tracking_uri
 from manyeyes.registry.versions import RegisteredVersion, register
+from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT, read_manifest, read_variants
 
 _RECIPE, _PARITY, _VALIDATION = "recipe.json", "parity.json", "validation.json"
 _MADE_ANEW = {GATE, "gate.html", "gate.md"}
@@ -81,6 +84,7 @@ def copy_version(reference: ModelReference, to: str, *, to_uri: str = "", cache_
             )
         recipe = parse_recipe((evidence / _RECIPE).read_text(encoding="utf-8"))
         scores = read_scorecard(evidence / BUNDLE_SCORECARD)
+        checkpoint_items = evidence / CHECKPOINT_ITEMS  # which versions of an older ManyEyes lack
         with _registry_at(to_uri):
             work_dir = cache_dir / "champions" / to
             champion = champion_evidence(to, work_dir=work_dir)
@@ -104,6 +108,15 @@ def copy_version(reference: ModelReference, to: str, *, to_uri: str = "", cache_
                 items=evidence / ITEMS,
                 champion=champion,
                 contamination=read_contamination(evidence),
+                checkpoint_items=checkpoint_items if checkpoint_items.is_file() else None,
+                variants={
+                    name: VariantEvidence(
+                        read_scorecard(evidence / f"{VARIANT.format(name)}{SCORECARD}"),
+                        evidence / f"{VARIANT.format(name)}{ITEMS}",
+                    )
+                    for name in read_variants(read_manifest(bundle))
+                    if name != DEFAULT_VARIANT
+                },
             )
             gate = scratch / GATE
             write_gate_report(report, gate)

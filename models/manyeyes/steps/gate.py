@@ -9,8 +9,8 @@ import pydantic
 
 from manyeyes.errors import EvaluationError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.events import VARIANTS
 from manyeyes.harness.inputs import cache_dir, parse_pinned
-from manyeyes.steps.evaluate import VARIANTS
 
 T = TypeVar("T", bound=pydantic.BaseModel)
 

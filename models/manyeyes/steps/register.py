@@ -9,10 +9,11 @@ from pathlib import Path
 
 from manyeyes.errors import RegistryError
 from manyeyes.harness.base import Reporter, Step, StepResult
+from manyeyes.harness.events import VARIANTS
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.pages import facts_table, step_page
-from manyeyes.runtime.bundle_contents import read_manifest
-from manyeyes.steps.evaluate import VARIANTS
+from manyeyes.registry.references import CHECKPOINT_ITEMS, ITEMS, SCORECARD, VARIANT
+from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT, read_manifest, read_variants
 from manyeyes.storage import link_or_copy
 
 
@@ -82,7 +83,7 @@ def register(
                 parity / "parity.json",
                 validation / "validation.json",
                 recipe,
-                *_variant_evidence(bundle_scorecard, Path(folder)),
+                *_variant_evidence(scorecard, bundle_scorecard, Path(folder)),
                 *(path for path in [validation / "contamination.json"] if path.is_file()),
             ),
             run_id=reporter.run_id,
@@ -103,6 +104,8 @@ def register(
         f"{benchmark} {score.score:.1f}{score.mark} ({score.ci95[0]:.1f} to {score.ci95[1]:.1f}, {score.n:,} questions)"
         for benchmark, score in read_scorecard(bundle_scorecard / "scorecard.json").benchmarks.items()
     )
+    variants = [name for name in read_variants(read_manifest(bundle)) if name != DEFAULT_VARIANT]
+    rows += [("variants", ", ".join(variants))] if variants else []
     name = f"{registered.name} version {registered.version}"
     return StepResult(
         headline=f"{name}, {' and '.join(aliases) if aliases else 'no alias'}",
@@ -125,12 +128,14 @@ def register(
     )
 
 
-def _variant_evidence(bundle_scorecard: Path, folder: Path) -> Iterator[Path]:
-    """Scorecards and items of the bundle's variants, with the variant in their names."""
+def _variant_evidence(scorecard: Path, bundle_scorecard: Path, folder: Path) -> Iterator[Path]:
+    """What the bundle's variants are judged by: the checkpoint's items, and each one's scorecard and items."""
+    files = {CHECKPOINT_ITEMS: scorecard / ITEMS}
     for variant in sorted((bundle_scorecard / VARIANTS).glob("*")):
-        for name in ("scorecard.json", "items.parquet"):
-            link_or_copy(variant / name, folder / f"{variant.name}-{name}")
-            yield folder / f"{variant.name}-{name}"
+        files |= {f"{VARIANT.format(variant.name)}{name}": variant / name for name in (SCORECARD, ITEMS)}
+    for name, file in files.items():
+        link_or_copy(file, folder / name)
+        yield folder / name
 
 
 STEP = Step("register", register, imports=("mlflow.pyfunc", "manyeyes.registry.versions"))
