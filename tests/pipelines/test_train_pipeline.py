@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.harness.events import EventReader, RunSummary
+from manyeyes.runtime.bundle import load_bundle
 from tests.pipelines.checkout import Checkout
 
 # Steps in the order in which they end.
@@ -67,6 +68,11 @@ def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_ch
     assert summary.bundle is not None
     files = [path for path in Path(summary.bundle.path).rglob("*") if path.is_file()]
     assert summary.bundle.bytes == sum(path.stat().st_size for path in files)
+    int4 = summary.variants["int4"]
+    assert int4.precision == "vision int8, embed int4, decoder int4"
+    assert 0 < int4.bytes < summary.bundle.bytes / 2
+    assert int4.scores["easy-vqa"].n == 16
+    assert "Variants of this bundle" in Path(summary.reports["evaluate[bundle]"]).read_text(encoding="utf-8")
     assert 0 < summary.overhead_s < summary.wall_s
     written = json.loads((toy_checkout.path / "runs" / "latest" / "summary.json").read_text(encoding="utf-8"))
     assert written["gate"]["verdict"] == "failed"
@@ -77,6 +83,9 @@ def test_model_of_one_step_is_registered_but_moves_no_alias(first_run: tuple[str
     assert summary.gate is not None
     assert summary.gate.verdict == "failed"
     assert "floor" in [rule.rule for rule in summary.gate.rules if not rule.passed]
+    (precision,) = [rule for rule in summary.gate.rules if rule.rule == "precision"]
+    assert precision.passed
+    assert "points" in precision.found
     assert summary.model is not None
     assert (summary.model.name, summary.model.version, summary.model.aliases) == ("manyeyes-toy", "1", [])
     assert "gate: failed" in output
@@ -92,6 +101,14 @@ def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSumma
     assert summary.bundle is not None
     pulled = json.loads((toy_checkout.path / "pulled" / "manifest.json").read_text(encoding="utf-8"))
     assert pulled == json.loads((Path(summary.bundle.path) / "manifest.json").read_text(encoding="utf-8"))
+    asked = (summary.example.image, summary.example.question)
+    code, output = toy_checkout.run("ask", "manyeyes-toy/1", *asked, "--variant", "int4")
+    assert code == 0, output
+    int4 = load_bundle(Path(summary.bundle.path), variant="int4")
+    image = (toy_checkout.path / summary.example.image).read_bytes()
+    assert output.strip().splitlines()[-1] == int4.answer(asked[1], images=[image], max_new_tokens=32).strip()
+    fetched = toy_checkout.path / "runs" / "cache" / "bundles" / "manyeyes-toy-1-int4"
+    assert {path.name for path in fetched.glob("*.onnx")} == {"vision_int8.onnx", "embed_q4.onnx", "decoder_q4.onnx"}
     code, output = toy_checkout.run("pull", "manyeyes-toy", "champion")
     assert code == 2
     assert "champion" in output

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from manyeyes.harness.events import (
     EXAMPLE_FILE,
+    VARIANTS,
     Artifact,
     BundleSummary,
     ErrorReport,
@@ -23,6 +24,7 @@ from manyeyes.harness.events import (
     RunSummary,
     ScoreSummary,
     StepSummary,
+    VariantSummary,
     union_seconds,
 )
 from manyeyes.harness.inputs import PINNING_STEPS
@@ -90,6 +92,9 @@ def summarise(
         if registered
         else None,
         bundle=_bundle(_artifact(ended, "export_onnx", "bundle")),
+        variants=_variants(
+            _artifact(ended, "export_onnx", "bundle"), _artifact(ended, "evaluate[bundle]", "scorecard")
+        ),
         example=_example(_artifact(ended, "evaluate[torch]", "scorecard"), run_dir),
         report=_report_of_result(reports),
         reports=reports,
@@ -196,6 +201,32 @@ def _bundle(folder: Path | None) -> BundleSummary | None:
     return BundleSummary(path=str(folder), bytes=size)
 
 
+def _variants(bundle: Path | None, scorecard: Path | None) -> dict[str, VariantSummary]:
+    if bundle is None:
+        return {}
+    from manyeyes.runtime.bundle_contents import (
+        DEFAULT_VARIANT,
+        describe_precision,
+        read_manifest,
+        read_variants,
+        variant_files,
+    )
+
+    manifest = read_manifest(bundle)
+    found = {}
+    for name, variant in read_variants(manifest).items():
+        if name == DEFAULT_VARIANT or variant.parity is None:
+            continue
+        folder = None if scorecard is None else scorecard / VARIANTS / name
+        found[name] = VariantSummary(
+            precision=describe_precision(variant),
+            bytes=sum(manifest["files"][file]["bytes"] for file in variant_files(variant)),
+            token_match=variant.parity.token_match,
+            scores=_scores(folder) or {},
+        )
+    return found
+
+
 def in_words(summary: RunSummary) -> list[str]:
     """The last lines on the terminal, for a run that ended."""
     if summary.error is not None:
@@ -228,6 +259,10 @@ def in_words(summary: RunSummary) -> list[str]:
         lines.append(f"registered: {summary.model.name} version {summary.model.version}{aliases}")
     if summary.bundle is not None:
         lines.append(f"bundle: {_short(summary.bundle.path)} ({summary.bundle.bytes / 1e6:.1f} MB)")
+    for name, variant in summary.variants.items():
+        scores = "".join(f", {benchmark} {score.score:.1f}%" for benchmark, score in variant.scores.items())
+        size, equal = f"{variant.bytes / 1e6:.1f} MB", f"{variant.token_match:.1%} token-equal"
+        lines.append(f"  {name}: {variant.precision}, {size}, {equal}{scores}")
     if not lines:
         lines += [f"{step.name}: {step.figure}" for step in summary.steps if step.report == summary.report][-1:]
     if summary.report is not None:
@@ -248,7 +283,8 @@ def in_words(summary: RunSummary) -> list[str]:
             "",
             "next:",
             f'  manyeyes ask {reference} {image} "{question}"',
-            f"  manyeyes pull {reference} my-bundle",
+            f"  manyeyes pull {reference} my-bundle"
+            + "".join(f" --variant {name}" for name in [*summary.variants][-1:]),
             "  mlflow ui --backend-store-uri sqlite:///runs/mlflow.db",
         ]
     return lines

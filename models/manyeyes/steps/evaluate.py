@@ -6,7 +6,7 @@ Its report compares with the champion, whose absence is a sentence, never an err
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,22 +17,22 @@ from manyeyes.evaluation.benchmarks import Benchmark, load_benchmarks
 from manyeyes.evaluation.report.comparison import NO_CHAMPION, Champion
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.harness.base import Reporter, Step, StepResult, num_threads
-from manyeyes.harness.events import EXAMPLE_FILE, ExampleSummary
+from manyeyes.harness.events import EXAMPLE_FILE, VARIANTS, ExampleSummary
 from manyeyes.harness.inputs import Pinned, cache_dir, parse_pinned, work_dir
 from manyeyes.runtime.bundle_contents import (
     DEFAULT_VARIANT,
     ModelFacts,
+    describe_precision,
+    pulled_variants,
     read_manifest,
     read_variants,
     variant_digest,
+    variant_files,
 )
 
 if TYPE_CHECKING:
     from manyeyes.evaluation.answering.asking import EvaluationProgress
     from manyeyes.evaluation.answering.encoder_cache import FeatureSettings
-
-VARIANTS = "variants"
-"""Folder beside a bundle's scorecard that has those of its variants, one folder each."""
 
 
 def find_champion(registry_model: str) -> Champion:
@@ -84,7 +84,8 @@ def evaluate(
 ) -> StepResult:
     """Write ``scorecard.json``, ``items.parquet``, and ``report`` as ``html``, ``md`` and ``json``.
 
-    Of a bundle with variants the same of each other one in ``variants/NAME``.
+    Of a bundle with variants the same of each other one in ``variants/NAME``, and ``report`` compares them. Of a folder
+    that was pulled for one variant alone, that one.
 
     Args:
         reporter: Shows the progress.
@@ -101,8 +102,8 @@ def evaluate(
     inputs = parse_pinned(pinned)
     benchmarks = load_benchmarks(inputs.recipe.evaluation, snapshot=inputs.snapshot)
     facts = facts or _facts(kind, model)
-    names = [DEFAULT_VARIANT] if kind == "torch" else [*read_variants(read_manifest(model))]
-    folders = {name: scorecard if name == DEFAULT_VARIANT else scorecard / VARIANTS / name for name in names}
+    names = [DEFAULT_VARIANT] if kind == "torch" else pulled_variants(model, read_manifest(model))
+    folders = {name: scorecard / VARIANTS / name if place else scorecard for place, name in enumerate(names)}
     cards = {
         name: _score(
             reporter,
@@ -119,7 +120,9 @@ def evaluate(
         )
         for name, out in folders.items()
     }
-    card = cards.pop(DEFAULT_VARIANT)
+    if len(cards) > 1:
+        _compare_variants(benchmarks, model, cards, folders)
+    card = cards.pop(names[0])
     digest = card.model.digest
     _keep_example(benchmarks[0], scorecard)
     headline = ", ".join(
@@ -136,7 +139,14 @@ def evaluate(
     )
     return StepResult(
         headline=headline,
-        metrics=card.metrics(),
+        metrics={
+            **card.metrics(),
+            **{
+                f"{variant}.{name}.score": score.score
+                for variant, other in cards.items()
+                for name, score in other.benchmarks.items()
+            },
+        },
         html=(scorecard / "report.html").read_text(encoding="utf-8"),
         markdown=(scorecard / "report.md").read_text(encoding="utf-8") + _difference(card, other_scorecard),
         metadata={
@@ -146,6 +156,38 @@ def evaluate(
             "data_md5": inputs.data_md5,
         },
     )
+
+
+def _compare_variants(
+    benchmarks: Sequence[Benchmark], bundle: Path, cards: Mapping[str, Scorecard], folders: Mapping[str, Path]
+) -> None:
+    """Put the variants, the first of which has the report, side by side into it."""
+    from manyeyes.evaluation.outcomes import read_outcomes
+    from manyeyes.evaluation.report.contents import VariantRow, VariantScore
+    from manyeyes.evaluation.report.writing import read_report, write_report
+    from manyeyes.registry.gate import compare_outcomes
+
+    manifest = read_manifest(bundle)
+    variants = read_variants(manifest)
+    outcomes = {name: read_outcomes(folder / "items.parquet") for name, folder in folders.items()}
+    first = next(iter(folders))
+    rows = []
+    for name, card in cards.items():
+        scores = {}
+        for benchmark, score in card.benchmarks.items():
+            found = compare_outcomes(
+                benchmark, outcomes[name].of(benchmark), outcomes[first].of(benchmark), variant=score.variant
+            )
+            scores[benchmark] = VariantScore(
+                score=score.score,
+                ci95=score.ci95,
+                difference=found.difference,
+                difference_ci95=(found.low, found.high),
+            )
+        size = sum(manifest["files"][file]["bytes"] for file in variant_files(variants[name]))
+        rows.append(VariantRow(name=name, precision=describe_precision(variants[name]), bytes=size, scores=scores))
+    report = read_report(folders[first] / "report.json").model_copy(update={"variants": rows})
+    write_report(folders[first], report, benchmarks)
 
 
 def _score(

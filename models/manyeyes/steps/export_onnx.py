@@ -96,6 +96,7 @@ def export_onnx(
             "token_match": report.token_match,
             "max_abs_logit": report.max_abs_logit,
             "mean_abs_logit": report.mean_abs_logit,
+            **{f"{name}.token_match": figures.token_match for name, figures in report.variants.items()},
         },
         html=step_page(
             f"Bundle of {recipe.name}",

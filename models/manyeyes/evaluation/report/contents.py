@@ -173,6 +173,24 @@ class Reproduction(StrictModel):
     runs: list[EvaluationRun] = Field(description="Of one machine and set of versions each.")
 
 
+class VariantScore(StrictModel):
+    """One variant of a bundle on one benchmark."""
+
+    score: float = Field(ge=0, description="The benchmark's figure; in its unit.")
+    ci95: Interval = Field(description="95% interval of score, clustered by image; in the benchmark's unit.")
+    difference: float = Field(description="score minus that of the variant of this report; points.")
+    difference_ci95: Interval = Field(description="95% interval of difference, paired, clustered by image; points.")
+
+
+class VariantRow(StrictModel):
+    """One variant of a bundle: its size, and what it scores."""
+
+    name: str = Field(description="In the manifest.")
+    precision: str = Field(description="fp32, or what differs from it: vision int8, decoder int4.")
+    bytes: int = Field(gt=0, description="Of its graphs, also those that it shares with others.")
+    scores: dict[str, VariantScore] = Field(description="By benchmark.")
+
+
 class Report(StrictModel):
     """``report.json``: the figures, what they compare with, what is behind them, and how to get them again."""
 
@@ -183,6 +201,9 @@ class Report(StrictModel):
     trade_off: TradeOff | None = Field(description="Score against cost; null with fewer than two models.")
     details: dict[str, BenchmarkDetails] = Field(description="By benchmark.")
     reproduction: Reproduction = Field(description="How to get the figures again.")
+    variants: list[VariantRow] = Field(
+        default=[], description="Of a bundle, the one of this report first; empty where it has no other."
+    )
 
 
 def read_report(path: Path) -> Report:

@@ -63,6 +63,24 @@ def cost_table(report: Report) -> Table | None:
     return Table(("what", "value"), rows, numbers=(1,))
 
 
+def variants_table(report: Report) -> Table | None:
+    """The variants of a bundle; ``None`` where it has no other."""
+    if not report.variants:
+        return None
+    titles = [report.details[name].title for name in report.scorecard.benchmarks]
+    header = ["variant", "precision", "MB", *(part for title in titles for part in (title, "difference"))]
+    rows: list[list[str | Text]] = []
+    for row in report.variants:
+        cells: list[str | Text] = [row.name, row.precision, f"{row.bytes / 1e6:,.1f}"]
+        for name in report.scorecard.benchmarks:
+            found = row.scores[name]
+            cells.append(Text(two_decimals(found.score), span(found.ci95)))
+            own = row is report.variants[0]
+            cells.append("" if own else Text(f"{found.difference:+.2f}", span(found.difference_ci95, signed=True)))
+        rows.append(cells)
+    return Table(tuple(header), rows, numbers=tuple(range(2, len(header))))
+
+
 def comparison_table(report: Report) -> Table:
     """This model, the champion and published ones; benchmarks, groups, size and speed."""
     comparison = report.comparison
