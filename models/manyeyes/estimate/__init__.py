@@ -10,7 +10,11 @@ of disk, with N the parameters of the model and t those that train::
 
     running     3 x 12 t        on disk: trained weights and moments; two are kept while a third is written
     checkpoint  4 N             on disk, twice a stage: in the working folder and as the step's output
-    bundle      4 N             on disk
+    bundle      4 N             on disk; a table that is the head too stands in two graphs
+
+Below fp32 a number of a matrix takes 2 bytes (fp16), 1 (int8) or 0.625 (int4: a scale of 4 bytes for each 32), one of a
+convolution or a norm 4; fp16 is 2 for all. A graph that several variants have counts once; one that has to be rounded
+is written in fp32 first.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from pydantic import Field
 
 from manyeyes.estimate.memory import GB, Fit, StageFacts, StageMemory, find_fits, way_of, worst_memory
 from manyeyes.recipe import Recipe
+from manyeyes.runtime.bundle_contents import GraphName, Precision
 from manyeyes.strict import StrictModel
 
 SHIPPED = Path(__file__).with_name("published.json")
@@ -41,6 +46,13 @@ class ParameterCounts(StrictModel):
     total: int
 
 
+class GraphFacts(StrictModel):
+    """Numbers in a graph of the bundle."""
+
+    parameters: int = Field(description="All of them.")
+    matrices: int = Field(description="Those of linear layers and tables, which int8 and int4 round.")
+
+
 class RecipeFacts(StrictModel):
     """What has to be counted on a recipe's model."""
 
@@ -49,6 +61,7 @@ class RecipeFacts(StrictModel):
     channels: int = Field(description="Width of a visual token before the projector.")
     text_tokens: int = Field(description="Tokens of text in the sample whose operations are counted.")
     stages: dict[str, tuple[StageFacts, ...]] = Field(description="By stage; prealign has one an encoder.")
+    graphs: dict[GraphName, GraphFacts] = Field(description="Of the bundle.")
 
 
 class DiskNeed(StrictModel):
@@ -56,7 +69,12 @@ class DiskNeed(StrictModel):
 
     running: float = Field(description="Three running checkpoints of the stage that trains most.")
     checkpoints: float = Field(description="Results of all stages, in the working folder and as outputs of the steps.")
-    bundle: float = Field(description="The ONNX bundle.")
+    bundle: float = Field(
+        description="The ONNX bundle, all variants, and the largest graph that lies there for a while."
+    )
+    variants: dict[str, float] = Field(
+        default={}, description="Graphs of each variant, those that it shares with others too; empty for one variant."
+    )
     total: float
 
 
@@ -91,7 +109,7 @@ def needs(recipe: Recipe, facts: RecipeFacts) -> RecipeEstimate:
         memory_gb={name: _round(parts.total) for name, parts in memory.items()},
         memory_parts_gb=memory,
         fits=fits,
-        disk_gb=_disk(facts),
+        disk_gb=_disk(recipe, facts),
         flops_per_sample={name: float(sum(branch.flops for branch in found)) for name, found in facts.stages.items()},
         text_tokens=facts.text_tokens,
     )
@@ -136,16 +154,42 @@ def _shipped() -> dict[str, Any]:
     return shipped
 
 
-def _disk(facts: RecipeFacts) -> DiskNeed:
+_BYTES: dict[Precision, float] = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5 + 4 / 32}
+
+
+def _graph_bytes(facts: GraphFacts, precision: Precision) -> float:
+    rest = _BYTES["fp16" if precision == "fp16" else "fp32"]
+    return _BYTES[precision] * facts.matrices + rest * (facts.parameters - facts.matrices)
+
+
+def _bundle_bytes(recipe: Recipe, facts: RecipeFacts) -> tuple[float, dict[str, float]]:
+    """The most that the bundle takes while it is written, and the graphs of each variant."""
+    precisions = recipe.export.precisions()
+    asked: dict[GraphName, set[Precision]] = {
+        graph: {getattr(precision, graph) for precision in precisions.values()} for graph in facts.graphs
+    }
+    kept = sum(_graph_bytes(facts.graphs[graph], each) for graph, wanted in asked.items() for each in wanted)
+    rounded = [graph for graph, wanted in asked.items() if wanted & {"int8", "int4"} and "fp32" not in wanted]
+    passing = max((_graph_bytes(facts.graphs[graph], "fp32") for graph in rounded), default=0.0)
+    variants = {
+        name: sum(_graph_bytes(found, getattr(precision, graph)) for graph, found in facts.graphs.items())
+        for name, precision in precisions.items()
+    }
+    return kept + passing, variants
+
+
+def _disk(recipe: Recipe, facts: RecipeFacts) -> DiskNeed:
     stages = [name for name in facts.stages if name != "prealign"]
     trained = [sum(branch.trained.values()) for found in facts.stages.values() for branch in found]
     running = 3 * 12 * max(trained, default=0) / GB
     checkpoints = 2 * 4 * facts.parameters.total * len(stages) / GB
-    bundle = 4 * facts.parameters.total / GB
+    written, variants = _bundle_bytes(recipe, facts)
+    bundle = written / GB
     return DiskNeed(
         running=_round(running),
         checkpoints=_round(checkpoints),
         bundle=_round(bundle),
+        variants={name: _round(size / GB) for name, size in variants.items()} if len(variants) > 1 else {},
         total=_round(running + checkpoints + bundle),
     )
 
@@ -185,4 +229,8 @@ def as_rows(found: RecipeEstimate) -> list[tuple[str, Any]]:
             f"{disk.bundle:,.2f}",
         )
     )
+    if disk.variants:
+        rows.append(
+            ("graphs of a variant", ", ".join(f"{name} {size:,.3f} GB" for name, size in disk.variants.items()))
+        )
     return rows

@@ -12,13 +12,13 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from manyeyes.encoders.weights import meta_device
-from manyeyes.estimate import ParameterCounts, RecipeEstimate, RecipeFacts, needs
+from manyeyes.estimate import GraphFacts, ParameterCounts, RecipeEstimate, RecipeFacts, needs
 from manyeyes.estimate.dry_run import ImageShape, count_forward, count_sample, image_shape
 from manyeyes.estimate.memory import StageFacts
 from manyeyes.model import ManyEyesForConditionalGeneration, build_skeleton
 from manyeyes.model.language_model import decoder_layers, language_model_config
 from manyeyes.recipe import Recipe, StageName, StageSpec
-from manyeyes.runtime.bundle_contents import ModelFacts
+from manyeyes.runtime.bundle_contents import GraphName, ModelFacts
 from manyeyes.training.adapters import adapters_alone, add_adapters, merge_adapters
 from manyeyes.training.encoder_parts import encoder_parts
 from manyeyes.training.optimizer import ParameterGroups, freeze_others, learning_rates, split_groups
@@ -76,7 +76,28 @@ def _count_recipe(
         channels=model.fusion.channels,
         text_tokens=_text_tokens(recipe.model.language_model.max_length, shape.tokens),
         stages=stages,
+        graphs=count_graphs(model),
     )
+
+
+def count_graphs(model: ManyEyesForConditionalGeneration) -> dict[GraphName, GraphFacts]:
+    """Numbers in each graph of a model's bundle; a table that is the head too stands in two of them."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    of_decoder = [part for part in (model.language_model, model.reinjection) if part is not None]
+    inside = {parameter for part in of_decoder for parameter in part.parameters()}
+    linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    decoder = sum(parameter.numel() for parameter in inside)
+    rows = sum(parameter.numel() for parameter in table.parameters())
+    if table.weight is not head.weight:
+        decoder -= rows
+    return {
+        "vision": GraphFacts(
+            parameters=sum(parameter.numel() for parameter in model.parameters() if parameter not in inside),
+            matrices=sum(weight.numel() for weight in linear if weight not in inside),
+        ),
+        "embed": GraphFacts(parameters=rows, matrices=rows),
+        "decoder": GraphFacts(parameters=decoder, matrices=sum(w.numel() for w in linear if w in inside)),
+    }
 
 
 def _stage(
