@@ -106,7 +106,7 @@ def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSumma
     assert code == 0, output
     int4 = load_bundle(Path(summary.bundle.path), variant="int4")
     image = (toy_checkout.path / summary.example.image).read_bytes()
-    assert output.strip().splitlines()[-1] == int4.answer(asked[1], images=[image], max_new_tokens=32).strip()
+    assert output.strip().endswith(int4.answer(asked[1], images=[image], max_new_tokens=32).strip())
     fetched = toy_checkout.path / "runs" / "cache" / "bundles" / "manyeyes-toy-1-int4"
     assert {path.name for path in fetched.glob("*.onnx")} == {"vision_int8.onnx", "embed_q4.onnx", "decoder_q4.onnx"}
     code, output = toy_checkout.run("pull", "manyeyes-toy", "champion")
