@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from manyeyes.data.generation import drawing_kinds
 from manyeyes.data.generation.dataset import GenerationReport, RefusedItem, UnusableItem, generate_dataset
 from manyeyes.data.generation.descriptions import Description, read_descriptions
 from manyeyes.data.generation.interview import RefusedError
@@ -225,6 +226,51 @@ def test_command_says_first_what_it_costs_and_then_writes(
     assert "--concurrency does not do" in capsys.readouterr().err
     record = RecordReader(open_folder(Path(out)).shards("generated-complex-train")).read(0)
     assert record.turns[0].text.startswith("<image>\nWhat can the seller do")
+
+
+def test_prompts_to_draw_are_read_and_filtered_by_their_words() -> None:
+    for _, answer in drawing_kinds.RECAPTION.examples:
+        assert drawing_kinds.read_recaption(answer)
+    assert drawing_kinds.read_prompts(drawing_kinds.DIALOGUE.examples[-1][1], answers=2)[0] == ""
+    long = json.dumps({"request": "a", "prompt": "word " * 31})
+    for text, said in ((long, "31 words"), ("{}", "a request and a prompt"), ("nonsense", "no JSON"), ("[]", "needed")):
+        with pytest.raises(RefusedError, match=said):
+            drawing_kinds.read_recaption(text)
+    for text, said in (
+        ('["a"]', "list of 2"),
+        ('["", ""]', "nothing"),
+        ('["", "two words"]', "2 words"),
+        ("{}", "list"),
+    ):
+        with pytest.raises(RefusedError, match=said):
+            drawing_kinds.read_prompts(text, answers=2)
+    with pytest.raises(RefusedError, match="text without is needed"):
+        drawing_kinds.read_recaption('{"request": "a <GEN>", "prompt": "b"}')
+
+
+def test_dialogues_become_records_that_draw(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        {"id": 1, "conversations": ["12 times 12?", "144.", "Where can I rest?", "At a lake."]},
+        {"id": 2, "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+        {"id": 3},
+    )
+    answer = drawing_kinds.DIALOGUE.examples[-1][1]
+    with judge_server(lambda _body, _before: answer) as server:
+        report = generate_dataset(
+            drawing_kinds.read_dialogues(path),
+            drawing_kinds.make_dialogue_drawing,
+            client(server),
+            kind="dialogue-drawing",
+            out=tmp_path / "out",
+            name="draws",
+            licence="CC0-1.0",
+        )
+    assert (report.records, report.refused) == (1, 2)
+    (record,) = RecordReader(open_folder(tmp_path / "out").shards("draws-train"))
+    texts = [turn.text for turn in record.turns]
+    assert texts[:3] == ["12 times 12?", "144.", "Where can I rest? <GEN>"]
+    assert texts[3] == f"At a lake. <h> {json.loads(answer)[1]} </h>"
 
 
 def test_a_decompression_bomb_is_refused_before_anything_is_asked(images: Path, tmp_path: Path) -> None:

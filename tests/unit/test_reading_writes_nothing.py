@@ -57,6 +57,8 @@ WRITES = (
     "data generate complex",
     "data generate conversation",
     "data generate detail",
+    "data generate dialogue-drawing",
+    "data generate recaption",
     "data import",
     "data self-chat",
     "data validate",

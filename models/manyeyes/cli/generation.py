@@ -131,6 +131,27 @@ _add_llava_command("detail", "LLaVA's detailed descriptions")
 _add_llava_command("complex", "LLaVA's complex reasoning")
 
 
+def _add_drawing_command(kind: str, what: str) -> None:
+    @generate_group.command(kind, help=f"{what}, of those in the JSON Lines ITEMS, into the snapshot in OUT.")
+    @click.argument("items", type=_FILE)
+    @click.argument("out", type=OutPath())
+    @click.option("--name", default=f"generated-{kind}", show_default=True, help="Of the data set.")
+    @click.option("--licence", required=True, help="SPDX name of what comes out.")
+    @asks
+    def command(items: Path, out: Path, client: ChatClient, **facts: Any) -> None:
+        from manyeyes.data.generation import drawing_kinds
+
+        read, make = {
+            "recaption": (drawing_kinds.read_picture_captions, drawing_kinds.make_recaption),
+            "dialogue-drawing": (drawing_kinds.read_dialogues, drawing_kinds.make_dialogue_drawing),
+        }[kind]
+        _write_dataset(lambda: read(items), make, client, kind=kind, out=out, **facts)
+
+
+_add_drawing_command("recaption", "Mini-Gemini's requests to draw, with prompts, of captions")
+_add_drawing_command("dialogue-drawing", "Mini-Gemini's prompts behind answers of dialogues")
+
+
 def _write_dataset(
     read: Callable[[], Iterable[Any]],
     make: Callable[..., Any],
