@@ -141,10 +141,11 @@ def _add_drawing_command(kind: str, what: str) -> None:
     def command(items: Path, out: Path, client: ChatClient, **facts: Any) -> None:
         from manyeyes.data.generation import drawing_kinds
 
-        read, make = {
+        kinds: dict[str, tuple[Any, Any]] = {
             "recaption": (drawing_kinds.read_picture_captions, drawing_kinds.make_recaption),
             "dialogue-drawing": (drawing_kinds.read_dialogues, drawing_kinds.make_dialogue_drawing),
-        }[kind]
+        }
+        read, make = kinds[kind]
         _write_dataset(lambda: read(items), make, client, kind=kind, out=out, **facts)
 
 

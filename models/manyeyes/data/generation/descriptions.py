@@ -64,7 +64,7 @@ class Description:
         return text + "\n\n" + "\n".join(places)
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, Any | ValueError]]:
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Lines of a file of JSON Lines, each with its name (``file:12``); a line that is none as its error.
 
     Raises:

@@ -164,7 +164,7 @@ def read_recaption(text: str) -> tuple[str, str]:
     parts = [found.get(name) for name in ("request", "prompt")] if isinstance(found, dict) else []
     if len(parts) != 2 or not all(isinstance(part, str) and part.strip() for part in parts):
         raise RefusedError(f"it is {text[:80]!r}; a request and a prompt are needed")
-    request, prompt = (_without_tags(part) for part in parts)
+    request, prompt = (_without_tags(str(part)) for part in parts)
     if _words(prompt) > MOST_WORDS:
         raise RefusedError(f"the prompt has {_words(prompt)} words; at most {MOST_WORDS} are needed")
     return request, prompt
