@@ -7,17 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from manyeyes.data.generation import drawing_kinds
-from manyeyes.data.generation.dataset import GenerationReport, RefusedItem, UnusableItem, generate_dataset
+from manyeyes.data.generation import drawing_kinds, llava_bench
+from manyeyes.data.generation.dataset import GenerationReport, RefusedItem, UnusableItem, generate_dataset, rehearse
 from manyeyes.data.generation.descriptions import Description, read_descriptions
 from manyeyes.data.generation.interview import RefusedError
 from manyeyes.data.generation.llava import read_description, read_one_pair, read_pairs, sampler
 from manyeyes.data.generation.llava_prompts import COMPLEX, CONVERSATION, DETAIL
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import open_folder
+from manyeyes.evaluation.benchmarks import BENCHMARKS
+from manyeyes.evaluation.judging.scoring import JUDGINGS
+from manyeyes.evaluation.score import read_references
 from manyeyes.recipe.service import ServiceSpec
 from manyeyes.web.chat_client import ChatClient
 from tests.cli_calls import call
@@ -151,7 +155,7 @@ def test_items_become_records_or_are_refused_with_reason_and_text(images: Path, 
         report = generate_dataset(items, sampler("conversation", images), made, out=out, **facts)
         asked = len(server.bodies)
         assert asked == 2 + 2 + 1
-        assert server.bodies[0]["messages"] == CONVERSATION.messages("A red square, a.")
+        assert CONVERSATION.messages("A red square, a.") in [body["messages"] for body in server.bodies]
         again = generate_dataset(
             items, sampler("conversation", images), client(server, tmp_path / "kept"), out=out, **facts
         )
@@ -271,6 +275,38 @@ def test_dialogues_become_records_that_draw(tmp_path: Path) -> None:
     texts = [turn.text for turn in record.turns]
     assert texts[:3] == ["12 times 12?", "144.", "Where can I rest? <GEN>"]
     assert texts[3] == f"At a lake. <h> {json.loads(answer)[1]} </h>"
+
+
+def test_a_benchmark_of_own_images_has_the_columns_and_references_of_the_published_one(
+    images: Path, tmp_path: Path
+) -> None:
+    def say(body: dict[str, Any], before: int) -> str:
+        system = body["messages"][0]["content"]
+        answers = {CONVERSATION.system: DIALOGUE, COMPLEX.system: COMPLEX.examples[0][1]}
+        return answers.get(system, "A square that is red.")
+
+    items = [description(str(number)) for number in range(5)]
+    drawn = llava_bench.draw_images(items, 2)
+    assert drawn == llava_bench.draw_images(reversed(items), 2)
+    with judge_server(say) as server:
+        counted = rehearse(drawn, llava_bench.question_maker(images), client(server))
+        report = llava_bench.generate_questions(
+            drawn, client(server), images=images, out=tmp_path / "out", licence="CC0-1.0"
+        )
+        assert counted.calls == len(server.bodies) == 2 * 5
+    assert report.records == 6
+    row = BENCHMARKS["llava-bench-coco"]
+    snapshot = open_folder(tmp_path / "out")
+    assert snapshot.dataset(row.dataset).images == 6
+    (shard,) = snapshot.shards(row.dataset)
+    found = pq.read_table(shard).to_pylist()
+    assert set(found[0]) == set(row.columns)
+    assert [item["category"] for item in found[:3]] == ["conv", "detail", "complex"]
+    references = read_references(tmp_path / "out" / row.name / "references.jsonl")
+    assert [row.item_id(reference) for reference in references] == [row.item_id(item) for item in found]
+    asked = JUDGINGS[row.name].ask(references[0], "A circle.", "official")
+    assert "[Question]\nWhat is it?" in asked[1]["content"]
+    assert "[Assistant 1]\nA square that is red." in asked[1]["content"]
 
 
 def test_a_decompression_bomb_is_refused_before_anything_is_asked(images: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ WRITES = (
     "data generate conversation",
     "data generate detail",
     "data generate dialogue-drawing",
+    "data generate llava-bench",
     "data generate recaption",
     "data import",
     "data self-chat",

@@ -31,6 +31,7 @@ GRID = {"model.layout": {"tiling": "grid"}}
 ROWS = {"model.layout": {"newline": True}}
 LOOK = {"model.reinjection": {"stride": 1, "count": 1}}
 JUDGE = {"evaluation.judge": {"endpoint": "https://judge.example/v1", "model": "m"}}
+PRICED = {"evaluation.judge": {**JUDGE["evaluation.judge"], "price_in": 1.0, "price_out": 1.0}}
 APPROVAL = {"registry.promotion": "approval"}
 NOTHING: dict[str, Any] = {}
 
@@ -88,6 +89,7 @@ FIELDS: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
     "evaluation.variants": ({"easy-vqa": "x"}, SCORE | TRIAL | {"export_onnx"}, NOTHING),
     "evaluation.multiple_choice": ("prefill", SCORE | TRIAL | {"export_onnx"}, NOTHING),
     "evaluation.conditions": (["grey"], SCORE | TRIAL, NOTHING),
+    "evaluation.judge.max_cost": (9.0, SCORE | TRIAL, PRICED),
     **{
         f"evaluation.judge.{name}": (value, SCORE | TRIAL, JUDGE)
         for name, value in {

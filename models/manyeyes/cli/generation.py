@@ -153,6 +153,40 @@ _add_drawing_command("recaption", "Mini-Gemini's requests to draw, with prompts,
 _add_drawing_command("dialogue-drawing", "Mini-Gemini's prompts behind answers of dialogues")
 
 
+@generate_group.command("llava-bench")
+@click.argument("descriptions", type=_FILE)
+@click.argument("out", type=OutPath())
+@click.option("--images", type=_FOLDER, required=True, help="Folder that the images are below.")
+@click.option("--instances", type=_FILE, help="COCO: the boxes, beside its captions.")
+@click.option("--count", default=30, show_default=True, type=click.IntRange(min=1), help="Images, drawn by their ids.")
+@click.option("--licence", required=True, help="SPDX name of what comes out.")
+@asks
+def llava_bench_command(
+    descriptions: Path,
+    out: Path,
+    images: Path,
+    instances: Path | None,
+    count: int,
+    licence: str,
+    client: ChatClient,
+    limit: int | None,
+    dry_run: bool,
+) -> None:
+    """Three questions, with references, on each of 30 images of DESCRIPTIONS: OUT's data set llava-bench-coco."""
+    from manyeyes.data.generation.dataset import rehearse
+    from manyeyes.data.generation.descriptions import read_descriptions
+    from manyeyes.data.generation.llava_bench import NAME, draw_images, generate_questions, question_maker
+
+    items = draw_images(read_descriptions(descriptions, instances=instances), min(count, limit or count))
+    if dry_run:
+        _say_rehearsal(rehearse(items, question_maker(images), client))
+        return
+    _say_key(client)
+    report = generate_questions(items, client, images=images, out=out, licence=licence, on_progress=_progress(client))
+    _say_report(report, out / NAME)
+    _refuse_nothing(report, out / NAME)
+
+
 def _write_dataset(
     read: Callable[[], Iterable[Any]],
     make: Callable[..., Any],
@@ -166,7 +200,6 @@ def _write_dataset(
     dry_run: bool,
 ) -> None:
     from manyeyes.data.generation.dataset import check_name, generate_dataset, rehearse
-    from manyeyes.errors import DataError
 
     check_name(name)
     if dry_run:
@@ -184,8 +217,14 @@ def _write_dataset(
         on_progress=_progress(client),
     )
     _say_report(report, out / name)
+    _refuse_nothing(report, out / name)
+
+
+def _refuse_nothing(report: GenerationReport, folder: Path) -> None:
+    from manyeyes.errors import DataError
+
     if not report.records:
-        raise DataError("no item gave a record", "at least one that does", f"Read {out / name / 'refused.jsonl'}.")
+        raise DataError("no item gave a record", "at least one that does", f"Read {folder / 'refused.jsonl'}.")
 
 
 def _progress(client: ChatClient) -> Callable[[int, int], None]:
