@@ -136,7 +136,7 @@ def test_the_sentences_are_the_same_questions_on_the_same_images(snapshot: Snaps
     word = RecordReader(snapshot.shards("easy-vqa-test")).read(7)
     sentence = RecordReader(built.shards("easy-vqa-sentences-test")).read(7)
     check_record(sentence)
-    assert (sentence.id, sentence.images) == (word.id, word.images)
+    assert (sentence.id, sentence.images) == (word.id.replace("easy-vqa", "easy-vqa-sentences"), word.images)
     assert [turn.text for turn in sentence.turns[0::2]] == [f"{turn.text} {IN_A_SENTENCE}" for turn in word.turns[0::2]]
     held_out = {record.id.rpartition("/")[2] for record in RecordReader(snapshot.shards("easy-vqa-val"))}
     captions = list(RecordReader(built.shards("easy-vqa-sentences-captions")))

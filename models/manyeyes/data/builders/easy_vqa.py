@@ -222,7 +222,8 @@ def _in_sentences(record: Record) -> Record:
     pairs = [
         (f"{question} {IN_A_SENTENCE}", answer_in_a_sentence(question, answer)) for question, answer in _pairs(record)
     ]
-    return replace(record, source="easy-vqa-sentences", turns=_turns(pairs))
+    name = record.id.replace("easy-vqa/", "easy-vqa-sentences/")  # a mixture may hold both
+    return replace(record, id=name, source="easy-vqa-sentences", turns=_turns(pairs))
 
 
 def _with_pairs(record: Record, pairs: Sequence[tuple[str, str]], *, split: str) -> Record:
