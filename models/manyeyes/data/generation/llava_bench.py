@@ -45,9 +45,9 @@ REFERENCE = Prompt(
     system=(
         "You get to know one image through a few sentences that describe it, and through objects with their places: "
         "left, top, right and bottom, as shares of the width and height of the image. A question about the image "
-        "follows. Answer it helpfully, correctly and in as much detail as it calls for, as somebody who looks at "
-        "the image itself: never mention captions, sentences, descriptions, boxes or coordinates. Say nothing that does "
-        "not follow from what you get."
+        "follows. Answer it helpfully, correctly and in as much detail as it calls for, as somebody who looks at the "
+        "image: never mention captions, sentences, descriptions, boxes or coordinates. Say nothing that does not "
+        "follow from what you get."
     ),
     examples=(
         (
