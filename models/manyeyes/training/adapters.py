@@ -6,6 +6,8 @@ that peft reads.
 
 The layers themselves may be held in 4 bits (QLoRA, arXiv:2305.14314). Adapters then learn what to add to the rounded
 weights, so these are what they are merged into.
+
+peft is imported where a stage has adapters: with bitsandbytes it brings 840 modules, which other stages do not need.
 """
 
 from __future__ import annotations
@@ -14,13 +16,10 @@ import copy
 import hashlib
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +29,9 @@ from manyeyes.model.language_model import decoder_of
 from manyeyes.recipe import LoraSpec
 from manyeyes.training.optimizer import ParameterGroups
 from manyeyes.training.sharding import add_to_part
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, seed: int) -> None:
@@ -43,6 +45,8 @@ def add_adapters(model: ManyEyesForConditionalGeneration, spec: LoraSpec, *, see
     Raises:
         RecipeError: The decoder has no linear layer, or is of a family whose layers peft cannot adapt.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     decoder = decoder_of(model.language_model)
     linear = {name: module.weight.is_meta for name, module in decoder.named_modules() if type(module) is nn.Linear}
     if not linear:
@@ -160,6 +164,9 @@ def save_adapter(model: ManyEyesForConditionalGeneration, folder: Path, *, base:
     Returns:
         sha256 of the weights, hexadecimal.
     """
+    from peft import get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
     language_model = model.language_model
     decoder, prefix = decoder_of(language_model), f"{language_model.base_model_prefix}."
     config: Any = copy.deepcopy(decoder.peft_config)["default"]  # type: ignore[operator, index]
@@ -185,6 +192,10 @@ def adapter_modules(model: ManyEyesForConditionalGeneration) -> list[nn.Module]:
 
 
 def _adapted(decoder: nn.Module) -> list[tuple[str, LoraLayer]]:
+    if not hasattr(decoder, "peft_config"):  # peft notes there what it adapted
+        return []
+    from peft.tuners.lora import LoraLayer
+
     return [(name, module) for name, module in decoder.named_modules() if isinstance(module, LoraLayer)]
 
 
