@@ -31,6 +31,7 @@ FORMATS = [
         "`manyeyes correlate TABLES`",
     ),
     ("gate.json", "manyeyes.registry.gate", "GateReport", "the step `gate`"),
+    ("lineage.json", "manyeyes.registry.lineage", "Lineage", "the step `register`, beside the version's evidence"),
     ("manifest.json (bundle)", "manyeyes.runtime.bundle_contents", "BundleManifest", "the step `export_onnx`"),
     ("preprocess.json (bundle)", "manyeyes.runtime.bundle_contents", "PreprocessFile", "the step `export_onnx`"),
     ("chat.json (bundle)", "manyeyes.runtime.bundle_contents", "ChatFile", "the step `export_onnx`"),

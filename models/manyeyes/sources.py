@@ -29,6 +29,19 @@ SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
 # What is needed of a hub repository: weights as safetensors, configuration, tokenizer.
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
+# Of the language models whose config.json is committed here, as their cards on the hub say.
+HUB_LICENCES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
+    "NousResearch/Nous-Hermes-2-Yi-34B": "Apache-2.0",
+    "google/gemma-2b-it": "Gemma Terms of Use",
+    "lmsys/vicuna-13b-v1.3": "non-commercial",
+    "lmsys/vicuna-13b-v1.5": "Llama 2 Community License Agreement",
+    "lmsys/vicuna-7b-v1.3": "non-commercial",
+    "lmsys/vicuna-7b-v1.5": "Llama 2 Community License Agreement",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "Meta Llama 3 Community License Agreement",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "Apache-2.0",
+}
+
 
 def resolve_source(
     source: str, *, snapshot_path: Path | None, files: Sequence[str] = (), parts: Sequence[str] = ()
@@ -84,10 +97,15 @@ def committed_config(source: str) -> Path | None:
     Returns:
         ``manyeyes/hub_configs/<id with -- for />.json``, or None for other sources and models without one.
     """
-    scheme, _, rest = source.partition(":")
-    name = rest.partition("@")[0].replace("/", "--")
+    name = hub_id(source).replace("/", "--")
     path = Path(str(resources.files("manyeyes"))) / "hub_configs" / f"{name}.json"
-    return path if scheme == "hub" and path.is_file() else None
+    return path if name and path.is_file() else None
+
+
+def hub_id(source: str) -> str:
+    """``owner/name`` of a hub source; empty for others."""
+    scheme, _, rest = source.partition(":")
+    return rest.partition("@")[0] if scheme == "hub" else ""
 
 
 def split_pin(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from manyeyes.data.snapshot import open_folder
 from manyeyes.errors import CheckpointError, RegistryError
 from manyeyes.harness.base import Reporter
-from manyeyes.harness.inputs import parse_pinned
+from manyeyes.harness.inputs import Pinned, parse_pinned
 from manyeyes.model import match_checkpoint
 from manyeyes.recipe import change_recipe
 from manyeyes.steps import export_onnx as export_step
@@ -128,6 +129,10 @@ def test_a_version_is_not_registered_with_another_recipe_than_its_bundles(
         raise FileExistsError
 
     monkeypatch.setattr("manyeyes.registry.versions.register", going_on)
+    made_of = SimpleNamespace(model_dump_json=lambda **_: "{}")
+    monkeypatch.setattr("manyeyes.registry.lineage.describe_lineage", lambda *_: made_of)
+    monkeypatch.setattr(Pinned, "snapshot", None)
+    (tmp_path / "items.parquet").touch()
     recipe = toy_recipe()
     # Of the part of the recipe that the export was given; of the whole recipe, as bundles had it before.
     for digest in (parse_pinned(pin(recipe, "export_onnx")).recipe.digest, recipe.digest):

@@ -41,6 +41,7 @@ READS = {
     "recipe list": ["recipe", "list"],
     "registry audit": ["registry", "audit", NAME],
     "recipe show": ["recipe", "show", "tiny"],
+    "verify": ["verify", "no-bundle", "--verify-key", "no.pem"],
 }
 # What these write is what they are for; with a model that is not there, they write nothing either.
 REFUSED = {
@@ -49,6 +50,7 @@ REFUSED = {
     "evaluate": ["evaluate", f"{NAME}@champion"],
     "promote": ["promote", f"{NAME}/1"],
     "rollback": ["rollback", NAME],
+    "sign": ["sign", f"{NAME}/1"],
 }
 WRITES = (
     "convert",

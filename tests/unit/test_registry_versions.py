@@ -23,6 +23,7 @@ from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.registry import carried, versions
 from manyeyes.registry.gate import ChampionEvidence
 from manyeyes.registry.references import ModelReference, find_alias
+from manyeyes.registry.signing import CARD, SBOM
 from manyeyes.registry.tracking import connect, step_run
 from manyeyes.registry.versions import (
     RegisteredVersion,
@@ -126,7 +127,7 @@ def test_versions_are_promoted_rolled_back_and_pulled(snapshot: Snapshot, tmp_pa
 
     bundle = pull(name, "champion", tmp_path / "pulled")
     assert (bundle / "manifest.json").read_bytes() == (candidate.bundle / "manifest.json").read_bytes()
-    assert {path.name for path in bundle.iterdir()} == {*REQUIRED_FILES, "manifest.json"}
+    assert {path.name for path in bundle.iterdir()} == {*REQUIRED_FILES, "manifest.json", CARD, SBOM}
     assert pull(f"{name}/2", out_dir=tmp_path / "pulled") == tmp_path / "pulled"
     assert (tmp_path / "pulled" / "chat.json").read_text(encoding="utf-8") == "chat.json two"
     assert [path.name for path in tmp_path.glob(".pulled*")] == []
@@ -273,7 +274,8 @@ def test_one_variant_is_pulled_without_the_files_of_the_others(snapshot: Snapsho
     bundle = add_variant(make_bundle(tmp_path / "exported", "whole"))
     put("with-variants", make_candidate(tmp_path / "one", snapshot, bundle=bundle))
     pulled = pull("with-variants", out_dir=tmp_path / "pulled", variant="int4")
-    assert {path.name for path in pulled.iterdir()} == {path.name for path in bundle.iterdir()} - {"decoder.onnx"}
+    listed = {path.name for path in bundle.iterdir()}
+    assert {path.name for path in pulled.iterdir()} == listed - {"decoder.onnx"} | {CARD, SBOM}
     assert (pulled / "decoder_q4.onnx").read_bytes() == b"four bits"
     source = RegistrySource("with-variants", kept=tmp_path / "kept", variant="int3")
     with pytest.raises(BundleError, match=r'variant is "int3".*this bundle has default, int4'):
@@ -398,8 +400,23 @@ def test_server_finds_and_fetches_what_the_alias_names_and_may_ask_for_approval(
     strict = RegistrySource("served@champion", kept=tmp_path, require_approved=True)
     with pytest.raises(RegistryError, match="not approved"):
         strict.fetch(strict.find())
+    with pytest.raises(RegistryError, match="not approved"):
+        strict.admit(strict.find())
     with pytest.raises(RegistryError, match="no such alias"):
         RegistrySource("served@nobody", kept=tmp_path).find()
+
+
+def test_server_keeps_the_bundle_that_answers_and_the_one_before(tmp_path: Path) -> None:
+    for age, name in enumerate(["toy-1", "toy-10", "toy-2", "toy-3", "toy-3x", "toy-other-4", "other-1"]):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (age, age))
+    source = RegistrySource("toy", kept=tmp_path)
+    source.forget(["10"])
+    others = {"toy-3x", "toy-other-4", "other-1"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {"toy-10", "toy-3", *others}, "the newest other one"
+    (tmp_path / "toy-4").mkdir()
+    source.forget(["4", "10"])
+    assert {folder.name for folder in tmp_path.iterdir()} == {"toy-10", "toy-4", *others}
 
 
 def test_the_mlflow_model_brings_its_own_code_and_asks_the_index_for_none_of_ours(

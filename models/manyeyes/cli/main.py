@@ -34,6 +34,8 @@ from manyeyes.cli.registry import (
     registry,
     reject_command,
     rollback_command,
+    sign_command,
+    verify_command,
 )
 from manyeyes.cli.serving import handoff_command, serve_command
 from manyeyes.errors import (
@@ -50,13 +52,16 @@ from manyeyes.terminal import replace_unknown_characters
 # Which extra of this package brings which import.
 EXTRAS = {
     "boto3": "data",
+    "cyclonedx": "registry",
     "datasets": "dvc",
     "diffusers": "drawing",
     "fastapi": "serve",
     "great_expectations": "data",
+    "huggingface_hub": "registry",
     "kfp": "pipeline",
     "kfp_server_api": "pipeline",
     "mlflow": "registry",
+    "model_signing": "release",
     "onnx": "export",
     "onnxscript": "export",
     "pandas": "data",
@@ -295,7 +300,7 @@ cli.add_command(handoff_command)
 
 
 for command in (
-    *(pull_command, promote_command, rollback_command),
+    *(pull_command, sign_command, verify_command, promote_command, rollback_command),
     *(approve_command, reject_command, history_command, registry),
 ):
     cli.add_command(command)

@@ -1,4 +1,4 @@
-"""The verbs of the registry: ask, pull, promote, rollback, approve, reject, history, audit."""
+"""The verbs of the registry: ask, pull, sign, verify, promote, rollback, approve, reject, history, audit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from manyeyes.storage import is_there
 
 if TYPE_CHECKING:
     from manyeyes.registry.versions import RegisteredVersion
+
+KEY = click.Path(path_type=Path)
+VERIFY_KEY = "MANYEYES_VERIFY_KEY"
 
 
 def pulled_bundle(reference: str, variant: str | None = None) -> Path:
@@ -36,11 +39,50 @@ def pulled_bundle(reference: str, variant: str | None = None) -> Path:
 @click.argument("out", type=OutPath())
 @click.option("--variant", help="Fetch the files of this variant alone, for instance int4.")
 @click.option("--require-approved", is_flag=True, help="Refuse a version that nobody approved.")
-def pull_command(model: str, out: Path, variant: str | None, require_approved: bool) -> None:
+@click.option("--verify-key", type=KEY, help=f"Refuse a bundle that this public key does not vouch for; {VERIFY_KEY}.")
+def pull_command(model: str, out: Path, variant: str | None, require_approved: bool, verify_key: Path | None) -> None:
     """Fetch the bundle of MODEL[@ALIAS or /VERSION] into the folder OUT; MODEL alone means its champion."""
     from manyeyes.registry.versions import pull
 
-    click.echo(str(pull(model, out_dir=out, variant=variant, require_approved=require_approved)))
+    pulled = pull(model, out_dir=out, variant=variant, require_approved=require_approved, verify_key=verify_key)
+    click.echo(str(pulled))
+
+
+@click.command("sign")
+@click.argument("model")
+@click.option("--key-file", type=KEY, help="Private key, PEM; MANYEYES_SIGNING_KEY (a path, or the key) by default.")
+def sign_command(model: str, key_file: Path | None) -> None:
+    """Sign MODEL/VERSION or MODEL@ALIAS, or the bundle in the folder MODEL, with a key.
+
+    The signature is over manifest, model card and SBOM; the manifest has the sha256 of every other file.
+    """
+    from manyeyes.registry.signing import SIGNATURE, sign_bundle
+
+    if _is_bundle(model):
+        from manyeyes.runtime.bundle_contents import check_files, read_manifest
+
+        check_files(Path(model), read_manifest(Path(model))["files"])
+        sign_bundle(Path(model), key_file=key_file)
+        click.echo(f"signed: {Path(model) / SIGNATURE}")
+        return
+    from manyeyes.registry.pull import sign_version
+    from manyeyes.registry.references import parse_model_reference
+
+    click.echo(f"signed: {sign_version(parse_model_reference(model), key_file=key_file)}")
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify-key", type=KEY, help=f"Public key, PEM; {VERIFY_KEY} by default.")
+def verify_command(bundle: Path, verify_key: Path | None) -> None:
+    """Check the bundle in the folder BUNDLE: its signature, and every file."""
+    from manyeyes.registry.signing import verify_bundle, wanted_key
+
+    key = wanted_key(verify_key)
+    if key is None:
+        raise click.UsageError(f"name the public key: --verify-key PUBLIC.pem, or {VERIFY_KEY}")
+    verify_bundle(bundle, key=key)
+    click.echo(f"{bundle} is as the owner of {key} signed it")
 
 
 @click.command("promote")
@@ -217,8 +259,17 @@ def ask_command(
         click.echo(str(path))
 
 
+def _is_bundle(model: str) -> bool:
+    return bool(model.strip()) and is_there(Path(model) / "manifest.json")  # Path("") is the working directory
+
+
 def _find_bundle(model: str, variant: str | None) -> Path:
-    if model.strip() and is_there(Path(model) / "manifest.json"):  # Path("") is the working directory
+    if _is_bundle(model):
+        from manyeyes.registry.signing import verify_signature, wanted_key
+
+        key = wanted_key()
+        if key is not None:
+            verify_signature(Path(model), key=key)
         return Path(model)
     from manyeyes.cli.registry import pulled_bundle
 

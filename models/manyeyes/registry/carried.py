@@ -18,14 +18,16 @@ _ONNX_RUNTIME = (
     "onnxruntime>=1.23; sys_platform != 'linux' or platform_machine != 'x86_64'",
 )
 
+RUNTIME_PACKAGES = ("numpy", "pillow", "pydantic", "tokenizers")
+"""What runs a bundle, beside ONNX Runtime under one of its names."""
+
 
 def carried_requirements() -> list[str]:
     """What serving needs beside the code that a version carries: packages of the index, and none named ``manyeyes``.
 
     Nobody owns that name on a public index, so whoever took it would run code in every service that asked for it.
     """
-    names = ("mlflow", "numpy", "pillow", "pydantic", "tokenizers")
-    return [*(f"{name}=={metadata.version(name)}" for name in names), *_ONNX_RUNTIME]
+    return [*(f"{name}=={metadata.version(name)}" for name in ("mlflow", *RUNTIME_PACKAGES)), *_ONNX_RUNTIME]
 
 
 def copy_code(folder: Path) -> Path:

@@ -284,7 +284,8 @@ def render_gate_markdown(report: GateReport) -> str:
     return _render("gate.md", report)
 
 
-def _render(template: str, report: GateReport) -> str:
+def gate_table(report: GateReport) -> Table:
+    """The rules, one a row: found, needed, met, and why."""
     rows: list[list[str | Text]] = [
         [
             f"{result.rule}: {result.benchmark}" if result.benchmark else result.rule,
@@ -295,6 +296,10 @@ def _render(template: str, report: GateReport) -> str:
         ]
         for result in report.rules
     ]
+    return Table(("rule", "found", "needed", "met", "why"), rows, stacked=True)
+
+
+def _render(template: str, report: GateReport) -> str:
     digests = [["challenger's bundle", report.challenger]]
     digests += [["champion's bundle", report.champion_digest]] if report.champion_digest else []
     digests += [[name, digest] for name, digest in report.benchmark_digests.items()]
@@ -304,9 +309,9 @@ def _render(template: str, report: GateReport) -> str:
         template,
         title=f"Gate: {report.verdict}",
         verdict=report.verdict,
-        summary=f"{failed} of {len(rows)} rules are not met ({against}); no alias moves."
+        summary=f"{failed} of {len(report.rules)} rules are not met ({against}); no alias moves."
         if failed
-        else f"All {len(rows)} rules are met ({against}).",
-        rules=Table(("rule", "found", "needed", "met", "why"), rows, stacked=True),
+        else f"All {len(report.rules)} rules are met ({against}).",
+        rules=gate_table(report),
         digests=Table(("what", "digest"), digests, code=(1,)),
     )

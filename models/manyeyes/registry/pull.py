@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.recipe import Recipe
 from manyeyes.registry.approval import check_approved
 from manyeyes.registry.gate import ChampionEvidence
+from manyeyes.registry.mlflow_errors import registry_errors
 from manyeyes.registry.references import (
     BUNDLE_PATH,
     BUNDLE_SCORECARD,
@@ -33,8 +35,10 @@ from manyeyes.registry.references import (
     download,
     find_alias,
     find_version,
+    list_files,
     parse_model_reference,
 )
+from manyeyes.registry.signing import BESIDE, SIGNATURE, sign_bundle, verify_signature, wanted_key
 from manyeyes.registry.tracking import Tracking, connect
 from manyeyes.runtime.bundle_contents import (
     MANIFEST,
@@ -57,11 +61,13 @@ def pull(
     *,
     require_approved: bool = False,
     variant: str | None = None,
+    verify_key: Path | None = None,
 ) -> Path:
-    """Fetch a bundle from the registry.
+    """Fetch a bundle from the registry, with its card and SBOM.
 
-    Every file is checked against the manifest, and the manifest's digest against the registry, before anything
-    appears at ``out_dir``. A bundle that is there already is replaced; anything else is left alone.
+    Every file is checked against the manifest, the manifest's digest against the registry, and the signature where a
+    key is given, before anything appears at ``out_dir``. A bundle that is there already is replaced; anything else is
+    left alone.
 
     Args:
         name: Of the registered model, or a whole reference such as ``NAME@ALIAS``.
@@ -69,14 +75,16 @@ def pull(
         out_dir: Where the bundle goes; ``<name>`` in the working directory when left out.
         require_approved: Refuse a version that nobody approved.
         variant: Fetch the files of this variant alone, for instance ``int4``; everything when left out.
+        verify_key: Public key whose signature the bundle must carry; that of ``MANYEYES_VERIFY_KEY`` when left out.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        RegistryError: No such model, alias or version, it is not approved, or ``out_dir`` is not a bundle's folder.
+        RegistryError: No such model, alias or version, it is not approved, ``out_dir`` is not a bundle's folder, or the
+            key is none.
         RegistryUnreachableError: The registry does not answer.
-        BundleError: A file is missing or is not what was registered.
+        BundleError: A file is missing or is not what was registered, or not what was signed with the key.
         StorageError: No space, no permission, or no place for a folder: a file, or the working directory.
     """
     reference = parse_model_reference(name, alias_or_version)
@@ -87,10 +95,13 @@ def pull(
     if require_approved:
         check_approved(tracking, version.name, int(version.version))
     expected = version.tags.get("bundle_digest")
+    key = wanted_key(verify_key)
     if out_dir.exists():
-        if _is_intact(out_dir, expected, variant):
+        if _is_intact(out_dir, expected, variant, key):
             return given
         _check_replaceable(out_dir)
+    if key is not None:
+        check_signed(version, key=key)  # before the large files are fetched
     with storage_errors(out_dir):
         scratch = folder_beside(out_dir)
         try:
@@ -98,6 +109,8 @@ def pull(
                 bundle = download(tracking, version, BUNDLE_PATH, scratch)
             else:
                 bundle = _download_variant(tracking, version, variant, scratch)
+            if key is not None:
+                verify_signature(bundle, key=key)
             _check(bundle, expected, reference, variant)
             if out_dir.exists():
                 out_dir.rename(scratch / "replaced")
@@ -107,19 +120,74 @@ def pull(
     return given
 
 
-def _download_variant(tracking: Tracking, version: ModelVersion, variant: str, scratch: Path) -> Path:
+def check_signed(version: ModelVersion, *, key: Path) -> None:
+    """Check that a version's manifest, card and SBOM carry the signature of a key; fetches nothing else.
+
+    Args:
+        version: From ``find_version``.
+        key: Public key, PEM.
+
+    Raises:
+        BundleError: It is not signed, or not with this key, or was changed since.
+        RegistryError: ``key`` is no public key, or the files are gone.
+        RegistryUnreachableError: The registry does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="manyeyes-signed-") as name:
+        verify_signature(_download_manifest(connect(), version, Path(name)), key=key)
+
+
+def sign_version(reference: ModelReference, *, key_file: Path | None = None) -> ModelReference:
+    """Sign a registered version, or sign it anew; its files are compared with its digest first.
+
+    Args:
+        reference: Of the version.
+        key_file: As ``sign_bundle``.
+
+    Returns:
+        The version that was signed.
+
+    Raises:
+        RegistryError: No such version, no key, or MLflow refuses.
+        RegistryUnreachableError: The registry does not answer.
+        BundleError: A file is missing or is not what was registered.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    tracking = connect()
+    version = find_version(tracking, reference)
+    with tempfile.TemporaryDirectory(prefix="manyeyes-sign-") as name:
+        bundle = download(tracking, version, BUNDLE_PATH, Path(name))
+        _check(bundle, version.tags.get("bundle_digest"), reference, None)
+        sign_bundle(bundle, key_file=key_file)
+        with registry_errors():
+            place = tracking.client.get_model_version_download_uri(version.name, str(version.version))
+            get_artifact_repository(place, tracking_uri=tracking.uri).log_artifact(str(bundle / SIGNATURE), BUNDLE_PATH)
+    return ModelReference(version.name, None, int(version.version))
+
+
+def _download_manifest(tracking: Tracking, version: ModelVersion, scratch: Path) -> Path:
+    """Fetch a bundle's manifest, card, SBOM and signature; the folder that they are in."""
     # A file keeps its folders, as the whole bundle does.
     bundle = download(tracking, version, f"{BUNDLE_PATH}/{MANIFEST}", scratch).parent
+    for name in sorted(list_files(version, BUNDLE_PATH) & {*BESIDE}):
+        download(tracking, version, f"{BUNDLE_PATH}/{name}", scratch)
+    return bundle
+
+
+def _download_variant(tracking: Tracking, version: ModelVersion, variant: str, scratch: Path) -> Path:
+    bundle = _download_manifest(tracking, version, scratch)
     manifest = read_manifest(bundle)
     for name in needed_files(manifest, choose_variant(bundle, manifest, variant)[1]):
         download(tracking, version, f"{BUNDLE_PATH}/{name}", scratch)
     return bundle
 
 
-def _is_intact(folder: Path, expected: str | None, variant: str | None) -> bool:
+def _is_intact(folder: Path, expected: str | None, variant: str | None, key: Path | None) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     try:
+        if key is not None:
+            verify_signature(folder, key=key)
         manifest = read_manifest(folder)
         check_files(folder, _files(folder, manifest, variant))
     except BundleError:

@@ -214,3 +214,23 @@ def download(tracking: Tracking, version: ModelVersion, path: str, destination: 
                 "Check that the artifact store answers and still has them.",
             ) from error
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def list_files(version: ModelVersion, path: str) -> set[str]:
+    """Names of the files in a folder of a version's MLflow model.
+
+    Args:
+        version: Whose model.
+        path: Inside the model, with forward slashes.
+
+    Raises:
+        RegistryError: MLflow refuses.
+        RegistryUnreachableError: The registry or its storage does not answer.
+    """
+    import mlflow
+
+    from manyeyes.registry.mlflow_errors import registry_errors
+
+    with registry_errors():
+        found = mlflow.artifacts.list_artifacts(f"models:/{version.name}/{version.version}/{path}")
+    return {file.path.rpartition("/")[2] for file in found if not file.is_dir}

@@ -3,35 +3,30 @@
 A version is a bundle in an MLflow model, with the evidence behind it: scorecards, per-item outcomes, gate report,
 lineage. Tags say what it is, aliases say what it is for: ``challenger`` is the newest version that passed the gate,
 ``champion`` the one to serve, ``previous`` the champion before.
-
-The MLflow model of a version holds bundle, evidence and the code that serves it, logged in one piece.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from manyeyes.errors import RegistryError
 from manyeyes.evaluation.scorecard import Scorecard, read_scorecard
 from manyeyes.registry.approval import check_approver, is_approved, waits
-from manyeyes.registry.carried import carried_requirements, carried_signature, copy_code
-from manyeyes.registry.gate import GateReport, Verdict, read_gate_report, render_gate_html, render_gate_markdown
+from manyeyes.registry.card import render_card
+from manyeyes.registry.gate import GateReport, Verdict, read_gate_report
 from manyeyes.registry.history import Approvals, Change, History, identify, move
-from manyeyes.registry.mlflow_errors import REQUEST, create_once, registry_errors
+from manyeyes.registry.lineage import read_lineage
+from manyeyes.registry.logged_model import log_model, log_scores
+from manyeyes.registry.mlflow_errors import create_once, registry_errors
 from manyeyes.registry.pull import champion_evidence, comparable_champion, pull
 from manyeyes.registry.references import (
     BUNDLE_SCORECARD,
@@ -46,9 +41,10 @@ from manyeyes.registry.references import (
     find_version,
     parse_model_reference,
 )
+from manyeyes.registry.sbom import render_sbom
+from manyeyes.registry.signing import CARD, SBOM
 from manyeyes.registry.tracking import Tracking, connect, step_run
-from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT, check_files, read_manifest
-from manyeyes.storage import link_or_copy
+from manyeyes.runtime.bundle_contents import check_files, read_manifest
 
 __all__ = [
     "Approvals",
@@ -66,109 +62,6 @@ __all__ = [
     "reject",
     "rollback",
 ]
-
-
-def log_model(
-    tracking: Tracking,
-    run_id: str,
-    *,
-    bundle: Path,
-    evidence: Mapping[str, Path],
-    report: GateReport,
-    tags: Mapping[str, str],
-) -> tuple[str, str]:
-    """Make the MLflow model with bundle and evidence.
-
-    Args:
-        tracking: Where.
-        run_id: Run that it belongs to.
-        bundle: Its folder.
-        evidence: Files to keep with it, by name.
-        report: The gate's; kept as pages too.
-        tags: Of the model.
-
-    Returns:
-        The model's id, and where its files are.
-
-    Raises:
-        RegistryError: MLflow or its artifact store refuses.
-        RegistryUnreachableError: One of them does not answer.
-    """
-    with tempfile.TemporaryDirectory(prefix="manyeyes-register-") as name:
-        staging = Path(name)
-        # MLflow names artifact folders after their last path component, and follows no symbolic link out of them.
-        shutil.copytree(bundle, staging / "bundle", copy_function=link_or_copy)
-        (staging / "evidence").mkdir()
-        for target, path in evidence.items():
-            link_or_copy(path, staging / "evidence" / target)
-        (staging / "evidence" / "gate.html").write_text(render_gate_html(report), encoding="utf-8")
-        (staging / "evidence" / "gate.md").write_text(render_gate_markdown(report), encoding="utf-8")
-        with registry_errors(), _quiet_mlflow() as pyfunc:
-            logged = _create_model(tracking, run_id, tags)
-            pyfunc.log_model(
-                model_id=logged.model_id,
-                name="bundle",
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={"bundle": str(staging / "bundle"), "evidence": str(staging / "evidence")},
-                signature=carried_signature(),
-                model_config={"variant": DEFAULT_VARIANT},
-                code_paths=[str(copy_code(staging / "code"))],
-                pip_requirements=carried_requirements(),
-            )
-            tracking.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-    return str(logged.model_id), str(logged.artifact_location)
-
-
-def _create_model(tracking: Tracking, run_id: str, tags: Mapping[str, str]) -> LoggedModel:
-    marks = dict(tags) | {REQUEST: uuid.uuid4().hex}
-
-    def create() -> LoggedModel:
-        return tracking.client.create_logged_model(
-            tracking.experiment_id, name="bundle", source_run_id=run_id, tags=marks, model_type="manyeyes-bundle"
-        )
-
-    def find() -> LoggedModel | None:
-        with registry_errors():
-            found = tracking.client.search_logged_models(
-                [tracking.experiment_id], f"tags.`{REQUEST}` = '{marks[REQUEST]}'"
-            )
-        return found[0] if found else None
-
-    return create_once(create, find=find)
-
-
-@contextmanager
-def _quiet_mlflow() -> Iterator[Any]:
-    """``mlflow.pyfunc`` without what does not concern the user.
-
-    Its import warns of MLflow's own classes, and logging wants an input example, for which it would load the bundle.
-    ``log_model`` would also take the run in ``MLFLOW_RUN_ID`` for its own and end it; here ``source_run_id`` says which
-    run it is.
-    """
-    injected = os.environ.pop("MLFLOW_RUN_ID", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*(is inferred as AnyType|An input example was not provided)", UserWarning
-            )
-            import mlflow.pyfunc  # takes a second, and nothing else here needs it
-
-            yield mlflow.pyfunc
-    finally:
-        if injected is not None:
-            os.environ["MLFLOW_RUN_ID"] = injected
-
-
-def log_scores(tracking: Tracking, run_id: str, model_id: str, score: Scorecard) -> None:
-    """Record a scorecard's figures on a run and its model.
-
-    Raises:
-        RegistryUnreachableError: The store does not answer any more.
-    """
-    metrics = [Metric(key, value, 0, 0, model_id=model_id, run_id=run_id) for key, value in score.metrics().items()]
-    with registry_errors():
-        tracking.client.log_batch(run_id, metrics=metrics)
-
 
 _TAG_CHARACTERS = 5000
 _PENDING, _WAITING, _DONE = "pending", "waiting", "done"
@@ -224,7 +117,8 @@ def register(
         items: The bundle's ``items.parquet``.
         gate: ``gate.json``.
         tags: Lineage beyond what the bundle's manifest says, for instance ``git_commit``.
-        attachments: More files to keep with the version, for instance ``parity.json``.
+        attachments: More files to keep with the version, for instance ``parity.json``. Card and SBOM name the parts,
+            data sets and licences of a ``lineage.json`` among them.
         run_id: MLflow run that it belongs to; a run of its own when left out.
         approvals: What it needs before it becomes champion; left out, passing the gate is enough.
 
@@ -253,8 +147,15 @@ def register(
         evidence = {SCORECARD: scorecard, BUNDLE_SCORECARD: bundle_scorecard, ITEMS: items, GATE: gate}
         evidence |= {path.name: path for path in attachments}
         marks = _tags(manifest, score, report) | dict(tags or {})
+        lineage = read_lineage(attachments)
+        beside = {
+            CARD: render_card(name, manifest, scorecard=score, report=report, lineage=lineage, tags=marks),
+            SBOM: render_sbom(manifest, lineage),
+        }
         with _run(name, run_id) as run:
-            model_id, source = log_model(tracking, run, bundle=bundle, evidence=evidence, report=report, tags=marks)
+            model_id, source = log_model(
+                tracking, run, bundle=bundle, evidence=evidence, beside=beside, report=report, tags=marks
+            )
             log_scores(tracking, run, model_id, score)
             own = _create_version(tracking, name, source=source, run_id=run, model_id=model_id, tags=marks)
     gate_digest = hashlib.sha256(gate.read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ import yaml
 
 from manyeyes import __version__
 from manyeyes.errors import BundleError
+from manyeyes.registry.signing import BESIDE
 from manyeyes.runtime.bundle_contents import (
     DEFAULT_VARIANT,
     MANIFEST,
@@ -57,7 +58,7 @@ def write_oci_layout(bundle: Path, out: Path, *, tag: str, variant: str | None =
     with new_folder(out) as folder:
         blobs = folder / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        layers = [_write_layer(bundle / name, blobs) for name in sorted([*files, MANIFEST])]
+        layers = [_write_layer(bundle / name, blobs) for name in _names(bundle, files)]
         images = []
         for architecture in _ARCHITECTURES:
             config = {
@@ -82,6 +83,11 @@ def write_oci_layout(bundle: Path, out: Path, *, tag: str, variant: str | None =
         (folder / "index.json").write_text(json.dumps({**index, "manifests": [named]}), encoding="utf-8")
         (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}', encoding="utf-8")
     return str(whole["digest"])
+
+
+def _names(bundle: Path, files: dict[str, Any]) -> list[str]:
+    """Files to hand on, with card, SBOM and signature where the bundle has them."""
+    return sorted([*files, MANIFEST, *(name for name in BESIDE if (bundle / name).is_file())])
 
 
 def _checked_files(bundle: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +149,7 @@ def write_triton(bundle: Path, out: Path, *, name: str, variant: str | None = No
     with new_folder(out) as folder:
         version = folder / name / "1"
         (version / "bundle").mkdir(parents=True)
-        for file in (*files, MANIFEST):
+        for file in _names(bundle, files):
             link_or_copy(bundle / file, version / "bundle" / file)
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
         copy_code(version / "code")

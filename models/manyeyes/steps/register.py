@@ -50,6 +50,7 @@ def register(
     """
     from manyeyes.evaluation.scorecard import read_scorecard
     from manyeyes.registry.history import approvals_of
+    from manyeyes.registry.lineage import LINEAGE, describe_lineage
     from manyeyes.registry.versions import register as register_version
 
     inputs = parse_pinned(pinned)
@@ -66,6 +67,10 @@ def register(
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(inputs.recipe.canonical_json(), encoding="utf-8")
+        lineage = Path(folder) / LINEAGE
+        lineage.write_text(
+            describe_lineage(inputs.recipe, inputs.snapshot).model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
         registered = register_version(
             registry_model,
             bundle=bundle,
@@ -83,6 +88,7 @@ def register(
                 parity / "parity.json",
                 validation / "validation.json",
                 recipe,
+                lineage,
                 *_variant_evidence(scorecard, bundle_scorecard, Path(folder)),
                 *(path for path in [validation / "contamination.json"] if path.is_file()),
             ),
