@@ -91,6 +91,9 @@ def test_a_version_is_judged_where_it_arrives(
     put("dev", good, attachments=with_evidence(good))
     cache = tmp_path / "cache"
 
+    with pytest.raises(RegistryError, match=r"https://\*\*\*@there, with a password") as raised:
+        copy_version(parse_model_reference("dev/1"), "prod", to_uri="https://me:secret@there", cache_dir=cache)
+    assert "secret" not in str(raised.value)
     with pytest.raises(RegistryError, match="is where dev/1 is"):
         copy_version(parse_model_reference("dev/1"), "dev", cache_dir=cache)
     copied = copy_version(parse_model_reference("dev@champion"), "prod", cache_dir=cache)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from manyeyes.data.contamination.findings import read_contamination
 from manyeyes.data.snapshot import open_snapshot
@@ -21,6 +22,7 @@ from manyeyes.export.parity import ParityReport
 from manyeyes.recipe import parse_recipe
 from manyeyes.registry.gate import VariantEvidence, decide, write_gate_report
 from manyeyes.registry.history import approvals_of
+from manyeyes.registry.mlflow_errors import without_password
 from manyeyes.registry.pull import champion_evidence, comparable_champion, pull, same_questions
 from manyeyes.registry.references import (
     BUNDLE_SCORECARD,
@@ -40,6 +42,12 @@ from manyeyes.registry.versions import RegisteredVersion, register
 from manyeyes.runtime.bundle_contents import DEFAULT_VARIANT, read_manifest, read_variants
 
 _RECIPE, _PARITY, _VALIDATION = "recipe.json", "parity.json", "validation.json"
+# By whom the other server knows us, and MLflow's own variable for it.
+_THERE = {
+    "MANYEYES_TO_USERNAME": "MLFLOW_TRACKING_USERNAME",
+    "MANYEYES_TO_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+    "MANYEYES_TO_TOKEN": "MLFLOW_TRACKING_TOKEN",
+}
 _MADE_ANEW = {GATE, "gate.html", "gate.md"}
 _LINEAGE = ("recipe_digest", "data_remote", "git_commit")
 
@@ -52,17 +60,20 @@ def copy_version(reference: ModelReference, to: str, *, to_uri: str = "", cache_
     Args:
         reference: Of the version.
         to: Name of the other registered model.
-        to_uri: Tracking URI of the other server; the same one when left out.
+        to_uri: Tracking URI of the other server, without a password; the same one when left out. Who we are there is in
+            ``MANYEYES_TO_USERNAME`` and ``MANYEYES_TO_PASSWORD``, or ``MANYEYES_TO_TOKEN``; in MLflow's own variables
+            when left out.
         cache_dir: For the snapshot and the other champion, where it must be scored again.
 
     Raises:
-        RegistryError: The same model; no such version; it was registered without the evidence that the gate needs; or
-            the champion there changed meanwhile.
+        RegistryError: The same model; an address with a password; no such version; it was registered without the
+            evidence that the gate needs; or the champion there changed meanwhile.
         RegistryUnreachableError: One of the registries does not answer.
         RecipeError: This version of ManyEyes does not know a field of the recipe that the version was made with.
         SnapshotError: The data that the version names cannot be had, and the champion there must be scored again.
     """
     check_registry_name(to)
+    check_address(to_uri)
     tracking = connect()
     if to == reference.name and (not to_uri or to_uri == tracking.uri):
         raise RegistryError(
@@ -137,16 +148,34 @@ def copy_version(reference: ModelReference, to: str, *, to_uri: str = "", cache_
     return copied
 
 
+def check_address(uri: str) -> None:
+    """Refuse an address with a password in it: a command line is seen by others, and kept in histories.
+
+    Raises:
+        RegistryError: It has one.
+    """
+    if urlsplit(uri).password is not None:
+        raise RegistryError(
+            f"--to-uri is {without_password(uri)}, with a password",
+            "an address without one",
+            f"Set {', '.join(_THERE)} for a server, or PGPASSWORD for PostgreSQL.",
+        )
+
+
 @contextmanager
 def _registry_at(uri: str) -> Iterator[None]:
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri or default_tracking_uri()
+    wanted = {"MLFLOW_TRACKING_URI": uri or default_tracking_uri()}
+    if uri:
+        wanted |= {name: os.environ[there] for there, name in _THERE.items() if os.environ.get(there)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         connect(create=True)
         yield
     finally:
-        if before is None:
-            del os.environ["MLFLOW_TRACKING_URI"]
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         connect()
