@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 
+from manyeyes.errors import RegistryError
 from manyeyes.runtime.bundle import Bundle
 from manyeyes.runtime.engine import Chat, Engine
 from manyeyes.serving.app import Limits, Server, Service
@@ -26,12 +27,20 @@ class LoadedSource:
 
     version: str = "1"
     name: str = NAME
+    waiting: tuple[str, ...] = ()
 
     def find(self) -> str:
         return self.version
 
+    def admit(self, version: str) -> None:
+        if version in self.waiting:
+            raise RegistryError(f"{version} is not approved", "one that is", "Approve it.")
+
     def fetch(self, version: str) -> Path:
         return Path(version)
+
+    def forget(self, kept: Sequence[str]) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,13 @@ def test_new_version_takes_over_without_a_lost_answer_and_a_bad_one_is_refused(
         host.look()
         host.look()
         assert (host.served.version, host.refusals) == ("3", 2), "a version that was refused is not tried again"
+        source.version, source.waiting = "1", ("1",)
+        host.look()
+        host.look()
+        assert (host.served.version, host.refusals) == ("3", 3), "counted once"
+        source.waiting = ()
+        host.look()
+        assert host.served.version == "1", "approved since"
         assert client.chat.completions.create(**as_options(chats[0])).choices[0].message.content == expected[0]
 
 

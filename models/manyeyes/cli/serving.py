@@ -30,6 +30,11 @@ MIB = 2**20
 @click.option("--allow-image-host", "hosts", multiple=True, metavar="HOST", help="Fetch images from HOST, by http(s).")
 @click.option("--follow-seconds", default=30.0, show_default=True, help="Between two looks at the alias.")
 @click.option("--require-approved", is_flag=True, help="Refuse a version that nobody approved.")
+@click.option(
+    "--verify-key",
+    type=click.Path(path_type=Path),
+    help="Refuse a bundle that this public key does not vouch for; MANYEYES_VERIFY_KEY.",
+)
 @click.option("--stop-seconds", default=30.0, show_default=True, help="For running answers after SIGTERM.")
 def serve_command(
     model: str,
@@ -46,6 +51,7 @@ def serve_command(
     hosts: tuple[str, ...],
     follow_seconds: float,
     require_approved: bool,
+    verify_key: Path | None,
     stop_seconds: float,
 ) -> None:
     """Serve MODEL[@ALIAS or /VERSION], or the bundle in the folder MODEL, as OpenAI's chat completions.
@@ -62,9 +68,16 @@ def serve_command(
     folder = Path(model)
     fixed = is_there(folder) and folder.is_dir()
     source: BundleSource = (
-        FolderSource(folder, str(read_manifest(folder)["recipe"]))
+        FolderSource(folder, str(read_manifest(folder)["recipe"]), verify_key)
         if fixed
-        else RegistrySource(model, kept=cache_dir() / "bundles", require_approved=require_approved, variant=variant)
+        # A folder of its own: old versions are deleted there.
+        else RegistrySource(
+            model,
+            kept=cache_dir() / "served",
+            require_approved=require_approved,
+            variant=variant,
+            verify_key=verify_key,
+        )
     )
     limits = Limits(
         images=ImageLimits(max_images, max_pixels, max_body_mb * MIB, hosts),

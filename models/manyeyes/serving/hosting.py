@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from manyeyes.runtime.engine import Chat, Engine
 
 LOG = logging.getLogger("manyeyes.serving")
 _SMOKE_TOKENS = 4
+_KEPT = 2  # bundles on this disk: the one that answers and the one before it
 
 
 class BundleSource(Protocol):
@@ -36,8 +39,14 @@ class BundleSource(Protocol):
     def find(self) -> str:
         """Which version is to answer now."""
 
+    def admit(self, version: str) -> None:
+        """Raise why a version may not be served yet; asked anew each time, as that may change."""
+
     def fetch(self, version: str) -> Path:
         """Folder of a version's bundle on this machine."""
+
+    def forget(self, kept: Sequence[str]) -> None:
+        """Delete what was fetched of other versions."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,27 @@ class FolderSource:
 
     folder: Path
     name: str
+    verify_key: Path | None = None
 
     def find(self) -> str:
         """Always the same."""
         return "folder"
 
+    def admit(self, version: str) -> None:
+        """There is no other."""
+
     def fetch(self, version: str) -> Path:
-        """The folder itself."""
+        """The folder itself, once its signature is the one that is asked for."""
         del version
+        from manyeyes.registry.signing import verify_signature, wanted_key
+
+        key = wanted_key(self.verify_key)
+        if key is not None:
+            verify_signature(self.folder, key=key)
         return self.folder
+
+    def forget(self, kept: Sequence[str]) -> None:
+        """Nothing was fetched."""
 
 
 class RegistrySource:
@@ -65,20 +86,29 @@ class RegistrySource:
         kept: Folder for bundles that were fetched.
         require_approved: Refuse a version that nobody approved.
         variant: Fetch this variant alone; everything when left out.
+        verify_key: Refuse a version without this public key's signature; that of ``MANYEYES_VERIFY_KEY`` by default.
 
     Raises:
         RegistryError: No reference to a model.
     """
 
     def __init__(
-        self, reference: str, *, kept: Path, require_approved: bool = False, variant: str | None = None
+        self,
+        reference: str,
+        *,
+        kept: Path,
+        require_approved: bool = False,
+        variant: str | None = None,
+        verify_key: Path | None = None,
     ) -> None:
         from manyeyes.registry.references import parse_model_reference
+        from manyeyes.registry.signing import wanted_key
 
         self._reference = parse_model_reference(reference)
         self._kept = kept
         self._require_approved = require_approved
         self._variant = variant
+        self._verify_key = wanted_key(verify_key)
         self.name = self._reference.name
 
     def find(self) -> str:
@@ -87,6 +117,18 @@ class RegistrySource:
         from manyeyes.registry.tracking import connect
 
         return str(find_version(connect(), self._reference).version)
+
+    def admit(self, version: str) -> None:
+        """Approved and signed, where that is asked for: both may be done after an alias moved."""
+        from manyeyes.registry.approval import check_approved
+        from manyeyes.registry.pull import check_signed
+        from manyeyes.registry.references import ModelReference, find_version
+        from manyeyes.registry.tracking import connect
+
+        if self._require_approved:
+            check_approved(connect(), self.name, int(version))
+        if self._verify_key is not None:
+            check_signed(find_version(connect(), ModelReference(self.name, None, int(version))), key=self._verify_key)
 
     def fetch(self, version: str) -> Path:
         """Pull the version, checksums and all."""
@@ -97,7 +139,17 @@ class RegistrySource:
             out_dir=self._kept / "-".join(filter(None, (self.name, version, self._variant))),
             require_approved=self._require_approved,
             variant=self._variant,
+            verify_key=self._verify_key,
         )
+
+    def forget(self, kept: Sequence[str]) -> None:
+        """Delete the folders of other versions of this model; where only one is kept, the newest other one stays."""
+        variant = f"-{re.escape(self._variant)}" if self._variant else ""
+        mine = re.compile(rf"{re.escape(self.name)}-([0-9]+){variant}")
+        found = {match[1]: folder for folder in self._kept.glob("*") if (match := mine.fullmatch(folder.name))}
+        others = sorted((name for name in found if name not in kept), key=lambda name: found[name].stat().st_mtime)
+        for version in others[: len(others) - (len(kept) < _KEPT)]:
+            shutil.rmtree(found[version], ignore_errors=True)
 
 
 @dataclass
@@ -143,10 +195,11 @@ class Host:
         self.changes = self.refusals = 0
         self._source, self._load = source, load
         self._lock = threading.Lock()
-        self._refused = ""
+        self._refused = self._awaited = ""
         self._ended = threading.Event()
         self._follower: threading.Thread | None = None
         self.served = self._open(source.find())
+        source.forget([self.served.version])
 
     @contextmanager
     def use(self) -> Iterator[Served]:
@@ -177,21 +230,32 @@ class Host:
         version = self._source.find()
         if version in (self.served.version, self._refused):
             return
+        try:
+            self._source.admit(version)
+        except ManyEyesError as error:
+            if version != self._awaited:
+                self._awaited = version
+                self.refusals += 1
+                LOG.error("%s: version %s must wait, %s stays: %s", self.name, version, self.served.version, error)
+            return
         LOG.info("%s: version %s is there, loading it beside %s", self.name, version, self.served.version)
         try:
             new = self._open(version)
         except ManyEyesError as error:
-            self._refused = version
+            if not error.retry:
+                self._refused = version
             self.refusals += 1
+            self._source.forget([self.served.version])
             LOG.error("%s: version %s is refused, %s stays: %s", self.name, version, self.served.version, error)
             return
         with self._lock:
             old, self.served = self.served, new
         self.changes += 1
-        self._refused = ""
+        self._refused = self._awaited = ""
         LOG.info("%s: version %s answers now", self.name, version)
         old.idle.wait()
         old.engine.close()
+        self._source.forget([version, old.version])
 
     def close(self, *, timeout_s: float = 0.0) -> None:
         """Stop following, and close the engine."""
