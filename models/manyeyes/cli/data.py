@@ -1,4 +1,4 @@
-"""``manyeyes data import``, ``sources``, ``contamination``, ``self-chat``: where data is from and what it shares."""
+"""``manyeyes data import``, ``sources``, ``contamination``, ``curate``, ``self-chat``: from sources to a mixture."""
 
 from __future__ import annotations
 
@@ -72,6 +72,39 @@ def contamination_command(
     )
     click.echo(report.as_markdown(), nl=False)
     click.echo(f"report: {out / 'contamination.html'}")
+
+
+@click.command("curate")
+@click.argument("recipe")
+@click.argument("out", type=OutPath())
+@click.option(
+    "--snapshot", type=click.Path(path_type=Path), help="Folder of the inputs for which the recipe names none."
+)
+@click.option("--dry-run", is_flag=True, help="Draw, and write list and page alone.")
+def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool) -> None:
+    """Draw a training mixture by the curation recipe RECIPE into the snapshot in OUT, as <name>-train.
+
+    RECIPE is a YAML file, or cambrian-7m, llava-cc3m-595k or clean. Beside the data set are <name>-curation.html, .json
+    and <name>-samples.parquet: every sample, and why it was left out. Stopped with Ctrl-C, the same command goes on.
+    """
+    from manyeyes.data.curation.curate import curate, open_inputs, write_report
+    from manyeyes.data.curation.draw import draw
+    from manyeyes.data.curation.recipe import load_curation_recipe
+    from manyeyes.storage import cache_dir
+
+    loaded = load_curation_recipe(recipe)
+    snapshots = open_inputs(loaded, snapshot=snapshot)
+    kept = cache_dir()
+
+    def progress(sentence: str, done: float) -> None:
+        click.echo(f"{100 * done:3.0f}% {sentence}", err=True)
+
+    if dry_run:
+        report = write_report(draw(loaded, snapshots, cache_dir=kept, progress=progress), loaded, snapshots, out=out)
+    else:
+        report = curate(loaded, snapshots, out, cache_dir=kept, progress=progress)
+    click.echo(report.as_markdown(), nl=False)
+    click.echo(f"report: {out / f'{loaded.name}-curation.html'}")
 
 
 @click.command("self-chat")

@@ -11,7 +11,13 @@ import click
 from manyeyes import __version__
 from manyeyes.cli.chat import render_command
 from manyeyes.cli.convert import convert_command, logits_command
-from manyeyes.cli.data import contamination_command, import_command, self_chat_command, sources_command
+from manyeyes.cli.data import (
+    contamination_command,
+    curate_command,
+    import_command,
+    self_chat_command,
+    sources_command,
+)
 from manyeyes.cli.evaluation import (
     compare_command,
     correlate_command,
@@ -238,6 +244,7 @@ def data_validate(
 data.add_command(contamination_command)
 data.add_command(import_command)
 data.add_command(sources_command)
+data.add_command(curate_command)
 data.add_command(self_chat_command)
 data.add_command(generate_group)
 

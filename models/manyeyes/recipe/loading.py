@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.gate_rules import GATE_RULES
@@ -350,7 +350,7 @@ def _check(tree: Any, *, where: str, part: Part | None = None) -> Recipe:
     try:
         recipe = read_fields(tree, part.paths, reader=part.reader) if part else Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where=where) from error
+        raise explain(error, where=where) from error
     size = len(recipe.canonical_json())
     if size > MAX_BYTES:
         raise RecipeError(
@@ -361,13 +361,27 @@ def _check(tree: Any, *, where: str, part: Part | None = None) -> Recipe:
     return recipe
 
 
-def _explain(error: ValidationError, *, where: str) -> RecipeError:
+def explain(
+    error: ValidationError,
+    *,
+    where: str,
+    model: type[BaseModel] = Recipe,
+    see: str = "See a whole recipe with: manyeyes recipe show tiny",
+) -> RecipeError:
+    """What pydantic says of a recipe, in words for people.
+
+    Args:
+        error: Of ``model``.
+        where: What messages call the recipe.
+        model: What it was to be.
+        see: Where one can look up how it is written.
+    """
     problems = error.errors()
     first = problems[0]
     place = ".".join(str(part) for part in first["loc"]) or "recipe"
     more = f" ({len(problems) - 1} more of its fields are wrong too.)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        fields = _fields_at(first["loc"][:-1])
+        fields = _fields_at(first["loc"][:-1], model)
         name = str(first["loc"][-1])
         known = f"The fields there are {', '.join(fields)}." if fields else ""
         return RecipeError(f"{where}: {place}", "no such field", f"{did_you_mean(name, fields)}{known}{more}")
@@ -376,15 +390,14 @@ def _explain(error: ValidationError, *, where: str) -> RecipeError:
     message = str(first["msg"]).removeprefix("Value error, ")
     value = repr(first["input"])
     shown = "" if isinstance(first["input"], dict) or len(value) > _SHOWN_CHARACTERS else f" is {value}"
-    return RecipeError(f"{where}: {place}{shown}", message, f"See a whole recipe with: manyeyes recipe show tiny{more}")
+    return RecipeError(f"{where}: {place}{shown}", message, f"{see}{more}")
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
+def _fields_at(location: tuple[int | str, ...], model: Any) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue
         field = getattr(model, "model_fields", {}).get(part)
-        # A part that is no field is the tag of a gate rule.
-        model = GATE_RULES.get(part) if field is None else model_inside(field.annotation)
+        # A part that is no field is the tag of a gate rule, or a key of a mapping.
+        model = GATE_RULES.get(part, model) if field is None else model_inside(field.annotation)
     return sorted(getattr(model, "model_fields", {}))

@@ -192,7 +192,7 @@ def read_samples(
                 wanted = range(start, end) if rows is None else sorted(row for row in rows if start <= row < end)
                 if wanted:
                     table = file.read_row_group(group, columns=columns, use_threads=False)
-                    picked = _plain_rows(table.take([row - start for row in wanted]))
+                    picked = plain_rows(table.take([row - start for row in wanted]))
                     yield [
                         ComparedSample(
                             row=row,
@@ -228,7 +228,7 @@ def _unreadable(path: Path, error: Exception) -> SnapshotError:
     )
 
 
-def _plain_rows(table: pa.Table) -> list[dict[str, Any]]:
+def plain_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as Python values; None for a value with text that is not UTF-8."""
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
