@@ -62,6 +62,7 @@ FORMATS = [
         "`manyeyes data generate KIND`, beside the data set's shards",
     ),
     ("refused.jsonl", "manyeyes.data.generation.dataset", "RefusedItem", "the same; one line an item"),
+    ("NAME-curation.json", "manyeyes.data.curation.report", "CurationReport", "`manyeyes data curate`"),
     ("manifest.json (snapshot)", "manyeyes.data.builders.manifest", "SnapshotManifest", "`manyeyes data build`"),
     ("stage.json", "manyeyes.training.stage", "StageReport", "every training step"),
     ("checkpoint.json", "manyeyes.model", "CheckpointManifest", "every training step"),

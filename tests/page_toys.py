@@ -21,6 +21,16 @@ from manyeyes.data.contamination.findings import (
     Thresholds,
     render_contamination,
 )
+from manyeyes.data.curation.page import render_curation
+from manyeyes.data.curation.recipe import CurationRecipe, SourceSpec
+from manyeyes.data.curation.report import (
+    AnswerMachine,
+    CuratedExample,
+    CuratedInput,
+    CuratedSource,
+    CurationReport,
+    Distribution,
+)
 from manyeyes.data.importing.import_report import ImportReport, render_import
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
@@ -286,6 +296,34 @@ def validation_page(change: Change, folder: Path) -> dict[str, str]:
     return {"validation.html": html, "validation.md": report.as_markdown()}
 
 
+def curation_page(change: Change, folder: Path) -> dict[str, str]:
+    records = [
+        Record(f"toy/{row}", "toy", (make_image(row),), (Turn("human", "q"), Turn("gpt", "a"))) for row in (0, 1)
+    ]
+    shards = write_shards([change(record) for record in records], folder, "train")
+    snapshot = SimpleNamespace(manifest=SimpleNamespace(datasets={change("toy"): 0}), shards=lambda _: shards)
+    source = CuratedSource(
+        name="toy", category="General", prompt="short", samples=9, fit=6, drawn=4, left_out={"cap": 2}
+    )
+    report = CurationReport(
+        recipe=CurationRecipe(
+            name="toy", description="words", cap=4, ratio={"General": 1}, sources={"x": SourceSpec()}
+        ),
+        **{"recipe_digest": "a" * 64, "drawn_digest": "b" * 64, "samples": 9, "drawn": 4, "reasons": {"cap": 2}},
+        inputs=(CuratedInput(md5="c" * 32, datasets={"toy": 9}),),
+        sources=(source, source),
+        answers_before=AnswerMachine(answers=9, one_word=6),
+        answers_after=AnswerMachine(answers=4, one_word=1),
+        noun_phrases=(7, 3),
+        distributions={"pairs": Distribution(ends=(1, 2), before=(0, 5, 4), after=(0, 2, 2))},
+        examples=tuple(
+            CuratedExample(dataset="toy", row=row, id=f"toy/{row}", source="toy", reason=reason, detail="because")
+            for row, reason in enumerate(("drawn", "cap"))
+        ),
+    )
+    return {"curation.html": render_curation(change(report), snapshots=[snapshot])}  # type: ignore[list-item]
+
+
 def run_pages(change: Change) -> dict[str, str]:
     error = ErrorReport(
         **{
@@ -472,6 +510,7 @@ def ablation_page(change: Change) -> dict[str, str]:
 CASES: list[Callable[..., dict[str, str]]] = [
     *(report_pages, compare_pages, correlation_page, reliance_pages, gate_pages, contamination_page, validation_page),
     import_page,
+    curation_page,
     *(run_pages, status_page, history_page, step_pages, search_pages, ablation_page),
 ]
 PARTS = {"base.html", "parts.html", "charts.html", "trials.html"}
@@ -482,5 +521,5 @@ def render_all(change: Change, folder: Path) -> dict[str, str]:
     return {
         name: text
         for case in CASES
-        for name, text in (case(change, folder) if case is validation_page else case(change)).items()
+        for name, text in (case(change, folder) if case in (validation_page, curation_page) else case(change)).items()
     }

@@ -415,6 +415,15 @@ def read_shard_metadata(path: Path, *, end: Path | pa.Buffer | None = None) -> p
     return metadata
 
 
+def has_provenance(path: Path) -> bool:
+    """Whether a shard keeps the provenance of its records.
+
+    Raises:
+        SnapshotError: As ``read_shard_metadata``.
+    """
+    return _PROVENANCE in read_shard_metadata(path).schema.names
+
+
 def storage_error(error: OSError, where: Path) -> StorageError:
     """The error for a disk that is full or cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

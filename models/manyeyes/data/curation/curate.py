@@ -22,8 +22,16 @@ from manyeyes.data.curation.page import render_curation
 from manyeyes.data.curation.recipe import CurationRecipe
 from manyeyes.data.curation.report import CurationReport, write_samples
 from manyeyes.data.records import Record
-from manyeyes.data.shards import BYTES_PER_SHARD, ROWS_PER_SHARD, RecordReader, ShardWriter, read_shard_metadata
+from manyeyes.data.shards import (
+    BYTES_PER_SHARD,
+    ROWS_PER_SHARD,
+    RecordReader,
+    ShardWriter,
+    has_provenance,
+    read_shard_metadata,
+)
 from manyeyes.data.snapshot import Snapshot, open_folder
+from manyeyes.data.sources_table import add_answer_format
 from manyeyes.errors import DataError, RecipeError, StorageError
 from manyeyes.storage import file_lock, replaceable, storage_errors, write_file
 
@@ -148,7 +156,13 @@ def _copy(
     bytes_per_shard: int,
 ) -> None:
     """Copy what is drawn into shards; those that are whole stay."""
-    writer = ShardWriter(folder, SPLIT, rows_per_shard=rows_per_shard, bytes_per_shard=bytes_per_shard)
+    writer = ShardWriter(
+        folder,
+        SPLIT,
+        rows_per_shard=rows_per_shard,
+        bytes_per_shard=bytes_per_shard,
+        provenance=any(has_provenance(shard.path) for shard in drawn.shards),
+    )
     writer.paths += sorted(folder.glob(f"{SPLIT}-*.parquet"))
     skip = sum(read_shard_metadata(path).num_rows for path in writer.paths)
     prompts = {name: prompt for name in drawn.sources if (prompt := recipe.source(name).prompt) is not None}
@@ -181,8 +195,8 @@ def add_prompt(record: Record, prompt: str) -> Record:
         prompt: The sentence, for instance "Answer the question using a single word or phrase."
     """
     turns = tuple(
-        replace(turn, text=f"{turn.text}\n{prompt}")
-        if turn.speaker == "human" and prompt not in turn.text and not has_format_prompt(turn.text)
+        replace(turn, text=add_answer_format(turn.text, prompt))
+        if turn.speaker == "human" and not has_format_prompt(turn.text)
         else turn
         for turn in record.turns
     )

@@ -31,7 +31,7 @@ DRAWN = "drawn"
 # What became of a sample, in the order in which it is asked.
 FATES = (
     *(DRAWN, "unusable", "question length", "answer length", "text length", "pairs", "images", "image side"),
-    *("image aspect", "script", "duplicate", "benchmark", "near duplicate", "noun phrases", "cap", "ratio", "total"),
+    *("image aspect", "script", "benchmark", "duplicate", "near duplicate", "noun phrases", "cap", "ratio", "total"),
 )
 _FATE = {name: number for number, name in enumerate(FATES)}
 Progress = Callable[[str, float], None]

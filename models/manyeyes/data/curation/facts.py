@@ -28,6 +28,17 @@ from manyeyes.data.records import (
     find_role_problem,
 )
 from manyeyes.data.shards import read_shard_metadata
+from manyeyes.data.sources_table import (
+    DIRECT,
+    HTML,
+    LETTER,
+    NO_ANSWER,
+    NUMBER,
+    OPTION,
+    REASON,
+    SHORT,
+    UNANSWERABLE,
+)
 from manyeyes.errors import SnapshotError
 from manyeyes.storage import new_file
 
@@ -36,19 +47,9 @@ _BATCH = 2000
 _COLUMNS = ("id", "source", "sha256", "width", "height", "conversations")
 _WORD = re.compile(r"\w+")
 
-# Cambrian-1's and LLaVA's sentences about the format of an answer (arXiv:2406.16860, appendix; arXiv:2310.03744).
-FORMAT_PROMPTS = (
-    "Answer the question using a single word or phrase.",
-    "Answer the question using a single number or phrase.",
-    "Answer with the option's letter from the given choices directly.",
-    "Answer with the letter.",
-    "Give the short answer directly.",
-    "Directly provide the HTML code.",
-    "respond with `<no answer>`",
-    "respond with 'Unanswerable'",
-    "First show your reasoning process and then give the final answer.",
-)
-_PROMPTED = tuple(prompt.lower().rstrip(".") for prompt in FORMAT_PROMPTS)
+# Cambrian-1's and LLaVA's sentences about the format of an answer.
+_FORMATS = (SHORT, NUMBER, OPTION, DIRECT, HTML, REASON, LETTER, "respond with `<no answer>`", NO_ANSWER, UNANSWERABLE)
+_PROMPTED = tuple(prompt.lower().rstrip(".") for prompt in _FORMATS)
 
 SCHEMA = pa.schema(
     [

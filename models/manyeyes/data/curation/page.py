@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 
 from manyeyes.data.curation.recipe import CurationRecipe
@@ -48,7 +49,7 @@ def render_curation(report: CurationReport, *, snapshots: Sequence[Snapshot]) ->
         ),
         tail=_tail(report),
         caps=_caps(report),
-        charts={_TITLES[name]: _histogram(row) for name, row in report.distributions.items()},
+        charts={_TITLES.get(name, name): _histogram(row) for name, row in report.distributions.items()},
         drawn=[pair for pair in shown if pair[0].reason == "drawn"],
         left_out=[pair for pair in shown if pair[0].reason != "drawn"],
         show=lambda record: show_image(record.images[0].data),
@@ -146,8 +147,7 @@ def _histogram(row: Distribution) -> list[Bar]:
 
 def _unknown(recipe: CurationRecipe, sources: Sequence[CuratedSource]) -> list[str]:
     """What the recipe says of sources that no sample has."""
-    used = {id(recipe.source(row.name)) for row in sources}
-    return [pattern for pattern, spec in recipe.sources.items() if id(spec) not in used]
+    return [pattern for pattern in recipe.sources if not any(fnmatch.fnmatchcase(row.name, pattern) for row in sources)]
 
 
 def _read_examples(

@@ -9,12 +9,13 @@ import fnmatch
 import hashlib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import pydantic
 from pydantic import Field, model_validator
 
 from manyeyes.data.contamination.findings import Thresholds
+from manyeyes.data.sources_table import Category, find_source
 from manyeyes.errors import RecipeError, did_you_mean
 from manyeyes.recipe.loading import explain, read_recipe_file, read_yaml
 from manyeyes.strict import StrictModel
@@ -35,12 +36,17 @@ class InputSpec(StrictModel):
 class SourceSpec(StrictModel):
     """What is said of the records of some sources."""
 
-    category: str = Field(default=UNSORTED, min_length=1, description="The ratio is among categories.")
+    category: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The ratio is among categories; that of the table of sources by default.",
+    )
     cap: Count | None = Field(default=None, description="Most samples of each of these sources, in place of cap.")
     prompt: str | None = Field(
         default=None,
         min_length=1,
-        description="Sentence about the answer's format, put below each question that does not have it yet.",
+        description="Sentence about the answer's format, put below each question that has none yet; with "
+        "answer_formats the table's by default.",
     )
 
 
@@ -131,6 +137,10 @@ class CurationRecipe(StrictModel):
         default={},
         description="By the records' source; * stands for any letters, and the first that fits counts.",
     )
+    answer_formats: bool = Field(
+        default=False,
+        description="Whether questions get the sentence about the answer's format that Cambrian-1 gave their source.",
+    )
     filters: FilterSpec = Field(default=FilterSpec(), description="What a sample must be like.")
     duplicates: DuplicateSpec = Field(default=DuplicateSpec(), description="Which samples are there twice.")
     benchmarks: BenchmarkSpec | None = Field(default=None, description="Samples that these hold are left out.")
@@ -143,14 +153,14 @@ class CurationRecipe(StrictModel):
 
     @model_validator(mode="after")
     def _check_categories(self) -> CurationRecipe:
-        known = list(dict.fromkeys(spec.category for spec in self.sources.values()))
+        named = [spec.category for spec in self.sources.values() if spec.category is not None]
+        known = list(dict.fromkeys([*named, *get_args(Category), UNSORTED]))
         for name in self.ratio:
-            if name != UNSORTED and name not in known:
+            if name not in known:
                 raise ValueError(
-                    f'a category of ratio that some source has; "{name}" is none of {", ".join(known) or "(none)"}. '
-                    + did_you_mean(name, known)
+                    f'ratio names "{name}", and categories are {", ".join(known)}. {did_you_mean(name, known)}'
                 )
-        missing = [name for name in known if self.ratio and name not in self.ratio]
+        missing = [name for name in dict.fromkeys(named) if self.ratio and name not in self.ratio]
         if missing:
             raise ValueError(f"a ratio for every category of sources; {', '.join(missing)} has none")
         return self
@@ -165,10 +175,17 @@ class CurationRecipe(StrictModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def source(self, name: str) -> SourceSpec:
-        """What the recipe says of the records of a source."""
-        return next(
+        """What holds for the records of a source: what the recipe says, else what the table of sources says."""
+        spec = next(
             (spec for pattern, spec in self.sources.items() if fnmatch.fnmatchcase(name, pattern)), SourceSpec()
         )
+        known = find_source(name)
+        changes: dict[str, str] = {}
+        if spec.category is None:
+            changes["category"] = UNSORTED if known is None else known.category
+        if spec.prompt is None and self.answer_formats and known is not None and known.answer_format:
+            changes["prompt"] = known.answer_format
+        return spec.model_copy(update=changes)
 
 
 def list_curation_recipes() -> list[str]:
