@@ -22,7 +22,7 @@ from manyeyes.data.contamination.findings import (
     render_contamination,
 )
 from manyeyes.data.curation.page import render_curation
-from manyeyes.data.curation.recipe import CurationRecipe, SourceSpec
+from manyeyes.data.curation.recipe import CurationRecipe, NounPhraseSpec, SourceSpec
 from manyeyes.data.curation.report import (
     AnswerMachine,
     CuratedExample,

@@ -12,7 +12,9 @@ Source: LLaVA, arXiv:2304.08485, appendix E: 3.3M captions of CC3M become 595K.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,26 @@ def find_noun_phrases(caption: str) -> list[str]:
     Returns:
         Lower case, without articles, possessives and numbers in front: "two dogs" and "the dogs" are "dogs".
     """
-    from textblob.en import parse  # takes 3 s to import, for nltk's sake
-
     found: dict[str, None] = {}
-    for sentence in parse(caption.lower()).split():
+    for sentence in _load_parser()(caption.lower()).split():
         for chunk in _chunks(sentence):
             while chunk and chunk[0][1] in _LEADING:
                 chunk = chunk[1:]
             if any(tag.startswith("NN") for _, tag in chunk):
                 found[" ".join(word for word, _ in chunk)] = None
     return list(found)
+
+
+@cache
+def _load_parser() -> Callable[[str], Any]:
+    from textblob.en import parse  # takes 3 s to import, for nltk's sake
+
+    with warnings.catch_warnings():
+        # It leaves the files of its lexicon to the garbage collector (textblob/_text.py, _read).
+        warnings.simplefilter("ignore", ResourceWarning)
+        parse("an axolotlish thing named Smith runs unseenly.")
+    parser: Callable[[str], Any] = parse
+    return parser
 
 
 def _chunks(sentence: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]]:
