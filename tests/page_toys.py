@@ -307,7 +307,12 @@ def curation_page(change: Change, folder: Path) -> dict[str, str]:
     )
     report = CurationReport(
         recipe=CurationRecipe(
-            name="toy", description="words", cap=4, ratio={"General": 1}, sources={"x": SourceSpec()}
+            name="toy",
+            description="words",
+            cap=4,
+            ratio={"General": 1},
+            sources={"x": SourceSpec()},
+            noun_phrases=NounPhraseSpec(sources=("toy",)),
         ),
         **{"recipe_digest": "a" * 64, "drawn_digest": "b" * 64, "samples": 9, "drawn": 4, "reasons": {"cap": 2}},
         inputs=(CuratedInput(md5="c" * 32, datasets={"toy": 9}),),

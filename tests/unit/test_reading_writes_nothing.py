@@ -56,6 +56,7 @@ WRITES = (
     "convert",
     "data build",
     "data contamination",
+    "data curate",
     "data generate complex",
     "data generate conversation",
     "data generate detail",

@@ -154,6 +154,7 @@ COMMANDS = {
     "data build": ["data", "build", "easy-vqa", "OUT"],
     "data validate": ["data", "validate", "full", "--out", "OUT"],
     "data contamination": ["data", "contamination", "full", "--benchmarks", "x", "--out", "OUT"],
+    "data curate": ["data", "curate", "clean", "OUT"],
     "data self-chat": ["data", "self-chat", "full", "OUT", "--licence", "MIT"],
     "evaluate": ["evaluate", "full", "--out", "OUT"],
     "score": ["score", "gqa", "--references", "file", "--predictions", "file", "--out", "OUT"],
