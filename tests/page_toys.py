@@ -97,6 +97,7 @@ CODE_WORDS = {
     "mini-gemini",
     "human",
     "gpt",
+    "drawn",
 }
 
 Change = Callable[[Any], Any]
