@@ -336,8 +336,8 @@ class _Drawing:
 
     def _balance(self) -> None:
         recipe, left = self._recipe, self._left()
-        categories = list(dict.fromkeys(recipe.source(name).category for name in self._sources))
-        of_source = np.array([categories.index(recipe.source(name).category) for name in self._sources], np.int32)
+        categories = list(dict.fromkeys(recipe.category(name) for name in self._sources))
+        of_source = np.array([categories.index(recipe.category(name)) for name in self._sources], np.int32)
         category = of_source[self._source[left]]
         if recipe.ratio:
             counts = dict(zip(categories, np.bincount(category, minlength=len(categories)).tolist(), strict=True))

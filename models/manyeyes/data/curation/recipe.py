@@ -187,6 +187,10 @@ class CurationRecipe(StrictModel):
             changes["prompt"] = known.answer_format
         return spec.model_copy(update=changes)
 
+    def category(self, source: str) -> str:
+        """The category of a source."""
+        return self.source(source).category or UNSORTED
+
 
 def list_curation_recipes() -> list[str]:
     """Names of the curation recipes that ship with the package, sorted."""

@@ -267,7 +267,7 @@ def _list_rows(
 ) -> pa.Table:
     shard = drawn.shards[number]
     source, fate, twins = drawn.source[rows], drawn.fate[rows], drawn.twin[rows]
-    categories = [recipe.source(name).category for name in drawn.sources]
+    categories = [recipe.category(name) for name in drawn.sources]
     details = [
         drawn.details.get(sample, f"the same as {drawn.name(twin)}" if twin >= 0 else "")
         for sample, twin in zip(rows.tolist(), twins.tolist(), strict=True)
@@ -295,7 +295,7 @@ def _describe_sources(
         rows.append(
             CuratedSource(
                 name=name,
-                category=spec.category,
+                category=recipe.category(name),
                 prompt=spec.prompt,
                 samples=sum(counts.values()),
                 fit=sum(counts.get(what, 0) for what in (DRAWN, "cap", "ratio", "total")),
