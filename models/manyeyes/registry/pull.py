@@ -35,7 +35,7 @@ from manyeyes.registry.references import (
     download,
     find_alias,
     find_version,
-    list_files,
+    list_version_files,
     parse_model_reference,
 )
 from manyeyes.registry.signing import BESIDE, SIGNATURE, sign_bundle, verify_signature, wanted_key
@@ -169,7 +169,7 @@ def _download_manifest(tracking: Tracking, version: ModelVersion, scratch: Path)
     """Fetch a bundle's manifest, card, SBOM and signature; the folder that they are in."""
     # A file keeps its folders, as the whole bundle does.
     bundle = download(tracking, version, f"{BUNDLE_PATH}/{MANIFEST}", scratch).parent
-    for name in sorted(list_files(version, BUNDLE_PATH) & {*BESIDE}):
+    for name in sorted(list_version_files(version, BUNDLE_PATH) & {*BESIDE}):
         download(tracking, version, f"{BUNDLE_PATH}/{name}", scratch)
     return bundle
 

@@ -216,7 +216,7 @@ def download(tracking: Tracking, version: ModelVersion, path: str, destination: 
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def list_files(version: ModelVersion, path: str) -> set[str]:
+def list_version_files(version: ModelVersion, path: str) -> set[str]:
     """Names of the files in a folder of a version's MLflow model.
 
     Args:
