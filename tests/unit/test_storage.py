@@ -149,11 +149,22 @@ def test_what_is_no_name_of_a_file_is_not_there(name: str) -> None:
 
 # --- every command that writes -----------------------------------------------------------------------------------
 
+ENDPOINT = ["--licence", "MIT", "--endpoint", "https://models.example/v1", "--model", "m"]
+DESCRIBED = ["file", "OUT", "--images", "full", *ENDPOINT]
 COMMANDS = {
     "pull": ["pull", "some-model", "OUT"],
     "data build": ["data", "build", "easy-vqa", "OUT"],
     "data validate": ["data", "validate", "full", "--out", "OUT"],
     "data contamination": ["data", "contamination", "full", "--benchmarks", "x", "--out", "OUT"],
+    "data import": ["data", "import", "full", "OUT"],
+    **{
+        f"data generate {kind}": ["data", "generate", kind, *DESCRIBED]
+        for kind in ("conversation", "detail", "complex", "llava-bench")
+    },
+    **{
+        f"data generate {kind}": ["data", "generate", kind, "file", "OUT", *ENDPOINT]
+        for kind in ("recaption", "dialogue-drawing")
+    },
     "data curate": ["data", "curate", "clean", "OUT"],
     "data self-chat": ["data", "self-chat", "full", "OUT", "--licence", "MIT"],
     "evaluate": ["evaluate", "full", "--out", "OUT"],

@@ -1,4 +1,4 @@
-"""A curation recipe: what is drawn from which data, as YAML. ``extra="forbid"``; messages as those of model recipes.
+"""A curation recipe: what is drawn from which data, as YAML; errors are those of model recipes.
 
 Three come with the package: Cambrian-1's 7M out of its 10M, LLaVA's CC3M by noun phrases, and duplicates alone.
 """
