@@ -87,8 +87,8 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
     RECIPE is a YAML file, or cambrian-7m, llava-cc3m-595k or clean. Beside the data set are <name>-curation.html, .json
     and <name>-samples.parquet: every sample, and why it was left out. Stopped with Ctrl-C, the same command goes on.
     """
-    from manyeyes.data.curation.curate import curate, open_inputs, write_report
-    from manyeyes.data.curation.draw import draw
+    from manyeyes.data.curation.curate import curate, open_inputs, write_curation_report
+    from manyeyes.data.curation.draw import draw_samples
     from manyeyes.data.curation.recipe import load_curation_recipe
     from manyeyes.storage import cache_dir
 
@@ -100,7 +100,9 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
         click.echo(f"{100 * done:3.0f}% {sentence}", err=True)
 
     if dry_run:
-        report = write_report(draw(loaded, snapshots, cache_dir=kept, progress=progress), loaded, snapshots, out=out)
+        report = write_curation_report(
+            draw_samples(loaded, snapshots, cache_dir=kept, progress=progress), loaded, snapshots, out=out
+        )
     else:
         report = curate(loaded, snapshots, out, cache_dir=kept, progress=progress)
     click.echo(report.as_markdown(), nl=False)

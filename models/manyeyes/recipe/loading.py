@@ -350,7 +350,7 @@ def _check(tree: Any, *, where: str, part: Part | None = None) -> Recipe:
     try:
         recipe = read_fields(tree, part.paths, reader=part.reader) if part else Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, where=where) from error
+        raise explain_invalid(error, where=where) from error
     size = len(recipe.canonical_json())
     if size > MAX_BYTES:
         raise RecipeError(
@@ -361,7 +361,7 @@ def _check(tree: Any, *, where: str, part: Part | None = None) -> Recipe:
     return recipe
 
 
-def explain(
+def explain_invalid(
     error: ValidationError,
     *,
     where: str,

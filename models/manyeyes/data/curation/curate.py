@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
-from manyeyes.data.curation.draw import Draw, Progress, draw
+from manyeyes.data.curation.draw import Draw, Progress, draw_samples
 from manyeyes.data.curation.facts import has_format_prompt
 from manyeyes.data.curation.page import render_curation
 from manyeyes.data.curation.recipe import CurationRecipe
@@ -95,7 +95,7 @@ def curate(
         if snapshot.path.resolve() == out:
             raise StorageError(f"{out} is an input", "another folder to write to", "Name a new one.")
     report_progress = progress or (lambda *_: None)
-    drawn = draw(recipe, snapshots, cache_dir=cache_dir, progress=report_progress)
+    drawn = draw_samples(recipe, snapshots, cache_dir=cache_dir, progress=report_progress)
     if not (drawn.fate == 0).any():
         raise DataError(
             f"none of {len(drawn.fate):,} samples is left",
@@ -115,7 +115,7 @@ def curate(
             bytes_per_shard=bytes_per_shard,
         )
         out.mkdir(parents=True, exist_ok=True)
-        report = write_report(drawn, recipe, snapshots, out=out)
+        report = write_curation_report(drawn, recipe, snapshots, out=out)
         _replace(work, out / recipe.name)
         write_snapshot_manifest(
             out, provenance={f"{recipe.name}-{SPLIT}": _provenance(drawn, recipe, snapshots, report)}
@@ -123,7 +123,9 @@ def curate(
     return report
 
 
-def write_report(drawn: Draw, recipe: CurationRecipe, snapshots: Sequence[Snapshot], *, out: Path) -> CurationReport:
+def write_curation_report(
+    drawn: Draw, recipe: CurationRecipe, snapshots: Sequence[Snapshot], *, out: Path
+) -> CurationReport:
     """Write ``<name>-samples.parquet``, ``<name>-curation.json`` and the page.
 
     Args:

@@ -130,7 +130,7 @@ def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot]) -> list[S
     return shards
 
 
-def draw(
+def draw_samples(
     recipe: CurationRecipe,
     snapshots: Sequence[Snapshot],
     *,
@@ -341,7 +341,7 @@ class _Drawing:
         category = of_source[self._source[left]]
         if recipe.ratio:
             counts = dict(zip(categories, np.bincount(category, minlength=len(categories)).tolist(), strict=True))
-            shares = share_out(counts, recipe.ratio, total=recipe.total)
+            shares = allot(counts, recipe.ratio, total=recipe.total)
             wanted = np.array([shares.get(name, 0) for name in categories], np.int64)
             self._leave_out("ratio", self._beyond(left, category, wanted))
         elif recipe.total is not None:
@@ -396,7 +396,7 @@ def _judge(columns: Mapping[str, NDArray], filters: FilterSpec) -> NDArray[np.ui
     return fate
 
 
-def share_out(counts: Mapping[str, int], ratio: Mapping[str, float], *, total: int | None) -> dict[str, int]:
+def allot(counts: Mapping[str, int], ratio: Mapping[str, float], *, total: int | None) -> dict[str, int]:
     """How many samples of each category, none twice.
 
     Args:

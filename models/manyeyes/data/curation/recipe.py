@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from manyeyes.data.contamination.findings import Thresholds
 from manyeyes.data.sources_table import Category, find_source
 from manyeyes.errors import RecipeError, did_you_mean
-from manyeyes.recipe.loading import explain, read_recipe_file, read_yaml
+from manyeyes.recipe.loading import explain_invalid, read_recipe_file, read_yaml
 from manyeyes.strict import StrictModel
 
 UNSORTED = "unsorted"
@@ -237,4 +237,4 @@ def read_curation_text(text: str, *, where: str = "curation recipe") -> Curation
     try:
         return CurationRecipe.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise explain(error, where=where, model=CurationRecipe, see="Fields: docs/curation.md") from error
+        raise explain_invalid(error, where=where, model=CurationRecipe, see="Fields: docs/curation.md") from error
