@@ -14,7 +14,7 @@ from PIL import Image
 from manyeyes.cli.data import curate_command
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.curation.curate import add_prompt, curate
-from manyeyes.data.curation.draw import allot, draw_samples
+from manyeyes.data.curation.draw import allot, draw_mixture
 from manyeyes.data.curation.noun_phrases import find_noun_phrases, thin_out
 from manyeyes.data.curation.recipe import list_curation_recipes, load_curation_recipe, read_curation_text
 from manyeyes.data.curation.report import CurationReport
@@ -153,7 +153,7 @@ def test_what_is_drawn_depends_neither_on_order_nor_on_shards(
 def test_a_smaller_cap_draws_part_of_what_a_larger_one_draws(snapshot: Snapshot, cache: Path) -> None:
     def of(cap: int, seed: int = 0) -> set[int]:
         recipe = read_curation_text(f"{{name: a, seed: {seed}, cap: {cap}, inputs: [{{datasets: [toy-train]}}]}}")
-        drawn = draw_samples(recipe, [snapshot], cache_dir=cache)
+        drawn = draw_mixture(recipe, [snapshot], cache_dir=cache)
         return set(np.flatnonzero(drawn.fate == 0).tolist())
 
     assert of(5) < of(15) < of(40)
@@ -191,12 +191,12 @@ def test_captions_are_thinned_out_by_what_they_name(tmp_path: Path) -> None:
     recipe = read_curation_text(
         "{name: a, duplicates: {exact: false}, noun_phrases: {sources: [cc*], min_count: 3, max_count: 5}}"
     )
-    drawn = draw_samples(recipe, [snapshot], cache_dir=tmp_path / "cache")
+    drawn = draw_mixture(recipe, [snapshot], cache_dir=tmp_path / "cache")
     kept = [captions[sample] for sample in np.flatnonzero(drawn.fate == 0)]
     assert sorted(text for text in kept if "dog" not in text) == 3 * ["a zebra"]
     assert sum("dog" in text for text in kept) == 5
     with pytest.raises(DataError, match=r"noun_phrases.sources is coco; a source of the inputs: cc3m"):
-        draw_samples(
+        draw_mixture(
             read_curation_text("{name: a, noun_phrases: {sources: [coco]}}"), [snapshot], cache_dir=tmp_path / "cache"
         )
 

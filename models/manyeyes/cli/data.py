@@ -88,7 +88,7 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
     and <name>-samples.parquet: every sample, and why it was left out. Stopped with Ctrl-C, the same command goes on.
     """
     from manyeyes.data.curation.curate import curate, open_inputs, write_curation_report
-    from manyeyes.data.curation.draw import draw_samples
+    from manyeyes.data.curation.draw import draw_mixture
     from manyeyes.data.curation.recipe import load_curation_recipe
     from manyeyes.storage import cache_dir
 
@@ -101,7 +101,7 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
 
     if dry_run:
         report = write_curation_report(
-            draw_samples(loaded, snapshots, cache_dir=kept, progress=progress), loaded, snapshots, out=out
+            draw_mixture(loaded, snapshots, cache_dir=kept, progress=progress), loaded, snapshots, out=out
         )
     else:
         report = curate(loaded, snapshots, out, cache_dir=kept, progress=progress)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
-from manyeyes.data.curation.draw import Draw, Progress, draw_samples
+from manyeyes.data.curation.draw import Draw, Progress, draw_mixture
 from manyeyes.data.curation.facts import has_format_prompt
 from manyeyes.data.curation.page import render_curation
 from manyeyes.data.curation.recipe import CurationRecipe
@@ -95,7 +95,7 @@ def curate(
         if snapshot.path.resolve() == out:
             raise StorageError(f"{out} is an input", "another folder to write to", "Name a new one.")
     report_progress = progress or (lambda *_: None)
-    drawn = draw_samples(recipe, snapshots, cache_dir=cache_dir, progress=report_progress)
+    drawn = draw_mixture(recipe, snapshots, cache_dir=cache_dir, progress=report_progress)
     if not (drawn.fate == 0).any():
         raise DataError(
             f"none of {len(drawn.fate):,} samples is left",

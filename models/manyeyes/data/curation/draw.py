@@ -130,7 +130,7 @@ def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot]) -> list[S
     return shards
 
 
-def draw_samples(
+def draw_mixture(
     recipe: CurationRecipe,
     snapshots: Sequence[Snapshot],
     *,
