@@ -34,7 +34,7 @@ MOST_PERPLEXITY = {"fp32": 1.0001, "int8": 1.15, "int4": 1.35}
 
 def write_graphs(model: PreTrainedModel, folder: Path) -> None:
     """Export what is not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "onnx").mkdir(parents=True, exist_ok=True)
     whole = {graph: folder / graph_file(graph, "fp32") for graph in ("embed", "decoder")}
     if not whole["decoder"].is_file():
         export_embed(model, whole["embed"], opset=20)
@@ -83,7 +83,7 @@ class Ours:
                 "inputs_embeds": embeddings,
                 "attention_mask": np.ones((1, start + length), np.int64),
                 "position_ids": np.arange(start, start + length)[None],
-                "logits_positions": np.arange(length - keep, length),
+                "num_logits_to_keep": np.array(keep),
                 **past,
             },
             on_host=("logits",),

@@ -146,7 +146,7 @@ def _change_manifest(rng: random.Random, bundle: Path) -> str:
     if what == "entry":
         content["files"][rng.choice(list(content["files"]))] = rng.choice(VALUES)
     elif what == "name":
-        name = rng.choice(("n" * 5000, "..", "", "a/b", "a\0b", "é" * 200, CHAT.upper()))
+        name = rng.choice(("n" * 5000, "..", "", "a/b", "onnx/a/b", "a\0b", "é" * 200, CHAT.upper()))
         content["files"][name] = {"sha256": "0" * 64, "bytes": 0}
     else:
         content, what = _changed(rng, content)
@@ -190,8 +190,8 @@ def ask_for_memory(bundle: Path, rows: int) -> None:
             helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"]),
         ],
         "embed",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "query"])],
-        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["batch", "query", width])],
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "query"])],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["batch_size", "query", width])],
         [shape],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), bundle / EMBED)

@@ -16,11 +16,14 @@ from manyeyes.recipe.gate_rules import FloorRule
 from manyeyes.registry.gate import ChampionEvidence, decide, write_gate_report
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import RegisteredVersion, register
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
+from manyeyes.runtime.bundle_contents import DECODER, DEFAULT_VARIANT, EMBED, REQUIRED_FILES, VISION, digest_files
 from tests.evaluation_fakes import RuleAnswerer, make_recipe, rule_with_errors
 
 IMAGES = 9
 _URIS: list[str] = []
+
+
+DECODER_Q4 = "onnx/decoder_model_merged_q4.onnx"
 
 
 def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -35,15 +38,17 @@ def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
-    """A folder that is a bundle as far as checksums go; ``decoder.onnx`` has this many bytes at least."""
+    """A folder that is a bundle as far as checksums go; its decoder has this many bytes at least."""
     folder.mkdir(parents=True)
     files = {}
     for name in REQUIRED_FILES:
         data = f"{name} {content}".encode()
-        if name == "decoder.onnx":
+        if name == DECODER:
             data += random.Random(content).randbytes(max(0, decoder_bytes - len(data)))
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    graphs = {"vision": [VISION], "embed": [EMBED], "decoder": [DECODER]}
     manifest = {
         "format_version": 1,
         "recipe": "tiny",
@@ -54,6 +59,7 @@ def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
         "opset": 20,
         "precision": "fp32",
         "graphs": {},
+        "variants": {DEFAULT_VARIANT: {"precision": dict.fromkeys(graphs, "fp32"), "graphs": graphs}},
         "files": files,
         "digest": digest_files(files),
     }
@@ -64,13 +70,12 @@ def make_bundle(folder: Path, content: str, *, decoder_bytes: int = 0) -> Path:
 def add_variant(bundle: Path) -> Path:
     """Give a bundle of ``make_bundle`` the variant ``int4``, whose decoder is another file."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    (bundle / "decoder_q4.onnx").write_bytes(b"four bits")
-    manifest["files"]["decoder_q4.onnx"] = {"sha256": hashlib.sha256(b"four bits").hexdigest(), "bytes": 9}
-    graphs = {"vision": ["vision.onnx"], "embed": ["embed.onnx"], "decoder": ["decoder.onnx"]}
-    precision = dict.fromkeys(graphs, "fp32")
-    manifest["variants"] = {
-        "default": {"graphs": graphs, "precision": precision},
-        "int4": {"graphs": graphs | {"decoder": ["decoder_q4.onnx"]}, "precision": precision | {"decoder": "int4"}},
+    (bundle / DECODER_Q4).write_bytes(b"four bits")
+    manifest["files"][DECODER_Q4] = {"sha256": hashlib.sha256(b"four bits").hexdigest(), "bytes": 9}
+    whole = manifest["variants"][DEFAULT_VARIANT]
+    manifest["variants"]["int4"] = {
+        "graphs": whole["graphs"] | {"decoder": [DECODER_Q4]},
+        "precision": whole["precision"] | {"decoder": "int4"},
     }
     manifest["digest"] = digest_files(manifest["files"])
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

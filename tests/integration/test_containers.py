@@ -254,7 +254,9 @@ def test_run_ends_in_a_registered_version(finished_run: Run) -> None:
     resolved = finished_run.outputs["preflight"]["parameterValues"]
     assert parse_pinned(resolved["register"]).code_digest == image_id.removeprefix("sha256:")
     objects = finished_run.folder / "s3" / "data" / BUCKET
-    assert [path for path in objects.rglob("decoder.onnx") if path.stat().st_size > 1000], "no bundle in S3"
+    assert [path for path in objects.rglob("decoder_model_merged.onnx") if path.stat().st_size > 1000], (
+        "no bundle in S3"
+    )
 
 
 def test_pulled_bundle_answers_in_the_runtime_image_without_network(finished_run: Run, tmp_path: Path) -> None:

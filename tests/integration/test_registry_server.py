@@ -76,7 +76,7 @@ def test_versions_go_through_a_server(
     assert rollback("served").version == 1
     bundle = pull("served", "champion", tmp_path / "pulled")
     assert (bundle / "chat.json").read_text(encoding="utf-8") == "chat.json one"
-    for stored in (folder / "artifacts").rglob("decoder.onnx"):
+    for stored in (folder / "artifacts").rglob("decoder_model_merged.onnx"):
         stored.write_bytes(b"x" * stored.stat().st_size)
-    with pytest.raises(BundleError, match=r"decoder\.onnx has sha256"):
+    with pytest.raises(BundleError, match=r"decoder_model_merged\.onnx has sha256"):
         pull("served", "champion", tmp_path / "again.bundle")

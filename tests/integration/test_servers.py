@@ -224,7 +224,7 @@ def test_versions_go_through_servers_of_which_s3_fails_one_call_in_ten(
     server_log = stack.mlflow.log.read_bytes()[mark:].decode()
     assert "mpu/create" in server_log
     assert '/tokenizer.json HTTP/1.1" 200' in server_log
-    assert "/decoder.onnx HTTP" not in "".join(line for line in server_log.splitlines() if '"PUT ' in line)
+    assert "/decoder_model_merged.onnx HTTP" not in "".join(line for line in server_log.splitlines() if '"PUT ' in line)
 
 
 def test_the_mlflow_model_of_a_real_bundle_answers(stack: Stack, snapshot: Snapshot, tmp_path: Path) -> None:

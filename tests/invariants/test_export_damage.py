@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from PIL import Image
 
 from manyeyes.errors import BundleError, RecordError
 from manyeyes.runtime.bundle import Bundle, load_bundle
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES, digest_files
+from manyeyes.runtime.bundle_contents import DECODER, EMBED, REQUIRED_FILES, VISION, digest_files
 from manyeyes.runtime.preprocess import decode_image
 from tests.bundle_tampering import MODELS, ask_for_memory, tampered, use
 from tests.export_toys import Toy, make_groups, picture, rewrite_manifest
@@ -49,14 +51,14 @@ def test_a_flipped_byte_is_refused_by_name(toy_bundle: Toy, tmp_path: Path, name
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda bundle: (bundle / "embed.onnx").unlink(), "embed.onnx is missing"),
+        (lambda bundle: (bundle / EMBED).unlink(), "embed_tokens.onnx is missing"),
         (lambda bundle: (bundle / "manifest.json").unlink(), "has no manifest.json"),
         (lambda bundle: (bundle / "manifest.json").write_text("{", encoding="utf-8"), "manifest.json cannot be read"),
         (lambda bundle: (bundle / "manifest.json").write_text("[]", encoding="utf-8"), "manifest.json holds a list"),
-        (lambda bundle: (bundle / "vision.onnx").write_bytes(b"short"), "vision.onnx has 5 bytes"),
+        (lambda bundle: (bundle / VISION).write_bytes(b"short"), "vision_encoder.onnx has 5 bytes"),
         (lambda bundle: edit_json(bundle / "manifest.json", format_version=2), "format_version 2"),
         (lambda bundle: edit_json(bundle / "manifest.json", digest="f" * 64), "has digest 'ffff"),
-        (lambda bundle: edit_json(bundle / "manifest.json", files={}), r"lists no .*vision\.onnx"),
+        (lambda bundle: edit_json(bundle / "manifest.json", files={}), r"lists no .*vision_encoder\.onnx"),
     ],
 )
 def test_damaged_bundle_is_refused(
@@ -71,14 +73,14 @@ def test_damaged_bundle_is_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda bundle: (bundle / "decoder.onnx").write_bytes(b"not a graph"), "decoder.onnx does not load"),
+        (lambda bundle: (bundle / DECODER).write_bytes(b"not a graph"), "decoder_model_merged.onnx does not load"),
         (lambda bundle: edit_json(bundle / "preprocess.json", mode="shared"), "mode 'shared'"),
         (lambda bundle: edit_json(bundle / "preprocess.json", encoders={}), "encoders {}"),
         (lambda bundle: edit_json(bundle / "chat.json", template={"name": "x", "colour": 1}), "colour"),
         (lambda bundle: edit_json(bundle / "chat.json", max_length=None), "max_length None"),
         (lambda bundle: edit_json(bundle / "chat.json", max_length=96.0), "max_length 96.0"),
         (lambda bundle: edit_json(bundle / "chat.json", image_tokens=-1), "image_tokens -1"),
-        (lambda bundle: edit_json(bundle / "chat.json", image_tokens=5), "vision.onnx makes 4"),
+        (lambda bundle: edit_json(bundle / "chat.json", image_tokens=5), "vision_encoder.onnx makes 4"),
         (lambda bundle: edit_json(bundle / "chat.json", template={"name": "x", "takes_system": "xxx"}), "takes_system"),
         (lambda bundle: edit_json(bundle / "chat.json", template={"name": "x", "gpt_end": "ab"}), "go together"),
         (lambda bundle: edit_json(bundle / "chat.json", template={"name": "x", "asked_as": "y"}), 'asked_as "y"'),
@@ -91,7 +93,7 @@ def test_damaged_bundle_is_refused(
         (lambda bundle: edit_json(bundle / "tokenizer.json", model={"type": "BPE"}), "is no tokenizer"),
         # It ends the process that reads it.
         (lambda bundle: edit_json(bundle / "tokenizer.json", model=DEADLY_MODEL), r"signal \d+"),
-        (lambda bundle: shutil.copyfile(bundle / "embed.onnx", bundle / "decoder.onnx"), "decoder.onnx has no"),
+        (lambda bundle: shutil.copyfile(bundle / EMBED, bundle / DECODER), "decoder_model_merged.onnx has no"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(
@@ -129,7 +131,7 @@ def test_a_small_graph_that_asks_for_all_memory_is_refused(toy_bundle: Toy, tmp_
     """2**34 rows of 32 floats are 2 TB: the arena ends before the machine does."""
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
     ask_for_memory(tmp_path / "bundle", rows)
-    with pytest.raises(BundleError, match=r"embed\.onnx"):
+    with pytest.raises(BundleError, match=r"embed_tokens\.onnx"):
         load_bundle(tmp_path / "bundle").answer("red?")
 
 
@@ -144,7 +146,7 @@ def test_all_graphs_together_stay_below_the_limit(toy_bundle: Toy, tmp_path: Pat
         "sessions.memory_limit = lambda: int(sys.argv[2])\n"
         "print(repr(load_bundle(sys.argv[1], threads=1).answer('red?', max_new_tokens=1)))\n"
     )
-    for limit, message in ((10**9, ""), (10**8, "BundleError: embed.onnx")):
+    for limit, message in ((10**9, ""), (10**8, "BundleError: embed_tokens.onnx")):
         command = [sys.executable, "-c", program, str(tmp_path / "bundle"), str(limit)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=300)
         assert (done.returncode == 0) == (message == ""), done.stderr
@@ -157,11 +159,27 @@ def test_tampered_bundles_answer_or_are_refused(toy_bundle: Toy, tmp_path: Path)
     assert outcomes <= {"answers", "load: BundleError", "answer: BundleError", "answer: RecordError"}
 
 
+def _as_first_traced(model: onnx_ir.Model) -> onnx_ir.Model:
+    """A graph with the names that it had at first: visual tokens came out, and the decoder took places of logits."""
+    graph = model.graph
+    for value in graph.outputs:
+        value.name = "visual_tokens" if value.name == "image_features" else value.name
+    for place, value in enumerate(graph.inputs):
+        if value.name == "num_logits_to_keep":
+            made = next(node for node in graph if node.op_type == "Range").outputs[0]
+            places = onnx_ir.Value(name="logits_positions", shape=onnx_ir.Shape(["kept"]), type=made.type)
+            made.replace_all_uses_with(places)
+            graph.inputs[place] = places
+            RemoveUnusedNodesPass()(model)
+    return model
+
+
 def test_fields_that_an_older_bundle_lacks_have_their_old_meaning(toy_bundle: Toy, tmp_path: Path) -> None:
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
     bundle = tmp_path / "bundle"
     chat = json.loads((bundle / "chat.json").read_text(encoding="utf-8"))
-    # As the first bundles were written: no stop, start, between and so on, no fill, no layout, no model.
+    # As the first bundles were written: graphs under other names, beside the other files; no variants, no stop, start,
+    # between and so on, no fill, no layout, no model.
     first = (
         "name",
         "system",
@@ -180,7 +198,11 @@ def test_fields_that_an_older_bundle_lacks_have_their_old_meaning(toy_bundle: To
     content = {"mode": preprocess["mode"], "encoders": preprocess["encoders"]}
     (bundle / "preprocess.json").write_text(json.dumps(content), encoding="utf-8")
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    del manifest["model"], manifest["parity"]
+    del manifest["model"], manifest["parity"], manifest["variants"], manifest["ours_alone"]
+    for part, name in (("vision", VISION), ("embed", EMBED), ("decoder", DECODER)):
+        onnx_ir.save(_as_first_traced(onnx_ir.load(bundle / name)), bundle / f"{part}.onnx")
+        manifest["files"][f"{part}.onnx"] = manifest["files"].pop(name)
+    shutil.rmtree(bundle / "onnx")
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     rewrite_manifest(bundle)
     groups = make_groups()

@@ -19,7 +19,7 @@ from manyeyes.export.graphs import check_exportable, export_decoder
 from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES, ChatFile, PreprocessFile
+from manyeyes.runtime.bundle_contents import DECODER, EMBED, REQUIRED_FILES, VISION, ChatFile, PreprocessFile
 from manyeyes.runtime.sessions import CPU, Graph
 from tests.export_toys import MD5, VOCABULARY, Toy, count_written, make_tokenizer
 
@@ -28,7 +28,11 @@ def test_manifest_says_where_the_bundle_comes_from(toy_bundle: Toy, loaded_bundl
     manifest = load_manifest(toy_bundle.bundle)
     assert manifest == toy_bundle.manifest
     assert set(manifest.files) == set(REQUIRED_FILES)
-    assert {file.name for file in toy_bundle.bundle.iterdir()} == {*REQUIRED_FILES, "manifest.json"}
+    written = {
+        path.relative_to(toy_bundle.bundle).as_posix() for path in toy_bundle.bundle.rglob("*") if path.is_file()
+    }
+    assert written == {*REQUIRED_FILES, "manifest.json"}
+    assert manifest.ours_alone == ["2 encoders"]
     for name, file in manifest.files.items():
         content = (toy_bundle.bundle / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file.bytes, file.sha256)
@@ -45,19 +49,17 @@ def test_manifest_says_where_the_bundle_comes_from(toy_bundle: Toy, loaded_bundl
 
 def test_manifest_names_every_input_and_its_dynamic_axes(toy_bundle: Toy) -> None:
     graphs = toy_bundle.manifest.graphs
-    assert {value.name: value.shape for value in graphs["vision.onnx"].inputs} == {
+    assert {value.name: value.shape for value in graphs[VISION].inputs} == {
         "vit": ["images", 3, 64, 64],
         "efficientnet": ["images", 3, 64, 64],
     }
-    assert [(value.name, value.shape) for value in graphs["vision.onnx"].outputs] == [
-        ("visual_tokens", ["images", 4, 32])
-    ]
-    decoder = {value.name: (value.dtype, value.shape) for value in graphs["decoder.onnx"].inputs}
-    assert decoder["attention_mask"] == ("int64", ["batch", "total"])
-    assert decoder["past_key_values.1.value"] == ("float32", ["batch", 2, "past", 8])
+    assert [(value.name, value.shape) for value in graphs[VISION].outputs] == [("image_features", ["images", 4, 32])]
+    decoder = {value.name: (value.dtype, value.shape) for value in graphs[DECODER].inputs}
+    assert decoder["attention_mask"] == ("int64", ["batch_size", "total"])
+    assert decoder["past_key_values.1.value"] == ("float32", ["batch_size", 2, "past", 8])
     assert len(decoder) == 4 + 2 * 2
-    outputs = {value.name: value.shape for value in graphs["decoder.onnx"].outputs}
-    assert outputs["logits"] == ["batch", "kept", VOCABULARY]
+    outputs = {value.name: value.shape for value in graphs[DECODER].outputs}
+    assert outputs["logits"] == ["batch_size", "kept", VOCABULARY]
     assert set(outputs) == {"logits", *(f"present.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value"))}
 
 
@@ -71,16 +73,16 @@ def test_every_weight_is_written_once(toy_bundle: Toy) -> None:
     table = model.get_input_embeddings().weight.numel()
     language_model = model.language_model.num_parameters()
     expected = {
-        "vision.onnx": model.num_parameters() - language_model,
-        "embed.onnx": table,
-        "decoder.onnx": language_model - table,
+        VISION: model.num_parameters() - language_model,
+        EMBED: table,
+        DECODER: language_model - table,
     }
     for name, count in expected.items():
         assert abs(count_written(toy_bundle.bundle / name) - count) <= CONSTANTS, name
 
 
 def test_tied_head_is_exported_and_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    """The tied table stands in embed.onnx and, as the head, in decoder.onnx; nothing else is there twice."""
+    """The tied table stands in one graph and, as the head, in another; nothing else is there twice."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=50,
@@ -99,23 +101,24 @@ def test_tied_head_is_exported_and_exporting_twice_gives_the_same_bytes(tmp_path
     assert abs(count_written(tmp_path / "first.onnx") - language_model.num_parameters()) <= CONSTANTS
     graph = Graph(tmp_path / "first.onnx", providers=[CPU], threads=1)
     embeddings = torch.randn(2, 3, 32)
-    outputs = graph.run(
-        {
-            "inputs_embeds": embeddings.numpy(),
-            "attention_mask": np.ones((2, 3), np.int64),
-            "position_ids": np.tile(np.arange(3), (2, 1)),
-            "logits_positions": np.array([0, 2]),
-            **{f"past_key_values.0.{kind}": np.zeros((2, 2, 0, 16), np.float32) for kind in ("key", "value")},
-        },
-        on_host=["logits"],
-    )
     with torch.no_grad():
-        expected = language_model(inputs_embeds=embeddings).logits[:, [0, 2]]
-    np.testing.assert_allclose(outputs["logits"].numpy(), expected, atol=1e-4)
+        expected = language_model(inputs_embeds=embeddings).logits
+    for keep, count in ((0, 3), (1, 1), (2, 2), (9, 3)):
+        outputs = graph.run(
+            {
+                "inputs_embeds": embeddings.numpy(),
+                "attention_mask": np.ones((2, 3), np.int64),
+                "position_ids": np.tile(np.arange(3), (2, 1)),
+                "num_logits_to_keep": np.array(keep),
+                **{f"past_key_values.0.{kind}": np.zeros((2, 2, 0, 16), np.float32) for kind in ("key", "value")},
+            },
+            on_host=["logits"],
+        )
+        np.testing.assert_allclose(outputs["logits"].numpy(), expected[:, -count:], atol=1e-4)
 
 
 def test_graphs_name_no_file_of_this_machine(toy_bundle: Toy) -> None:
-    for name in ("vision.onnx", "embed.onnx", "decoder.onnx"):
+    for name in (VISION, EMBED, DECODER):
         content = (toy_bundle.bundle / name).read_bytes()
         assert b".py" not in content
         assert b"site-packages" not in content

@@ -14,7 +14,7 @@ from manyeyes.export.graphs import export_vision
 from manyeyes.export.parity import measure_parity
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
-from manyeyes.runtime.bundle_contents import EncoderPixels, ImageLayout, PreprocessFile
+from manyeyes.runtime.bundle_contents import VISION, EncoderPixels, ImageLayout, PreprocessFile
 from manyeyes.runtime.preprocess import ImageTransform
 from manyeyes.runtime.sessions import CPU, Graph
 from manyeyes.runtime.tiling import TokenLayout
@@ -130,7 +130,7 @@ def test_files_say_how_images_are_cut(anyres: Toy) -> None:
     written = PreprocessFile.model_validate_json((anyres.bundle / "preprocess.json").read_text(encoding="utf-8"))
     assert written.layout is not None
     assert TokenLayout.from_dict(written.layout.model_dump()) == ANYRES
-    vision = {value.name: value.shape for value in anyres.manifest.graphs["vision.onnx"].inputs}
+    vision = {value.name: value.shape for value in anyres.manifest.graphs[VISION].inputs}
     assert vision == {
         "coarse": ["tiles", 3, 64, 64],
         "fine": ["tiles", 3, 64, 64],
@@ -145,7 +145,7 @@ def test_files_have_every_field_of_what_they_describe() -> None:
 
 
 def test_graph_without_the_layout_that_is_described_is_refused(toy_bundle: Toy) -> None:
-    graph = Graph(toy_bundle.bundle / "vision.onnx", providers=[CPU], threads=1)
+    graph = Graph(toy_bundle.bundle / VISION, providers=[CPU], threads=1)
     transform = ImageTransform(size=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     with pytest.raises(BundleError, match=r"\['efficientnet', 'layout', 'vit'\]"):
         Vision(graph, dict.fromkeys(("vit", "efficientnet"), transform), layout=ANYRES, tile_tokens=4)

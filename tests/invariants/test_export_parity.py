@@ -12,6 +12,7 @@ from manyeyes.errors import EvaluationError
 from manyeyes.export.bundle import record_parity
 from manyeyes.export.parity import measure_parity
 from manyeyes.runtime.bundle import Group, load_bundle
+from manyeyes.runtime.bundle_contents import DECODER
 from tests.export_toys import VOCABULARY, Toy, make_groups, rewrite_manifest
 
 
@@ -28,12 +29,12 @@ def test_recorded_parity_stands_in_the_manifest_and_leaves_the_digest(toy_bundle
 def test_parity_sees_a_bundle_of_other_weights(toy_bundle: Toy, tmp_path: Path) -> None:
     """A report that is always good would be worth nothing."""
     shutil.copytree(toy_bundle.bundle, tmp_path / "bundle")
-    model = onnx.load(tmp_path / "bundle" / "decoder.onnx")
+    model = onnx.load(tmp_path / "bundle" / DECODER)
     heads = [tensor for tensor in model.graph.initializer if sorted(tensor.dims) == [32, VOCABULARY]]
     assert len(heads) == 1
     values = onnx.numpy_helper.to_array(heads[0])
     heads[0].CopyFrom(onnx.numpy_helper.from_array(-values, heads[0].name))
-    onnx.save(model, tmp_path / "bundle" / "decoder.onnx")
+    onnx.save(model, tmp_path / "bundle" / DECODER)
     rewrite_manifest(tmp_path / "bundle")
     report = measure_parity(toy_bundle.checkpoint, tmp_path / "bundle", make_groups(), items=5, max_new_tokens=4)
     assert report.token_match < 1.0

@@ -14,6 +14,7 @@ from manyeyes.export.parity import measure_parity
 from manyeyes.model import load_checkpoint
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Bundle, Group, load_bundle
+from manyeyes.runtime.bundle_contents import DECODER, VISION
 from manyeyes.runtime.tiling import TokenLayout
 from tests.export_toys import VOCABULARY, Toy, count_written, make_groups, make_toy, picture
 
@@ -112,8 +113,8 @@ def test_every_weight_is_written_once(cambrian: Toy) -> None:
     table = model.get_input_embeddings().weight.numel()
     language_model = model.language_model.num_parameters()
     expected = {
-        "vision.onnx": model.num_parameters() - language_model - blocks,
-        "decoder.onnx": language_model - table + blocks,
+        VISION: model.num_parameters() - language_model - blocks,
+        DECODER: language_model - table + blocks,
     }
     for name, count in expected.items():
         # Beside its weights a graph holds shapes, scales and rotary frequencies.
@@ -121,7 +122,7 @@ def test_every_weight_is_written_once(cambrian: Toy) -> None:
 
 
 def test_manifest_names_what_is_looked_at(cambrian: Toy) -> None:
-    vision, decoder = (cambrian.manifest.graphs[name] for name in ("vision.onnx", "decoder.onnx"))
+    vision, decoder = (cambrian.manifest.graphs[name] for name in (VISION, DECODER))
     assert {value.name: (value.dtype, value.shape) for value in vision.inputs} == {
         "coarse": ("float32", ["images", 3, 64, 64]),
         "fine": ("float32", ["images", 3, 128, 128]),

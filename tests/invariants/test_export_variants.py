@@ -20,7 +20,7 @@ from manyeyes.export.precision import quantize_blocks
 from manyeyes.model import load_checkpoint
 from manyeyes.recipe import Recipe, change_recipe
 from manyeyes.runtime.bundle import Group, load_bundle
-from manyeyes.runtime.bundle_contents import needed_files
+from manyeyes.runtime.bundle_contents import DECODER, needed_files
 from tests.export_toys import Toy, make_groups, make_toy, picture, rewrite_manifest
 
 VARIANTS = {
@@ -69,28 +69,29 @@ def test_equal_graphs_are_one_file(toy: Toy) -> None:
 def test_one_variant_needs_no_file_of_another(toy: Toy, tmp_path: Path) -> None:
     """Of a folder with the files of one variant alone, that one is loaded."""
     needed = needed_files(toy.manifest.model_dump(), toy.manifest.variants["int4"])
+    (tmp_path / "onnx").mkdir()
     for name in [*needed, "manifest.json"]:
-        shutil.copy(toy.bundle / name, tmp_path)
+        shutil.copy(toy.bundle / name, tmp_path / name)
     pulled = load_bundle(tmp_path)
     assert pulled.variant == "int4"
     whole = load_bundle(toy.bundle, variant="int4").answer_groups(make_groups(), max_new_tokens=4)
     assert pulled.answer_groups(make_groups(), max_new_tokens=4) == whole
-    with pytest.raises(BundleError, match=r"decoder\.onnx is missing"):
+    with pytest.raises(BundleError, match=r"decoder_model_merged\.onnx is missing"):
         load_bundle(tmp_path, variant="default")
     with pytest.raises(BundleError, match='variant is "int5"'):
         load_bundle(tmp_path, variant="int5")
-    (tmp_path / "decoder_q4.onnx").write_bytes(b"")
-    with pytest.raises(BundleError, match="decoder_q4"):
+    (tmp_path / "onnx/decoder_model_merged_q4.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match="decoder_model_merged_q4"):
         load_bundle(tmp_path, variant="int4")
 
 
 def test_weights_beyond_one_files_limit_lie_in_files_of_their_own(toy: Toy, tmp_path: Path) -> None:
     """The limit is 2 GiB; here 20 kB, and no file but the graph's own is larger."""
     bundle = shutil.copytree(toy.bundle, tmp_path / "bundle")
-    save_graph(onnx_ir.load(toy.bundle / "decoder.onnx"), bundle / "decoder.onnx", most_bytes=20_000)
-    shards = sorted(file.name for file in bundle.glob("decoder.onnx_data*"))
+    save_graph(onnx_ir.load(toy.bundle / DECODER), bundle / DECODER, most_bytes=20_000)
+    shards = sorted(file.relative_to(bundle).as_posix() for file in bundle.glob(f"{DECODER}_data*"))
     assert len(shards) > 2
-    assert {"decoder.onnx_data", "decoder.onnx_data_1"} < set(shards)
+    assert {f"{DECODER}_data", f"{DECODER}_data_1"} < set(shards)
     assert max((bundle / name).stat().st_size for name in shards) <= 2 * 20_000
     manifest = toy.manifest.model_dump(mode="json")
     manifest["files"] |= dict.fromkeys(shards)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from manyeyes.errors import BundleError
-from manyeyes.runtime.bundle_contents import digest_files, pulled_variants, read_manifest
+from manyeyes.runtime.bundle_contents import DECODER, digest_files, pulled_variants, read_manifest
 from manyeyes.serving.handoff import default_image, render_kserve, render_kubernetes, write_oci_layout
 from tests.cli_calls import call
 from tests.registry_store import add_variant, make_bundle
@@ -55,14 +55,14 @@ def read_layout(layout: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
 def test_image_has_each_file_of_the_bundle_in_a_layer_of_its_own_and_versions_share_them(tmp_path: Path) -> None:
     first, second = make_bundle(tmp_path / "1", "a"), tmp_path / "2"
     shutil.copytree(first, second)
-    (second / "decoder.onnx").write_bytes(b"trained on")
+    (second / DECODER).write_bytes(b"trained on")
     manifest = json.loads((second / "manifest.json").read_text(encoding="utf-8"))
-    manifest["files"]["decoder.onnx"] = {"sha256": hashlib.sha256(b"trained on").hexdigest(), "bytes": 10}
+    manifest["files"][DECODER] = {"sha256": hashlib.sha256(b"trained on").hexdigest(), "bytes": 10}
     manifest["digest"] = digest_files(manifest["files"])
     (second / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     digests = [write_oci_layout(bundle, tmp_path / f"oci-{bundle.name}", tag="t") for bundle in (first, second)]
     layers, files = read_layout(tmp_path / "oci-1")
-    assert files == {f"models/{file.name}": file.read_bytes() for file in first.iterdir()}
+    assert files == {f"models/{file.relative_to(first)}": file.read_bytes() for file in first.rglob("*.*")}
     others, _ = read_layout(tmp_path / "oci-2")
     shared = {layer["digest"] for layer in layers} & {layer["digest"] for layer in others}
     assert len(shared) == len(layers) - 2, "all but the decoder and the manifest"
@@ -71,7 +71,7 @@ def test_image_has_each_file_of_the_bundle_in_a_layer_of_its_own_and_versions_sh
 
 def test_damaged_bundle_is_not_handed_on(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "1", "a")
-    file = next(path for path in bundle.iterdir() if path.name != "manifest.json")
+    file = next(path for path in bundle.glob("*.json") if path.name != "manifest.json")
     file.write_bytes(file.read_bytes()[::-1] + b"x")
     with pytest.raises(BundleError):
         write_oci_layout(bundle, tmp_path / "oci", tag="t")
@@ -114,9 +114,10 @@ def test_one_variant_is_handed_on_without_the_files_of_the_others(
         assert call(monkeypatch, *command[:2], str(tmp_path / "none"), *command[3:], "int3") == 2
         assert "this bundle has default, int4" in capsys.readouterr().err
     _, files = read_layout(tmp_path / "oci")
-    names = {file.name for file in bundle.iterdir()} - {"decoder.onnx"}
+    names = {file.relative_to(bundle).as_posix() for file in bundle.rglob("*.*")} - {DECODER}
     assert files.keys() == {f"models/{name}" for name in names}
-    assert {file.name for file in (tmp_path / "triton" / "tiny" / "1" / "bundle").iterdir()} == names
+    handed = tmp_path / "triton" / "tiny" / "1" / "bundle"
+    assert {file.relative_to(handed).as_posix() for file in handed.rglob("*.*")} == names
     for target in ("kubernetes", "kserve"):
         assert (tmp_path / target).read_text(encoding="utf-8").count("- --variant") == 1
     # What was pulled for one variant is that variant.

@@ -148,7 +148,7 @@ def test_a_pull_asks_for_the_signature_and_leaves_nothing_where_it_is_wrong(
     assert (two.bundle / SIGNATURE).read_bytes() == (tmp_path / "out" / SIGNATURE).read_bytes()
     monkeypatch.setenv("MANYEYES_VERIFY_KEY", str(stranger.public))
     pull("signed/2", out_dir=tmp_path / "second")
-    assert "PRIVATE KEY" not in "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "second").iterdir())
+    assert "PRIVATE KEY" not in "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "second").rglob("*.*"))
     sign_version(parse_model_reference("signed/2"), key_file=keys.private)
     with pytest.raises(BundleError, match="signed with another key"):
         pull("signed/2", out_dir=tmp_path / "third")

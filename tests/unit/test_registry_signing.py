@@ -17,6 +17,7 @@ from model_signing._cli import main as model_signing_command
 
 from manyeyes.errors import BundleError, RegistryError
 from manyeyes.registry.signing import CARD, SBOM, SIGNATURE, sign_bundle, verify_bundle, verify_signature, wanted_key
+from manyeyes.runtime.bundle_contents import DECODER, EMBED, VISION
 from tests.cli_calls import call
 from tests.registry_store import make_bundle
 
@@ -68,8 +69,8 @@ DAMAGE = {
     "manifest": (change_manifest, "manifest.json"),
     "card": (lambda bundle: (bundle / CARD).write_text("# another card", encoding="utf-8"), CARD),
     "no card": (lambda bundle: (bundle / CARD).unlink(), f"Missing files.*{CARD}"),
-    "graph": (lambda bundle: (bundle / "vision.onnx").write_bytes(b"vision.onnx TOY"), "vision.onnx has sha256"),
-    "no graph": (lambda bundle: (bundle / "embed.onnx").unlink(), "embed.onnx is missing"),
+    "graph": (lambda bundle: (bundle / VISION).write_bytes(VISION.encode() + b" TOY"), f"{VISION} has sha256"),
+    "no graph": (lambda bundle: (bundle / EMBED).unlink(), f"{EMBED} is missing"),
     "unsigned": (lambda bundle: (bundle / SIGNATURE).unlink(), "not signed"),
     "empty signature": (lambda bundle: (bundle / SIGNATURE).write_text(""), "not what was signed"),
     "text for a signature": (lambda bundle: (bundle / SIGNATURE).write_text("[]"), "not what was signed"),
@@ -119,13 +120,13 @@ def test_the_signature_of_another_bundle_or_key_is_refused(bundle: Path, keys: K
 
 def test_a_variant_alone_is_verified_by_the_files_it_has(bundle: Path, keys: Keys) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    graphs = {graph: [f"{graph}.onnx"] for graph in ("vision", "embed", "decoder")}
+    graphs = {"vision": [VISION], "embed": [EMBED], "decoder": [DECODER]}
     whole = {"precision": dict.fromkeys(graphs, "fp32"), "graphs": graphs}
-    other = {"precision": dict.fromkeys(graphs, "fp32"), "graphs": graphs | {"vision": ["embed.onnx"]}}
+    other = {"precision": dict.fromkeys(graphs, "fp32"), "graphs": graphs | {"vision": [EMBED]}}
     content = manifest | {"variants": {"default": whole, "small": other}}
     (bundle / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     sign_bundle(bundle, key_file=keys.private)
-    (bundle / "vision.onnx").unlink()
+    (bundle / VISION).unlink()
     verify_bundle(bundle, key=keys.public)
 
 
@@ -148,7 +149,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere(
     assert call(monkeypatch, "verify", str(bundle)) == 0
     said = "".join(capfd.readouterr())
     assert "is as the owner of" in said
-    kept = [file for file in bundle.iterdir() if secret.splitlines()[1] in file.read_text(encoding="utf-8")]
+    kept = [file for file in bundle.rglob("*.*") if secret.splitlines()[1] in file.read_text(encoding="utf-8")]
     assert (kept, secret.splitlines()[1] in said) == ([], False)
 
     monkeypatch.setenv("MANYEYES_SIGNING_KEY", secret.replace(secret.splitlines()[1], "bm8="))

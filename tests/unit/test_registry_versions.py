@@ -36,11 +36,11 @@ from manyeyes.registry.versions import (
     rollback,
 )
 from manyeyes.runtime.bundle import GeneratedAnswer, Group
-from manyeyes.runtime.bundle_contents import REQUIRED_FILES
+from manyeyes.runtime.bundle_contents import DECODER, REQUIRED_FILES, VISION
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.serving.hosting import RegistrySource
 from tests.evaluation_fakes import RuleAnswerer, make_image, make_recipe, make_snapshot, rule_with_errors
-from tests.registry_store import IMAGES, add_variant, make_bundle, make_candidate, put, store_uri
+from tests.registry_store import DECODER_Q4, IMAGES, add_variant, make_bundle, make_candidate, put, store_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +127,7 @@ def test_versions_are_promoted_rolled_back_and_pulled(snapshot: Snapshot, tmp_pa
 
     bundle = pull(name, "champion", tmp_path / "pulled")
     assert (bundle / "manifest.json").read_bytes() == (candidate.bundle / "manifest.json").read_bytes()
-    assert {path.name for path in bundle.iterdir()} == {*REQUIRED_FILES, "manifest.json", CARD, SBOM}
+    assert relative_files(bundle) == {*REQUIRED_FILES, "manifest.json", CARD, SBOM}
     assert pull(f"{name}/2", out_dir=tmp_path / "pulled") == tmp_path / "pulled"
     assert (tmp_path / "pulled" / "chat.json").read_text(encoding="utf-8") == "chat.json two"
     assert [path.name for path in tmp_path.glob(".pulled*")] == []
@@ -216,8 +216,8 @@ def test_evidence_about_another_bundle_is_refused(snapshot: Snapshot, tmp_path: 
 
 def test_a_changed_bundle_is_not_registered(snapshot: Snapshot, tmp_path: Path) -> None:
     candidate = make_candidate(tmp_path / "one", snapshot)
-    (candidate.bundle / "decoder.onnx").write_bytes(b"decoder.onnx xne")
-    with pytest.raises(BundleError, match=r"decoder\.onnx has sha256"):
+    (candidate.bundle / DECODER).write_bytes(b"onnx/decoder_model_merged.onnx xne")
+    with pytest.raises(BundleError, match=r"decoder_model_merged\.onnx has sha256"):
         put("changed", candidate)
 
 
@@ -226,17 +226,21 @@ def registered(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> 
     return put("served", make_candidate(tmp_path_factory.mktemp("served") / "one", snapshot, wrong=range(1)))
 
 
+def relative_files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 def stored_file(registered: RegisteredVersion, path: str) -> Path:
     version = connect().client.get_model_version(registered.name, str(registered.version))
     return Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/{path}"))
 
 
 def test_a_corrupted_file_is_not_pulled(registered: RegisteredVersion, tmp_path: Path) -> None:
-    stored = stored_file(registered, "artifacts/bundle/vision.onnx")
+    stored = stored_file(registered, f"artifacts/bundle/{VISION}")
     content = stored.read_bytes()
     stored.write_bytes(content[:-1] + b"!")
     try:
-        with pytest.raises(BundleError, match=r"vision\.onnx has sha256"):
+        with pytest.raises(BundleError, match=r"vision_encoder\.onnx has sha256"):
             pull("served", "champion", tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
     finally:
@@ -246,11 +250,11 @@ def test_a_corrupted_file_is_not_pulled(registered: RegisteredVersion, tmp_path:
 def test_a_bundle_that_was_swapped_whole_is_not_pulled(registered: RegisteredVersion, tmp_path: Path) -> None:
     # File and manifest agree with each other, but not with what was registered.
     folder = stored_file(registered, "artifacts/bundle/manifest.json").parent
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {folder / name: (folder / name).read_bytes() for name in relative_files(folder)}
     other = make_bundle(tmp_path / "other", "another")
     try:
-        for path in other.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        for name in relative_files(other):
+            (folder / name).write_bytes((other / name).read_bytes())
         with pytest.raises(BundleError, match="was registered"):
             pull("served", "champion", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -274,14 +278,13 @@ def test_one_variant_is_pulled_without_the_files_of_the_others(snapshot: Snapsho
     bundle = add_variant(make_bundle(tmp_path / "exported", "whole"))
     put("with-variants", make_candidate(tmp_path / "one", snapshot, bundle=bundle))
     pulled = pull("with-variants", out_dir=tmp_path / "pulled", variant="int4")
-    listed = {path.name for path in bundle.iterdir()}
-    assert {path.name for path in pulled.iterdir()} == listed - {"decoder.onnx"} | {CARD, SBOM}
-    assert (pulled / "decoder_q4.onnx").read_bytes() == b"four bits"
+    assert relative_files(pulled) == relative_files(bundle) - {DECODER} | {CARD, SBOM}
+    assert (pulled / DECODER_Q4).read_bytes() == b"four bits"
     source = RegistrySource("with-variants", kept=tmp_path / "kept", variant="int3")
     with pytest.raises(BundleError, match=r'variant is "int3".*this bundle has default, int4'):
         source.fetch(source.find())
     assert list((tmp_path / "kept").iterdir()) == []
-    assert "decoder.onnx" in {path.name for path in pull("with-variants", out_dir=tmp_path / "pulled").iterdir()}
+    assert (pull("with-variants", out_dir=tmp_path / "pulled") / DECODER).is_file()
 
 
 def test_pull_leaves_a_folder_alone_that_is_no_bundle(registered: RegisteredVersion, tmp_path: Path) -> None:
@@ -294,9 +297,9 @@ def test_pull_leaves_a_folder_alone_that_is_no_bundle(registered: RegisteredVers
 
 def test_pull_mends_a_bundle_that_was_damaged(registered: RegisteredVersion, tmp_path: Path) -> None:
     bundle = pull("served", registered.version, tmp_path / "out")
-    (bundle / "decoder.onnx").write_bytes(b"")
+    (bundle / DECODER).write_bytes(b"")
     pull("served", registered.version, tmp_path / "out")
-    assert (bundle / "decoder.onnx").read_bytes() == b"decoder.onnx one"
+    assert (bundle / DECODER).read_bytes() == b"onnx/decoder_model_merged.onnx one"
 
 
 def test_a_champion_of_other_questions_is_scored_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from manyeyes.evaluation.scorecard import read_scorecard
 from manyeyes.harness.base import Reporter
 from manyeyes.harness.inputs import parse_pinned
 from manyeyes.registry.pull import ModelLocation, fetch_model, locate_model
+from manyeyes.runtime.bundle_contents import DECODER
 from manyeyes.steps import merge_scorecards as merging
 from manyeyes.steps import plan_evaluation as planning
 from manyeyes.steps import resolve_data as pinning
@@ -39,15 +41,15 @@ def test_bundle_in_a_folder_is_found_and_fetched(tmp_path: Path) -> None:
     assert found == ModelLocation("bundle", str(bundle), digest_of(bundle))
     assert locate_model(f"file://{bundle}") == found
     fetch_model(found, tmp_path / "fetched")
-    for file in bundle.iterdir():
-        assert (tmp_path / "fetched" / file.name).read_bytes() == file.read_bytes()
+    assert digest_of(tmp_path / "fetched") == digest_of(bundle)
+    for file in bundle.rglob("*.*"):
+        assert (tmp_path / "fetched" / file.relative_to(bundle)).read_bytes() == file.read_bytes()
 
 
 def test_bundle_that_changed_after_it_was_found_is_refused(tmp_path: Path) -> None:
     found = locate_model(str(make_bundle(tmp_path / "bundle", "one")))
     make_bundle(tmp_path / "other", "two")
-    for file in (tmp_path / "other").iterdir():
-        (tmp_path / "bundle" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tmp_path / "other", tmp_path / "bundle", dirs_exist_ok=True)
     with pytest.raises(BundleError, match="when this run began"):
         fetch_model(found, tmp_path / "fetched")
 
@@ -55,8 +57,8 @@ def test_bundle_that_changed_after_it_was_found_is_refused(tmp_path: Path) -> No
 def test_bundle_with_a_missing_file_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", "one")
     found = locate_model(str(bundle))
-    (bundle / "decoder.onnx").unlink()
-    with pytest.raises(CheckpointError, match=r"decoder\.onnx"):
+    (bundle / DECODER).unlink()
+    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx"):
         fetch_model(found, tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()
 

@@ -15,6 +15,7 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import BundleError, CheckpointError, RegistryError
 from manyeyes.harness.base import Reporter, StepResult
 from manyeyes.registry.pull import ModelLocation, locate_model
+from manyeyes.registry.signing import CARD, SBOM
 from manyeyes.registry.versions import promote
 from manyeyes.steps.fetch_model import fetch_model
 from manyeyes.steps.plan_evaluation import plan_evaluation
@@ -60,8 +61,8 @@ def upload(bucket: Any, bundle: Path) -> None:
     """Put a bundle where ``PLACE`` is, in place of what is there."""
     for item in bucket.list_objects_v2(Bucket="models").get("Contents", []):
         bucket.delete_object(Bucket="models", Key=item["Key"])
-    for file in bundle.iterdir():
-        bucket.put_object(Bucket="models", Key=f"some/prefix/{file.name}", Body=file.read_bytes())
+    for file in bundle.rglob("*.*"):
+        bucket.put_object(Bucket="models", Key=f"some/prefix/{file.relative_to(bundle)}", Body=file.read_bytes())
 
 
 def fetch(location: ModelLocation, out: Path) -> StepResult:
@@ -71,7 +72,7 @@ def fetch(location: ModelLocation, out: Path) -> StepResult:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
 
 
 def test_bundle_on_s3_is_found_and_every_file_fetched(bucket: Any, tmp_path: Path) -> None:
@@ -98,11 +99,11 @@ def test_bundle_on_s3_that_changed_after_it_was_found_is_refused(bucket: Any, tm
 def test_damaged_bundle_on_s3_is_refused(bucket: Any, tmp_path: Path) -> None:
     upload(bucket, make_bundle(tmp_path / "one", "one"))
     found = locate_model(PLACE)
-    bucket.put_object(Bucket="models", Key="some/prefix/decoder.onnx", Body=b"half")
-    with pytest.raises(BundleError, match=r"decoder\.onnx"):
+    bucket.put_object(Bucket="models", Key="some/prefix/onnx/decoder_model_merged.onnx", Body=b"half")
+    with pytest.raises(BundleError, match=r"decoder_model_merged\.onnx"):
         fetch(found, tmp_path / "damaged")
-    bucket.delete_object(Bucket="models", Key="some/prefix/decoder.onnx")
-    with pytest.raises(CheckpointError, match=r"decoder\.onnx"):
+    bucket.delete_object(Bucket="models", Key="some/prefix/onnx/decoder_model_merged.onnx")
+    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx"):
         fetch(found, tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
 
@@ -139,7 +140,9 @@ def test_registered_model_is_pinned_to_a_version_and_fetched(snapshot: Snapshot,
     promote(name, put(name, second).version, force=True)
     pinned = ModelLocation(planned["kind"], planned["model"], planned["model_digest"])
     fetch(pinned, tmp_path / "fetched")
-    assert contents(tmp_path / "fetched") == contents(first.bundle)
+    fetched = contents(tmp_path / "fetched")
+    assert {name: fetched.pop(name)[:3] for name in (CARD, SBOM)} == {CARD: b"---", SBOM: b"{\n "}
+    assert fetched == contents(first.bundle)
     assert locate_model(f"{name}@champion") == ModelLocation("bundle", f"models:/{name}/2", second.digest)
     assert locate_model(f"{name}/1") == pinned
 

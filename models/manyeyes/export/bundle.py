@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from manyeyes.estimate.skeleton import count_model
-from manyeyes.export.graphs import check_exportable
+from manyeyes.export.graphs import check_exportable, name_pixels
 from manyeyes.export.parity import ParityFigures, ParityReport
+from manyeyes.export.transformers_js import ours_alone, write_settings
 from manyeyes.export.variants import write_graphs
 from manyeyes.model import ManyEyesForConditionalGeneration, checkpoint_digest, load_checkpoint
 from manyeyes.recipe import Recipe
@@ -36,6 +37,7 @@ from manyeyes.runtime.bundle_contents import (
     read_file,
     read_part,
 )
+from manyeyes.runtime.vision import PIXELS
 from manyeyes.storage import hash_file, new_folder, write_file
 
 
@@ -97,7 +99,7 @@ def export_bundle(
         shared=_describe_shared(model),
         encoders={
             name: read_part(EncoderPixels, transform.as_dict(), what=f"pixels of {name}")
-            for name, transform in transforms.items()
+            for name, transform in zip(name_pixels(model, transforms), transforms.values(), strict=True)
         },
         layout=None if processor.layout is None else read_part(ImageLayout, processor.layout, what="layout"),
     )
@@ -121,7 +123,15 @@ def export_bundle(
         _save_tokenizer(processor.rust_tokenizer, folder / TOKENIZER)
         write_json(preprocess, folder / PREPROCESS)
         write_json(chat, folder / CHAT)
-        files = {file.name: _describe_file(file) for file in sorted(folder.iterdir())}
+        unknown = ours_alone(model, processor, chat)
+        if not unknown:
+            pixels = preprocess.encoders[PIXELS]
+            write_settings(model, processor, folder, chat=chat, pixels=pixels, variants=variants)
+        files = {
+            file.relative_to(folder).as_posix(): _describe_file(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
         main = variants[DEFAULT_VARIANT].precision
         manifest = BundleManifest(
             recipe=recipe.name,
@@ -136,6 +146,7 @@ def export_bundle(
             model=count_model(model.config),
             digest=digest_files({name: file.model_dump() for name, file in files.items()}),
             variants=variants,
+            ours_alone=unknown,
         )
         write_json(manifest, folder / MANIFEST)
     return manifest

@@ -8,7 +8,7 @@ independent, and a sample mask has zeros.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,8 +30,9 @@ from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
 from manyeyes.runtime.bundle_contents import GraphSignature, GraphTensor
+from manyeyes.runtime.decoding import KEPT
 from manyeyes.runtime.tiling import NEWLINE
-from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PLACES, TOKENS, WINDOWS
+from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PIXELS, PLACES, TOKENS, WINDOWS
 
 MOST_BYTES = 2**31 - 2**26
 """Of weights in one file: a protobuf file ends at 2 GiB, and so does what some stores take."""
@@ -84,6 +85,8 @@ def export_graph(
             "The exporter dropped one; report the model.",
         )
     _strip_traces(model)
+    if _POSITIONS in input_names:
+        _keep_last(model)
     save_graph(model, out)
     return describe_graph(model)
 
@@ -147,6 +150,31 @@ def _strip_traces(model: onnx_ir.Model) -> None:
                 value.doc_string = None
 
 
+def _keep_last(model: onnx_ir.Model) -> None:
+    """Let the decoder take how many of the last positions' logits are wanted (0: all), and not which positions.
+
+    A number of positions that a tensor holds is a size that ``torch.export`` does not know; in ONNX it is a range.
+    """
+    graph = model.graph
+    place, positions = next((place, value) for place, value in enumerate(graph.inputs) if value.name == _POSITIONS)
+    embeddings = next(value for value in graph.inputs if value.name == "inputs_embeds")
+    kept = onnx_ir.Value(name=KEPT, shape=onnx_ir.Shape([]), type=onnx_ir.TensorType(onnx_ir.DataType.INT64))
+    nodes: list[onnx_ir.Node] = []
+
+    def op(op_type: str, *inputs: onnx_ir.Value, **attributes: Any) -> onnx_ir.Value:
+        nodes.append(onnx_ir.node(op_type, inputs, attributes=attributes))
+        return nodes[-1].outputs[0]
+
+    zero, one = (op("Constant", value_int=number) for number in (0, 1))
+    length = op("Gather", op("Shape", embeddings), one, axis=0)
+    wanted = op("Where", op("Equal", kept, zero), length, op("Min", kept, length))
+    chosen = op("Range", op("Sub", length, wanted), length, one)
+    chosen.type, chosen.shape = positions.type, positions.shape
+    positions.replace_all_uses_with(chosen)
+    graph.inputs[place] = kept
+    graph.insert_before(graph[0], nodes)
+
+
 def _describe(value: onnx_ir.Value) -> GraphTensor:
     if value.name is None or value.dtype is None or value.shape is None:
         raise BundleError(f"graph value {value.name} has no type", "a typed value is needed", "Report the model.")
@@ -160,6 +188,7 @@ def _describe(value: onnx_ir.Value) -> GraphTensor:
 # Sizes of the samples' axes; see ``manyeyes.export.graphs``.
 _ROWS, _QUERY, _PAST, _TILES, _LAID_OUT, _SIDE = 2, 3, 5, 7, 11, 32
 _LOOKS = (0, 2, 3, 5)
+_POSITIONS = "logits_positions"
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -273,6 +302,33 @@ def check_exportable(model: ManyEyesForConditionalGeneration, processor: ManyEye
         )
 
 
+def own_structure(model: ManyEyesForConditionalGeneration) -> list[str]:
+    """What of a model's structure other runtimes do not know; empty for one encoder, a projector and a language model.
+
+    Args:
+        model: Of any structure.
+    """
+    layout = model.config.layout
+    found = {
+        f"{len(model.encoders)} encoders": len(model.encoders) > 1,
+        "pixels that the graph resizes (preprocess: shared)": model.shared_pixels is not None,
+        "tiles, or an order of visual tokens (layout)": layout is not None,
+        "a fusion that masks padding": model.fusion.uses_image_sizes,
+        "a language model that looks back at the image (reinjection)": model.reinjection is not None,
+    }
+    return [what for what, is_there in found.items() if is_there]
+
+
+def name_pixels(model: ManyEyesForConditionalGeneration, names: Iterable[str]) -> list[str]:
+    """Names of the vision graph's inputs of pixels: the encoders', or for a structure that others know theirs.
+
+    Args:
+        model: Of any structure.
+        names: What the processor calls them.
+    """
+    return list(names) if own_structure(model) else [PIXELS]
+
+
 def export_vision(
     model: ManyEyesForConditionalGeneration, sides: Mapping[str, int], out: Path, *, opset: int
 ) -> GraphSignature:
@@ -285,10 +341,10 @@ def export_vision(
         opset: ONNX operator set.
 
     Returns:
-        One input ``[tiles, 3, side, side]`` per encoder, named by it; with a layout ``layout`` ``[images, places]``,
-        as ``encode_images`` takes it; where the fusion masks padding ``image_sizes`` ``[images, 2]``, width and
-        height. Output ``visual_tokens`` ``[images, N, D]``; with reinjection also ``window_keys``, ``window_mask`` and
-        ``window_overall``, what each token of each tile looks at.
+        One input ``[tiles, 3, side, side]`` per encoder, called as ``name_pixels`` says; with a layout ``layout``
+        ``[images, places]``, as ``encode_images`` takes it; where the fusion masks padding ``image_sizes``
+        ``[images, 2]``, width and height. Output ``image_features`` ``[images, N, D]``; with reinjection also
+        ``window_keys``, ``window_mask`` and ``window_overall``, what each token of each tile looks at.
 
     Raises:
         BundleError: The graph lacks an input.
@@ -321,7 +377,7 @@ def export_vision(
         (pixel_axes, *_unless_empty([axes for _, axes in of_images.values()])),
         out,
         opset=opset,
-        input_names=[*sides, *of_images],
+        input_names=[*name_pixels(model, sides), *of_images],
         output_names=[TOKENS] if model.reinjection is None else [TOKENS, *WINDOWS],
     )
 
@@ -335,7 +391,7 @@ def export_embed(language_model: PreTrainedModel, out: Path, *, opset: int) -> G
         opset: ONNX operator set.
 
     Returns:
-        Input ``input_ids`` ``[batch, query]``, int64; output ``inputs_embeds`` ``[batch, query, D]``.
+        Input ``input_ids`` ``[batch_size, query]``, int64; output ``inputs_embeds`` ``[batch_size, query, D]``.
 
     Raises:
         BundleError: The graph lacks an input.
@@ -343,7 +399,7 @@ def export_embed(language_model: PreTrainedModel, out: Path, *, opset: int) -> G
     return export_graph(
         _Embed(language_model.get_input_embeddings()),
         (torch.zeros(_ROWS, _QUERY, dtype=torch.long),),
-        ({0: Dim("batch"), 1: Dim("query")},),
+        ({0: Dim("batch_size"), 1: Dim("query")},),
         out,
         opset=opset,
         input_names=["input_ids"],
@@ -366,12 +422,13 @@ def export_decoder(
         reinjection: Its blocks, attached to it; None without them.
 
     Returns:
-        Inputs ``inputs_embeds`` ``[batch, query, D]``, ``attention_mask`` ``[batch, total]`` (past + query),
-        ``position_ids`` ``[batch, query]``, ``logits_positions`` ``[kept]`` (places in the query whose logits are
-        wanted; may be empty) and ``past_key_values.<layer>.key`` and ``.value`` ``[batch, heads, past, width]``;
+        Inputs ``inputs_embeds`` ``[batch_size, query, D]``, ``attention_mask`` ``[batch_size, total]`` (past + query),
+        ``position_ids`` ``[batch_size, query]``, ``num_logits_to_keep`` (a number: of how many of the last positions
+        logits are wanted; 0 for all) and ``past_key_values.<layer>.key`` and ``.value``
+        ``[batch_size, heads, past, width]``;
         with reinjection ``window_places`` ``[looks]`` (``row * query + position`` of each visual token; may be empty),
         ``window_keys`` ``[looks, cells, C]``, ``window_mask`` ``[looks, cells]`` and ``window_overall`` ``[looks, C]``;
-        outputs ``logits`` ``[batch, kept, V]`` and ``present.<layer>.key`` and ``.value``. Past may be 0.
+        outputs ``logits`` ``[batch_size, kept, V]`` and ``present.<layer>.key`` and ``.value``. Past may be 0.
 
     Raises:
         BundleError: The graph lacks an input.
@@ -387,7 +444,7 @@ def export_decoder(
         (torch.zeros(_ROWS, heads, _PAST, key_width), torch.zeros(_ROWS, heads, _PAST, value_width))
         for heads, (key_width, value_width) in zip(shape.heads, shape.widths, strict=True)
     ]
-    batch, query, length, total, kept = Dim("batch"), Dim("query"), Dim("past"), Dim("total"), Dim("kept")
+    batch, query, length, total, kept = Dim("batch_size"), Dim("query"), Dim("past"), Dim("total"), Dim("kept")
     layers = [f"{layer}.{kind}" for layer in range(len(past)) for kind in ("key", "value")]
     looks = [] if reinjection is None else _sample_looks(reinjection)
     return export_graph(
@@ -414,7 +471,7 @@ def export_decoder(
             "inputs_embeds",
             "attention_mask",
             "position_ids",
-            "logits_positions",
+            _POSITIONS,
             *(f"past_key_values.{layer}" for layer in layers),
             *((PLACES, *WINDOWS) if looks else ()),
         ],

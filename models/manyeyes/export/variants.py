@@ -12,15 +12,24 @@ from manyeyes.export.precision import quantize_graph
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.recipe.recipe import GraphPrecision
 from manyeyes.runtime.bundle import Group
-from manyeyes.runtime.bundle_contents import BundleVariant, GraphName, GraphSignature, Precision
+from manyeyes.runtime.bundle_contents import (
+    DECODER,
+    EMBED,
+    VISION,
+    BundleVariant,
+    GraphName,
+    GraphSignature,
+    Precision,
+)
 
+_NAMES: dict[GraphName, str] = {"vision": VISION, "embed": EMBED, "decoder": DECODER}
 GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 _SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 
 
 def graph_file(graph: GraphName, precision: Precision) -> str:
-    """Name of the file of a graph."""
-    return f"{graph}{_SUFFIXES[precision]}.onnx"
+    """Path of the file of a graph in its bundle."""
+    return _NAMES[graph].replace(".onnx", f"{_SUFFIXES[precision]}.onnx")
 
 
 def write_graphs(
@@ -43,7 +52,7 @@ def write_graphs(
         calibration: Questions about images, by which it is found whether fp16 holds what the model computes.
 
     Returns:
-        Inputs and outputs of each graph by file name, and the variants.
+        Inputs and outputs of each graph by its path in ``folder``, and the variants.
 
     Raises:
         BundleError: A graph lacks an input, or fp16 does not hold what it computes.
@@ -52,26 +61,27 @@ def write_graphs(
         graph: {getattr(precision, graph) for precision in precisions.values()} for graph in GRAPHS
     }
     signatures: dict[str, GraphSignature] = {}
+    (folder / VISION).parent.mkdir()
     for graph, wanted in asked.items():
-        whole = folder / graph_file(graph, "fp32")
+        whole = graph_file(graph, "fp32")
         if wanted != {"fp16"}:
-            signatures[whole.name] = _trace(graph, model, processor, whole, opset=opset)
+            signatures[whole] = _trace(graph, model, processor, folder / whole, opset=opset)
         for precision in sorted(wanted - {"fp32", "fp16"}):
-            out = folder / graph_file(graph, precision)
-            rounded = quantize_graph(whole, precision)
-            signatures[out.name] = describe_graph(rounded)
-            save_graph(rounded, out)
-        if "fp32" not in wanted and whole.name in signatures:
-            del signatures[whole.name]
-            for file in _files(folder, whole.name):
+            out = graph_file(graph, precision)
+            rounded = quantize_graph(folder / whole, precision)
+            signatures[out] = describe_graph(rounded)
+            save_graph(rounded, folder / out)
+        if "fp32" not in wanted and whole in signatures:
+            del signatures[whole]
+            for file in _files(folder, whole):
                 (folder / file).unlink()
     halved = [graph for graph, wanted in asked.items() if "fp16" in wanted]
     if halved:
         model.half()
         find_overflow(model, processor, calibration, graphs=halved)
         for graph in halved:
-            out = folder / graph_file(graph, "fp16")
-            signatures[out.name] = _trace(graph, model, processor, out, opset=opset)
+            out = graph_file(graph, "fp16")
+            signatures[out] = _trace(graph, model, processor, folder / out, opset=opset)
     variants = {}
     for name, given in precisions.items():
         by_graph: dict[GraphName, Precision] = {graph: getattr(given, graph) for graph in GRAPHS}
@@ -98,6 +108,4 @@ def _trace(
 
 def _files(folder: Path, graph: str) -> list[str]:
     """The file of a graph, then those that hold its weights."""
-    return sorted(
-        (file.name for file in folder.iterdir() if file.name.startswith(graph)), key=lambda name: name != graph
-    )
+    return [graph, *sorted(file.relative_to(folder).as_posix() for file in folder.glob(f"{graph}_data*"))]

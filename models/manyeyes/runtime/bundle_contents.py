@@ -31,9 +31,14 @@ class _Exact(StrictModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+GRAPHS = "onnx"
+"""Folder of the graphs, where other runtimes look for them; older bundles have no folders."""
+
+
 def _plain_name(name: str) -> str:
-    if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
-        raise ValueError(f"a plain file name of at most {_LONGEST_NAME} bytes is needed")
+    plain = name.removeprefix(f"{GRAPHS}/")
+    if plain in ("", ".", "..") or set(plain) & set("/\\\0") or len(plain.encode("utf-8", "replace")) > _LONGEST_NAME:
+        raise ValueError(f"a plain file name of at most {_LONGEST_NAME} bytes is needed, alone or in {GRAPHS}/")
     return name
 
 
@@ -133,6 +138,11 @@ class BundleManifest(_Exact):
     )
     files: dict[FileName, BundleFile] = Field(description="Every file but this one, by name.")
     graphs: dict[FileName, GraphSignature] = Field(description="Inputs and outputs of each graph, by file name.")
+    ours_alone: list[str] | None = Field(
+        default=None,
+        description="What other runtimes do not know of this model; empty where transformers.js opens the bundle as a "
+        "LlavaForConditionalGeneration. Null in older bundles.",
+    )
     digest: str = Field(description="Digest of the bundle: sha256 over the names and sha256s of its files.")
     model: ModelFacts | None = Field(default=None, description="Size and cost of the model; null in older bundles.")
     parity: BundleParity | None = Field(
@@ -303,7 +313,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-VISION, EMBED, DECODER = "vision.onnx", "embed.onnx", "decoder.onnx"
+VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder_model_merged.onnx"
 TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
 REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
 """Files of a bundle whose graphs are fp32."""
@@ -357,8 +367,8 @@ def read_variants(manifest: Mapping[str, Any]) -> dict[str, BundleVariant]:
         name: read_part(BundleVariant, given, what=name) for name, given in manifest.get("variants", {}).items()
     }
     if not variants:
-        # The names of older bundles; a graph beyond 2 GiB has its weights in a second file.
-        files = {"vision": VISION, "embed": EMBED, "decoder": DECODER}
+        # A graph beyond 2 GiB has its weights in a second file.
+        files = {graph: f"{graph}.onnx" for graph in get_args(GraphName)}
         graphs = {graph: [file, *({f"{file}.data"} & manifest["files"].keys())] for graph, file in files.items()}
         whole = {"precision": dict.fromkeys(files, "fp32"), "graphs": graphs, "parity": manifest.get("parity")}
         return {DEFAULT_VARIANT: read_part(BundleVariant, whole, what=MANIFEST)}
@@ -445,8 +455,10 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, sha256: b
         BundleError: A file is missing, has another size or another sha256; names it.
     """
     for name, expected in files.items():
-        if Path(name).name != name:
-            raise BundleError(f"{MANIFEST} names {name!r}", "plain file names are needed", "Do not use this bundle.")
+        try:
+            _plain_name(name)
+        except ValueError as problem:
+            raise BundleError(f"{MANIFEST} names {name!r}", str(problem), "Do not use this bundle.") from problem
         file = path / name
         if not file.is_file():
             raise BundleError(f"{name} is missing from {path}", f"{MANIFEST} lists it", "Pull or export it again.")

@@ -153,7 +153,7 @@ def encode_conversation(
             "Fix the record.",
         )
     encoded = Encoded()
-    leading = _leading_ids(tokenizer) if template.adds_bos else []
+    leading = leading_ids(tokenizer) if template.adds_bos else []
     encoded.input_ids.extend(leading)
     encoded.supervised.extend([False] * len(leading))
     lengths = iter(image_tokens)
@@ -203,7 +203,7 @@ def encode_answers(
     """
     # Tokens of a chunk depend on that chunk alone, and the last one begins behind the last image.
     prompt = render_turns(template, turns, system=system, generation_prompt=True).rpartition(IMAGE_PLACEHOLDER)[2]
-    asked = _asked_template(template)
+    asked = asked_template(template)
     prompt_ids = encode_text(tokenizer, prompt).ids
     encoded = []
     for answer in answers:
@@ -262,7 +262,7 @@ def _pieces(
 ) -> Iterator[_Text | _ImageSlot]:
     _check_turns(turns, generation_prompt=generation_prompt)
     if generation_prompt:
-        template = _asked_template(template)
+        template = asked_template(template)
     opening = _system_text(template, system)
     yield _Text(template.start)
     if not template.system_inside:
@@ -286,7 +286,7 @@ def _pieces(
             yield _Text(template.gpt_after)
 
 
-def _asked_template(template: ChatTemplate) -> ChatTemplate:
+def asked_template(template: ChatTemplate) -> ChatTemplate:
     """The text around a question that a model is to answer."""
     if not template.asked_as:
         return template
@@ -349,8 +349,8 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
         yield any(start < stop and max(end, start + 1) > begin for begin, stop in spans)
 
 
-def _leading_ids(tokenizer: Tokenizer) -> list[int]:
-    # What the tokenizer's post-processor puts in front of a text, such as Llama's <s>.
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer's post-processor puts in front of a text, such as Llama's ``<s>``."""
     with_special = encode_text(tokenizer, "a", add_special_tokens=True)
     count = 0
     for is_special in with_special.special_tokens_mask:

@@ -35,6 +35,9 @@ OptionIds = tuple[tuple[int, ...], ...]
 
 _KEPT = 4096
 
+KEPT, _OLD_KEPT = "num_logits_to_keep", "logits_positions"
+"""Input of the decoder: of how many of the last positions logits are wanted; in older bundles, of which positions."""
+
 
 class OptionEncoder:
     """Tokenises options behind the question that they belong to; equal questions once.
@@ -162,7 +165,7 @@ class Choice:
 
 
 class Decoder:
-    """``embed.onnx`` and ``decoder.onnx``.
+    """The graphs of the embedding table and of the language model.
 
     Args:
         embed: Token ids to embeddings.
@@ -177,6 +180,7 @@ class Decoder:
         self._embed = embed
         self._decoder = decoder
         self._stop_ids = frozenset(stop_ids)
+        self._kept = _OLD_KEPT if _OLD_KEPT in decoder.input_names else KEPT
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
         self._check()
         # What a step without images looks at.
@@ -196,7 +200,7 @@ class Decoder:
             taken, given = (self._decoder.sizes(each, rank=4, fixed=(1, 3)) for each in (name, present))
             if taken != given:
                 raise BundleError(f"{name} has sizes {taken}", f"{present} has {given}", "Export the bundle again.")
-        known = {"inputs_embeds", "attention_mask", "position_ids", "logits_positions", *self._cache_names}
+        known = {"inputs_embeds", "attention_mask", "position_ids", self._kept, *self._cache_names}
         known |= {PLACES, *WINDOWS} if PLACES in self._decoder.input_names else set()
         if set(self._decoder.input_names) != known or self._embed.input_names != ("input_ids",):
             raise BundleError(
@@ -230,9 +234,7 @@ class Decoder:
                 embeddings[row, first : first + length] = image.tokens
                 places.append(row * ids.shape[1] + first + image.looks)
         looks = self._gather_looks(places, [image for own in images for image in own])
-        no_logits = np.zeros(0, np.int64)
-        empty = self._empty_cache(len(prefixes))
-        _, cache = self._step(embeddings, mask, empty, positions_of_logits=no_logits, looks=looks)
+        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), looks=looks)
         return Prefixes(cache=cache, mask=mask)
 
     def continue_greedily(
@@ -309,7 +311,7 @@ class Decoder:
                 self._embed_tokens(fed),
                 np.concatenate([mask[of_prompt], fed_mask], axis=1),
                 self._take(cache, of_prompt),
-                positions_of_logits=np.arange(fed.shape[1]),
+                keep=fed.shape[1],
             )
             for row, (prompt, place) in enumerate(part):
                 rest = options[prompt][place][1:]
@@ -381,18 +383,18 @@ class Decoder:
         mask: NDArray[np.int64],
         cache: Mapping[str, ort.OrtValue],
         *,
-        positions_of_logits: NDArray[np.int64] | None = None,
+        keep: int = 1,
         looks: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
-        """Logits at the positions (the last one by default), ``[rows, positions, V]``, and the longer cache."""
+        """Logits at the last positions, ``[rows, keep, V]``, and the longer cache."""
         length = embeddings.shape[1]
         position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
-        last = np.array([length - 1], np.int64)
+        kept = np.arange(length - keep, length) if self._kept == _OLD_KEPT else np.array(keep, np.int64)
         inputs = {
             "inputs_embeds": embeddings,
             "attention_mask": mask,
             "position_ids": position_ids,
-            "logits_positions": last if positions_of_logits is None else positions_of_logits,
+            self._kept: kept,
             **cache,
             **(self._no_looks if looks is None else looks),
         }

@@ -28,7 +28,12 @@ from manyeyes.runtime.tiling import NEWLINE, TokenLayout, arrange_images, tile_i
 LAYOUT, IMAGE_SIZES = "layout", "image_sizes"
 """Inputs of the vision graph beside pixels."""
 
-TOKENS = "visual_tokens"
+TOKENS, _OLD_TOKENS = "image_features", "visual_tokens"
+"""The output that holds visual tokens; the second in older bundles."""
+
+PIXELS = "pixel_values"
+"""The one input of a vision graph that other runtimes know."""
+
 WINDOWS = ("window_keys", "window_mask", "window_overall")
 """What visual tokens look at: outputs of the vision graph and inputs of the decoder, ``[., K, C]``, ``[., K]`` (bool)
 and ``[., C]``; only where the language model looks back."""
@@ -63,7 +68,7 @@ class ImageCache(Protocol):
 
 
 class Vision:
-    """``vision.onnx`` and the way to it.
+    """The vision graph and the way to it.
 
     Args:
         graph: Pixels to visual tokens.
@@ -100,7 +105,8 @@ class Vision:
                     f"{graph.name} takes {sides[0]} x {sides[1]}",
                     "Export the bundle again.",
                 )
-        made = graph.shape(TOKENS, rank=3)[1]
+        self._tokens = _OLD_TOKENS if _OLD_TOKENS in graph.output_names else TOKENS
+        made = graph.shape(self._tokens, rank=3)[1]
         grid = math.isqrt(tile_tokens)
         if layout is None and isinstance(made, int) and made != tile_tokens:
             raise BundleError(
@@ -158,7 +164,7 @@ class Vision:
         if IMAGE_SIZES in self._graph.input_names:
             inputs[IMAGE_SIZES] = np.array(sizes, np.int64)
         outputs = self._graph.run(inputs, on_host=self._graph.output_names)
-        tokens = outputs[TOKENS].numpy()
+        tokens = outputs[self._tokens].numpy()
         windows = {name: outputs[name].numpy() for name in WINDOWS if name in outputs}
         return [
             _of_one_image(rows[:length], own[:length], windows)

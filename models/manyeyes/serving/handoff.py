@@ -58,7 +58,7 @@ def write_oci_layout(bundle: Path, out: Path, *, tag: str, variant: str | None =
     with new_folder(out) as folder:
         blobs = folder / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        layers = [_write_layer(bundle / name, blobs) for name in _names(bundle, files)]
+        layers = [_write_layer(bundle, name, blobs) for name in _names(bundle, files)]
         images = []
         for architecture in _ARCHITECTURES:
             config = {
@@ -103,11 +103,11 @@ def _checked_files(bundle: Path, variant: str | None) -> tuple[dict[str, Any], d
     return manifest, files
 
 
-def _write_layer(file: Path, blobs: Path) -> dict[str, Any]:
+def _write_layer(bundle: Path, name: str, blobs: Path) -> dict[str, Any]:
     """One file as a layer; weights do not compress. Nothing of the machine or the time is in it."""
-    started = blobs / "layer"
+    file, started = bundle / name, blobs / "layer"
     with started.open("wb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        entry = tarfile.TarInfo(f"{MODELS[1:]}/{file.name}")
+        entry = tarfile.TarInfo(f"{MODELS[1:]}/{name}")
         entry.size, entry.mode = file.stat().st_size, 0o644
         with file.open("rb") as source:
             tar.addfile(entry, source)
@@ -118,7 +118,7 @@ def _write_layer(file: Path, blobs: Path) -> dict[str, Any]:
         "mediaType": f"{_OCI}.layer.v1.tar",
         "digest": f"sha256:{digest}",
         "size": size,
-        "annotations": {"org.opencontainers.image.title": file.name},
+        "annotations": {"org.opencontainers.image.title": name},
     }
 
 
@@ -150,6 +150,7 @@ def write_triton(bundle: Path, out: Path, *, name: str, variant: str | None = No
         version = folder / name / "1"
         (version / "bundle").mkdir(parents=True)
         for file in _names(bundle, files):
+            (version / "bundle" / file).parent.mkdir(exist_ok=True)
             link_or_copy(bundle / file, version / "bundle" / file)
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
         copy_code(version / "code")
