@@ -146,13 +146,15 @@ def soak(minutes: float, folder: Path) -> bool:
             run = Soak(chats, expected, seed=half)
             asking = [pool.submit(run.run, url, name, number) for number in range(CLIENTS)]
             memory, end = [], time.monotonic() + 30 * minutes
-            while time.monotonic() < end:
-                time.sleep(1)
-                memory.append(resident(process))
-            run.stopping.set()
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(60)
-            run.ended.set()
+            try:
+                while time.monotonic() < end:
+                    time.sleep(1)
+                    memory.append(resident(process))
+                run.stopping.set()
+                process.send_signal(signal.SIGTERM)
+                code = process.wait(60)
+            finally:  # clients ask until then
+                run.ended.set()
             for client in asking:
                 client.result()
             faults += run.faults + ([f"the server ended with {code}"] if code else [])

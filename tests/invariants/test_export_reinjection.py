@@ -130,7 +130,7 @@ def test_manifest_names_what_is_looked_at(cambrian: Toy) -> None:
         "image_sizes": ("int64", ["images", 2]),
     }
     assert [(value.name, value.dtype, value.shape[1:]) for value in vision.outputs] == [
-        ("visual_tokens", "float32", ["places", 32]),
+        ("image_features", "float32", ["places", 32]),
         ("window_keys", "float32", [CELLS, CHANNELS]),
         ("window_mask", "bool", [CELLS]),
         ("window_overall", "float32", [CHANNELS]),
