@@ -18,9 +18,9 @@ from tests.pipelines.checkout import Checkout, is_alive
 STAGES = ["prealign_encoder[vit]", "pretrain_projector", "sft"]
 # Enough steps that each stage can be killed in the middle of its training.
 LONGER = [
-    *("--set", "stages.prealign.max_steps=120", "--set", "stages.prealign.epochs=40"),
-    *("--set", "stages.pretrain.max_steps=120", "--set", "stages.pretrain.epochs=40"),
-    *("--set", "stages.sft.max_steps=120", "--set", "stages.sft.epochs=40"),
+    *("--set", "stages.prealign.max_steps=60", "--set", "stages.prealign.epochs=20"),
+    *("--set", "stages.pretrain.max_steps=60", "--set", "stages.pretrain.epochs=20"),
+    *("--set", "stages.sft.max_steps=60", "--set", "stages.sft.epochs=20"),
     *("--set", "stages.prealign.checkpoint_every_s=0.2", "--set", "stages.pretrain.checkpoint_every_s=0.2"),
     *("--set", "stages.sft.checkpoint_every_s=0.2"),
 ]
