@@ -140,4 +140,4 @@ def test_manifest_names_what_is_looked_at(cambrian: Toy) -> None:
     assert inputs["window_keys"] == ("float32", ["looks", CELLS, CHANNELS])
     assert inputs["window_mask"] == ("bool", ["looks", CELLS])
     assert inputs["window_overall"] == ("float32", ["looks", CHANNELS])
-    assert decoder.outputs[0].shape == ["batch", "kept", VOCABULARY]
+    assert decoder.outputs[0].shape == ["batch_size", "kept", VOCABULARY]
