@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.errors import EvaluationError, RegistryError, RegistryUnreachableError
-from manyeyes.estimate.skeleton import count_model, estimate, estimate_and_count
+from manyeyes.estimate.skeleton import count_both, count_facts, count_model
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.outcomes import GROUPS
 from manyeyes.evaluation.report.comparison import Champion, Published, compare_scorecard, load_published, weigh_cost
@@ -290,7 +290,7 @@ def test_published_sizes_are_those_of_the_recipe(name: str) -> None:
     )
     assert sum(facts.parts.values()) == facts.parameters
     if name == "LLaVA-1.5-7B":
-        assert estimate_and_count(recipe) == (estimate(recipe), facts)
+        assert count_both(recipe) == (count_facts(recipe), facts)
         # 576 + 128 tokens through Vicuna's layers (embeddings left out) and one through its head, 577 through 23 of
         # CLIP's blocks, 576 through the projector; attention's two products.
         length, hidden = 576 + 128, 4096

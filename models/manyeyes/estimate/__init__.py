@@ -63,6 +63,11 @@ class RecipeFacts(StrictModel):
     stages: dict[str, tuple[StageFacts, ...]] = Field(description="By stage; prealign has one an encoder.")
     graphs: dict[GraphName, GraphFacts] = Field(description="Of the bundle.")
 
+    @property
+    def flops_per_sample(self) -> dict[str, float]:
+        """Forward and backward, by stage; floating-point operations."""
+        return {name: float(sum(branch.flops for branch in found)) for name, found in self.stages.items()}
+
 
 class DiskNeed(StrictModel):
     """Disk space of a run, in GB (1e9 bytes)."""
@@ -110,7 +115,7 @@ def needs(recipe: Recipe, facts: RecipeFacts) -> RecipeEstimate:
         memory_parts_gb=memory,
         fits=fits,
         disk_gb=_disk(recipe, facts),
-        flops_per_sample={name: float(sum(branch.flops for branch in found)) for name, found in facts.stages.items()},
+        flops_per_sample=facts.flops_per_sample,
         text_tokens=facts.text_tokens,
     )
 

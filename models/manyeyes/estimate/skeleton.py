@@ -51,15 +51,15 @@ def count_facts(recipe: Recipe, *, snapshot_path: Path | None = None) -> RecipeF
     return _count_recipe(recipe, build_skeleton(recipe.model, text_config=text_config), text_config)
 
 
-def estimate_and_count(recipe: Recipe, *, snapshot_path: Path | None = None) -> tuple[RecipeEstimate, ModelFacts]:
-    """What a recipe needs, and what ``count_checkpoint`` says of its checkpoint, from one skeleton.
+def count_both(recipe: Recipe, *, snapshot_path: Path | None = None) -> tuple[RecipeFacts, ModelFacts]:
+    """What ``count_facts`` says of a recipe, and ``count_checkpoint`` of its checkpoint, from one skeleton.
 
     Arguments and errors as ``count_facts``.
     """
     text_config = language_model_config(recipe.model.language_model.source, snapshot_path=snapshot_path)
     model = build_skeleton(recipe.model, text_config=text_config)
     facts = _model_facts(model.eval())
-    return needs(recipe, _count_recipe(recipe, model, text_config)), facts
+    return _count_recipe(recipe, model, text_config), facts
 
 
 def _count_recipe(

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.errors import LockedError, RecipeError
-from manyeyes.estimate import RecipeEstimate
+from manyeyes.estimate import RecipeFacts
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.harness.inputs import Pinned, is_absent, parse_pinned, work_dir
 from manyeyes.harness.stage import HEAVY, LOCAL_BRANCHES, train_stage
@@ -165,7 +165,7 @@ class _Job:
 
     def run(self, given: dict[str, Path], kept: Path) -> None:
         """Write the trial's folder ``kept``, whole or not at all."""
-        from manyeyes.estimate.skeleton import estimate_and_count
+        from manyeyes.estimate.skeleton import count_both
         from manyeyes.storage import new_folder
 
         encoders = {
@@ -176,7 +176,7 @@ class _Job:
             if getattr(self.recipe.stages, stage) is not None:
                 checkpoint = self._stage(stage, None, {} if checkpoint else encoders, checkpoint)
         assert checkpoint is not None
-        size, facts = estimate_and_count(self.recipe, snapshot_path=self.inputs.snapshot.path)
+        size, facts = count_both(self.recipe, snapshot_path=self.inputs.snapshot.path)
         scores = self.folder / "scores"
         evaluate(
             self.reporter,
@@ -235,7 +235,7 @@ class _Job:
         self.last_digest = report.stage_digest
         return out
 
-    def _describe(self, scores: Path, size: RecipeEstimate) -> Trial:
+    def _describe(self, scores: Path, size: RecipeFacts) -> Trial:
         from manyeyes.evaluation.scorecard import read_scorecard
 
         card = read_scorecard(scores / "scorecard.json")
@@ -250,7 +250,7 @@ class _Job:
             mean_ci95=ci95,
             parameters=size.parameters.total,
             visual_tokens=size.visual_tokens,
-            flops_per_sample=dict(size.flops_per_sample),
+            flops_per_sample=size.flops_per_sample,
             train_seconds=round(sum(stage.seconds for stage in self.stages), 3),
             evaluate_seconds=round(sum(score.seconds for score in card.benchmarks.values()), 3),
         )
