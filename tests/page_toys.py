@@ -73,9 +73,11 @@ from manyeyes.pages import (
 )
 from manyeyes.recipe import load_recipe
 from manyeyes.recipe.gate_rules import RuleResult
+from manyeyes.registry.card import render_card
 from manyeyes.registry.gate import GateReport, render_gate_html, render_gate_markdown
 from manyeyes.registry.history import History, Identity, MoveRecord
 from manyeyes.registry.history_page import render_history
+from manyeyes.registry.lineage import Lineage, PretrainedPart, UsedDataset
 from manyeyes.search.search import Search, SearchRound, search_html, search_markdown
 from manyeyes.search.trial import Difference, Row, Trial, TrialStage
 from manyeyes.search.variant import Variant
@@ -221,7 +223,23 @@ def gate_pages(change: Change) -> dict[str, str]:
             benchmark_digests={"gqa": "e" * 64},
         )
     )
-    return {"gate.html": render_gate_html(report), "gate.md": render_gate_markdown(report)}
+    scorecard, _, _ = make_evaluation(["gqa", "mme"])
+    lineage = Lineage(
+        **{"recipe": "tiny", "recipe_digest": "f" * 64, "description": "Small.", "max_length": 64, "python": "3.11"},
+        pretrained=(PretrainedPart(part="language_model", source="hub:a/b@c", licence="MIT", said_by="its card"),),
+        datasets=(UsedDataset(name="gqa", use="evaluation", licence="not stated", source="somewhere"),),
+        packages={"torch": "2"},
+    )
+    digests = ("recipe", "recipe_digest", "data_md5", "code_digest", "checkpoint_digest", "digest")
+    card = render_card(
+        change("manyeyes-tiny"),
+        dict.fromkeys(digests, change("r")) | {"files": {}},
+        scorecard=change(scorecard),
+        report=report,
+        lineage=change(lineage),
+        tags={},
+    )
+    return {"gate.html": render_gate_html(report), "gate.md": render_gate_markdown(report), "card.md": card}
 
 
 def contamination_page(change: Change) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 from manyeyes.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_TEXT = {"Image", "os", "tarfile", "zipfile", "webbrowser", "_opener", "urllib"}
+NOT_TEXT = {"Image", "os", "tarfile", "zipfile", "webbrowser", "_opener", "place", "urllib"}
 LOCALES = {
     "latin-1": {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
     "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},

@@ -114,7 +114,7 @@ class ImageFolderReader(_StoredReader):
     def _metadata_rows(self, name: str) -> Iterator[Mapping[str, Any]]:
         with self._files.place.open(name) as stream:
             if name.endswith(".csv"):
-                with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+                with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
                     yield from csv.DictReader(text)
                 return
             for _, raw in find_json_lines(stream, name=name):
