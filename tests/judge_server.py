@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.web_server import QuietHandler, serve_on_loopback
 
 Say = Callable[[dict[str, Any], int], "str | Trouble"]
 """(request body, how often this very question was asked before) to the answer's text, or trouble."""
@@ -46,7 +47,7 @@ def judge_server(say: Say) -> Iterator[JudgeServer]:
     lock = threading.Lock()
     closing = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             question = json.dumps(body["messages"])
@@ -81,31 +82,9 @@ def judge_server(say: Say) -> Iterator[JudgeServer]:
                 return
             self.reply(trouble.status, trouble.headers, trouble.body)
 
-        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            try:
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-            except OSError:
-                pass  # the client had enough
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served = JudgeServer(f"http://127.0.0.1:{server.server_port}/v1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serve_on_loopback(Handler, closing) as url:
+        served = JudgeServer(f"{url}/v1")
         yield served
-    finally:
-        closing.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def in_turn(*answers: str | Trouble) -> Say:

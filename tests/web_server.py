@@ -29,38 +29,52 @@ class WebServer:
     agents: set[str | None] = field(default_factory=set)
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Answers once, and says nothing of it."""
+
+    def reply(self, status: int, headers: Mapping[str, str], content: bytes, *, length: int | None = None) -> None:
+        try:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            pass  # the client had enough
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
 @contextmanager
-def web_server(pages: dict[str, Page]) -> Iterator[WebServer]:
-    """Serve until the block ends."""
-    closing = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            served.asked.append(self.path)
-            served.agents.add(self.headers.get("User-Agent"))
-            page = pages.get(self.path, Page(b"no such page", 404))
-            closing.wait(page.stall_s)
-            try:
-                self.send_response(page.status)
-                for name, value in page.headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(page.body) if page.length is None else page.length))
-                self.end_headers()
-                self.wfile.write(page.body)
-            except OSError:
-                pass  # the client had enough
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served = WebServer(f"http://127.0.0.1:{server.server_port}")
+def serve_on_loopback(handler: type[QuietHandler], closing: threading.Event) -> Iterator[str]:
+    """The server's address; ``closing`` is set when the block ends, so that nobody waits for what it stalls."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield served
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def web_server(pages: dict[str, Page]) -> Iterator[WebServer]:
+    """Serve until the block ends."""
+    closing = threading.Event()
+
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:
+            served.asked.append(self.path)
+            served.agents.add(self.headers.get("User-Agent"))
+            page = pages.get(self.path, Page(b"no such page", 404))
+            closing.wait(page.stall_s)
+            self.reply(page.status, page.headers, page.body, length=page.length)
+
+    with serve_on_loopback(Handler, closing) as url:
+        served = WebServer(url)
+        yield served
