@@ -298,7 +298,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     (tmp_path / "a.png").write_bytes(b"an image")
     monkeypatch.chdir(tmp_path)
     stand_in = Asked()
-    monkeypatch.setattr(manyeyes.runtime.bundle, "load_bundle", lambda _path, *, variant: stand_in)
+    monkeypatch.setattr(manyeyes.runtime.bundle, "load_bundle", lambda _path, **_options: stand_in)
     return stand_in
 
 
