@@ -26,6 +26,7 @@ from manyeyes.data.snapshot import Snapshot, hash_folder, open_snapshot
 from manyeyes.errors import RegistryError, RegistryUnreachableError, SnapshotError
 from manyeyes.recipe import load_recipe
 from manyeyes.registry import tracking
+from manyeyes.registry.signing import CARD, SBOM
 from manyeyes.registry.tracking import connect, end_parent_run, start_parent_run, step_run
 from manyeyes.registry.versions import champion_evidence, describe, parse_model_reference, promote, pull, rollback
 from tests.evaluation_fakes import make_snapshot
@@ -122,7 +123,11 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
 
 
 def sha256s(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+    """Of every file that the export wrote; the registry puts the card and the SBOM beside them."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name not in (CARD, SBOM)
+    }
 
 
 def stored_bundles(stack: Stack, name: str) -> list[dict[str, str]]:
