@@ -90,10 +90,10 @@ def test_a_second_build_gives_the_same_bytes_and_keeps_the_rest(snapshot: Snapsh
 @pytest.mark.parametrize(
     ("question", "answer", "sentence"),
     [
-        ("is there a blue shape in the image?", "no", "No, there is no blue shape."),
-        ("is there not a blue shape?", "yes", "Yes, there is no blue shape."),
-        ("is no circle present?", "no", "No, there is a circle."),
-        ("does the image contain a triangle?", "yes", "Yes, there is a triangle."),
+        ("is there a blue shape in the image?", "no", "There is no blue shape."),
+        ("is there not a blue shape?", "yes", "There is no blue shape."),
+        ("is no circle present?", "no", "There is a circle."),
+        ("does the image contain a triangle?", "yes", "There is a triangle."),
         ("what color is the rectangle?", "teal", "The rectangle is teal."),
         ("what is the color of the shape?", "red", "The shape is red."),
         ("what is the gray shape?", "circle", "The gray shape is a circle."),
@@ -120,12 +120,12 @@ def test_sentences_and_captions_agree_with_every_published_answer() -> None:
         _, colour, shape = caption.removesuffix(".").split()
         for question, answer in pairs[number]:
             sentence = answer_in_a_sentence(question, answer)
-            named = set(sentence.lower().removesuffix(".").replace(",", "").split())
+            named = set(sentence.lower().removesuffix(".").split())
             truth = {colour, shape, "shape"}
             if " no " in sentence:  # what is not there is neither its colour nor its shape
                 assert not named & {colour, shape}, (caption, sentence)
             else:
-                assert named - {"yes", "no", "there", "is", "a", "the"} <= truth, (caption, sentence)
+                assert named - {"there", "is", "a", "the"} <= truth, (caption, sentence)
 
 
 def test_the_sentences_are_the_same_questions_on_the_same_images(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -144,8 +144,9 @@ def test_the_sentences_are_the_same_questions_on_the_same_images(snapshot: Snaps
     assert {len(record.turns) for record in captions} == {2}
     balanced = list(RecordReader(built.shards("easy-vqa-sentences-balanced")))
     assert not held_out & {record.id.rpartition("/")[2] for record in balanced}
-    answers = Counter(turn.text for record in balanced for turn in record.turns[1::2])
-    assert answers["yes"] + answers["no"] < 10_500  # of 27,000
+    starts = Counter(turn.text[: len("There is a ")] for record in balanced for turn in record.turns[1::2])
+    assert 0 < starts["There is no"] <= starts["There is a "]
+    assert all(IN_A_SENTENCE in turn.text for record in balanced for turn in record.turns[0::2])
 
 
 def test_balanced_questions_ask_as_often_for_what_is_not_there() -> None:

@@ -68,9 +68,9 @@ def build_easy_vqa(out: Path) -> None:
 def build_easy_vqa_sentences(out: Path) -> None:
     """Write ``easy-vqa-sentences-train``, ``-val``, ``-test``, ``-captions`` and ``-balanced`` into a snapshot folder.
 
-    The first three are easy-VQA's questions with ``IN_A_SENTENCE`` behind them and answers such as "No, there is no
-    blue shape."; captions describe each training image whose questions tell shape and colour: "A red circle.";
-    balanced are the training questions as published, of an image as many about what is not there as about what is.
+    The first three are easy-VQA's questions with ``IN_A_SENTENCE`` behind them and answers such as "There is no blue
+    shape."; captions describe each training image whose questions tell shape and colour: "A red circle."; balanced are
+    those of train again, of an image as many about what is not there as about what is.
 
     Args:
         out: The snapshot's folder; made when missing. ``out/easy-vqa-sentences`` is replaced, the rest stays.
@@ -83,7 +83,7 @@ def build_easy_vqa_sentences(out: Path) -> None:
     with new_folder(out / "easy-vqa-sentences") as folder:
         _write(folder, package=package, sentences=True)
     how = dict.fromkeys(("train", "val", "test", "captions"), _SENTENCES) | {
-        "balanced": _SOURCE + "; as many about what is not there as about what is"
+        "balanced": _SENTENCES + ", as many about what is not there as about what is"
     }
     write_snapshot_manifest(
         out, provenance={f"easy-vqa-sentences-{split}": Provenance(_LICENCE, source) for split, source in how.items()}
@@ -99,6 +99,8 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 def answer_in_a_sentence(question: str, answer: str) -> str:
     """One of easy-VQA's answers as a sentence that names what was asked about.
 
+    It has no "yes" and no "no" in front: those depend on the question's own "not" too, what is there does not.
+
     Args:
         question: As published, for instance "is there not a blue shape?".
         answer: One of its 13 answers.
@@ -110,7 +112,7 @@ def answer_in_a_sentence(question: str, answer: str) -> str:
     if thing is None:
         raise SourceError(f'easy-vqa has the question "{question}"', "a shape or a colour in it", "Install 1.0.")
     if answer in ("yes", "no"):
-        return f"{answer.capitalize()}, there is {'a' if _is_present(question, answer) else 'no'} {thing[1]}."
+        return f"There is {'a' if _is_present(question, answer) else 'no'} {thing[1]}."
     if answer in _COLOURS.split("|"):
         return f"The {thing[1]} is {answer}."
     return f"The {thing[1]} is a {answer}."
@@ -206,7 +208,7 @@ def _write(folder: Path, *, package: Traversable, sentences: bool = False) -> No
             with ShardWriter(folder, "balanced", rows_per_shard=_ROWS_PER_SHARD) as writer:
                 for record in shown:
                     if pairs := balance(_pairs(record)):
-                        writer.write(_with_pairs(record, pairs, split="balanced"))
+                        writer.write(_in_sentences(_with_pairs(record, pairs, split="balanced")))
     licence = metadata.distribution("easy-vqa").read_text("LICENSE")
     if licence is None:
         raise SourceError("easy-vqa has no LICENSE", "its licence", "pip install --force-reinstall easy-vqa==1.0")
