@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,34 +13,13 @@ from manyeyes.errors import RecordError
 from manyeyes.evaluation.answering.answerers import BundleAnswerer, TorchAnswerer
 from manyeyes.evaluation.evaluate import evaluate
 from manyeyes.evaluation.outcomes import read_outcomes
-from manyeyes.export.bundle import export_bundle
-from manyeyes.model import build_model, load_checkpoint, save_checkpoint
+from manyeyes.model import checkpoint_digest, load_checkpoint
 from manyeyes.runtime.bundle import Group, load_bundle
 from tests.evaluation_fakes import make_recipe, make_snapshot
-from tests.model_toys import png, toy_images, toy_spec, write_language_model
+from tests.export_toys import Toy
+from tests.model_toys import png, toy_images
 
 TOKENS = 5
-
-
-@dataclass(frozen=True)
-class Toy:
-    checkpoint: Path
-    digest: str
-    bundle: Path
-    bundle_digest: str
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    folder = tmp_path_factory.mktemp("toy")
-    spec = toy_spec(write_language_model(folder / "language_model"))
-    model, processor = build_model(spec, snapshot_path=None, seed=3)
-    digest = save_checkpoint(model, processor, folder / "checkpoint")
-    recipe = make_recipe(model=spec.model_dump(mode="json"), stages={})
-    manifest = export_bundle(
-        folder / "checkpoint", folder / "bundle", recipe=recipe, data_md5="0" * 32, code_digest="c"
-    )
-    return Toy(folder / "checkpoint", digest, folder / "bundle", manifest.digest)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +34,9 @@ def groups() -> list[Group]:
     ]
 
 
-def test_torch_answers_as_generate_does_one_question_at_a_time(toy: Toy, groups: list[Group]) -> None:
-    model, processor = load_checkpoint(toy.checkpoint)
-    answers = TorchAnswerer(toy.checkpoint, threads=1).answer_groups(groups, max_new_tokens=TOKENS)
+def test_torch_answers_as_generate_does_one_question_at_a_time(toy_bundle: Toy, groups: list[Group]) -> None:
+    model, processor = load_checkpoint(toy_bundle.checkpoint)
+    answers = TorchAnswerer(toy_bundle.checkpoint, threads=1).answer_groups(groups, max_new_tokens=TOKENS)
     assert [len(group) for group in answers] == [3, 1, 2, 2]
     for group, found in zip(groups, answers, strict=True):
         for question, answer in zip(group.questions, found, strict=True):
@@ -72,15 +50,15 @@ def test_torch_answers_as_generate_does_one_question_at_a_time(toy: Toy, groups:
     assert len({answer.token_ids for group in answers for answer in group}) > 3
 
 
-def test_answers_do_not_depend_on_what_else_is_asked(toy: Toy, groups: list[Group]) -> None:
-    together = TorchAnswerer(toy.checkpoint, threads=1).answer_groups(groups, max_new_tokens=TOKENS)
-    few_at_once = TorchAnswerer(toy.checkpoint, threads=1, max_branches=2)
+def test_answers_do_not_depend_on_what_else_is_asked(toy_bundle: Toy, groups: list[Group]) -> None:
+    together = TorchAnswerer(toy_bundle.checkpoint, threads=1).answer_groups(groups, max_new_tokens=TOKENS)
+    few_at_once = TorchAnswerer(toy_bundle.checkpoint, threads=1, max_branches=2)
     assert few_at_once.answer_groups(groups, max_new_tokens=TOKENS) == together
     assert [few_at_once.answer_groups([group], max_new_tokens=TOKENS)[0] for group in groups] == together
 
 
-def test_groups_without_questions_get_no_answers(toy: Toy, groups: list[Group]) -> None:
-    answerer = TorchAnswerer(toy.checkpoint, threads=1)
+def test_groups_without_questions_get_no_answers(toy_bundle: Toy, groups: list[Group]) -> None:
+    answerer = TorchAnswerer(toy_bundle.checkpoint, threads=1)
     silent = Group(groups[0].images, ())
     expected = answerer.answer_groups(groups[:2], max_new_tokens=TOKENS)
     found = answerer.answer_groups([silent, groups[0], silent, groups[1]], max_new_tokens=TOKENS)
@@ -89,18 +67,20 @@ def test_groups_without_questions_get_no_answers(toy: Toy, groups: list[Group]) 
     assert answerer.answer_groups([], max_new_tokens=TOKENS) == []
 
 
-def test_a_corrupt_image_is_refused(toy: Toy) -> None:
+def test_a_corrupt_image_is_refused(toy_bundle: Toy) -> None:
     with pytest.raises(RecordError):
-        TorchAnswerer(toy.checkpoint, threads=1).answer_groups([Group((b"no image",), ("a?",))], max_new_tokens=1)
+        TorchAnswerer(toy_bundle.checkpoint, threads=1).answer_groups(
+            [Group((b"no image",), ("a?",))], max_new_tokens=1
+        )
 
 
-def test_checkpoint_and_bundle_get_the_same_scorecard(toy: Toy, tmp_path: Path) -> None:
+def test_checkpoint_and_bundle_get_the_same_scorecard(toy_bundle: Toy, tmp_path: Path) -> None:
     snapshot = make_snapshot(tmp_path / "snapshot", images=9)
     recipe = make_recipe(evaluation__batch_size=4)
     cards = {}
     for answerer, digest in (
-        (TorchAnswerer(toy.checkpoint, threads=1), toy.digest),
-        (BundleAnswerer(toy.bundle, threads=1), toy.bundle_digest),
+        (TorchAnswerer(toy_bundle.checkpoint, threads=1), checkpoint_digest(toy_bundle.checkpoint)),
+        (BundleAnswerer(toy_bundle.bundle, threads=1), toy_bundle.manifest.digest),
     ):
         cards[answerer.name] = evaluate(
             answerer,
@@ -128,10 +108,10 @@ def test_a_bundle_is_scored_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_mlflow_model_answers_as_the_bundle_does(toy: Toy, groups: list[Group]) -> None:
+def test_the_mlflow_model_answers_as_the_bundle_does(toy_bundle: Toy, groups: list[Group]) -> None:
     from manyeyes.registry.pyfunc_model import answer_rows
 
-    bundle = load_bundle(toy.bundle, threads=1)
+    bundle = load_bundle(toy_bundle.bundle, threads=1)
     rows = [
         {"image": group.images[0] if group.images else None, "question": question}
         for group in groups
