@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERFILE = Path(__file__).with_name("Containerfile")
 # Image, and the extra of the package that it installs.
-IMAGES = {"steps": "steps", "runtime": "serve"}
+IMAGES = {"steps": "steps", "runtime": "runtime"}
 
 
 class BuildError(Exception):

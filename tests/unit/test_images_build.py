@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.images.build import CONTAINERFILE, ROOT, BuildError, link, pinned_base, requirements
+from infra.images.build import CONTAINERFILE, IMAGES, ROOT, BuildError, link, pinned_base, requirements
 
 DIGEST = f"sha256:{'a' * 64}"
 
@@ -35,8 +35,11 @@ def test_requirements_of_an_extra_follow_the_packages_own_extras() -> None:
 
 def test_runtime_image_asks_for_no_torch_and_the_steps_image_does() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = {extra: " ".join(requirements(project, extra)) for extra in ("", "steps")}
-    assert "torch" not in named[""]
+    named = {image: " ".join(requirements(project, extra)) for image, extra in IMAGES.items()}
+    for package in ("torch", "mlflow", "kfp"):
+        assert package not in named["runtime"]
+    for package in ("fastapi>=", "uvicorn>=", "model-signing>=", "pyopenssl>="):
+        assert package in named["runtime"]
     for package in ("torch>=", "mlflow[auth]>=", "kfp>=", "great-expectations>=", "psycopg2-binary>="):
         assert package in named["steps"]
 
