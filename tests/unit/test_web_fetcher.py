@@ -81,6 +81,7 @@ def test_what_is_too_large_too_short_or_too_slow_is_refused() -> None:
         "/gone": Page(status=410),
         "/packed": Page(b"x", headers={"Content-Encoding": "gzip"}),
         "/round": Page(status=301, headers={"Location": "/round"}),
+        "/nowhere": Page(status=301, headers={"Location": "http://["}),
     }
     with web_server(pages) as server:
         for path, said in (
@@ -89,7 +90,7 @@ def test_what_is_too_large_too_short_or_too_slow_is_refused() -> None:
                 ("/says", "larger than 1000"),
                 ("/short", "10 bytes of 90|IncompleteRead"),
             ),
-            *(("/gone", "answers 410"), ("/packed", "compressed"), ("/round", "answers 301")),
+            *(("/gone", "answers 410"), ("/packed", "compressed"), ("/round", "answers 301"), ("/nowhere", "leads to")),
         ):
             with pytest.raises(FetchError, match=said):
                 fetcher(max_bytes=1000, timeout_s=20.0).fetch(server.url + path)
@@ -126,6 +127,15 @@ def test_robots_txt_that_cannot_be_had_allows_nothing() -> None:
         fetcher().fetch(f"{server.url}/a")
     assert raised.value.retry
     assert server.asked == ["/robots.txt"]
+
+
+@pytest.mark.parametrize(
+    ("delay", "said"), [("100000", "wants 100000 seconds"), ("9" * 5000, r"robots\.txt"), ("\u00b2", r"robots\.txt")]
+)
+def test_robots_txt_cannot_stop_us_for_ever_or_break_us(delay: str, said: str) -> None:
+    pages = {"/robots.txt": Page(f"User-agent: *\nCrawl-delay: {delay}\nDisallow: /b\n".encode()), "/a": Page(b"1")}
+    with web_server(pages) as server, pytest.raises(FetchError, match=said):
+        fetcher().fetch(f"{server.url}/a")
 
 
 def test_a_busy_host_is_asked_again_when_it_says() -> None:

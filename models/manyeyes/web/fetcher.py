@@ -30,6 +30,11 @@ _BUSY = (429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 60.0
 
 
+def agent_name(contact: str) -> str:
+    """What goes with each request: who asks, and where an operator finds them."""
+    return f"{AGENT}/1.0 ({contact})" if contact else f"{AGENT}/1.0"
+
+
 @dataclass(frozen=True)
 class FetchLimits:
     """What is fetched, and how fast.
@@ -126,7 +131,7 @@ class Fetcher:
             deadline += waited
             if response.status not in _REDIRECTS:
                 break
-            url = urljoin(url, response.location)
+            url = _redirected(url, response.location)
         if response.status != 200:
             raise FetchError(f"{url[:200]} answers {response.status}", "200 and the thing itself", "Leave it out.")
         return Fetched(url, response.content, response.content_type)
@@ -148,7 +153,10 @@ class Fetcher:
             raise FetchError(
                 f"robots.txt of {name} keeps us from {url[:200]}", "a page that it allows", "Leave it out."
             )
-        interval = max(self.limits.interval_s, float(host.robots.crawl_delay(AGENT) or 0))
+        delay = host.robots.crawl_delay(AGENT) or 0
+        if int(delay) > _LONGEST_WAIT_S:
+            raise FetchError(f"{name} wants {delay} seconds between requests", "a minute at most", "Leave it out.")
+        interval = max(self.limits.interval_s, float(delay))
         with self._lock:
             now = time.monotonic()
             turn = max(now, host.next_request)
@@ -166,9 +174,12 @@ class Fetcher:
             response = self._get(place, max_bytes=_ROBOTS_BYTES, deadline=deadline)
             if response.status not in _REDIRECTS:
                 break
-            place = urljoin(place, response.location)
+            place = _redirected(place, response.location)
         if response.status == 200:
-            robots.parse(response.content.decode(errors="replace").splitlines())
+            try:
+                robots.parse(response.content.decode(errors="replace").splitlines())
+            except ValueError:  # a delay of thousands of digits, or of digits that are no number
+                robots.parse(["User-agent: *", "Disallow: /"])
         elif 400 <= response.status < 500 or response.status in _REDIRECTS:
             robots.parse([])
         else:
@@ -190,8 +201,8 @@ class Fetcher:
             connection = PinnedConnection(name, address, secure=scheme == "https", timeout=max(left, 0.01))
             try:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-                agent = f"{AGENT}/1.0 ({self.limits.contact})" if self.limits.contact else f"{AGENT}/1.0"
-                connection.request("GET", _quoted(target), headers={"User-Agent": agent, "Accept": "*/*"})
+                headers = {"User-Agent": agent_name(self.limits.contact), "Accept": "*/*"}
+                connection.request("GET", _quoted(target), headers=headers)
                 response = connection.getresponse()
                 if response.status in _BUSY:
                     raise _BusyError(f"it answers {response.status}", _retry_after(response.getheader("Retry-After")))
@@ -255,6 +266,15 @@ def _split(url: str) -> tuple[str, str, int]:
             f"the address is {url[:200]!r}", "one of http or https, without user or password", "Leave it out."
         )
     return parts.scheme, host, port or (443 if parts.scheme == "https" else 80)
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError(
+            f"{url[:200]} leads to {location[:200]!r} ({error})", "an address of http or https", "Leave it out."
+        ) from error
 
 
 def _quoted(target: str) -> str:
