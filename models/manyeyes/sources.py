@@ -29,7 +29,8 @@ SCHEMES = ("hub", "dir", "snapshot", "package", "scratch")
 # What is needed of a hub repository: weights as safetensors, configuration, tokenizer.
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
-# Of the language models whose config.json is committed here, as their cards on the hub say.
+# Of the language models whose config.json is committed here, as their cards on the hub say. Looked up in November 2026:
+# the card's text for Vicuna, its licence tag for the others; Meta's and Google's are gated, and copies of them say so.
 HUB_LICENCES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
     "NousResearch/Nous-Hermes-2-Yi-34B": "Apache-2.0",
