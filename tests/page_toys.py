@@ -31,6 +31,8 @@ from manyeyes.data.curation.report import (
     CurationReport,
     Distribution,
 )
+from manyeyes.data.generation.dataset import GenerationReport, RefusedItem
+from manyeyes.data.generation.page import render_generation
 from manyeyes.data.importing.import_report import ImportReport, render_import
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
@@ -83,6 +85,7 @@ from manyeyes.search.trial import Difference, Row, Trial, TrialStage
 from manyeyes.search.variant import Variant
 from manyeyes.steps.compare_trials import comparison_html
 from manyeyes.steps.summarise_run import NoticeStep, RunNotice, render_notice
+from manyeyes.web.chat_client import ServiceUse
 from tests.evaluation_fakes import make_image
 from tests.report_toys import make_evaluation
 
@@ -287,6 +290,24 @@ def import_page(change: Change) -> dict[str, str]:
     left_out = [QuarantinedSample(id=change("toy/2"), row=2, dataset="toy-train", reason=change("image missing"))]
     page = render_import(report, samples=[sample], left_out=left_out)
     return {"import.html": page, "import.md": report.as_markdown()}
+
+
+def generation_page(change: Change) -> dict[str, str]:
+    use = ServiceUse(
+        **{"endpoint": "https://models.example/v1", "model": "writer", "served": ["writer-1"], "requests": 4},
+        **{"cached": 1, "retried": 0, "unreadable": 1, "prompt_tokens": 900, "answer_tokens": 90, "cost": 0.1},
+    )
+    report = GenerationReport(
+        **{"kind": "engine", "records": 1, "refused": 2, "looked_at": {"pages": 2}, "refusals": {"page": 2}},
+        **{"prompts": {"question 1": "a" * 64}, "service": use, "cost": 0.2},
+    )
+    refused = [RefusedItem(id="toy/2", reason="it is no page", text="Well ...", source="https://a.example/")]
+    turns = (Turn("human", change("<image>\nwhat?")), Turn("gpt", change("a toy")))
+    sample = Record(change("toy/0"), "toy", (make_image(1),), turns)
+    page = render_generation(
+        change(report), dataset=change("toy"), samples=[sample], refused=[change(item) for item in refused]
+    )
+    return {"generation.html": page}
 
 
 def validation_page(change: Change, folder: Path) -> dict[str, str]:
@@ -534,6 +555,7 @@ def ablation_page(change: Change) -> dict[str, str]:
 CASES: list[Callable[..., dict[str, str]]] = [
     *(report_pages, compare_pages, correlation_page, reliance_pages, gate_pages, contamination_page, validation_page),
     import_page,
+    generation_page,
     curation_page,
     *(run_pages, status_page, history_page, step_pages, search_pages, ablation_page),
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.generation.interview import Asking, Interview, RefusedError, Rehearsal
+from manyeyes.data.generation.page import SHOWN_REFUSALS, draw_records, render_generation
 from manyeyes.data.records import ImageFile, Record, Turn, check_record
 from manyeyes.data.shards import ShardWriter
 from manyeyes.errors import DataError, RecordError
@@ -19,7 +21,7 @@ from manyeyes.storage import new_folder, storage_errors, write_file
 from manyeyes.strict import StrictModel
 from manyeyes.web.chat_client import ChatClient, ServiceUse, ask_each
 
-REFUSED_FILE, REPORT_FILE = "refused.jsonl", "generation.json"
+REFUSED_FILE, REPORT_FILE, PAGE_FILE = "refused.jsonl", "generation.json", "generation.html"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -38,6 +40,10 @@ class GenerationReport(StrictModel):
     kind: str = Field(description="What was generated.")
     records: int = Field(ge=0, description="Written.")
     refused: int = Field(ge=0, description="Items that gave none; each is in refused.jsonl with its reason.")
+    looked_at: dict[str, int] = Field(
+        default_factory=dict, description="What items were looked for in, and what was no item, in order."
+    )
+    refusals: dict[str, int] = Field(default_factory=dict, description="Refused items, by what they did not pass.")
     prompts: dict[str, str] = Field(description="sha256 of each prompt that was used, by its name.")
     service: ServiceUse = Field(description="Who wrote, and what this run took.")
     cost: float | None = Field(
@@ -63,13 +69,17 @@ class UnusableItem:
 
     Attributes:
         id: As far as it can be told.
-        source: File that it is from.
+        source: File or address that it is from.
         reason: What was found, and what was needed.
+        text: An answer as it came, where one is the reason.
+        step: What it did not pass.
     """
 
     id: str
     source: str
     reason: str
+    text: str = ""
+    step: str = "item"
 
 
 Item = TypeVar("Item", bound=Identified)
@@ -136,7 +146,8 @@ def work_through(
 
     def work(item: Item | UnusableItem) -> ItemOutcome[Made]:
         if isinstance(item, UnusableItem):
-            return ItemOutcome(item.id, item.source, None, refusal=RefusedError(item.reason))
+            refusal = RefusedError(item.reason, item.text, step=item.step)
+            return ItemOutcome(item.id, item.source, None, refusal=refusal)
         interview = Interview(client)
         try:
             made = make(item, interview)
@@ -170,7 +181,8 @@ class RefusedFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.count = 0
+        self.steps: Counter[str] = Counter()
+        self.first: list[RefusedItem] = []
         self._path = folder / REFUSED_FILE
         self._path.touch()
 
@@ -180,7 +192,14 @@ class RefusedFile:
         line = RefusedItem(**{name: fact.encode(errors="backslashreplace").decode() for name, fact in facts.items()})
         with storage_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line.model_dump_json() + "\n")
-        self.count += 1
+        self.steps[refusal.step] += 1
+        if len(self.first) < SHOWN_REFUSALS:
+            self.first.append(line)
+
+    @property
+    def count(self) -> int:
+        """Items that were noted."""
+        return self.steps.total()
 
 
 def generate_dataset(
@@ -192,6 +211,7 @@ def generate_dataset(
     out: Path,
     name: str,
     licence: str,
+    looked_at: Mapping[str, int] | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _refused: None,
 ) -> GenerationReport:
     """Write the data set ``<name>-train`` into a snapshot folder.
@@ -206,6 +226,7 @@ def generate_dataset(
         out: The snapshot's folder; made when missing. ``out/<name>`` is replaced, the rest stays.
         name: Small letters, digits and -.
         licence: SPDX name.
+        looked_at: Counts for the report that grow while items are taken.
         on_progress: Called with the numbers of items that are done and that were refused.
 
     Raises:
@@ -231,11 +252,15 @@ def generate_dataset(
             kind=kind,
             records=records,
             refused=refused.count,
+            looked_at=dict(looked_at or {}),
+            refusals=dict(refused.steps.most_common()),
             prompts=dict(sorted(prompts.items())),
             service=client.use,
             cost=client.spent,
         )
         write_file(folder / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+        page = render_generation(report, dataset=name, samples=draw_records(folder), refused=refused.first)
+        write_file(folder / PAGE_FILE, page)
     served = ", ".join(report.service.served) or report.service.model
     how = f"{kind} written by {served}; each record's provenance has its prompt and source"
     write_snapshot_manifest(out, provenance={f"{name}-train": Provenance(licence, how)})
@@ -262,5 +287,5 @@ def _as_record(outcome: ItemOutcome[GeneratedSample], name: str) -> Record:
         check_record(record)
     except RecordError as error:
         said = "\n\n".join(turn.text for turn in sample.turns)
-        raise RefusedError(f"{error.found}; {error.needed}", said) from error
+        raise RefusedError(f"{error.found}; {error.needed}", said, step="record") from error
     return record

@@ -28,12 +28,14 @@ class RefusedError(Exception):
     Args:
         reason: What was found, and what was needed.
         text: The answer as it came; empty where nothing was asked.
+        step: What it did not pass, in a word or two; refusals are counted by it.
     """
 
-    def __init__(self, reason: str, text: str = "") -> None:
+    def __init__(self, reason: str, text: str = "", *, step: str = "item") -> None:
         super().__init__(reason)
         self.reason = reason
         self.text = text
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Asking(Protocol):
     def ask(self, prompt: Prompt, context: str, read: Callable[[str], T]) -> T:
         """What was read from the answer; ``read`` raises ``RefusedError`` where it makes no sense."""
 
+    def note(self, **facts: str) -> None:
+        """Say more of how the record came about, for its provenance."""
+
 
 @dataclass
 class Interview:
@@ -83,11 +88,13 @@ class Interview:
         client: Is asked.
         models: What the service called itself, in each answer.
         prompts: Digests by name, of what was asked.
+        facts: What else is known of how it came about.
     """
 
     client: ChatClient
     models: list[str] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
 
     def ask(self, prompt: Prompt, context: str, read: Callable[[str], T]) -> T:
         """Ask until an answer can be read.
@@ -116,15 +123,21 @@ class Interview:
             # The reader knows better than the client what is wrong, where it saw the last answer at all.
             unread = verdict.reason.startswith(("the answer was cut off", "it answers", "no answer", "stopped"))
             reason = verdict.reason if unread or not reasons else reasons[-1]
-            raise RefusedError(f"{prompt.name}: {reason}", verdict.text)
+            raise RefusedError(f"{prompt.name}: {reason}", verdict.text, step=prompt.name)
         self.models.append(verdict.model or self.client.spec.model)
         self.prompts[prompt.name] = prompt.digest
         return verdict.value[0]
 
+    def note(self, **facts: str) -> None:
+        """Say more of how the record came about; what is empty is left out."""
+        self.facts |= {name: fact for name, fact in facts.items() if fact}
+
     def provenance(self, source: str) -> str:
         """How the record came about, as JSON."""
         models = ", ".join(dict.fromkeys(self.models))
-        return json.dumps({"model": models, "prompts": self.prompts, "source": source}, ensure_ascii=False)
+        return json.dumps(
+            {"model": models, "prompts": self.prompts, "source": source, **self.facts}, ensure_ascii=False
+        )
 
 
 @dataclass
@@ -160,3 +173,6 @@ class Rehearsal:
             self.answer_tokens += len(example.encode()) // _BYTES_PER_TOKEN
             self.most_answer_tokens += prompt.max_tokens
         return read(example)
+
+    def note(self, **facts: str) -> None:
+        """Nothing: no record comes of a rehearsal."""

@@ -190,6 +190,7 @@ def generate_questions(
             kind="llava-bench",
             records=len(rows),
             refused=refused.count,
+            refusals=dict(refused.steps.most_common()),
             prompts=dict(sorted(prompts.items())),
             service=client.use,
             cost=client.spent,
