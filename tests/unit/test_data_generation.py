@@ -19,6 +19,7 @@ from manyeyes.data.generation.llava import read_description, read_one_pair, read
 from manyeyes.data.generation.llava_prompts import COMPLEX, CONVERSATION, DETAIL
 from manyeyes.data.shards import RecordReader
 from manyeyes.data.snapshot import open_folder
+from manyeyes.errors import DataError
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.judging.scoring import JUDGINGS
 from manyeyes.evaluation.score import read_references
@@ -83,9 +84,15 @@ def test_coco_files_give_the_same(tmp_path: Path) -> None:
     }
     for name, content in (("captions.json", captions), ("instances.json", instances)):
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-    (item,) = read_descriptions(tmp_path / "captions.json", instances=tmp_path / "instances.json")
+    item, orphan = read_descriptions(tmp_path / "captions.json", instances=tmp_path / "instances.json")
     assert isinstance(item, Description)
+    assert (item.id, item.image) == ("5", "5.jpg")
     assert item.as_text(boxes=True) == "A dog runs.\n\ndog: [0.100, 0.100, 0.500, 0.500]"
+    assert isinstance(orphan, UnusableItem)
+    assert "needed: it in the list of images" in orphan.reason
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}), encoding="utf-8")
+    with pytest.raises(DataError, match="has no images"):
+        list(read_descriptions(tmp_path / "captions.json"))
 
 
 def test_a_line_that_is_no_description_is_put_aside_with_its_reason(tmp_path: Path) -> None:

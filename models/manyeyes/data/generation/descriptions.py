@@ -8,16 +8,23 @@ has ``width`` and ``height``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from manyeyes.data.generation.dataset import UnusableItem
 from manyeyes.data.generation.interview import RefusedError
+from manyeyes.data.importing.places import FolderPlace
+from manyeyes.data.importing.reading import DataFiles, IdIndex, ImportedItem
+from manyeyes.data.importing.stored_items import CocoReader
 from manyeyes.data.records import ImageFile, find_decoding_problem, read_image_file
 from manyeyes.errors import DataError, RecordError
-from manyeyes.storage import parse_json, read_json_file
+from manyeyes.storage import parse_json
+
+_UNIT = 10_000
+"""Items that are read at a time; all are joined on disk."""
 
 
 @dataclass(frozen=True)
@@ -125,42 +132,34 @@ def _from_lines(path: Path) -> Iterator[Description | UnusableItem]:
 
 
 def _from_coco(captions: Path, instances: Path | None) -> Iterator[Description | UnusableItem]:
-    told = _coco(captions, "caption")
-    placed = _coco(instances, "bbox") if instances is not None else None
-    categories = {entry["id"]: str(entry["name"]) for entry in placed["categories"]} if placed else {}
-    sentences = _by_image(told["annotations"])
-    boxes = _by_image(placed["annotations"]) if placed else {}
-    for image in told["images"]:
-        item_id = str(image.get("id"))
-        try:
-            size = float(image["width"]), float(image["height"])
-            places = []
-            for entry in boxes.get(image["id"], ()):
-                left, top, width, height = (float(value) for value in entry["bbox"])
-                places.append(_box(categories[entry["category_id"]], [left, top, left + width, top + height], size))
-            texts = [entry["caption"] for entry in sentences.get(image["id"], ())]
-            yield Description(item_id, captions.name, str(image["file_name"]), _clean(texts), tuple(places))
-        except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-            yield UnusableItem(item_id, captions.name, f"image {item_id}: {type(error).__name__} {error}")
-
-
-def _coco(path: Path, needed: str) -> dict[str, list[dict[str, Any]]]:
-    found = read_json_file(path, error=DataError)
-    lists = ("images", "annotations") if needed == "caption" else ("annotations", "categories")
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in lists):
+    names = (captions.name,) if instances is None else (captions.name, str(instances.absolute()))
+    items = 0
+    with TemporaryDirectory(prefix="manyeyes-coco-") as work:
+        reader = CocoReader(DataFiles(FolderPlace(captions.parent), names, Path(work), _UNIT, split=""))
+        for unit in list(reader.plan(IdIndex())):
+            for item in reader.read(unit):
+                items += 1
+                yield _from_coco_item(item, captions.name)
+    if not items:
         raise DataError(
-            f"{path} has no {' and '.join(lists)}",
-            f'COCO\'s annotations, with "{needed}"',
+            f"{captions} has no images",
+            "COCO's annotations",
             "Give captions_*.json first and instances_*.json as --instances, or JSON Lines that end in .jsonl.",
         )
-    return found
 
 
-def _by_image(annotations: list[dict[str, Any]]) -> Mapping[object, list[dict[str, Any]]]:
-    found: dict[object, list[dict[str, Any]]] = {}
-    for annotation in annotations:
-        found.setdefault(annotation.get("image_id"), []).append(annotation)
-    return found
+def _from_coco_item(item: ImportedItem, source: str) -> Description | UnusableItem:
+    item_id = str(item.id)
+    if item.row is None:
+        assert item.refused is not None
+        return UnusableItem(item_id, source, f"image {item_id}: {item.refused.reason}")
+    try:
+        boxes = tuple(_box(name, corners, (1.0, 1.0)) for name, corners in item.row.get("boxes", ()))
+        if not isinstance(item.row["image"], str):
+            raise ValueError("it has no file_name")
+    except (ValueError, TypeError) as error:
+        return UnusableItem(item_id, source, f"image {item_id}: {error}")
+    return Description(item_id, source, item.row["image"], _clean(item.row["captions"]), boxes)
 
 
 def _box(category: str, corners: list[float], size: tuple[float, float]) -> PlacedObject:
@@ -188,12 +187,14 @@ def load_image(root: Path, name: str) -> ImageFile:
     place = root / name
     try:
         if not place.resolve().is_relative_to(root.resolve()):
-            raise RefusedError(f"image {name} is outside of {root}; one inside is needed")
+            raise RefusedError(f"image {name} is outside of {root}; one inside is needed", step="image")
         image = read_image_file(place.read_bytes(), path=name)
     except OSError as error:
-        raise RefusedError(f"image {name} cannot be read ({error.strerror}); a file below {root} is needed") from error
+        raise RefusedError(
+            f"image {name} cannot be read ({error.strerror}); a file below {root} is needed", step="image"
+        ) from error
     except (RecordError, ValueError) as error:
-        raise RefusedError(str(error)) from error
+        raise RefusedError(str(error), step="image") from error
     if (problem := find_decoding_problem([image])) is not None:
-        raise RefusedError(str(problem))
+        raise RefusedError(str(problem), step="image")
     return image
