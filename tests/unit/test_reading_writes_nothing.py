@@ -61,6 +61,7 @@ WRITES = (
     "data generate conversation",
     "data generate detail",
     "data generate dialogue-drawing",
+    "data generate engine",
     "data generate llava-bench",
     "data generate recaption",
     "data import",

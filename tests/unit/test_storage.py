@@ -165,6 +165,7 @@ COMMANDS = {
         f"data generate {kind}": ["data", "generate", kind, "file", "OUT", *ENDPOINT]
         for kind in ("recaption", "dialogue-drawing")
     },
+    "data generate engine": ["data", "generate", "engine", "OUT", "--links", "file", "--contact", "me", *ENDPOINT],
     "data curate": ["data", "curate", "clean", "OUT"],
     "data self-chat": ["data", "self-chat", "full", "OUT", "--licence", "MIT"],
     "evaluate": ["evaluate", "full", "--out", "OUT"],

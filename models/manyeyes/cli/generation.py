@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -187,6 +187,112 @@ def llava_bench_command(
     _refuse_nothing(report, out / NAME)
 
 
+@generate_group.command("engine")
+@click.argument("out", type=OutPath())
+@click.option("--links", "links_file", type=_FILE, help="Pages to read, an address a line; no search is needed then.")
+@click.option(
+    "--fields", "fields_file", type=_FILE, help="A field a line, Biology: Botany, Zoology; with --search-url."
+)
+@click.option(
+    "--search-url", metavar="TEMPLATE", help="https://searx.example/search?q={query}&format=json, or another."
+)
+@click.option("--search-links", default="results.url", show_default=True, metavar="PATH", help="Where links are in it.")
+@click.option(
+    "--search-key-from", default="", metavar="VARIABLE", help="Holds the key, {key} in the address or header."
+)
+@click.option("--search-header", default="", metavar="TEMPLATE", help="One more header, X-Key: {key} for instance.")
+@click.option(
+    "--query", default="wikipedia {topic}", show_default=True, help="{subfield} and {field} may be in it too."
+)
+@click.option("--topics", default=20, show_default=True, type=click.IntRange(1, 200), help="Of each subfield.")
+@click.option("--pages", "links", default=10, show_default=True, type=click.IntRange(1, 100), help="Of each topic.")
+@click.option("--contact", required=True, help="Where those whose pages are read find you; part of the agent's name.")
+@click.option(
+    "--interval", default=1.0, show_default=True, type=click.FloatRange(0), help="Seconds between requests to a host."
+)
+@click.option("--allow-host", multiple=True, metavar="HOST", help="May be at a private address; all others may not.")
+@click.option("--min-side", default=100, show_default=True, type=click.IntRange(1), help="Smallest image, in pixels.")
+@click.option(
+    "--max-side", default=2048, show_default=True, type=click.IntRange(1), help="Larger ones are shrunk to it."
+)
+@click.option("--name", default="generated-engine", show_default=True, help="Of the data set.")
+@click.option("--licence", required=True, help="SPDX name of what comes out.")
+@asks
+def engine_command(
+    out: Path,
+    links_file: Path | None,
+    fields_file: Path | None,
+    search_url: str | None,
+    search_links: str,
+    search_key_from: str,
+    search_header: str,
+    query: str,
+    topics: int,
+    links: int,
+    contact: str,
+    interval: float,
+    allow_host: tuple[str, ...],
+    min_side: int,
+    max_side: int,
+    name: str,
+    licence: str,
+    client: ChatClient,
+    limit: int | None,
+    dry_run: bool,
+) -> None:
+    """Cambrian-1's data engine: questions on figures of web pages, written from the text around them, into OUT.
+
+    Pages are those of --links, or those that a search finds for topics of --fields. What was fetched and answered is
+    kept: after a stop the same command goes on.
+    """
+    from manyeyes.data.generation.engine.engine import FigureFinder, figure_sampler, rehearse_engine
+    from manyeyes.data.generation.engine.topics import TopicSearch, read_links, read_subfields
+    from manyeyes.data.generation.interview import Interview
+    from manyeyes.errors import DataError
+    from manyeyes.storage import cache_dir
+    from manyeyes.web.fetcher import Fetcher, FetchLimits
+    from manyeyes.web.kept_pages import KeptFetcher
+    from manyeyes.web.link_search import JsonLinkSearch, SearchService
+
+    if (links_file is None) == (fields_file is None) or (fields_file is None) != (search_url is None):
+        raise DataError(
+            "it is not said which pages to read", "--links FILE, or --fields FILE and --search-url", "Give one of both."
+        )
+    subfields = [] if fields_file is None else read_subfields(fields_file)
+    if dry_run:
+        _say_rehearsal(rehearse_engine(client, subfields, topics=topics, figures=limit or 0))
+        pages = f"{len(subfields) * topics * links:,} pages at most" if subfields else "the pages"
+        figures = (
+            f"{limit:,} figures, each with the longest text" if limit else "no figure: each takes two questions more"
+        )
+        click.echo(f"this counts {figures}; how many figures {pages} have is known when they are fetched")
+        return
+    kept = cache_dir()
+    limits = FetchLimits(interval_s=interval, private_hosts=allow_host, contact=contact)
+    pages_of_web = KeptFetcher(Fetcher(limits), kept / "pages")
+    finder = FigureFinder(pages_of_web)
+    if links_file is not None:
+        found: Iterable[Any] = read_links(links_file)
+    else:
+        service = SearchService(
+            search_url or "", links=search_links, key_from=search_key_from, header=search_header, contact=contact
+        )
+        search = TopicSearch(JsonLinkSearch(service, cache=kept / "searches"), topics, links, query)
+        found = search.find(subfields, lambda: Interview(client), finder.looked_at)
+    _write_dataset(
+        lambda: finder.find(found),
+        figure_sampler(pages_of_web, min_side=min_side, max_side=max_side),
+        client,
+        kind="engine",
+        out=out,
+        name=name,
+        licence=licence,
+        looked_at=finder.looked_at,
+        limit=limit,
+        dry_run=False,
+    )
+
+
 def _write_dataset(
     read: Callable[[], Iterable[Any]],
     make: Callable[..., Any],
@@ -198,8 +304,9 @@ def _write_dataset(
     licence: str,
     limit: int | None,
     dry_run: bool,
+    looked_at: Mapping[str, int] | None = None,
 ) -> None:
-    from manyeyes.data.generation.dataset import check_name, generate_dataset, rehearse
+    from manyeyes.data.generation.dataset import PAGE_FILE, check_name, generate_dataset, rehearse
 
     check_name(name)
     if dry_run:
@@ -214,9 +321,11 @@ def _write_dataset(
         out=out,
         name=name,
         licence=licence,
+        looked_at=looked_at,
         on_progress=_progress(client),
     )
     _say_report(report, out / name)
+    click.echo(f"report: {out / name / PAGE_FILE}")
     _refuse_nothing(report, out / name)
 
 
