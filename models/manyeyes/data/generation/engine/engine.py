@@ -25,7 +25,7 @@ from manyeyes.data.generation.engine.topics import TOPICS, Link, Subfield, diffe
 from manyeyes.data.generation.interview import Asking, RefusedError, Rehearsal
 from manyeyes.data.generation.llava import check_voice, read_one_pair
 from manyeyes.data.records import PLACEHOLDER, ImageFile, Turn, read_image_file
-from manyeyes.errors import FetchError, RecordError
+from manyeyes.errors import FetchError, ManyEyesError, RecordError
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.storage import parse_json
 from manyeyes.web.chat_client import ChatClient
@@ -105,7 +105,7 @@ class FigureFinder:
                         "Run the same command again later: nothing that was fetched or answered is asked for again.",
                         retry=True,
                     ) from error
-                yield UnusableItem(link.url, link.url, f"{error.found}; needed: {error.needed}", step="page")
+                yield UnusableItem(link.url, link.url, _say(error), step="page")
             else:
                 failures = 0
                 for figure in found:
@@ -151,7 +151,7 @@ def fetch_image(figure: Figure, pages: FetchesPages, *, min_side: int, max_side:
             data = pages.fetch(url).content
             pixels = decode_image(data, max_pixels=MOST_PIXELS)
         except (FetchError, RecordError) as error:
-            reason = f"{error.found}; needed: {error.needed}"
+            reason = f"{url}: {_say(error)}"
             continue
         height, width, _ = pixels.shape
         if min(width, height) < min_side:
@@ -266,6 +266,10 @@ def rehearse_engine(client: ChatClient, subfields: Sequence[Subfield], *, topics
         answer_tokens=planned.answer_tokens + figures * one.answer_tokens,
         most_answer_tokens=planned.most_answer_tokens + figures * one.most_answer_tokens,
     )
+
+
+def _say(error: ManyEyesError) -> str:
+    return f"{error.found}; needed: {error.needed.removesuffix(' is needed')}"
 
 
 def _plain(text: str) -> str:
