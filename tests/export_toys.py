@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from manyeyes.model import (
 from manyeyes.processor import SHARED
 from manyeyes.recipe import Recipe
 from manyeyes.runtime.bundle import Group
-from manyeyes.runtime.bundle_contents import BundleManifest, digest_files
+from manyeyes.runtime.bundle_contents import DECODER, MANIFEST, BundleManifest, digest_files
 from manyeyes.runtime.tiling import TokenLayout
+from manyeyes.storage import hash_file
 
 MD5 = "0" * 32
 VOCABULARY = 280
@@ -144,6 +146,20 @@ def make_toy(folder: Path, recipe: Recipe, *, calibration: Sequence[Group] = (),
         calibration=calibration,
     )
     return Toy(folder / "checkpoint", folder / "bundle", manifest)
+
+
+def change_decoder(bundle: Path, out: Path) -> Path:
+    """The same bundle with other weights in its decoder, as more training leaves it; its answers are others."""
+    shutil.copytree(bundle, out)
+    graph = onnx.load(out / DECODER)
+    (norm,) = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("model.norm.weight")]
+    norm.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(norm), norm.name))
+    onnx.save(graph, out / DECODER)
+    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"][DECODER] |= {"sha256": hash_file(out / DECODER), "bytes": (out / DECODER).stat().st_size}
+    manifest["digest"] = digest_files(manifest["files"])
+    (out / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return out
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> bytes:

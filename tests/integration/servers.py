@@ -121,6 +121,26 @@ def s3_server(rclone: str, folder: Path, *, secret: str = S3_SECRET) -> Iterator
         process.wait(30)
 
 
+@contextmanager
+def image_registry(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Debian's ``docker-registry`` on the loopback, without a password; its port, and its log with a line a call."""
+    port = free_port()
+    log, settings = folder / "registry.log", folder / "registry.yml"
+    settings.write_text(
+        f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {folder / 'images'}}}}}\n"
+        f'http: {{addr: "127.0.0.1:{port}"}}\n',
+        encoding="utf-8",
+    )
+    with log.open("wb") as output:
+        process = subprocess.Popen(["docker-registry", "serve", str(settings)], stdout=output, stderr=output)
+    try:
+        wait_for(lambda: listens(port), process=process, log=log)
+        yield port, log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 class Fate(Enum):
     """What a proxy does with a call."""
 

@@ -25,6 +25,7 @@ import yaml
 from manyeyes import __version__
 from manyeyes.harness.events import EventReader
 from manyeyes.harness.inputs import parse_pinned
+from tests.integration.containers_engine import DOCKER, RUNTIME, STEPS, docker, run_hardened
 from tests.integration.containers_leaks import (
     forms_of_certificate,
     layers_of,
@@ -46,15 +47,11 @@ from tests.integration.servers import (
 from tests.pipelines.checkout import ROOT, push
 from tests.pipelines.conftest import make_snapshot
 
-STEPS = os.environ.get("MANYEYES_TEST_STEPS_IMAGE", "")
-RUNTIME = os.environ.get("MANYEYES_TEST_RUNTIME_IMAGE", "")
-DOCKER = os.environ.get("DOCKER", "docker")
 POSTGRES, RCLONE = find_postgres(), find_rclone()
 COMPILED = ROOT / "pipelines" / "compiled" / "train.yaml"
 # Fifty images in all.
 SIZES = {"train": 32, "val": 6, "test": 12}
 STEPS_A_STAGE = 40
-HARDENED = ["--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp"]
 
 pytestmark = [
     pytest.mark.integration,
@@ -87,16 +84,6 @@ class Run:
     snapshot: Path
     secrets: list[bytes]
     log: str
-
-
-def docker(*arguments: str) -> str:
-    done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_hardened(image: str, *command: str, options: tuple[str, ...] = ()) -> str:
-    return docker("run", "--rm", *HARDENED, *options, image, *command)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from manyeyes.sources import HUB_LICENCES
 from tests.cli_calls import call
 from tests.evaluation_fakes import make_snapshot
 from tests.registry_store import IMAGES, Candidate, make_candidate, put, store_uri
-from tests.unit.test_registry_signing import make_keys
+from tests.signing_keys import make_keys
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,13 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from model_signing._cli import main as model_signing_command
 
 from manyeyes.errors import BundleError, RegistryError
@@ -20,25 +19,7 @@ from manyeyes.registry.signing import CARD, SBOM, SIGNATURE, sign_bundle, verify
 from manyeyes.runtime.bundle_contents import DECODER, EMBED, VISION
 from tests.cli_calls import call
 from tests.registry_store import make_bundle
-
-
-@dataclass(frozen=True)
-class Keys:
-    private: Path
-    public: Path
-
-
-def make_keys(folder: Path, name: str, *, password: str = "") -> Keys:
-    key = ec.generate_private_key(ec.SECP256R1())
-    keys = Keys(folder / f"{name}.pem", folder / f"{name}.pub.pem")
-    encryption = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
-    keys.private.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-    )
-    keys.public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-    return keys
+from tests.signing_keys import Keys, make_keys
 
 
 @pytest.fixture(scope="module")
