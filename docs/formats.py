@@ -63,6 +63,7 @@ FORMATS = [
     ),
     ("refused.jsonl", "manyeyes.data.generation.dataset", "RefusedItem", "the same; one line an item"),
     ("NAME-curation.json", "manyeyes.data.curation.report", "CurationReport", "`manyeyes data curate`"),
+    ("data diff", "manyeyes.data.diff", "SnapshotDiff", "`manyeyes data diff A B --json`, on stdout"),
     ("manifest.json (snapshot)", "manyeyes.data.builders.manifest", "SnapshotManifest", "`manyeyes data build`"),
     ("stage.json", "manyeyes.training.stage", "StageReport", "every training step"),
     ("checkpoint.json", "manyeyes.model", "CheckpointManifest", "every training step"),

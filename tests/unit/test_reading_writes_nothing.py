@@ -30,6 +30,7 @@ READS = {
     "chat render": ["chat", "render", "llava_v1", __file__],
     "compare": ["compare", NAME, f"{NAME}/2"],
     "correlate": ["correlate", "no.json"],
+    "data diff": ["data", "diff", "data.dvc@HEAD", "data.dvc"],
     "data sources": ["data", "sources"],
     "encoders": ["encoders"],
     "fusions": ["fusions"],

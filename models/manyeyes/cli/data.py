@@ -1,4 +1,4 @@
-"""``manyeyes data import``, ``sources``, ``contamination``, ``curate``, ``self-chat``: from sources to a mixture."""
+"""``manyeyes data import``, ``sources``, ``contamination``, ``curate``, ``diff``, ``self-chat``: what data is there."""
 
 from __future__ import annotations
 
@@ -107,6 +107,30 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
         report = curate(loaded, snapshots, out, cache_dir=kept, progress=progress)
     click.echo(report.as_markdown(), nl=False)
     click.echo(f"report: {out / f'{loaded.name}-curation.html'}")
+
+
+@click.command("diff")
+@click.argument("before")
+@click.argument("after")
+@click.option("--remote", default="", help="A folder or s3://; the checkout's default remote by default.")
+@click.option("--ids", default=10, show_default=True, type=click.IntRange(min=0), help="Of each kind to name.")
+@click.option("--json", "as_json", is_flag=True, help="JSON.")
+def diff_command(before: str, after: str, remote: str, ids: int, as_json: bool) -> None:
+    """What came, went and changed from the snapshot BEFORE to the snapshot AFTER, by data set.
+
+    Each is a snapshot's folder, a .dvc file, one of a git revision (data.dvc@HEAD~1), or an md5. Shards that both have
+    are not read.
+    """
+    from manyeyes.data.diff import compare_snapshots, open_version
+
+    difference = compare_snapshots(
+        open_version(before, remote=remote),
+        open_version(after, remote=remote),
+        names=(before, after),
+        most_ids=ids,
+        progress=lambda sentence, done: click.echo(f"{100 * done:3.0f}% {sentence}", err=True),
+    )
+    click.echo(difference.model_dump_json(indent=2) + "\n" if as_json else difference.as_text(), nl=False)
 
 
 @click.command("self-chat")

@@ -14,6 +14,7 @@ from manyeyes.cli.convert import convert_command, logits_command
 from manyeyes.cli.data import (
     contamination_command,
     curate_command,
+    diff_command,
     import_command,
     self_chat_command,
     sources_command,
@@ -245,6 +246,7 @@ data.add_command(contamination_command)
 data.add_command(import_command)
 data.add_command(sources_command)
 data.add_command(curate_command)
+data.add_command(diff_command)
 data.add_command(self_chat_command)
 data.add_command(generate_group)
 

@@ -179,7 +179,7 @@ def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
                     download_folder(md5, remote=open_remote(remote), path=path, first=MANIFEST, later=_list_shards)
         except OSError as error:
             raise storage_error(error, path) from error
-    manifest = _read_manifest(path, whole=False)
+    manifest = read_manifest(path, whole=False)
     return Snapshot(path=path, md5=md5, manifest=manifest, remote=RemoteShards(md5, remote, path))
 
 
@@ -196,7 +196,7 @@ def open_folder(path: Path) -> Snapshot:
         raise SnapshotError(
             f"{path} is not a folder", "a snapshot's folder", "Make one: manyeyes data build easy-vqa OUT"
         )
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     return Snapshot(path=path, md5=hash_folder(path), manifest=manifest)
 
 
@@ -223,8 +223,21 @@ def read_dvc_file(path: Path) -> DvcOutput:
         raise SnapshotError(
             f"{path} does not exist", "the .dvc file of a snapshot", "Run it at the root of a checkout."
         )
+    return parse_dvc_text(path.read_text(encoding="utf-8"), path=path)
+
+
+def parse_dvc_text(text: str, *, path: Path) -> DvcOutput:
+    """Read the text of a folder's ``.dvc`` file.
+
+    Args:
+        text: Of the file, of whichever commit.
+        path: What messages call it.
+
+    Raises:
+        SnapshotError: Not of DVC 3, or not of one folder.
+    """
     try:
-        outs = yaml.safe_load(path.read_text(encoding="utf-8"))["outs"]
+        outs = yaml.safe_load(text)["outs"]
         (out,) = outs
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(
@@ -313,7 +326,16 @@ def _list_shards(manifest: Path) -> list[str]:
     return [shard.path for dataset in datasets.values() for shard in dataset.shards]
 
 
-def _read_manifest(path: Path, *, whole: bool = True) -> SnapshotManifest:
+def read_manifest(path: Path, *, whole: bool = True) -> SnapshotManifest:
+    """Read the manifest of a snapshot's folder; that its shards have their sizes is checked.
+
+    Args:
+        path: The folder.
+        whole: Whether every shard has to be there.
+
+    Raises:
+        SnapshotError: No manifest, or it does not fit the files.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise SnapshotError(f"{path} has no {MANIFEST}", "a snapshot", "Make one: manyeyes data build easy-vqa OUT")
