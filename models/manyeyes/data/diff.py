@@ -33,7 +33,7 @@ from manyeyes.data.snapshot import (
     open_snapshot,
     parse_dvc_text,
     read_default_remote,
-    read_manifest,
+    read_snapshot_manifest,
 )
 from manyeyes.errors import SnapshotError
 from manyeyes.storage import cache_dir
@@ -157,7 +157,7 @@ def open_version(reference: str, *, remote: str = "") -> Snapshot:
     file = Path(name if at else reference)
     if Path(reference).is_dir():
         # Its md5 is not asked for: that would read every file.
-        return Snapshot(path=Path(reference), md5="", manifest=read_manifest(Path(reference)))
+        return Snapshot(path=Path(reference), md5="", manifest=read_snapshot_manifest(Path(reference)))
     if _MD5.fullmatch(reference):
         md5, checkout = reference, Path()
     elif file.suffix == ".dvc":

@@ -179,7 +179,7 @@ def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
                     download_folder(md5, remote=open_remote(remote), path=path, first=MANIFEST, later=_list_shards)
         except OSError as error:
             raise storage_error(error, path) from error
-    manifest = read_manifest(path, whole=False)
+    manifest = read_snapshot_manifest(path, whole=False)
     return Snapshot(path=path, md5=md5, manifest=manifest, remote=RemoteShards(md5, remote, path))
 
 
@@ -196,7 +196,7 @@ def open_folder(path: Path) -> Snapshot:
         raise SnapshotError(
             f"{path} is not a folder", "a snapshot's folder", "Make one: manyeyes data build easy-vqa OUT"
         )
-    manifest = read_manifest(path)
+    manifest = read_snapshot_manifest(path)
     return Snapshot(path=path, md5=hash_folder(path), manifest=manifest)
 
 
@@ -326,7 +326,7 @@ def _list_shards(manifest: Path) -> list[str]:
     return [shard.path for dataset in datasets.values() for shard in dataset.shards]
 
 
-def read_manifest(path: Path, *, whole: bool = True) -> SnapshotManifest:
+def read_snapshot_manifest(path: Path, *, whole: bool = True) -> SnapshotManifest:
     """Read the manifest of a snapshot's folder; that its shards have their sizes is checked.
 
     Args:
