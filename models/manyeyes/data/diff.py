@@ -104,7 +104,8 @@ class SnapshotDiff(StrictModel):
     @property
     def is_same(self) -> bool:
         """Whether nothing differs."""
-        return all(each.state == "same" for each in (*self.datasets.values(), *self.pretrained.values()))
+        states = [each.state for each in self.datasets.values()] + [part.state for part in self.pretrained.values()]
+        return set(states) <= {"same"}
 
     def as_text(self) -> str:
         """For a terminal: a table of the data sets, then the first ids and what the manifest says otherwise."""
