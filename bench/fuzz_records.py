@@ -24,10 +24,10 @@ from PIL import Image
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.contamination.search import find_contamination
 from manyeyes.data.mixture import Mixture
+from manyeyes.data.profile import build_profile
 from manyeyes.data.quarantine import row_name
 from manyeyes.data.shards import SCHEMA
 from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot, read_default_remote, read_dvc_file
-from manyeyes.data.validation import build_profile
 from manyeyes.errors import RecordError
 from manyeyes.model import build_model
 from manyeyes.recipe import Recipe, StageSpec

@@ -281,14 +281,15 @@ _LARGE_BYTES = 1 << 20
 _SETTLED_S = 2.0
 
 
-def content_digest(path: Path) -> str:
-    """Digest of a file or folder, by content.
+def content_digest(path: Path, algorithm: Literal["md5", "sha256"] = "sha256") -> str:
+    """Digest of a file or folder, by content; a large file that did not change is not read again.
 
     Args:
         path: A file, or a folder, whose hidden files and folders do not count. Links are followed.
+        algorithm: Of a file's digest.
 
     Returns:
-        sha256, hexadecimal: of a file the one that ``sha256sum`` gives, of a folder the one over the sorted lines
+        Hexadecimal: of a file that of its bytes, of a folder the sha256 over the sorted lines
         ``<path inside> <sha256>``.
 
     Raises:
@@ -296,9 +297,9 @@ def content_digest(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            lines = sorted(f"{name} {_file_digest(path / name)}\n" for name in _files_in(path))
+            lines = sorted(f"{name} {_file_digest(path / name, algorithm)}\n" for name in _files_in(path))
             return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-        return _file_digest(path)
+        return _file_digest(path, algorithm)
     except OSError as error:
         raise SourceError(
             f"{error.filename or path} cannot be read ({error.strerror})",
@@ -324,19 +325,20 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path, algorithm: Literal["md5", "sha256"]) -> str:
     before = path.stat()
     if before.st_size < _LARGE_BYTES:
-        return hash_file(path)
-    facts = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-    key = hashlib.sha256(f"{path.resolve()} {facts}".encode(errors="surrogateescape")).hexdigest()
+        return hash_file(path, algorithm)
+    facts: tuple[object, ...] = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+    name = "" if algorithm == "sha256" else f"{algorithm} "
+    key = hashlib.sha256(f"{name}{path.resolve()} {facts}".encode(errors="surrogateescape")).hexdigest()
     kept = cache_dir() / "contents" / key[:2] / key
     with suppress(OSError):
         known = kept.read_text(encoding="ascii", errors="replace")
-        if re.fullmatch(r"[0-9a-f]{64}", known):
+        if re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", known):
             return known
     settled = time.time() - max(before.st_mtime, before.st_ctime) > _SETTLED_S
-    digest = hash_file(path)
+    digest = hash_file(path, algorithm)
     after = path.stat()
     if settled and facts == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
         # Where nothing can be written, the file is read again next time.

@@ -14,11 +14,11 @@ from PIL import Image
 from bench.fuzz_records import check_recipe, fuzz_records, odd_recipes
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.mixture import Mixture
+from manyeyes.data.profile import build_profile
 from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import Record, Turn, read_image_file
 from manyeyes.data.shards import write_shards
 from manyeyes.data.snapshot import Snapshot, open_folder
-from manyeyes.data.validation import build_profile
 from manyeyes.errors import RecordError
 from manyeyes.model import build_model, build_processor
 from manyeyes.model.language_model import resolve_language_model

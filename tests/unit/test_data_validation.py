@@ -12,12 +12,11 @@ import pytest
 from data_samples import make_image, make_record, make_snapshot
 
 from manyeyes.data.mixture import Mixture
+from manyeyes.data.profile import PROFILE_COLUMNS, build_profile
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.data.validation import (
-    PROFILE_COLUMNS,
-    build_profile,
     check_profile,
     list_suites,
     parse_suite,

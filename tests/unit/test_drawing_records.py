@@ -9,9 +9,9 @@ import pytest
 from data_samples import make_record, make_snapshot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from manyeyes.data.profile import build_profile
 from manyeyes.data.records import Record, Turn, check_record
 from manyeyes.data.shards import RecordReader, write_shards
-from manyeyes.data.validation import build_profile
 from manyeyes.errors import RecordError
 from manyeyes.runtime.chat import CHAT_TEMPLATES, encode_conversation
 

@@ -210,12 +210,17 @@ def find_drawing_problem(turns: Sequence[Turn]) -> SampleProblem | None:
     return None
 
 
-def find_checksum_problem(images: Sequence[ImageFile]) -> SampleProblem | None:
-    """The first image whose bytes do not have the recorded sha256."""
+def find_checksum_problem(images: Sequence[ImageFile], *, found: Sequence[str] | None = None) -> SampleProblem | None:
+    """The first image whose bytes do not have the recorded sha256.
+
+    Args:
+        images: Of the record.
+        found: The sha256 of each, where it is known.
+    """
     for index, image in enumerate(images):
-        found = hashlib.sha256(image.data).hexdigest()
-        if found != image.sha256:
-            return SampleProblem(f"image {index} has sha256 {found}", f"{image.sha256}, as recorded")
+        digest = found[index] if found is not None else hashlib.sha256(image.data).hexdigest()
+        if digest != image.sha256:
+            return SampleProblem(f"image {index} has sha256 {digest}", f"{image.sha256}, as recorded")
     return None
 
 
@@ -225,26 +230,42 @@ def find_decoding_problem(images: Sequence[ImageFile]) -> SampleProblem | None:
     return measured if isinstance(measured, SampleProblem) else None
 
 
-def measure_images(images: Sequence[ImageFile]) -> tuple[tuple[int, int], ...] | SampleProblem:
+Measured = tuple[tuple[int, int], tuple[int, int]] | SampleProblem
+"""Width and height of an image as stored and as decoded (after an EXIF rotation), in pixels; or why it has none."""
+
+
+def measure_image(data: bytes) -> Measured:
+    """Decode an image file whole."""
+    try:
+        height, width, _ = decode_image(data).shape
+        return read_image_size(data), (width, height)
+    except RecordError as error:
+        return SampleProblem(error.found, error.needed.removesuffix(" is needed"))
+
+
+def measure_images(
+    images: Sequence[ImageFile], *, found: Sequence[Measured] | None = None
+) -> tuple[tuple[int, int], ...] | SampleProblem:
     """Decode every image.
+
+    Args:
+        images: Of the record.
+        found: What ``measure_image`` says of each, where it is known.
 
     Returns:
         Width and height of each as decoded, in pixels (after an EXIF rotation); or the first thing wrong with one.
     """
     sizes = []
     for index, image in enumerate(images):
-        try:
-            decoded = decode_image(image.data)
-            width, height = read_image_size(image.data)
-        except RecordError as error:
-            return SampleProblem(
-                f"image {index} cannot be decoded: {error.found}", error.needed.removesuffix(" is needed")
-            )
+        measured = measure_image(image.data) if found is None else found[index]
+        if isinstance(measured, SampleProblem):
+            return SampleProblem(f"image {index} cannot be decoded: {measured.found}", measured.needed)
+        (width, height), decoded = measured
         if (width, height) != (image.width, image.height):
             return SampleProblem(
                 f"image {index} is {width}x{height} pixels", f"{image.width}x{image.height} pixels, as recorded"
             )
-        sizes.append((decoded.shape[1], decoded.shape[0]))
+        sizes.append(decoded)
     return tuple(sizes)
 
 

@@ -26,7 +26,7 @@ from manyeyes.data.fetching import RemoteShards, ShardsOnDemand, download_folder
 from manyeyes.data.remote import open_remote
 from manyeyes.data.shards import storage_error
 from manyeyes.errors import SnapshotError, did_you_mean
-from manyeyes.storage import file_lock, hash_file
+from manyeyes.storage import content_digest, file_lock
 from manyeyes.strict import StrictModel
 
 _Entry = TypeVar("_Entry")
@@ -201,14 +201,14 @@ def open_folder(path: Path) -> Snapshot:
 
 
 def hash_folder(path: Path) -> str:
-    """The md5 that ``dvc add`` would give the folder, without ``.dir``.
+    """The md5 that ``dvc add`` would give the folder, without ``.dir``; large files that did not change are known.
 
     Args:
         path: A folder; empty folders in it do not count.
     """
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        hashes = pool.map(lambda relpath: hash_file(path / relpath, "md5"), files)
+        hashes = pool.map(lambda relpath: content_digest(path / relpath, "md5"), files)
         listing = [{"md5": md5, "relpath": relpath} for relpath, md5 in zip(files, hashes, strict=True)]
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 

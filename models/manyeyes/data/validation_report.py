@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from manyeyes.data.profile import read_columns, take_rows
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record
 from manyeyes.data.shards import RecordReader
@@ -73,37 +75,39 @@ class ValidationReport(StrictModel):
 _NUM_SHOWN = 8
 _NUM_BAD_SHOWN = 24
 _NUM_BARS = 16
+_SHOWN_COLUMNS = (
+    *("dataset", "is_eval", "problem", "n_images", "width", "height", "n_turns", "text_chars", "n_tokens"),
+)
 
 
-def render_validation(
-    report: ValidationReport,
-    *,
-    profile: pd.DataFrame,
-    quarantine: Sequence[QuarantinedSample],
-    snapshot: Snapshot,
-) -> str:
+def render_validation(report: ValidationReport, *, profile: Path, snapshot: Snapshot) -> str:
     """Render the page.
 
     Args:
         report: What was found.
-        profile: The profile that it is about.
-        quarantine: The samples that cannot be used.
+        profile: The profile that it is about, a Parquet file.
         snapshot: Where the images are.
 
     Returns:
         A whole HTML document; images and styles are inside.
     """
-    bad = profile[profile["problem"] != ""].head(_NUM_BAD_SHOWN)
-    usable = profile[(profile["problem"] == "") & ~profile["is_eval"]]
+    facts = read_columns(profile, _SHOWN_COLUMNS)
+    fine = facts["problem"] == ""
+    bad = take_rows(profile, np.flatnonzero(~fine)[:_NUM_BAD_SHOWN], ["dataset", "row", "id", "problem"])
+    usable = np.flatnonzero(fine & ~facts["is_eval"])
     spread = np.unique(np.linspace(0, len(usable) - 1, min(_NUM_SHOWN, len(usable))).astype(int))
-    bad_records = _read_rows(bad, snapshot=snapshot)
+    samples = take_rows(profile, usable[spread], ["dataset", "row"])
+    quarantine = [
+        QuarantinedSample(dataset=row.dataset, row=row.row, id=row.id, reason=row.problem)
+        for row in bad.itertuples(index=False)
+    ]
     return render(
         "validation.html",
         title=f"Data validation: {report.verdict}",
         report=report,
-        bad=list(zip(quarantine, bad_records, strict=False)),
-        samples=[record for record in _read_rows(usable.iloc[spread], snapshot=snapshot) if record],
-        charts=_distributions(profile),
+        bad=list(zip(quarantine, _read_rows(bad, snapshot=snapshot), strict=True)),
+        samples=[record for record in _read_rows(samples, snapshot=snapshot) if record],
+        charts=_distributions(facts),
         entries={name: snapshot.dataset(name) for name in report.datasets},
         show=lambda record: show_image(record.images[0].data),
     )
@@ -120,12 +124,12 @@ def show_image(data: bytes) -> Picture | None:
 def _distributions(profile: pd.DataFrame) -> dict[str, list[Bar] | Drawing]:
     if profile.empty:
         return {}
-    sizes = (profile["width"].astype(str) + " x " + profile["height"].astype(str)).where(
-        profile["n_images"] > 0, "text only"
-    )
+    # A label for each sample would take more memory than the profile.
+    sizes = profile.groupby([profile["n_images"] > 0, "width", "height"]).size().nlargest(_NUM_BARS)
+    labels = [f"{width} x {height}" if seen else "text only" for seen, width, height in sizes.index]
     charts: dict[str, list[Bar] | Drawing] = {
         "Samples by data set": _bars(profile["dataset"].value_counts().head(_NUM_BARS).to_dict()),
-        "Image size in pixels (first image)": _bars(sizes.value_counts().head(_NUM_BARS).to_dict()),
+        "Image size in pixels (first image)": _bars(dict(zip(labels, sizes.tolist(), strict=True))),
         "Question-answer pairs a sample": _histogram(profile["n_turns"] // 2),
         "Characters a sample": _histogram(profile["text_chars"]),
     }

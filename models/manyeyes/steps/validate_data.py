@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from manyeyes.errors import ValidationError
@@ -44,6 +45,9 @@ def validate_data(
         suite=recipe.data.suite,
         out_dir=validation,
         find_misfit=Admission(recipe, snapshot_path=inputs.snapshot.path).find_problem,
+        misfit_key=replace(inputs, data_md5="", data_remote="").text(),
+        cache_dir=cache_dir() / "profiles",
+        progress=lambda sentence, done: reporter.progress(sentence, done=0.1 + 0.4 * done),
     )
     contamination = None
     benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
