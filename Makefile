@@ -38,6 +38,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.scorers
 	@$(BIN)/python -m bench.fuzz images
 	@$(BIN)/python -m bench.fuzz records 1000
+	@$(BIN)/python -m bench.fuzz import 10000
 	@$(BIN)/python -m bench.bundles
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.importing

@@ -1,7 +1,8 @@
-"""Broken inputs by the thousand, from a fixed seed: images and records.
+"""Broken inputs by the thousand, from a fixed seed: images, records, and both through ``data import``.
 
-``python -m bench.fuzz images|records [NUMBER]`` feeds them to the product and counts what became of them, by kind. Each
-must end in a result or in an error that a user can read; anything else is printed and ends the run with exit code 1.
+``python -m bench.fuzz images|records|import [NUMBER]`` feeds them to the product and counts what became of them, by
+kind. Each must end in a result or in an error that a user can read; anything else is printed and ends the run with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -151,7 +152,17 @@ def _fuzz_records(number: int) -> tuple[Counter[str], list[str]]:
     return fuzz_records(number)
 
 
-_FUZZERS: dict[str, Callable[[int], tuple[Counter[str], list[str]]]] = {"images": fuzz_images, "records": _fuzz_records}
+def _fuzz_import(number: int) -> tuple[Counter[str], list[str]]:
+    from bench.fuzz_import import fuzz_import
+
+    return fuzz_import(number)
+
+
+_FUZZERS: dict[str, Callable[[int], tuple[Counter[str], list[str]]]] = {
+    "images": fuzz_images,
+    "records": _fuzz_records,
+    "import": _fuzz_import,
+}
 
 if __name__ == "__main__":
     main()

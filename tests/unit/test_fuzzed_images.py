@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from bench.fuzz import fuzz_images, whole_images
+from bench.fuzz_import import fuzz_import
 from manyeyes.data.records import SampleProblem, find_decoding_problem, read_image_file
 from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image, read_image_size
@@ -18,6 +19,13 @@ def test_broken_images_of_every_format_end_in_pixels_or_in_a_refusal() -> None:
     assert faults == []
     assert counts["decode_image: read"] > 50
     assert sum(count for name, count in counts.items() if name.startswith("decode_image: refused")) > 200
+
+
+def test_odd_items_are_imported_and_valid_or_put_aside_with_a_reason() -> None:
+    counts, faults = fuzz_import(500)
+    assert faults == []
+    assert counts["kept"] > 50
+    assert counts["quarantined: bad image"] > 50
 
 
 def test_every_format_that_is_read_is_among_the_broken_ones() -> None:

@@ -42,7 +42,7 @@ from manyeyes.data.sources_table import (
 from manyeyes.errors import SnapshotError
 from manyeyes.storage import new_file
 
-VERSION = 1
+VERSION = 2
 _BATCH = 2000
 _COLUMNS = ("id", "source", "sha256", "width", "height", "conversations")
 _WORD = re.compile(r"\w+")
@@ -124,7 +124,7 @@ def _look_at(row: Mapping[str, Any], *, allowed: Collection[str]) -> dict[str, A
         "source": row["source"] or "",
         "problem": _find_problem(row, turns, name=name, hashes=hashes, sizes=sizes),
         "content": _hash_parts([*(digest or "" for digest in hashes), *(f"{t.speaker}:{t.text}" for t in turns)]),
-        "words": _hash_parts(_WORD.findall(" ".join(texts).lower())),
+        "words": _hash_parts([" ".join(_WORD.findall(" ".join(texts).lower()))]),
         "id_hash": _hash_parts([name]),
         "question_chars": max((len(text.replace(PLACEHOLDER, "").strip()) for text in asked), default=0),
         "answer_chars": sum(map(len, answers)),
