@@ -341,7 +341,8 @@ def take_rows(profile: Path, rows: Sequence[int], columns: Sequence[str]) -> pd.
             if len(inside):
                 parts.append(file.read_row_group(group, columns=list(columns)).take(inside))
             first = end
-    return pa.concat_tables(parts).to_pandas()
+    found: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+    return found
 
 
 class _Profiler:

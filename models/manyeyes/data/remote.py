@@ -1,4 +1,4 @@
-"""Where DVC keeps its objects: a folder, or an S3 bucket.
+"""Where DVC keeps its objects: a folder, an S3 bucket, or a data set of the hub (``hub_remote.py``).
 
 Only reading, and only what a snapshot needs; writing is ``dvc push``.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from manyeyes.data.hub_remote import HubRemote
 from manyeyes.errors import SnapshotError
 
 if TYPE_CHECKING:
@@ -45,17 +46,19 @@ def open_remote(url: str) -> Remote:
     """Open a remote by its url.
 
     Args:
-        url: A folder's path, or ``s3://bucket/prefix``.
+        url: A folder's path, ``s3://bucket/prefix``, or ``hub:OWNER/NAME@COMMIT``.
 
     Raises:
         SnapshotError: Another scheme, or no such folder.
     """
+    if url.startswith("hub:"):
+        return HubRemote(url)
     if url.startswith("s3://"):
         return S3Remote(url)
     if "://" in url:
         raise SnapshotError(
             f'data remote is "{url}"',
-            "a folder or s3://bucket/prefix (any S3-compatible store: set AWS_ENDPOINT_URL)",
+            "a folder, s3://bucket/prefix (any S3-compatible store: set AWS_ENDPOINT_URL) or hub:OWNER/NAME@COMMIT",
             "Use one of these, or copy the remote into a folder.",
         )
     return FolderRemote(url)

@@ -163,7 +163,8 @@ def open_snapshot(*, md5: str, remote: str, cache_dir: Path) -> Snapshot:
 
     Args:
         md5: Of the folder, with or without ``.dir``.
-        remote: A folder, or ``s3://bucket/prefix`` (credentials and ``AWS_ENDPOINT_URL`` from the environment).
+        remote: A folder, ``s3://bucket/prefix`` (credentials and ``AWS_ENDPOINT_URL`` from the environment), or
+            ``hub:OWNER/NAME@COMMIT``.
         cache_dir: The snapshot is materialised at ``<cache_dir>/snapshots/<md5>``.
 
     Raises:
@@ -298,7 +299,7 @@ def read_default_remote(repository: Path) -> str:
                 "a remote in DVC 3's plain layout",
                 f"Run: dvc remote modify {name} {option} false && dvc push",
             )
-    if "://" in url:
+    if "://" in url or url.startswith("hub:"):
         return url
     path = (folder / url).resolve()
     here = Path.cwd().resolve()

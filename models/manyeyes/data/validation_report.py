@@ -93,10 +93,10 @@ def render_validation(report: ValidationReport, *, profile: Path, snapshot: Snap
     """
     facts = read_columns(profile, _SHOWN_COLUMNS)
     fine = facts["problem"] == ""
-    bad = take_rows(profile, np.flatnonzero(~fine)[:_NUM_BAD_SHOWN], ["dataset", "row", "id", "problem"])
+    bad = take_rows(profile, np.flatnonzero(~fine)[:_NUM_BAD_SHOWN].tolist(), ["dataset", "row", "id", "problem"])
     usable = np.flatnonzero(fine & ~facts["is_eval"])
     spread = np.unique(np.linspace(0, len(usable) - 1, min(_NUM_SHOWN, len(usable))).astype(int))
-    samples = take_rows(profile, usable[spread], ["dataset", "row"])
+    samples = take_rows(profile, usable[spread].tolist(), ["dataset", "row"])
     quarantine = [
         QuarantinedSample(dataset=row.dataset, row=row.row, id=row.id, reason=row.problem)
         for row in bad.itertuples(index=False)

@@ -62,16 +62,17 @@ def form_defaults(root: Path, *, profile: str = "", data_remote: str = "") -> di
     """
     settings = load_profile(profile, root=root) if profile else None
     own = "" if data_remote else read_default_remote(root)
-    told = data_remote or (settings.data_remote if settings and not own.startswith("s3://") else "")
+    told = data_remote or (settings.data_remote if settings and not own.startswith(("s3://", "hub:")) else "")
     remote = told or own
     claims = [volume.path for volume in settings.volumes if volume.claim] if settings else []
     on_claim = bool(told) and any(Path(remote).is_relative_to(path) for path in claims)
-    if not (on_claim or re.match("s3://[^/]", remote)):
+    if not (on_claim or re.match("s3://[^/]|hub:", remote)):
         place = "--data-remote" if data_remote else "data_remote" if told else "the checkout's default DVC remote"
         kind = "which steps cannot read" if "://" in remote else "a folder of this machine"
         raise PipelineError(
             f'{place} is "{remote}", {kind}',
-            "what the pods of a cluster can read: s3://BUCKET/PREFIX, or a folder on a claim of the profile",
+            "what the pods of a cluster can read: s3://BUCKET/PREFIX, hub:OWNER/NAME@COMMIT, or a folder on a claim of "
+            "the profile",
             "Push the snapshot to S3 (dvc remote add --default s3 s3://BUCKET/dvc, then dvc push); or, where it is "
             "there already, give --data-remote s3://BUCKET/dvc or data_remote in the profile.",
         )
