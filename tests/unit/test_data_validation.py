@@ -134,6 +134,14 @@ def test_few_bad_samples_are_quarantined_with_a_reason_each(tmp_path: Path) -> N
     assert (profile["problem"] != "").sum() == len(bad)
 
 
+def test_a_suite_is_checked_in_parts_as_it_is_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(tmp_path / "data", {"train": [*bad_records().values(), *GOOD[5:30]], "test": TEST})
+    whole = validate(snapshot, tmp_path / "1")
+    monkeypatch.setattr("manyeyes.data.validation._TOGETHER", 10)
+    assert validate(snapshot, tmp_path / "2") == whole
+    assert (tmp_path / "1" / "validation.html").read_bytes() == (tmp_path / "2" / "validation.html").read_bytes()
+
+
 def test_many_bad_samples_fail_and_the_page_says_so(tmp_path: Path) -> None:
     bad = list(bad_records().values())
     snapshot = make_snapshot(tmp_path / "data", {"train": [*bad, *GOOD[len(bad) : 50]], "test": TEST})

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from manyeyes.errors import SnapshotError
 
@@ -104,15 +105,11 @@ class HubRemote:
         return response
 
     def _open(self, key: str, *, offset: int) -> urllib3.BaseHTTPResponse | None:
-        from huggingface_hub import constants, get_token, hf_hub_url
+        from huggingface_hub import constants, get_token
         from urllib3.exceptions import HTTPError
 
-        address = hf_hub_url(
-            self._repository,
-            key,
-            repo_type="dataset",
-            revision=self._revision,
-            endpoint=constants.ENDPOINT,
+        address = (
+            f"{constants.ENDPOINT}/datasets/{self._repository}/resolve/{quote(self._revision, safe='')}/{quote(key)}"
         )
         headers = {"Accept-Encoding": "identity"}
         if token := get_token():

@@ -53,7 +53,7 @@ from manyeyes.runtime import preprocess
 from manyeyes.storage import content_digest, hash_file, new_file
 
 _BATCH = 100
-_ROWS = 10_000
+_ROWS = 4_000
 """Samples whose facts are in memory at a time."""
 _MEASURED = 1 << 16
 """Images whose size is remembered, about 300 bytes each: most data sets ask several questions of one image."""

@@ -32,6 +32,8 @@ from manyeyes.storage import write_file
 from manyeyes.strict import StrictModel
 
 _EXAMPLES = 5
+_TOGETHER = 200_000
+"""Samples up to which all expectations are checked at once: quicker, and Great Expectations keeps what each found."""
 
 
 def validate_snapshot(
@@ -86,11 +88,13 @@ def validate_snapshot(
     )
     if progress is not None:
         progress("asking Great Expectations", 1.0)
-    outcomes = check_profile(
-        _read_checked(profile, expectations),
-        expectations,
-        name_rows=lambda rows: take_rows(profile, rows, ["id"])["id"].tolist(),
-    )
+    outcomes = [
+        outcome
+        for part in _cut(expectations, rows=pq.read_metadata(profile).num_rows)
+        for outcome in check_profile(
+            _read_checked(profile, part), part, name_rows=lambda rows: take_rows(profile, rows, ["id"])["id"].tolist()
+        )
+    ]
     facts = read_columns(profile, ["dataset", "problem", "n_eval_images"])
     report = ValidationReport(
         verdict="failed" if any(o.severity == "critical" and not o.success for o in outcomes) else "passed",
@@ -109,6 +113,13 @@ def validate_snapshot(
     write_file(out_dir / "validation.html", render_validation(report, profile=profile, snapshot=snapshot))
     write_file(out_dir / "validation.json", report.model_dump_json(indent=2) + "\n")
     return report
+
+
+def _cut(suite: Suite, *, rows: int) -> list[Suite]:
+    """A suite in parts that are checked one after the other, so that fewer columns of many samples are in memory."""
+    if rows <= _TOGETHER:
+        return [suite]
+    return [suite.model_copy(update={"expectations": (expectation,)}) for expectation in suite.expectations]
 
 
 def _read_bad(profile: Path) -> Iterator[QuarantinedSample]:
