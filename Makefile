@@ -51,6 +51,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.sft
 	@$(BIN)/python -m bench.soak --minutes 3
 	@$(BIN)/python -m bench.soak --figures
+	@$(BIN)/python -m bench.takeover
 	@$(BIN)/python -m bench.images
 	@$(BIN)/python -m bench.encoders
 	@$(BIN)/python -m bench.features

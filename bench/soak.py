@@ -32,7 +32,7 @@ from manyeyes.recipe import load_recipe
 from manyeyes.runtime.bundle import load_bundle
 from manyeyes.runtime.engine import Chat, Engine
 from tests import export_toys
-from tests.export_toys import make_toy, picture
+from tests.export_toys import Toy, make_toy, picture
 from tests.invariants.test_runtime_engine import QUESTIONS, make_chats
 from tests.serving_toys import as_options, as_uri
 
@@ -179,8 +179,8 @@ def soak(minutes: float, folder: Path) -> bool:
     return not faults and growth <= GROWTH
 
 
-def figures(folder: Path, *, rounds: int) -> bool:
-    """Requests a second and p95 of the first token, together and one by one, on a language model of 25 M parameters."""
+def make_larger_toy(folder: Path) -> Toy:
+    """A toy whose language model has 25 M parameters."""
     export_toys.LlamaConfig = lambda **given: LlamaConfig(  # type: ignore[assignment,misc]
         **{
             **given,
@@ -192,7 +192,12 @@ def figures(folder: Path, *, rounds: int) -> bool:
             "initializer_range": 0.05,
         }
     )
-    bundle = make_toy(folder, load_recipe("tiny")).bundle
+    return make_toy(folder, load_recipe("tiny"))
+
+
+def figures(folder: Path, *, rounds: int) -> bool:
+    """Requests a second and p95 of the first token, together and one by one, on a language model of 25 M parameters."""
+    bundle = make_larger_toy(folder).bundle
     chats = [Chat.ask(QUESTIONS[seed % 3], images=picture(seed), max_new_tokens=24) for seed in range(32)]
     with Engine(load_bundle(bundle, threads=1)) as engine:
         expected = [engine.answer(chat).text for chat in chats]
