@@ -35,9 +35,21 @@ _SMALLEST_SIDE = 100
 """Pixels, where the page says how large an image is shown: icons, flags and buttons are smaller."""
 
 _LONGEST_ADDRESS = 2000
-_DEEPEST = 5000  # old pages that never close a p nest them
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-_SKIPPED = ("script", "style", "template", "noscript", "nav", "footer", "form", "svg", "iframe", "button", "select")
+_SKIPPED = (
+    "script",
+    "style",
+    "template",
+    "noscript",
+    "nav",
+    "footer",
+    "form",
+    "svg",
+    "math",
+    "iframe",
+    "button",
+    "select",
+)
 # Of MediaWiki, and common elsewhere.
 _SKIPPED_CLASSES = {
     "mw-editsection",
@@ -50,7 +62,7 @@ _SKIPPED_CLASSES = {
     "sidebar",
     "noprint",
 }
-_CONTAINERS = {"thumb", "gallerybox", "infobox-image", "wp-caption"}
+_CONTAINERS = {"thumb", "tsingle", "gallerybox", "infobox-image", "wp-caption"}
 _CAPTIONS = {"thumbcaption", "gallerytext", "infobox-caption", "wp-caption-text"}
 _UNTOLD_SECTIONS = re.compile(
     r"(?:.*\bhistory\b.*|references|see also|external links|further reading|bibliography|notes|sources|citations"
@@ -59,6 +71,7 @@ _UNTOLD_SECTIONS = re.compile(
 )
 # https://commons.wikimedia.org/wiki/Commons:FAQ: the file itself is where its thumbnail is, without /thumb and size.
 _WIKIMEDIA_THUMB = re.compile(r"(https?://upload\.wikimedia\.org/.+)/thumb(/.+\.(?:jpe?g|png|gif|webp))/[^/]+", re.I)
+_FILE_NAME = re.compile(r"[^/<>]+\.(?:jpe?g|png|gif|svg|webp|tiff?)", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 
 
@@ -146,7 +159,7 @@ def read_page(content: bytes, url: str) -> PageFigures:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is read the same
         try:
-            soup = _BoundedSoup(text, "html.parser")
+            soup = BeautifulSoup(text, "html.parser")
         except ParserRejectedMarkup as error:
             raise RefusedError(f"its markup cannot be parsed ({error}); a page of HTML is needed") from error
     base = soup.find("base", href=True)
@@ -192,15 +205,6 @@ def _cut(paragraphs: list[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-class _BoundedSoup(BeautifulSoup):
-    """Gives up on pages that nest without end: the time that they take grows with the square of it."""
-
-    def pushTag(self, tag: Tag) -> None:  # noqa: N802 - the library's name
-        if len(self.tagStack) > _DEEPEST:
-            raise ParserRejectedMarkup(f"more than {_DEEPEST} tags inside each other")
-        super().pushTag(tag)
-
-
 class _Reader:
     """One pass over a page, in time that grows with its length however deep it nests."""
 
@@ -239,7 +243,9 @@ class _Reader:
             self._text.append(text)
 
     def _enter(self, tag: Tag) -> None:
-        if tag.name == "img":
+        if tag.name == "img" and any(name.startswith("mwe-math") for name in _classes(tag)):
+            self._say(_attribute(tag, "alt"))  # a formula, as LaTeX
+        elif tag.name == "img":
             self._add_image(tag)
         elif tag.name in ("br", "td", "li"):
             self._say(" ")
@@ -285,13 +291,16 @@ class _Reader:
         sides = [_pixels(_attribute(tag, name)) for name in ("width", "height")]
         if not addresses:
             self.left_out["images without an address"] += 1
+        elif urlsplit(addresses[-1]).path.lower().endswith(".svg"):
+            self.left_out["images that are vector graphics"] += 1
         elif any(side is not None and side < _SMALLEST_SIDE for side in sides):
             self.left_out[f"images shown smaller than {_SMALLEST_SIDE} pixels"] += 1
         elif self._images == MOST_IMAGES:
             self.left_out[f"images beyond a page's first {MOST_IMAGES}"] += 1
         else:
             self._images += 1
-            image = _Image(addresses, _words(_attribute(tag, "alt")))
+            alternative = _words(_attribute(tag, "alt"))
+            image = _Image(addresses, "" if _FILE_NAME.fullmatch(alternative) else alternative)
             self.sections[-1].images.append(image)
             if self._containers:
                 self._containers[-1].images.append(image)
