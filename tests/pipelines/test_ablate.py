@@ -39,9 +39,18 @@ def test_every_combination_is_trained_and_compared(toy_checkout: Checkout) -> No
     assert again["train_trial[projector.depth=1]"]
     assert not again["compare_trials"]  # the last step: what it leaves tells that the run went well
 
-    code, output = toy_checkout.run("run", "ablate", "--recipe", "toy.yaml")
-    assert code == 2
-    assert "ablate_grid" in output
+
+def test_draws_are_trained_and_compared(toy_checkout: Checkout) -> None:
+    draws = "balance_draws=cap=[as-is, 8]"  # as-is is the ablation's first variant, which is kept
+    code, output = toy_checkout.run("run", "balance", "--recipe", "toy.yaml", "--param", draws)
+    assert code == 0, output + toy_checkout.log()[-8000:]
+    summary = toy_checkout.summary()
+    names = [step.name for step in summary.steps]
+    assert {"plan_balance", "train_trial[as-is]", "train_trial[draw.cap=8]", "compare_trials"} <= set(names)
+    assert summary.report is not None
+    page = Path(summary.report).read_text(encoding="utf-8")
+    for text in ("Draws of toy", "draw.cap=8", "Difference to as-is"):
+        assert text in page, text
 
 
 def test_trial_that_was_scored_is_never_trained_again(

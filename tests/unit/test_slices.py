@@ -12,7 +12,7 @@ from manyeyes.errors import PipelineError, RecipeError
 from manyeyes.harness.inputs import SLICES, Pinned, parse_pinned
 from manyeyes.recipe import Recipe, change_recipe, load_recipe
 from manyeyes.recipe.gate_rules import GATE_RULES
-from manyeyes.recipe.model import STAGE_NAMES, Strict, model_inside
+from manyeyes.recipe.model import STAGE_NAMES, DrawnSource, Strict, model_inside
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.recipe.recipe import GraphPrecision
 from tests.gate_toys import RULES
@@ -119,6 +119,11 @@ STAGE_FIELDS: dict[str, tuple[Any, bool]] = {
     "mixture.0.image_dropout": (0.5, True),
     "mixture.0.max_samples": (9, False),
     "mixture.0.questions": ("brief", True),
+    "draw.cap": (9, False),
+    "draw.ratio": ({"OCR": 9}, False),
+    "draw.total": (9, False),
+    "draw.sources": ({"a": {"cap": 9}}, False),
+    "draw.seed": (9, False),
     "epochs": (3, False),  # the draws of four are tried
     "max_steps": (9, False),
     "max_samples": (9, False),
@@ -154,6 +159,8 @@ for stage in STAGE_NAMES:
         before: dict[str, Any] = {}
         if name.startswith("packing"):
             before = {f"stages.{stage}.packing": {"tokens": 5}}
+        if name.startswith("draw"):
+            before = {f"stages.{stage}.draw": {"cap": 5}}
         if name.startswith("lora"):
             before = {f"stages.{stage}.train": RATES, f"stages.{stage}.lora": {"rank": 2, "alpha": 2}}
         FIELDS[f"stages.{stage}.{name}"] = (flipped, concerned, before)
@@ -178,7 +185,7 @@ def leaves(model: type[Strict], place: str = "") -> Iterator[str]:
         if name == "gate":
             for number, rule in enumerate(RULES):
                 yield from leaves(GATE_RULES[rule["rule"]], f"gate.{number}.")
-        elif inner is not None and issubclass(inner, Strict) and inner is not GraphPrecision:
+        elif inner is not None and issubclass(inner, Strict) and inner not in (GraphPrecision, DrawnSource):
             yield from leaves(inner, f"{where}.0." if str(field.annotation).startswith("tuple") else f"{where}.")
         elif get_origin(field.annotation) is not Literal or len(get_args(field.annotation)) > 1:
             yield where

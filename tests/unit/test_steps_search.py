@@ -264,3 +264,32 @@ def test_trial_file_that_is_broken_is_named(tmp_path: Path) -> None:
     (tmp_path / "trial.json").write_text(json.dumps({"variant": {}}), encoding="utf-8")
     with pytest.raises(PipelineError, match=r"trial\.json"):
         read_trial(tmp_path)
+
+
+def test_scores_of_draws_are_drawn_against_the_number_in_which_they_differ(snapshot: Snapshot, tmp_path: Path) -> None:
+    wrong = {250_000: 2, 150_000: 6, 350_000: 3}
+    trials = [
+        make_trial(tmp_path / str(cap), snapshot, Variant(changes={"stages.sft.draw.cap": cap}), wrong=range(count))
+        for cap, count in wrong.items()
+    ]
+    logged: dict[int, dict[str, float]] = {}
+
+    class Log:
+        run_id = "run"
+
+        def log_metrics(self, figures: dict[str, float], *, step: int) -> None:
+            logged[step] = figures
+
+    result = compare_trials(
+        Reporter("test", Log()),  # type: ignore[arg-type]
+        pinned=pinned("compare_trials"),
+        ablate_grid=f"stages.sft.draw.cap={list(wrong)}",
+        trials=trials,
+        comparison=tmp_path / "comparison",
+    )
+    for text in ("Draws of tiny", "Mean score against stages.sft.draw.cap", "<polyline"):
+        assert text in result.html, text
+    assert {place: round(figures["mean_score"], 1) for place, figures in logged.items()} == {
+        cap: round(100 * (IMAGES - count) / IMAGES, 1) for cap, count in wrong.items()
+    }
+    assert all(figures["mean_score_low"] < figures["mean_score_high"] for figures in logged.values())

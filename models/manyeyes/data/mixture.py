@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,6 +142,7 @@ class Mixture:
         snapshot: Where they are.
         seed: Another seed gives another order, other dropped images and other draws.
         quarantine: Rows to leave out, as ``row_name`` writes them.
+        drawn: By data set the rows to take, ascending, where a stage draws from it; all otherwise.
 
     Raises:
         SnapshotError: The snapshot lacks a data set, or a shard cannot be read.
@@ -155,7 +156,9 @@ class Mixture:
         *,
         seed: int,
         quarantine: frozenset[str] = frozenset(),
+        drawn: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
+        self._drawn = drawn
         self._parts = tuple(parts)
         self._snapshot = snapshot
         self._seed = seed
@@ -171,7 +174,14 @@ class Mixture:
             for part in self._parts
         ]
         self._rows = [
-            _choose_rows(part, len(reader), number=number, seed=seed, quarantine=quarantine)
+            _choose_rows(
+                part,
+                len(reader),
+                number=number,
+                seed=seed,
+                quarantine=quarantine,
+                drawn=None if drawn is None else drawn[part.dataset],
+            )
             for number, (part, reader) in enumerate(zip(self._parts, self._readers, strict=True))
         ]
         self._starts = list(itertools.accumulate((len(rows) for rows in self._rows), initial=0))
@@ -189,7 +199,8 @@ class Mixture:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the shards itself."""
-        return partial(Mixture, seed=self._seed, quarantine=self._quarantine), (self._parts, self._snapshot)
+        again = partial(Mixture, seed=self._seed, quarantine=self._quarantine, drawn=self._drawn)
+        return again, (self._parts, self._snapshot)
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -267,6 +278,9 @@ class Mixture:
             "shards": [[shard.sha256 for shard in snapshot.dataset(part.dataset).shards] for part in self._parts],
             "quarantine": sorted(quarantine),
         }
+        if self._drawn is not None:
+            rows = {name: hashlib.sha256(rows.tobytes()).hexdigest() for name, rows in self._drawn.items()}
+            facts["drawn"] = rows
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -372,13 +386,23 @@ class _Chosen:
         return np.searchsorted(self._rows, rows)
 
 
-def _choose_rows(part: MixturePart, count: int, *, number: int, seed: int, quarantine: frozenset[str]) -> _Rows:
-    """Rows of a part that are used: without the quarantine, and at most ``max_samples``."""
+def _choose_rows(
+    part: MixturePart,
+    count: int,
+    *,
+    number: int,
+    seed: int,
+    quarantine: frozenset[str],
+    drawn: NDArray[np.int64] | None,
+) -> _Rows:
+    """Rows of a part that are used: without the quarantine, those that are drawn, and at most ``max_samples``."""
     excluded = np.unique(np.array(rows_of(quarantine, part.dataset), np.int64))
     excluded = excluded[(excluded >= 0) & (excluded < count)]
-    if part.max_samples is None or part.max_samples >= count - len(excluded):
+    if drawn is None and (part.max_samples is None or part.max_samples >= count - len(excluded)):
         return _AllBut(count, excluded)
-    rows = np.delete(np.arange(count, dtype=np.int64), excluded)
+    rows = np.setdiff1d(np.arange(count, dtype=np.int64) if drawn is None else drawn, excluded, assume_unique=True)
+    if part.max_samples is None or part.max_samples >= len(rows):
+        return _Chosen(rows)
     keys = _keys(rows, seed, number, "choice")
     return _Chosen(np.sort(rows[np.argsort(keys, kind="stable")[: part.max_samples]]))
 

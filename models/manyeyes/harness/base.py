@@ -310,6 +310,16 @@ class Reporter:
         if self._log is not None and curves:
             self._log.log_metrics(curves, step=optimizer_step)
 
+    def curves(self, points: Mapping[int, Mapping[str, float]]) -> None:
+        """Figures by where they stand on the x axis, for MLflow.
+
+        Args:
+            points: Place on the axis, for instance samples, and the figures there.
+        """
+        for place, figures in points.items():
+            if self._log is not None:
+                self._log.log_metrics(figures, step=place)
+
 
 def run_step(
     step: Step,

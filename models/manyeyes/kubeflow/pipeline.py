@@ -50,6 +50,7 @@ PIPELINES: dict[str, str] = {
     "evaluate": "pipelines.evaluate:evaluate",
     "search_encoders": "pipelines.search_encoders:search_encoders",
     "ablate": "pipelines.ablate:ablate",
+    "balance": "pipelines.balance:balance",
     "promote": "pipelines.promote:promote",
     "rollback": "pipelines.rollback:rollback",
 }

@@ -26,7 +26,7 @@ from manyeyes.errors import ManyEyesError, PipelineError
 from manyeyes.harness.inputs import Pinned
 from manyeyes.kubeflow.compact import step_of
 from manyeyes.recipe import Recipe, write_recipe_text
-from manyeyes.search.variant import MAX_BATCHES, Variant, in_batches, read_grid
+from manyeyes.search.variant import MAX_BATCHES, Variant, balance_grid, in_batches, read_grid
 from manyeyes.steps.resolve_data import pin_steps, read_recipe
 
 # Argo ends a run whose nodes are larger than 1 MB compressed; ours shrink to a ninth, so this leaves a third free.
@@ -256,11 +256,24 @@ def _recipe_of(values: Mapping[str, Any]) -> Recipe | None:
     if "recipe" not in values:
         return None
     try:
-        if values.get("ablate_grid"):
-            read_grid(values["ablate_grid"])
+        _grid_of(values)
         return read_recipe(values.get("recipe_text") or values["recipe"], values.get("recipe_overrides") or "")
     except ManyEyesError:  # preflight says what is wrong with it, for this recipe may be newer than this checkout
         return None
+
+
+def _grid_of(values: Mapping[str, Any]) -> str:
+    """The grid of an ablation or of draws; empty where a pipeline has none, or it was not given.
+
+    Raises:
+        RecipeError: A wrong one.
+    """
+    grid: str = values.get("ablate_grid") or ""
+    if values.get("balance_draws"):
+        grid = balance_grid(values["balance_draws"], stage=values.get("balance_stage") or "sft")
+    if grid:
+        read_grid(grid)
+    return grid
 
 
 def _benchmarks_of(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:
@@ -271,7 +284,8 @@ def _benchmarks_of(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:
 def _outputs_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     pinned = Pinned(recipe, data_md5="0" * 32, data_remote=values.get("data_remote") or _UNKNOWN, code_digest=_UNKNOWN)
     steps = pin_steps(pinned)
-    grid = read_grid(values["ablate_grid"]) if values.get("ablate_grid") else []
+    grid = _grid_of(values)
+    batches = in_batches(read_grid(grid)) if grid else [""] * MAX_BATCHES
     candidates = in_batches([Variant(encoders=(encoder.name,)) for encoder in recipe.model.encoders])
     return {
         "preflight": {**steps, "registry_model": recipe.registry.model},
@@ -279,7 +293,8 @@ def _outputs_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, dict[str
             "benchmarks": _benchmarks_of(recipe, values),
             **dict.fromkeys(("score_benchmark", "merge_scorecards"), steps["evaluate"]),
         },
-        "plan_ablation": {"batches": in_batches(grid) or [""] * MAX_BATCHES},
+        "plan_ablation": {"batches": batches},
+        "plan_balance": {"batches": batches, "grid": grid},
         "start_search": {"candidates": candidates[:1]},
         "search_round": {"candidates": candidates},
     }

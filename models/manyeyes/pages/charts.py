@@ -245,13 +245,24 @@ def scatter(
     return Drawing(what, bottom, width if words else 0, lines=lines, labels=labels, points=placed)
 
 
-def draw_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, height: int = 260) -> Drawing:
-    """Lines over a common x axis; without lines where there are fewer than two points."""
+def draw_curves(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, height: int = 260, from_zero: bool = True
+) -> Drawing:
+    """Lines over a common x axis; without lines where there are fewer than two points.
+
+    Args:
+        curves: With a point at least, two together.
+        x_label: Below the axis.
+        y_label: For those who cannot see it.
+        height: In pixels.
+        from_zero: Whether the y axis has 0 on it; otherwise it is as long as the curves need.
+    """
     points = [point for curve in curves for point in curve.points]
     if len(points) < 2:
         return Drawing(y_label, 0)
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    low = min(0.0, low) if from_zero else low
     wide, tall = (high_x - low_x) or 1.0, (high - low) or 1.0
     floor = height - _BOTTOM
     lines, labels = [], []

@@ -17,6 +17,7 @@ from manyeyes.recipe.loading import (
 from manyeyes.recipe.model import (
     STAGE_NAMES,
     ChatSpec,
+    DrawSpec,
     EncoderSpec,
     FusionSpec,
     LanguageModelSpec,
@@ -48,6 +49,7 @@ __all__ = [
     "ChatSpec",
     "ContaminationSpec",
     "DataSpec",
+    "DrawSpec",
     "EncoderSpec",
     "EvaluationSpec",
     "ExportSpec",

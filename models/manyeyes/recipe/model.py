@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from manyeyes.errors import did_you_mean
 from manyeyes.strict import StrictModel
@@ -124,6 +131,33 @@ class MixturePart(Strict):
         return shuffled or 0 < self.image_dropout < 1 or self.questions == "brief"
 
 
+Samples = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+
+
+class DrawnSource(Strict):
+    """What a draw says of the records of some sources."""
+
+    category: str | None = Field(
+        default=None, min_length=1, description="Ratios are among categories; the table of sources says it by default."
+    )
+    cap: Samples | None = Field(default=None, description="Most samples of each of these sources, in place of cap.")
+
+
+class DrawSpec(Strict):
+    """A draw from a stage's data sets, as a curation recipe's, with nothing copied (docs/curation.md)."""
+
+    cap: Samples | None = Field(default=None, description="Most samples of one source: Cambrian-1's t.")
+    ratio: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(
+        default={}, description="Parts of each category; those without one are left out. All that there is by default."
+    )
+    total: Samples | None = Field(default=None, description="Most samples altogether.")
+    sources: dict[str, DrawnSource] = Field(
+        default={},
+        description="By the records' source; * stands for any letters, and the first that fits counts.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Another seed draws other samples.")
+
+
 class Schedule(Strict):
     """Learning rate over a stage."""
 
@@ -174,6 +208,9 @@ class StageSpec(Strict):
     )
     encoders: tuple[str, ...] | None = Field(default=None, description="prealign only: which encoders; all by default.")
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
+    draw: DrawSpec | None = Field(
+        default=None, description="Which of the mixture's samples are trained on; all when left out."
+    )
     epochs: int = Field(default=1, gt=0, le=MAX_EPOCHS)
     max_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT, description="Stop after N optimizer steps.")
     max_samples: int | None = Field(
@@ -240,6 +277,14 @@ class StageSpec(Strict):
         default=None, description="Train adapters of the language model in place of the language model."
     )
     checkpoint_every_s: float = Field(default=30.0, gt=0, le=1e9, description="Seconds between running checkpoints.")
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``draw`` where there is none, so that digests of published recipes stay."""
+        tree: dict[str, Any] = handler(self)
+        if tree.get("draw") is None:
+            tree.pop("draw", None)
+        return tree
 
     @property
     def quantized(self) -> bool:

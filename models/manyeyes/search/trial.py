@@ -18,7 +18,7 @@ from manyeyes.evaluation.benchmarks import find_benchmark
 from manyeyes.evaluation.outcomes import OutcomeFile, read_outcomes
 from manyeyes.evaluation.scorecard import Interval, Scorecard
 from manyeyes.evaluation.statistics.significance import PairedTest, compare_scores
-from manyeyes.pages import Bar, Mark, Table, Text, amount, duration, render, span
+from manyeyes.pages import Bar, Curve, Drawing, Mark, Table, Text, amount, draw_curves, duration, render, span
 from manyeyes.search.variant import Variant
 from manyeyes.strict import StrictModel
 
@@ -31,6 +31,7 @@ class TrialStage(StrictModel):
     stage: str = Field(description="prealign, pretrain or sft.")
     encoder: str | None = Field(description="The encoder that prealign trained.")
     seconds: float = Field(description="Seconds of training.")
+    samples: int | None = Field(default=None, description="Samples seen, each epoch counted.")
     final_loss: float = Field(description="Nats a supervised token.")
     checkpoint_digest: str = Field(description="Of what the stage made.")
 
@@ -200,7 +201,18 @@ class Row:
 
 def render_trials(template: str, **values: object) -> str:
     """A page or note whose template calls functions of this module."""
-    shared = (score_bars, difference_bars, reach, short_table, normalised, flops, image_off, tone_of, marked_name)
+    shared = (
+        score_bars,
+        difference_bars,
+        reach,
+        short_table,
+        normalised,
+        flops,
+        image_off,
+        samples_seen,
+        tone_of,
+        marked_name,
+    )
     return render(template, **values, **{function.__name__: function for function in shared})
 
 
@@ -236,6 +248,41 @@ def difference_bars(rows: Sequence[Row]) -> list[Bar]:
         for row in rows
         if row.difference is not None
     ]
+
+
+def curve_axis(rows: Sequence[Row]) -> tuple[str, list[float]] | None:
+    """The one number in which all trials of a grid differ, by its dotted path, and its value in each.
+
+    None where they differ in more, in something else, or in the seed alone.
+    """
+    changes = [change for row in rows for change in row.trial.variant.changes.items()]
+    paths = {path for path, _ in changes}
+    values = [float(value) for _, value in changes if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(paths) != 1 or not len(values) == len(changes) == len(rows):
+        return None
+    (path,) = paths
+    return None if path.rpartition(".")[2] == "seed" else (path, values)
+
+
+def score_curve(rows: Sequence[Row]) -> Drawing | None:
+    """The mean score and the ends of its interval against the number in which the trials differ; None without one."""
+    axis = curve_axis(rows)
+    if axis is None:
+        return None
+    path, values = axis
+    pairs = sorted(zip(values, rows, strict=True), key=lambda pair: pair[0])
+    ends = [Curve(f"95%, {name}", [(x, row.trial.mean_ci95[end]) for x, row in pairs], "off") for end, name in _ENDS]
+    mean = Curve("mean score", [(x, row.trial.mean) for x, row in pairs])
+    return draw_curves([*ends, mean], x_label=path.rpartition(".")[2], y_label="mean score (%)", from_zero=False)
+
+
+_ENDS = ((0, "lower end"), (1, "upper end"))
+
+
+def samples_seen(trial: Trial) -> str:
+    """Of the trial's last stage."""
+    samples = trial.stages[-1].samples if trial.stages else None
+    return "" if samples is None else f"{samples:,}"
 
 
 def reach(rows: Sequence[Row]) -> float:

@@ -138,11 +138,31 @@ def keep_encoders(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return change_recipe(recipe, changes)
 
 
-def read_grid(text: str) -> list[Variant]:
+def balance_grid(text: str, *, stage: str) -> str:
+    """The grid of an ablation that changes a stage's draw.
+
+    Args:
+        text: One ``field=[value, value, ...]`` of a draw a line, for instance ``cap=[150000, 250000]``.
+        stage: Whose draw.
+
+    Raises:
+        RecipeError: As for ``read_grid``.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")]
+    grid = "\n".join(f"stages.{stage}.draw.{line}" for line in lines)
+    read_grid(grid, field="balance_draws", example="cap=[150000, 250000]")
+    return grid
+
+
+def read_grid(
+    text: str, *, field: str = "ablate_grid", example: str = "model.fusion.strategy=[channel-concat, sequence-append]"
+) -> list[Variant]:
     """Every combination of the values in a grid, the last line's values changing fastest.
 
     Args:
         text: One ``path=[value, value, ...]`` a line; values are YAML, ``as-is`` stands for the recipe's own.
+        field: What messages call it.
+        example: One of its lines.
 
     Raises:
         RecipeError: A line that is no list of values, a path twice, or no or too many combinations.
@@ -153,26 +173,26 @@ def read_grid(text: str) -> list[Variant]:
         ((path, values),) = parse_overrides([line]).items()
         if not isinstance(values, list) or not values:
             raise RecipeError(
-                f'ablate_grid has "{line}"',
+                f'{field} has "{line}"',
                 "a list of the values to compare",
                 f"Write {path}=[a, b]; what is the same for all belongs to recipe_overrides.",
             )
         if path in axes:
-            raise RecipeError(f'ablate_grid has "{path}" twice', "each path once", "Put all values on one line.")
+            raise RecipeError(f'{field} has "{path}" twice', "each path once", "Put all values on one line.")
         axes[path] = values
     count = math.prod(len(values) for values in axes.values()) if axes else 0
     if not 2 <= count <= MAX_VARIANTS:
         raise RecipeError(
-            f"ablate_grid makes {count} variants",
+            f"{field} makes {count} variants",
             f"2 to {MAX_VARIANTS}",
-            "For instance: model.fusion.strategy=[channel-concat, sequence-append]",
+            f"For instance: {example}",
         )
     variants = [
         Variant(changes={path: value for path, value in zip(axes, values, strict=True) if value != AS_IS})
         for values in itertools.product(*axes.values())
     ]
     if len({variant.text() for variant in variants}) < len(variants):
-        raise RecipeError("ablate_grid makes the same variant twice", "different values", "Remove the repeated value.")
+        raise RecipeError(f"{field} makes the same variant twice", "different values", "Remove the repeated value.")
     return variants
 
 

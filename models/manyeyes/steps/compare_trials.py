@@ -17,9 +17,11 @@ from manyeyes.search.trial import (
     Difference,
     Row,
     Trial,
+    curve_axis,
     difference,
     read_trial,
     render_trials,
+    score_curve,
     short_table,
     trial_folders,
 )
@@ -48,7 +50,7 @@ class AblationComparison(StrictModel):
 
 
 def compare_trials(
-    reporter: Reporter,  # noqa: ARG001  (every step has one)
+    reporter: Reporter,
     *,
     pinned: str,
     ablate_grid: str,
@@ -58,7 +60,7 @@ def compare_trials(
     """Write ``comparison.json``, every trial, and the page.
 
     Args:
-        reporter: Not needed.
+        reporter: Gets the scores by the number in which the trials differ, for MLflow.
         pinned: From ``preflight``.
         ablate_grid: As for ``plan_ablation``; its first variant is what the others are compared with.
         trials: Folders of ``train_trial``, in any order.
@@ -96,6 +98,10 @@ def compare_trials(
             for row in rows
         ),
     )
+    if axis := curve_axis(rows):
+        # MLflow's axis has whole numbers.
+        places = [int(value) for value in axis[1]] if all(map(float.is_integer, axis[1])) else range(len(rows))
+        reporter.curves({place: _scores(row.trial) for place, row in zip(places, rows, strict=True)})
     (comparison / COMPARISON_FILE).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
     winner = rows[best]
     return StepResult(
@@ -107,13 +113,22 @@ def compare_trials(
     )
 
 
+def _scores(trial: Trial) -> dict[str, float]:
+    low, high = trial.mean_ci95
+    return {"mean_score": trial.mean, "mean_score_low": low, "mean_score_high": high}
+
+
 def comparison_html(recipe: str, rows: Sequence[Row]) -> str:
     """The whole page: the first row is what the others are compared with."""
     winner = next(row for row in rows if row.wins)
     certain = sum(1 for row in rows if row.difference is not None and row.difference.is_certain)
+    axis = curve_axis(rows)
+    draws = all(".draw." in path for row in rows for path in row.trial.variant.changes)
     return render_trials(
         "ablation.html",
-        title=f"Ablation of {recipe}",
+        title=f"{'Draws' if draws else 'Ablation'} of {recipe}",
+        curve=score_curve(rows),
+        curve_label=axis[0] if axis else "",
         rows=rows,
         winner=winner,
         tiles=[

@@ -40,6 +40,7 @@ LAST_STEPS = {
     "train": "register",
     "evaluate": "merge_scorecards",
     "ablate": "compare_trials",
+    "balance": "compare_trials",
     "search_encoders": "advance_search",
     "promote": "promote_version",
     "rollback": "restore_previous",

@@ -228,6 +228,7 @@ class _Job:
                 stage=stage,
                 encoder=encoder,
                 seconds=round(report.seconds, 3),
+                samples=report.samples,
                 final_loss=report.final_loss,
                 checkpoint_digest=report.checkpoint_digest,
             )

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from manyeyes.data.curation.stage_draw import draw_of_stage, drawn_rows
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.encoders import Encoder, load_encoder_weights
@@ -35,7 +38,7 @@ from manyeyes.model.stored import Stored
 from manyeyes.recipe import Recipe, StageName, StageSpec
 from manyeyes.recipe.partial import one_encoder
 from manyeyes.sources import pin_recipe
-from manyeyes.storage import hash_file, link_or_copy, new_folder
+from manyeyes.storage import cache_dir, hash_file, link_or_copy, new_folder
 from manyeyes.strict import StrictModel
 from manyeyes.training.adapters import (
     adapter_modules,
@@ -302,7 +305,7 @@ def _train_and_save(
     stored = None
     groups = parts_of(model, groups)
     parameters = {name: parameter for group in rates for name, parameter in groups[group]}
-    mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine)
+    mixture = Mixture(spec.mixture, job.snapshot, seed=job.seed, quarantine=job.quarantine, drawn=_draw(job))
     num_samples = spec.epochs * len(mixture)
     steps = math.ceil(num_samples / spec.batch_size)
     if spec.max_steps is not None and spec.max_steps < steps:
@@ -466,6 +469,16 @@ def _take_part(model: ManyEyesForConditionalGeneration, job: _Job, whole: Callab
     else:
         for tensor in model.encoders[job.encoder].state_dict().values():
             whole(tensor)
+
+
+def _draw(job: _Job) -> Mapping[str, NDArray[np.int64]] | None:
+    """By data set the rows that the stage draws; None where it takes all."""
+    if job.spec.draw is None:
+        return None
+    datasets = [part.dataset for part in job.spec.mixture]
+    return drawn_rows(
+        draw_of_stage(job.spec.draw, datasets, job.snapshot, quarantine=job.quarantine, cache_dir=cache_dir())
+    )
 
 
 def _images_a_record(job: _Job) -> float:

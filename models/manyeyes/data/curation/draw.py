@@ -24,6 +24,7 @@ from manyeyes.data.curation.duplicates import Images, find_exact, find_near
 from manyeyes.data.curation.facts import read_facts
 from manyeyes.data.curation.noun_phrases import read_phrases, thin_out
 from manyeyes.data.curation.recipe import CurationRecipe, FilterSpec
+from manyeyes.data.quarantine import rows_of
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import DataError, SnapshotError, did_you_mean
 
@@ -136,6 +137,7 @@ def draw_mixture(
     *,
     cache_dir: Path,
     progress: Progress | None = None,
+    quarantine: frozenset[str] = frozenset(),
 ) -> Draw:
     """Decide of every sample.
 
@@ -144,6 +146,7 @@ def draw_mixture(
         snapshots: One for each of its inputs.
         cache_dir: Where what is known of shards is kept; a killed draw goes on at the next shard.
         progress: Called with a sentence and the share that is done.
+        quarantine: Rows that cannot be used, as ``row_name`` writes them.
 
     Raises:
         SnapshotError: A data set or a shard is missing or damaged.
@@ -151,7 +154,8 @@ def draw_mixture(
         StorageError: No space or no permission for the cache.
     """
     shards = list_shards(recipe, snapshots)
-    return _Drawing(recipe, shards, cache_dir=cache_dir, progress=progress or (lambda *_: None)).run(snapshots)
+    drawing = _Drawing(recipe, shards, cache_dir=cache_dir, progress=progress or (lambda *_: None))
+    return drawing.run(snapshots, quarantine)
 
 
 class _Drawing:
@@ -168,11 +172,15 @@ class _Drawing:
         self._facts: list[Path] = []
         self._phrases: tuple[int, int] | None = None
 
-    def run(self, snapshots: Sequence[Snapshot]) -> Draw:
+    def run(self, snapshots: Sequence[Snapshot], quarantine: frozenset[str]) -> Draw:
         recipe = self._recipe
         for number in range(len(self._shards)):
             self._step("reading samples", number)
             self._read_facts(number)
+        for number, shard in enumerate(self._shards):
+            if shard.first_row == 0:
+                rows = np.array(rows_of(quarantine, shard.dataset), np.int64)
+                self._leave_out("unusable", rows + self._first_samples[number])
         order = _mix(self._content, recipe.seed)
         self._rank = np.empty(len(order), np.int64)
         self._rank[np.lexsort((self._id_hash, order))] = np.arange(len(order))
