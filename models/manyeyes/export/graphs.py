@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,6 +107,13 @@ def save_graph(model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES)
     if size <= most_bytes:
         onnx_ir.save(model, out)
         return
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if type(tensor) is onnx_ir.Tensor and not tensor.numpy().flags.c_contiguous:
+            # A weight that was turned while folding: numpy would write it number by number.
+            value.const_value = onnx_ir.LazyTensor(
+                partial(_copy, tensor), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
     with TemporaryDirectory(dir=out.parent) as name:
         onnx_ir.save(model, Path(name) / out.name, external_data="weights", max_shard_size_bytes=most_bytes)
         shards = sorted(file.name for file in Path(name).iterdir() if file.name != out.name)
@@ -118,6 +126,10 @@ def save_graph(model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES)
         for shard, given in called.items():
             (Path(name) / shard).replace(out.with_name(given))
         onnx.save(proto, out)
+
+
+def _copy(tensor: onnx_ir.Tensor) -> onnx_ir.Tensor:
+    return onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def describe_graph(model: onnx_ir.Model) -> GraphSignature:
