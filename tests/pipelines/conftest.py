@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ from tests.pipelines.endpoint_toys import Answer
 from tests.pipelines.kfp_server import Kubeflow, start_server
 
 SIZES = {"train": 16, "val": 4, "test": 8}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def stacks_without_sources() -> Iterator[None]:
+    """kfp asks for its caller by a stack with the source of each frame: up to 20 CPU seconds a compilation.
+
+    Python looks for the module of every frame among all that were imported, which are thousands below pytest.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", partial(inspect.stack, 0))
+        yield
 
 
 def make_snapshot(folder: Path, *, cache: Path, sizes: dict[str, int]) -> Path:
