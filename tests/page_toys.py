@@ -314,9 +314,11 @@ def validation_page(change: Change, folder: Path) -> dict[str, str]:
     turns = tuple(Turn("gpt" if place % 2 else "human", f"text {place}") for place in range(12))
     records = [Record(change(f"toy/{row}"), "toy", (make_image(row),), tuple(map(change, turns))) for row in range(3)]
     shards = write_shards(records, folder, "train")
-    columns = {"row": range(3), "problem": ["", "", "broken"], "n_tokens": [7, 8, 9], "text_chars": [70, 80, 90]}
+    columns = {"row": range(3), "n_tokens": [7, 8, 9], "text_chars": [70, 80, 90]}
+    columns |= {"id": [change(f"toy/{row}") for row in range(3)], "problem": ["", "", change("broken")]}
     constant = {"dataset": change("toy"), "is_eval": False, "width": 8, "height": 6, "n_images": 1, "n_turns": 12}
-    profile = pd.DataFrame(columns).assign(**constant)
+    profile = folder / "profile.parquet"
+    pd.DataFrame(columns).assign(**constant).to_parquet(profile)
     report = ValidationReport(
         **{"verdict": "failed", "data_md5": "e" * 32, "suite": "conversations", "suite_sha256": "f" * 64},
         **{"datasets": {"toy": 3}, "eval_datasets": (), "rows": 3, "quarantined": 1, "contaminated_images": 0},
@@ -331,8 +333,7 @@ def validation_page(change: Change, folder: Path) -> dict[str, str]:
     report = change(report)
     entry = SimpleNamespace(images=3, licence=change("CC0-1.0"), source=change("made for a test"))
     snapshot = SimpleNamespace(dataset=lambda _: entry, shards=lambda _: shards)
-    quarantine = [QuarantinedSample(id=change("toy/2"), row=2, dataset=change("toy"), reason=change("broken"))]
-    html = render_validation(report, profile=profile, quarantine=quarantine, snapshot=snapshot)  # type: ignore[arg-type]
+    html = render_validation(report, profile=profile, snapshot=snapshot)  # type: ignore[arg-type]
     return {"validation.html": html, "validation.md": report.as_markdown()}
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import pytest
@@ -44,9 +44,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     read = contents.hash_file
 
-    def note(path: Path) -> str:
+    def note(path: Path, *algorithm: Literal["md5", "sha256"]) -> str:
         seen.append(path)
-        return read(path)
+        return read(path, *algorithm)
 
     monkeypatch.setattr(contents, "hash_file", note)
     return seen

@@ -44,6 +44,13 @@ def full_recipe() -> Recipe:
     stage = recipe.model_dump(mode="json")["stages"]["sft"]
     stage |= {"max_steps": 2, "max_samples": 2, "micro_batch_size": 2, "lora": {"rank": 2, "alpha": 2}}
     stage["mixture"][0]["max_samples"] = 2
+    stage["draw"] = {
+        "cap": 2,
+        "ratio": {"general": 1},
+        "total": 2,
+        "sources": {"*": {"category": "general", "cap": 2}},
+        "seed": 1,
+    }
     packed = {**stage, "micro_batch_size": None, "lora": None, "packing": {"tokens": 2, "images": 2}}
     return change_recipe(
         recipe,
