@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_origin
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from kfp_server_api import V2beta1Run
 from pydantic import BaseModel
 
@@ -34,6 +36,7 @@ from manyeyes.data.curation.report import (
 from manyeyes.data.generation.dataset import GenerationReport, RefusedItem
 from manyeyes.data.generation.page import render_generation
 from manyeyes.data.importing.import_report import ImportReport, render_import
+from manyeyes.data.profile import SCHEMA
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.shards import write_shards
@@ -317,8 +320,8 @@ def validation_page(change: Change, folder: Path) -> dict[str, str]:
     columns = {"row": range(3), "n_tokens": [7, 8, 9], "text_chars": [70, 80, 90]}
     columns |= {"id": [change(f"toy/{row}") for row in range(3)], "problem": ["", "", change("broken")]}
     constant = {"dataset": change("toy"), "is_eval": False, "width": 8, "height": 6, "n_images": 1, "n_turns": 12}
-    profile = folder / "profile.parquet"
-    pd.DataFrame(columns).assign(**constant).to_parquet(profile)
+    facts, profile = pd.DataFrame(columns).assign(**constant), folder / "profile.parquet"
+    pq.write_table(pa.Table.from_pandas(facts, schema=pa.schema([SCHEMA.field(name) for name in facts])), profile)
     report = ValidationReport(
         **{"verdict": "failed", "data_md5": "e" * 32, "suite": "conversations", "suite_sha256": "f" * 64},
         **{"datasets": {"toy": 3}, "eval_datasets": (), "rows": 3, "quarantined": 1, "contaminated_images": 0},
