@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from infra.images.build import CONTAINERFILE, IMAGES, ROOT, BuildError, link, pinned_base, requirements
 
@@ -42,6 +45,20 @@ def test_runtime_image_asks_for_no_torch_and_the_steps_image_does() -> None:
         assert package in named["runtime"]
     for package in ("torch>=", "mlflow[auth]>=", "kfp>=", "great-expectations>=", "psycopg2-binary>="):
         assert package in named["steps"]
+
+
+def test_every_pinned_package_takes_the_oldest_python_that_we_do() -> None:
+    """Debian 12's, of which a base can be made, is 3.11.2."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+    refuse = [
+        f"{package.name} {package.version} asks for Python {package.metadata['Requires-Python']}"
+        for package in metadata.distributions()
+        if canonicalize_name(package.name) in pinned
+        and not SpecifierSet(package.metadata["Requires-Python"] or "").contains(oldest.removeprefix(">=") + ".0")
+    ]
+    assert not refuse
 
 
 def test_base_of_the_containerfile_is_pinned_by_digest() -> None:
