@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -53,10 +54,11 @@ def test_every_pinned_package_takes_the_oldest_python_that_we_do() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
     refuse = [
-        f"{package.name} {package.version} asks for Python {package.metadata['Requires-Python']}"
-        for package in metadata.distributions()
+        f"{package.name} {package.version} asks for Python {asked}"
+        for package in metadata.distributions(path=[sysconfig.get_path("purelib")])
         if canonicalize_name(package.name) in pinned
-        and not SpecifierSet(package.metadata["Requires-Python"] or "").contains(oldest.removeprefix(">=") + ".0")
+        and (asked := package.metadata.get("Requires-Python"))
+        and not SpecifierSet(asked).contains(oldest.removeprefix(">=") + ".0")
     ]
     assert not refuse
 
