@@ -98,7 +98,7 @@ def test_smol_is_a_published_language_model_that_keeps_its_own_chat_and_adapts_b
         assert spec.keep_features
         assert (spec.lora is not None) == (which == "sft")
         builders = {part.dataset.rpartition("-")[0] for part in spec.mixture}
-        assert builders <= set(BUILDERS)
+        assert builders <= {*BUILDERS, "self-chat"}
         assert not {part.dataset for part in spec.mixture} & set(found.data.eval_datasets)
 
 
