@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from manyeyes.data.curation.stage_draw import draw_of_stage, drawn_rows
 from manyeyes.data.mixture import Mixture
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.encoders import Encoder, load_encoder_weights
@@ -475,6 +474,8 @@ def _draw(job: _Job) -> Mapping[str, NDArray[np.int64]] | None:
     """By data set the rows that the stage draws; None where it takes all."""
     if job.spec.draw is None:
         return None
+    from manyeyes.data.curation.stage_draw import draw_of_stage, drawn_rows  # pandas, a second that few stages need
+
     datasets = [part.dataset for part in job.spec.mixture]
     return drawn_rows(
         draw_of_stage(job.spec.draw, datasets, job.snapshot, quarantine=job.quarantine, cache_dir=cache_dir())
