@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup run test check bench gpu docs image clean
+.PHONY: help setup run test slow check bench gpu docs image clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -22,9 +22,12 @@ $(READY): pyproject.toml constraints.txt
 run: setup ## the main job: recipe tiny from versioned data to a promoted bundle
 	@$(BIN)/manyeyes run train --recipe tiny
 
-test: setup ## all tests that need no outside service
+test: setup ## all tests that need no outside service and take no minute each
 	@# In their own order: by number of tests, as xdist would have it, the few that take longest come last.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not integration"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not integration and not slow"
+
+slow: setup ## whole pipelines, trainings of several processes, real services (skipped where they cannot be started)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "integration or slow" --durations=10
 
 check: setup ## formatting, lint, types, import layers
 	@$(BIN)/ruff format --check .

@@ -71,6 +71,7 @@ def trained_in(folder: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_used_is_named_whoever_meets_it(
     order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_process_that_was_killed_is_missed_by_the_others(tmp_path: Path) -> No
     assert "out of memory" in ended[1]
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_the_error_of_the_process_that_had_it(order: list[str], tmp_path: Path) -> None:
     spoil(tmp_path, order[1])
     with pytest.raises(RecordError) as alone:

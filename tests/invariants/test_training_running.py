@@ -238,6 +238,7 @@ def test_sharded_parameters_are_saved_by_parts_and_read_by_any_number_of_process
     assert "parameter/scale" not in shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 2)])
 def test_another_number_of_processes_goes_on_at_the_same_sample(first: int, then: int, tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
@@ -293,7 +294,14 @@ def start_long(folder: Path, processes: int) -> tuple[subprocess.Popen[bytes], i
     return process, int((folder / "at").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_the_step_that_training_is_at(number: signal.Signals, processes: int, tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
     process, step = start_long(tmp_path, processes)

@@ -27,7 +27,7 @@ STEPS = [
 ]
 NEVER_CACHED = {"preflight", "gate", "register", "summarise_run"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def test_model_of_one_step_is_registered_but_moves_no_alias(first_run: tuple[str
     assert "gate: failed" in output
 
 
+@pytest.mark.slow
 def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
     _, summary = first_run
     assert summary.example is not None
@@ -118,6 +119,7 @@ def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSumma
     assert "champion" in output
 
 
+@pytest.mark.slow
 def test_bundle_scores_the_same_outside_the_pipeline(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
     _, summary = first_run
     assert summary.bundle is not None
@@ -129,6 +131,7 @@ def test_bundle_scores_the_same_outside_the_pipeline(first_run: tuple[str, RunSu
     assert card["model"]["kind"] == "bundle"
 
 
+@pytest.mark.slow
 def test_version_that_the_gate_refused_is_promoted_only_by_force(
     first_run: tuple[str, RunSummary], toy_checkout: Checkout
 ) -> None:
@@ -140,6 +143,7 @@ def test_version_that_the_gate_refused_is_promoted_only_by_force(
     assert "champion" in output
 
 
+@pytest.mark.slow
 def test_second_run_comes_from_the_cache_and_finds_the_same_version(
     first_run: tuple[str, RunSummary], toy_checkout: Checkout
 ) -> None:
@@ -154,6 +158,7 @@ def test_second_run_comes_from_the_cache_and_finds_the_same_version(
     assert f"{len(STEPS) - len(NEVER_CACHED)} of {len(STEPS)} steps from cache" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "ran", "version"),
     [
@@ -175,6 +180,7 @@ def test_a_changed_field_runs_the_steps_that_read_it_and_those_after_them(
     assert summary.model.version == version
 
 
+@pytest.mark.slow
 def test_edited_library_is_not_answered_from_the_cache(
     first_run: tuple[str, RunSummary], toy_checkout: Checkout
 ) -> None:
@@ -213,6 +219,7 @@ def test_snapshot_that_the_remote_lacks_is_refused_by_name(toy_checkout: Checkou
     assert "0" * 32 in output
 
 
+@pytest.mark.slow
 def test_everything_that_is_wrong_is_said_at_once_before_any_step(toy_checkout: Checkout) -> None:
     code, output = toy_checkout.run(
         "run",
