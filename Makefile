@@ -58,6 +58,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.images
 	@$(BIN)/python -m bench.encoders
 	@$(BIN)/python -m bench.features
+	@$(BIN)/python -m bench.variants
 	@.ci/twins
 
 gpu: setup ## what only a GPU shows: its tests, and LLaVA-1.5-7B's stages beside the estimate; says so where there is none
