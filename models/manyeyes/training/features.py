@@ -59,6 +59,7 @@ _TRIAL_BYTES = 4 * 2**20
 # Writing what this process does not read again is worth a tenth of what making it took: for runs to come.
 _FOR_LATER = 0.1
 _DEAD_S = 3600.0
+_MEASURED: dict[str, tuple[int, float]] = {}  # by key of the features: a trial is planned for training and for scoring
 
 
 class FeatureWarning(UserWarning):
@@ -611,7 +612,9 @@ def frozen_features(
         for name in names:
             key = features_key(model, processor, name, precision=precision, device=device, code_digest=code_digest)
             files[name] = FeatureFiles(folder, key, most_bytes=most_bytes)
-            size, make_s = _measure(model, processor, name, device=device, precision=precision)
+            if key not in _MEASURED:
+                _MEASURED[key] = _measure(model, processor, name, device=device, precision=precision)
+            size, make_s = _MEASURED[key]
             costs[name] = FeatureCosts(
                 images=images,
                 kept=min(images, len(files[name])),
