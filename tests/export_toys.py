@@ -73,25 +73,28 @@ def make_model(
     reinjection: Mapping[str, Any] | None = None,
     shared: Mapping[str, Any] | None = None,
     max_length: int = 96,
+    text: Mapping[str, Any] | None = None,
 ) -> tuple[ManyEyesForConditionalGeneration, ManyEyesProcessor]:
     """A model with random weights; ``sides`` are those of the encoders' inputs, 64 pixels when left out.
 
-    With ``shared`` (``ManyEyesConfig.shared_pixels``) every encoder's input is made from one tensor.
+    With ``shared`` (``ManyEyesConfig.shared_pixels``) every encoder's input is made from one tensor; ``text`` replaces
+    fields of the language model's configuration.
     """
     torch.manual_seed(5)
     sides = sides or dict.fromkeys(encoders, 64)
+    language_model: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": max(128, max_length),
+        # Wide weights make answers depend on every question and image.
+        "initializer_range": 0.3,
+    }
     config = ManyEyesConfig(
-        text_config=LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=max(128, max_length),
-            # Wide weights make answers depend on every question and image.
-            initializer_range=0.3,
-        ),
+        text_config=LlamaConfig(**language_model | dict(text or {})),
         encoders=[
             {"name": name, "encoder": row, "image_size": sides[name], "small": True} for name, row in encoders.items()
         ],
