@@ -19,6 +19,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,7 @@ from manyeyes.storage import content_digest, hash_file, new_file
 
 _BATCH = 100
 _ROWS = 4_000
+_AT_ONCE = 16  # images a task of a thread: handing over one costs as much as decoding a small one
 """Samples whose facts are in memory at a time."""
 _MEASURED = 1 << 16
 """Images whose size is remembered, about 300 bytes each: most data sets ask several questions of one image."""
@@ -439,7 +441,9 @@ class _Profiler:
                     self._measured.move_to_end(digest)
                 elif isinstance(record, Record):
                     new[digest] = record.images[number].data
-        self._measured.update(zip(new, pool.map(measure_image, new.values()), strict=True))
+        images = list(new.values())
+        parts = [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
+        self._measured.update(zip(new, chain.from_iterable(pool.map(_measure_all, parts)), strict=True))
         for row, (record, found) in enumerate(zip(batch, digests, strict=True), start=first):
             if isinstance(record, _Unreadable):
                 yield _without_facts(record)
@@ -548,6 +552,10 @@ def _in_batches(found: Iterator[Record | _Unreadable]) -> Iterator[list[Record |
             batch = []
     if batch:
         yield batch
+
+
+def _measure_all(images: Sequence[bytes]) -> list[Measured]:
+    return [measure_image(data) for data in images]
 
 
 def _without_facts(record: _Unreadable) -> dict[str, Any]:
