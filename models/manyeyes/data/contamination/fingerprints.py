@@ -351,7 +351,7 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
         SnapshotError: Not a Parquet file.
         StorageError: No space or no permission for the cache.
     """
-    kept = cache_dir / f"{sha256}-v{VERSION}.npy"
+    kept = fingerprints_path(cache_dir, sha256=sha256)
     if kept.is_file():
         known: NDArray[np.void] = np.load(kept)
         return known
@@ -375,6 +375,11 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
     with new_file(kept) as file, file.open("wb") as stream:
         np.save(stream, found)
     return found
+
+
+def fingerprints_path(cache_dir: Path, *, sha256: str) -> Path:
+    """Where the fingerprints of a Parquet file are kept; arguments as for ``fingerprint_shard``."""
+    return cache_dir / f"{sha256}-v{VERSION}.npy"
 
 
 def _look_at(data: bytes) -> tuple[int, int, float]:

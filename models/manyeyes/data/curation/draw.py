@@ -18,11 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from manyeyes.data.contamination.fingerprints import fingerprint_shard
-from manyeyes.data.contamination.search import Benchmarks, Source, open_source
 from manyeyes.data.curation.duplicates import Images, find_exact, find_near
-from manyeyes.data.curation.facts import read_facts
-from manyeyes.data.curation.noun_phrases import read_phrases, thin_out
+from manyeyes.data.curation.gathering import Gathering, Shard
+from manyeyes.data.curation.noun_phrases import thin_out
 from manyeyes.data.curation.recipe import CurationRecipe, FilterSpec
 from manyeyes.data.quarantine import rows_of
 from manyeyes.data.snapshot import Snapshot
@@ -36,27 +34,6 @@ FATES = (
 )
 _FATE = {name: number for number, name in enumerate(FATES)}
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard of an input.
-
-    Attributes:
-        dataset: Its data set.
-        path: On this disk.
-        sha256: As the manifest says.
-        rows: Samples.
-        first_row: Its first sample's place in the data set.
-        snapshot: Number of its input.
-    """
-
-    dataset: str
-    path: Path
-    sha256: str
-    rows: int
-    first_row: int
-    snapshot: int
 
 
 @dataclass(frozen=True)
@@ -94,12 +71,13 @@ class Draw:
         return f"{shard.dataset}#{shard.first_row + sample - int(self.first_samples[number])}"
 
 
-def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot]) -> list[Shard]:
-    """The shards of all inputs, fetched where they are not there.
+def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot], *, fetch: bool = True) -> list[Shard]:
+    """The shards of all inputs.
 
     Args:
         recipe: Names the data sets.
         snapshots: One for each of its inputs.
+        fetch: Whether those that are not there are fetched.
 
     Raises:
         SnapshotError: No such data set, one that holds no records, one that is named twice, or a shard that is missing.
@@ -123,8 +101,9 @@ def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot]) -> list[S
                 )
             seen.add(name)
             first = 0
-            for shard, path in zip(entry.shards, snapshot.shards(name), strict=True):
-                shards.append(Shard(name, path, shard.sha256, shard.rows, first, number))
+            paths = snapshot.shards(name) if fetch else snapshot.shard_paths(name)
+            for shard, path in zip(entry.shards, paths, strict=True):
+                shards.append(Shard(name, path, shard.sha256, shard.bytes, shard.rows, first, number))
                 first += shard.rows
     if not any(shard.rows for shard in shards):
         raise DataError("the inputs have no sample", "a data set of records", "Name other inputs.")
@@ -154,13 +133,15 @@ def draw_mixture(
         StorageError: No space or no permission for the cache.
     """
     shards = list_shards(recipe, snapshots)
-    drawing = _Drawing(recipe, shards, cache_dir=cache_dir, progress=progress or (lambda *_: None))
-    return drawing.run(snapshots, quarantine)
+    known = Gathering(recipe, snapshots, cache_dir=cache_dir)
+    return _Drawing(recipe, shards, known, progress=progress or (lambda *_: None)).run(quarantine)
 
 
 class _Drawing:
-    def __init__(self, recipe: CurationRecipe, shards: Sequence[Shard], *, cache_dir: Path, progress: Progress) -> None:
-        self._recipe, self._shards, self._cache_dir, self._progress = recipe, shards, cache_dir, progress
+    def __init__(
+        self, recipe: CurationRecipe, shards: Sequence[Shard], known: Gathering, *, progress: Progress
+    ) -> None:
+        self._recipe, self._shards, self._known, self._progress = recipe, shards, known, progress
         self._first_samples = np.cumsum([0, *(shard.rows for shard in shards)])
         count = int(self._first_samples[-1])
         self._content, self._words, self._id_hash = (np.zeros(count, np.uint64) for _ in range(3))
@@ -172,7 +153,7 @@ class _Drawing:
         self._facts: list[Path] = []
         self._phrases: tuple[int, int] | None = None
 
-    def run(self, snapshots: Sequence[Snapshot], quarantine: frozenset[str]) -> Draw:
+    def run(self, quarantine: frozenset[str]) -> Draw:
         recipe = self._recipe
         for number in range(len(self._shards)):
             self._step("reading samples", number)
@@ -184,8 +165,8 @@ class _Drawing:
         order = _mix(self._content, recipe.seed)
         self._rank = np.empty(len(order), np.int64)
         self._rank[np.lexsort((self._id_hash, order))] = np.arange(len(order))
-        if recipe.duplicates.near is not None or recipe.benchmarks is not None:
-            self._look_at_images(snapshots)
+        if self._known.looks_at_images:
+            self._look_at_images()
         if recipe.duplicates.exact:
             self._leave_out_twins("duplicate", *find_exact(self._left(), self._content, rank=self._rank))
         if recipe.duplicates.near is not None:
@@ -225,8 +206,7 @@ class _Drawing:
 
     def _read_facts(self, number: int) -> None:
         shard, start = self._shards[number], int(self._first_samples[number])
-        scripts = self._recipe.filters.scripts
-        path = read_facts(shard.path, sha256=shard.sha256, cache_dir=self._cache_dir / "curation", scripts=scripts)
+        path = self._known.read_facts(shard)
         self._facts.append(path)
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows != shard.rows:
@@ -253,31 +233,26 @@ class _Drawing:
                         self._fate[rows.start + row] = _FATE["unusable"]
                         self._details[rows.start + row] = problem
 
-    def _look_at_images(self, snapshots: Sequence[Snapshot]) -> None:
-        recipe, cache = self._recipe, self._cache_dir / "fingerprints"
-        benchmarks = None
-        if recipe.benchmarks is not None:
-            sources = [_open_benchmark(name, snapshots) for name in dict.fromkeys(recipe.benchmarks.names)]
-            benchmarks = Benchmarks(sources, cache_dir=cache, thresholds=recipe.benchmarks.thresholds)
+    def _look_at_images(self) -> None:
         self._hashes = np.zeros(len(self._fate), np.uint64)
         self._entropy = np.zeros(len(self._fate), np.float32)
         for number, shard in enumerate(self._shards):
             self._step("comparing", number)
             start = int(self._first_samples[number])
-            prints = fingerprint_shard(shard.path, sha256=shard.sha256, cache_dir=cache)
+            prints = self._known.fingerprint(shard)
             first = prints[prints["image"] == 0]
             self._hashes[start + first["row"].astype(np.int64)] = first["hash"]
             self._entropy[start + first["row"].astype(np.int64)] = first["entropy"]
-            for sample in (start + np.unique(prints["row"][prints["entropy"] < 0]).astype(np.int64)).tolist():
-                if self._fate[sample] == 0:
-                    self._fate[sample] = _FATE["unusable"]
-                    self._details[sample] = "an image cannot be decoded"
-            if benchmarks is not None:
-                pairs = benchmarks.match_images(shard.dataset, shard.path, prints, first_row=0)
-                for pair in pairs + benchmarks.match_texts(shard.dataset, shard.path, first_row=0):
-                    if self._fate[start + pair.row] == 0:
-                        self._fate[start + pair.row] = _FATE["benchmark"]
-                        self._details[start + pair.row] = pair.reason()
+            for row in np.unique(prints["row"][prints["entropy"] < 0]).tolist():
+                self._leave_out_for("unusable", start + row, "an image cannot be decoded")
+            if self._recipe.benchmarks is not None:
+                for row, reason in self._known.match_benchmarks(shard).items():
+                    self._leave_out_for("benchmark", start + row, reason)
+
+    def _leave_out_for(self, fate: str, sample: int, detail: str) -> None:
+        if self._fate[sample] == 0:
+            self._fate[sample] = _FATE[fate]
+            self._details[sample] = detail
 
     def _leave_out_near(self) -> None:
         spec = self._recipe.duplicates.near
@@ -313,13 +288,7 @@ class _Drawing:
         samples, phrases = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
         for number, shard in enumerate(self._shards):
             self._step("noun phrases", number)
-            pairs = read_phrases(
-                shard.path,
-                sha256=shard.sha256,
-                cache_dir=self._cache_dir / "curation",
-                is_caption=spec.fits,
-                of=spec.sources,
-            )
+            pairs = self._known.read_phrases(shard)
             of_pair = pairs["row"].astype(np.int64) + int(self._first_samples[number])
             left = self._fate[of_pair] == 0
             samples.append(of_pair[left])
@@ -429,8 +398,3 @@ def allot(counts: Mapping[str, int], ratio: Mapping[str, float], *, total: int |
     most = min(counts[name] / part for name, part in parts.items())
     goal = most if total is None else min(most, total)
     return {name: min(counts[name], int(part * goal + 0.5)) for name, part in parts.items()}
-
-
-def _open_benchmark(name: str, snapshots: Sequence[Snapshot]) -> Source:
-    owner = next((each for each in snapshots if name in each.manifest.datasets), snapshots[0])
-    return open_source(name, snapshot=owner)

@@ -89,8 +89,7 @@ def read_phrases(
     Returns:
         A ``PAIR`` for each phrase of each caption: row of the shard and hash of the phrase.
     """
-    key = hashlib.sha256("\n".join(of).encode()).hexdigest()[:8]
-    kept = cache_dir / f"{sha256}-phrases-{key}-v{VERSION}.npy"
+    kept = phrases_path(cache_dir, sha256=sha256, of=of)
     if kept.is_file():
         known: NDArray[np.void] = np.load(kept)
         return known
@@ -106,6 +105,12 @@ def read_phrases(
     with new_file(kept) as out, out.open("wb") as stream:
         np.save(stream, found)
     return found
+
+
+def phrases_path(cache_dir: Path, *, sha256: str, of: Sequence[str]) -> Path:
+    """Where the phrases of a shard's captions are kept; arguments as for ``read_phrases``."""
+    key = hashlib.sha256("\n".join(of).encode()).hexdigest()[:8]
+    return cache_dir / f"{sha256}-phrases-{key}-v{VERSION}.npy"
 
 
 def _caption(values: dict[str, Any]) -> str:
