@@ -73,7 +73,7 @@ def list_files(remote: Remote, md5: str) -> list[RemoteFile]:
     Raises:
         SnapshotError: The remote lacks it, does not answer (``retry``), or its listing is damaged.
     """
-    key = f"{_key(md5)}.dir"
+    key = f"{object_key(md5)}.dir"
     data = remote.read(key)
     if data is None:
         if remote.read(f"{md5[:2]}/{md5[2:]}.dir") is not None:
@@ -103,7 +103,8 @@ def list_files(remote: Remote, md5: str) -> list[RemoteFile]:
     return files
 
 
-def _key(md5: str) -> str:
+def object_key(md5: str) -> str:
+    """Where a remote keeps the file of an md5."""
     return f"files/md5/{md5[:2]}/{md5[2:]}"
 
 
@@ -145,13 +146,14 @@ def download_folder(
     def fetch(file: RemoteFile) -> None:
         fetch_file(file, remote=remote, folder=partial)
 
-    _for_all(fetch, [file for file in files if file.relpath == first])
+    for_all(fetch, [file for file in files if file.relpath == first])
     left_out = frozenset(later(partial / first))
-    _for_all(fetch, [file for file in files if file.relpath not in left_out])
+    for_all(fetch, [file for file in files if file.relpath not in left_out])
     partial.rename(path)
 
 
-def _for_all(call: Callable[[_Item], object], files: Sequence[_Item]) -> None:
+def for_all(call: Callable[[_Item], object], files: Sequence[_Item]) -> None:
+    """Call a function for each of some files, many side by side; the first error ends it."""
     with ThreadPoolExecutor(max_workers=_TRANSFERS) as pool:
         futures = [pool.submit(call, file) for file in files]
         try:
@@ -181,7 +183,7 @@ def fetch_file(file: RemoteFile, *, remote: Remote, folder: Path) -> None:
         found = _download(file, remote=remote, part=part)
     if found != file.md5:
         part.unlink()
-        raise _mismatch(f"{file.relpath} ({remote.url}/{_key(file.md5)})", found=found, needed=file.md5)
+        raise _mismatch(f"{file.relpath} ({remote.url}/{object_key(file.md5)})", found=found, needed=file.md5)
     part.replace(target)
 
 
@@ -193,7 +195,7 @@ def _download(file: RemoteFile, *, remote: Remote, part: Path) -> str:
         while chunk := out.read(_CHUNK):
             hasher.update(chunk)
         if hasher.hexdigest() != file.md5 or out.tell() == 0:
-            for chunk in remote.stream(_key(file.md5), offset=out.tell(), what=file.relpath):
+            for chunk in remote.stream(object_key(file.md5), offset=out.tell(), what=file.relpath):
                 out.write(chunk)
                 hasher.update(chunk)
         out.flush()
@@ -226,7 +228,8 @@ class RemoteShards:
         return open_remote(self._url)
 
     @cached_property
-    def _files(self) -> Mapping[str, RemoteFile]:
+    def files(self) -> Mapping[str, RemoteFile]:
+        """All files of the snapshot, by their path in it."""
         return {file.relpath: file for file in list_files(self._remote, self._md5)}
 
     def fetch(self, relpaths: Sequence[str]) -> None:
@@ -239,7 +242,7 @@ class RemoteShards:
         missing = [relpath for relpath in relpaths if not (self._path / relpath).is_file()]
         if missing:
             self._find(missing[0])
-            _for_all(self._fetch, missing)
+            for_all(self._fetch, missing)
 
     def fetch_end(self, relpath: str, *, size: int) -> pa.Buffer:
         """The end of a shard, with the whole of its footer, from this disk or the remote.
@@ -268,17 +271,17 @@ class RemoteShards:
         return pa.py_buffer(kept.read_bytes())
 
     def _stream_end(self, relpath: str, *, size: int, count: int) -> bytes:
-        key = _key(self._find(relpath).md5)
+        key = object_key(self._find(relpath).md5)
         return b"".join(self._remote.stream(key, offset=max(0, size - count), what=relpath))
 
     def _find(self, relpath: str) -> RemoteFile:
-        if relpath not in self._files:
+        if relpath not in self.files:
             raise SnapshotError(
                 f"snapshot {self._md5} in {self._url} lacks shard {relpath}",
                 "every shard of its manifest",
                 "Build the snapshot again and push it.",
             )
-        return self._files[relpath]
+        return self.files[relpath]
 
     def _fetch(self, relpath: str) -> None:
         target = self._path / relpath
@@ -318,7 +321,7 @@ class ShardsOnDemand:
 
     def ends(self) -> None:
         """Have the footers of all shards, those of missing ones from the remote and many at once."""
-        _for_all(self.end, [self._path / relpath for relpath in self._sizes])
+        for_all(self.end, [self._path / relpath for relpath in self._sizes])
 
     def end(self, path: Path) -> Path | pa.Buffer:
         """A shard, or as much of it as holds its footer."""

@@ -1,17 +1,19 @@
 """Where DVC keeps its objects: a folder, an S3 bucket, or a data set of the hub (``hub_remote.py``).
 
-Only reading, and only what a snapshot needs; writing is ``dvc push``.
+Reading, and what it takes to put a new snapshot beside those that are there; all else is ``dvc push``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from manyeyes.data.hub_remote import HubRemote
 from manyeyes.errors import SnapshotError
+from manyeyes.storage import new_file, write_file
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -62,6 +64,42 @@ def open_remote(url: str) -> Remote:
             "Use one of these, or copy the remote into a folder.",
         )
     return FolderRemote(url)
+
+
+class WritableRemote(Remote, Protocol):
+    """A DVC remote that takes objects."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; ``None`` when there is none.
+
+        Raises:
+            SnapshotError: The remote does not answer (``retry``).
+        """
+
+    def write(self, key: str, content: Path | bytes) -> None:
+        """Keep an object, which is there as a whole or not at all.
+
+        Raises:
+            SnapshotError: The remote refuses it, or does not answer (``retry``).
+            StorageError: No space or no permission.
+        """
+
+
+def open_writable_remote(url: str) -> WritableRemote:
+    """Open a remote to put objects into.
+
+    Args:
+        url: A folder's path, or ``s3://bucket/prefix``.
+
+    Raises:
+        SnapshotError: One that can only be read, another scheme, or no such folder.
+    """
+    remote = open_remote(url)
+    if isinstance(remote, HubRemote):
+        raise SnapshotError(
+            f"{url} can only be read", "a folder or s3://bucket/prefix to write to", "Name another remote."
+        )
+    return cast("WritableRemote", remote)
 
 
 class FolderRemote:
@@ -117,6 +155,23 @@ class FolderRemote:
             raise _missing(self._url, key, what) from error
         except OSError as error:
             raise _refused(self._url, key, error) from error
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; ``None`` when there is none."""
+        path = self._path / key
+        return path.stat().st_size if path.is_file() else None
+
+    def write(self, key: str, content: Path | bytes) -> None:
+        """Keep an object, which is there as a whole or not at all.
+
+        Raises:
+            StorageError: No space or no permission.
+        """
+        if isinstance(content, bytes):
+            write_file(self._path / key, content)
+            return
+        with new_file(self._path / key) as file:
+            shutil.copyfile(content, file)
 
 
 class S3Remote:
@@ -224,6 +279,22 @@ class S3Remote:
                 return None
             raise self._refusal(error, full_key) from error
 
+    def write(self, key: str, content: Path | bytes) -> None:
+        """Keep an object of at most 5 GB, which is there as a whole or not at all.
+
+        Raises:
+            SnapshotError: The store does not answer (``retry``) or refuses.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        full_key = self._full_key(key)
+        opened = contextlib.nullcontext(content) if isinstance(content, bytes) else content.open("rb")
+        try:
+            with opened as body:
+                self._client.put_object(Bucket=self._bucket, Key=full_key, Body=body)
+        except (ClientError, BotoCoreError) as error:
+            raise self._refusal(error, full_key) from error
+
     def list_names(self) -> Iterator[str]:
         """Keys of all objects below the root, relative to it, sorted as S3 sorts them: by their bytes.
 
@@ -301,7 +372,7 @@ def _connect() -> Any:
 def _no_credentials(found: str) -> SnapshotError:
     return SnapshotError(
         found,
-        "credentials that may list and read the bucket",
+        "credentials that may list and read the bucket, and write to it where something is put there",
         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the pod's role), then run again.",
     )
 

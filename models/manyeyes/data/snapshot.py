@@ -12,7 +12,7 @@ import configparser
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,18 @@ class Snapshot:
             StorageError: No space or no permission.
         """
         paths = [shard.path for shard in self.dataset(dataset).shards]
-        if self.remote is not None:
-            self.remote.fetch(paths)
+        self.fetch(paths)
         return [self.path / path for path in paths]
+
+    def fetch(self, relpaths: Sequence[str]) -> None:
+        """Return when some shards are on this disk; they are named by their paths in the snapshot.
+
+        Raises:
+            SnapshotError: As for ``shards``.
+            StorageError: No space or no permission.
+        """
+        if self.remote is not None:
+            self.remote.fetch(relpaths)
 
     def shard_paths(self, dataset: str) -> list[Path]:
         """Where the shards of a data set are or will be, in order; none is fetched.
@@ -210,8 +219,22 @@ def hash_folder(path: Path) -> str:
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         hashes = pool.map(lambda relpath: content_digest(path / relpath, "md5"), files)
-        listing = [{"md5": md5, "relpath": relpath} for relpath, md5 in zip(files, hashes, strict=True)]
-    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+        return digest_listing(list_folder(dict(zip(files, hashes, strict=True))))
+
+
+def list_folder(files: Mapping[str, str]) -> bytes:
+    """The listing of a folder as DVC keeps it in a remote.
+
+    Args:
+        files: md5 by path inside the folder, with forward slashes.
+    """
+    listing = [{"md5": files[relpath], "relpath": relpath} for relpath in sorted(files)]
+    return json.dumps(listing, sort_keys=True).encode()
+
+
+def digest_listing(listing: bytes) -> str:
+    """The md5 of a folder, without ``.dir``, from what ``list_folder`` gave."""
+    return hashlib.md5(listing, usedforsecurity=False).hexdigest()
 
 
 def read_dvc_file(path: Path) -> DvcOutput:
@@ -225,6 +248,12 @@ def read_dvc_file(path: Path) -> DvcOutput:
             f"{path} does not exist", "the .dvc file of a snapshot", "Run it at the root of a checkout."
         )
     return parse_dvc_text(path.read_text(encoding="utf-8"), path=path)
+
+
+def write_dvc_text(out: DvcOutput) -> str:
+    """The text of the ``.dvc`` file of a folder, as ``dvc add`` writes it."""
+    facts = {"md5": f"{out.md5}.dir", "size": out.size, "nfiles": out.nfiles, "hash": "md5", "path": out.path}
+    return yaml.safe_dump({"outs": [facts]}, sort_keys=False)
 
 
 def parse_dvc_text(text: str, *, path: Path) -> DvcOutput:
