@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from kfp_server_api import models
 
+from manyeyes.data.curation.recipe import load_curation_recipe
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
 from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint, UnknownOutcomeError
 from manyeyes.recipe import load_recipe, parse_overrides, write_recipe_text
@@ -82,7 +83,7 @@ def run_parameters(
 
     Args:
         definitions: ``pipeline_parameters(...)``.
-        given: ``name=value`` each.
+        given: ``name=value`` each; a curation recipe may be the path of a YAML file, which travels as text.
         assignments: ``a.b=c`` each; changes to the recipe, which travel in the parameter ``recipe_overrides``.
         recipe: A shipped recipe's name, or the path of a YAML file, which travels as text.
 
@@ -108,6 +109,9 @@ def run_parameters(
                 f"one of {', '.join(sorted(definitions))}",
                 f"{did_you_mean(name, definitions)}Fields of the recipe go with --set.",
             )
+        if name == "curate_recipe" and text.endswith((".yaml", ".yml")):
+            # A file of this machine travels as text.
+            name, text = "curate_recipe_text", load_curation_recipe(text).model_dump_json(exclude_defaults=True)
         values[name] = _value_of(name, text, definitions[name])
     if assignments:
         parse_overrides(list(assignments))

@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import Field
 
+from manyeyes.data.curation.recipe import list_curation_recipes
 from manyeyes.errors import OTHER_ERROR, USER_ERROR, ManyEyesError, PipelineError, did_you_mean
 from manyeyes.harness.base import describe_failure, wait_for_runner_death
 from manyeyes.harness.events import Artifact, ErrorReport, emit
@@ -51,6 +52,7 @@ PIPELINES: dict[str, str] = {
     "search_encoders": "pipelines.search_encoders:search_encoders",
     "ablate": "pipelines.ablate:ablate",
     "balance": "pipelines.balance:balance",
+    "curate": "pipelines.curate:curate",
     "promote": "pipelines.promote:promote",
     "rollback": "pipelines.rollback:rollback",
 }
@@ -117,7 +119,7 @@ def compile_pipeline(
         text = compiled.read_text(encoding="utf-8")
     documents = list(yaml.load_all(text, Loader=_LOADER))
     compact(documents[0])
-    _inject(documents[0], "literals", {"recipe": list_recipes()})
+    _inject(documents[0], "literals", {"recipe": list_recipes(), "curate_recipe": list_curation_recipes()})
     _inject(documents[0], "defaultValue", defaults or {})
     if digest:
         _put_image(documents[0], image, digest)
@@ -186,6 +188,8 @@ def _put_growth(documents: list[dict[str, Any]]) -> None:
     """Tell the first step how large the workflow becomes, so that it can refuse what was started from the form."""
     from manyeyes.kubeflow.sizes import SIZES, growth
 
+    if "recipe" not in documents[0]["root"].get("inputDefinitions", {}).get("parameters", {}):
+        return
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         if "container" in executor and step_of(executor) in PINNING_STEPS:
             variable = {"name": SIZES, "value": growth(documents, load_recipe(_LARGEST))}

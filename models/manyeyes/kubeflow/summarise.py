@@ -30,7 +30,10 @@ from manyeyes.harness.events import (
 from manyeyes.harness.inputs import PINNING_STEPS
 
 # Steps, train's aside, whose report is the result of their pipeline.
-_RESULT_STEPS = ("merge_scorecards", "advance_search", "compare_trials", "promote_version", "restore_previous")
+_RESULT_STEPS = (
+    *("merge_scorecards", "advance_search", "compare_trials", "publish_snapshot", "promote_version"),
+    "restore_previous",
+)
 
 
 def summarise(

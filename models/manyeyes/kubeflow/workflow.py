@@ -24,10 +24,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from manyeyes.data.curation.parts import part_key
 from manyeyes.errors import ManyEyesError
 from manyeyes.harness.cluster import Reason, explain
 from manyeyes.harness.inputs import PINNING_STEPS
@@ -48,6 +50,7 @@ _TOLD_APART = {
     # One variant each, in versions before batches.
     "train_trial": (("variants", "variant"), "train {}"),
     "advance_search": (("round_number",), "advance search, round {}"),
+    "gather_facts": (("part",), "gather facts of {}"),
 }
 
 # In the API's list of tasks, which has every node of the workflow.
@@ -476,6 +479,9 @@ def _name(
         value = int(value)
     if component == "train_trial" and value:
         value = _variants(value)
+    if component == "gather_facts" and value:
+        with suppress(ManyEyesError):  # of a later version
+            value = part_key(str(value))
     if value not in (None, ""):
         return words.format(value)
     if parameter in arguments:

@@ -41,6 +41,7 @@ LAST_STEPS = {
     "evaluate": "merge_scorecards",
     "ablate": "compare_trials",
     "balance": "compare_trials",
+    "curate": "publish_snapshot",
     "search_encoders": "advance_search",
     "promote": "promote_version",
     "rollback": "restore_previous",

@@ -1,0 +1,100 @@
+"""A curation that several machines share: what each step of the pipeline ``curate`` starts from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import pydantic
+from pydantic import Field
+
+from manyeyes.data.curation.draw import list_shards
+from manyeyes.data.curation.gathering import Gathering, Shard, gathering_recipe
+from manyeyes.data.curation.parts import parse_part
+from manyeyes.data.curation.recipe import CurationRecipe, InputSpec
+from manyeyes.data.snapshot import Snapshot, open_snapshot
+from manyeyes.errors import PipelineError, RecipeError
+from manyeyes.storage import cache_dir
+from manyeyes.strict import StrictModel
+
+
+class PlannedCuration(StrictModel):
+    """What a step starts from; as text, its parameter ``pinned``."""
+
+    recipe: CurationRecipe = Field(description="All of it, or what gathering depends on.")
+    data_md5: str = Field(description="The one snapshot of all inputs.")
+    data_remote: str = Field(description="A folder, s3:// or hub: that holds it.")
+    out_remote: str = Field(default="", description="Where the new snapshot goes; empty where none is written.")
+    code_digest: str = Field(description="With it an edited library is not answered from the cache.")
+
+    def text(self) -> str:
+        """In one line, without what has its default; ``parse_planned`` reads it back."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    def for_gathering(self) -> PlannedCuration:
+        """What the files of shards depend on, and nothing else of the recipe."""
+        return self.model_copy(update={"recipe": gathering_recipe(self.recipe), "out_remote": ""})
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The snapshot, fetched when it is first asked for; errors as for ``open_snapshot``."""
+        return open_snapshot(md5=self.data_md5, remote=self.data_remote, cache_dir=cache_dir())
+
+    def list_shards(self) -> list[Shard]:
+        """The shards of all inputs, none of them fetched; errors as for ``draw.list_shards``.
+
+        Raises:
+            RecipeError: An input names a folder.
+        """
+        for number, spec in enumerate(self.recipe.inputs):
+            if spec.snapshot is not None:
+                raise RecipeError(
+                    f'inputs.{number}.snapshot is "{spec.snapshot}", a folder of one machine',
+                    "inputs of the one snapshot that data_md5 names",
+                    "Leave snapshot out and name data sets. Folders become one snapshot with: manyeyes data import, "
+                    "dvc add, dvc push.",
+                )
+        return list_shards(self.recipe, [self.snapshot] * len(self.recipe.inputs), fetch=False)
+
+    def gather(self, shard: Shard, *, out: Path) -> None:
+        """Fetch a shard, and leave what a draw asks of it in a folder for ``take_over``.
+
+        Raises:
+            SnapshotError: The shard cannot be had or is damaged, or a benchmark is not there.
+            StorageError: No space or no permission.
+        """
+        self.snapshot.fetch([shard.path.relative_to(self.snapshot.path).as_posix()])
+        self._gathering.hand_over(self._gathering.gather(shard), out=out)
+
+    @cached_property
+    def _gathering(self) -> Gathering:
+        return Gathering(self.recipe, [self.snapshot], cache_dir=cache_dir())
+
+    def read_part(self, part: str) -> list[Shard]:
+        """The shards of a part, as ``parts.cut_into_parts`` gave it.
+
+        Raises:
+            PipelineError: Not such a text.
+            SnapshotError: The snapshot has no such data set.
+        """
+        found: list[Shard] = []
+        for dataset, first, end in parse_part(part):
+            recipe = CurationRecipe(name="part", inputs=(InputSpec(datasets=(dataset,)),))
+            found += list_shards(recipe, [self.snapshot], fetch=False)[first:end]
+        return found
+
+
+def parse_planned(text: str) -> PlannedCuration:
+    """Read ``PlannedCuration.text`` back.
+
+    Raises:
+        PipelineError: Not such a text.
+    """
+    try:
+        return PlannedCuration.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise PipelineError(
+            f"pinned is {text[:60]!r} ({error.errors()[0]['msg']})",
+            "curation recipe, data and code as one text",
+            "Pass on what plan_curation gave.",
+        ) from error
