@@ -98,7 +98,7 @@ def measure(task: str, folder: Path, cache: Path, out: Path) -> dict[str, object
     before, started = peak_mb(), time.process_time()
     if task == "curate":
         recipe = load_curation_recipe("clean")
-        rows = curate(recipe, open_inputs(recipe, snapshot=folder), out, cache_dir=cache).samples
+        rows = curate(recipe, open_inputs(recipe, snapshot=str(folder)), out, cache_dir=cache).samples
         bad = -1
     else:
         report = validate_snapshot(

@@ -40,7 +40,7 @@ from manyeyes.data.profile import SCHEMA
 from manyeyes.data.quarantine import QuarantinedSample
 from manyeyes.data.records import Record, Turn
 from manyeyes.data.shards import write_shards
-from manyeyes.data.validation_report import ExpectationOutcome, ValidationReport, render_validation
+from manyeyes.data.validation_report import ExpectationOutcome, ValidationReport, render_validation, show_image
 from manyeyes.evaluation.benchmarks import BENCHMARKS
 from manyeyes.evaluation.compare import (
     AverageDifference,
@@ -273,7 +273,7 @@ def contamination_page(change: Change) -> dict[str, str]:
             examples=(pair,),
         )
     )
-    shown = {report.examples[0]: (make_image(1).data, b"no image")}
+    shown = {report.examples[0]: (show_image(make_image(1).data), show_image(b"no image"))}
     return {
         "contamination.html": render_contamination(report, pictures=shown),
         "contamination.md": report.as_markdown(),

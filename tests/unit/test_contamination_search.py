@@ -13,16 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import make_snapshot
+from data_samples import lay_out_remote, make_snapshot, write_remote
 from PIL import Image
 
 from bench.contamination import CHANGES, encode, photographs
 from manyeyes.data.contamination import fingerprints
 from manyeyes.data.contamination.findings import ContaminationReport, Pair, Thresholds, read_contamination
 from manyeyes.data.contamination.search import find_contamination
+from manyeyes.data.fetching import RemoteShards
 from manyeyes.data.quarantine import read_quarantine
 from manyeyes.data.records import Record, Turn, read_image_file
-from manyeyes.data.snapshot import Snapshot
+from manyeyes.data.snapshot import Snapshot, open_folder, open_snapshot
 from manyeyes.errors import SnapshotError
 from manyeyes.recipe.gate_rules import ContaminationRule, Evidence
 from tests.cli_calls import call
@@ -205,7 +206,7 @@ def test_easy_vqa_is_not_decidable_though_hashes_call_it_all_the_same(tmp_path: 
     assert (benchmark.images, benchmark.exact, benchmark.near, benchmark.mirrored) == (1000, 0, 0, 0)
     assert benchmark.undecidable == 1000
     assert report.datasets[0].samples == 0
-    prints = [np.load(file) for file in (tmp_path / "out" / "cache").iterdir()]
+    prints = [np.load(file) for file in (tmp_path / "out" / "cache").glob("*.npy")]
     train, test = (np.concatenate([p for p in prints if (len(p) == 1000) == small]) for small in (False, True))
     assert (len(train), len(test)) == (4000, 1000)
     flagged = (np.bitwise_count(test["hash"][:, None] ^ train["hash"][None]) <= 4).any(axis=1)
@@ -257,3 +258,55 @@ def test_the_command_writes_the_report(
         call(monkeypatch, "data", "contamination", str(snapshot.path), "--benchmarks", "toy-test", "--radius", "9") == 2
     )
     assert "Correct --radius." in capsys.readouterr().err
+
+
+def test_shards_come_from_the_remote_one_after_the_other_and_what_is_known_is_neither_fetched_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [record(f"train/{number}", question=f"{number}: {LONG}") for number in range(12)]
+    judged = [record("test/0", question=LONG)]
+    folders = []
+    for name in ("first", "second"):
+        folders.append(make_snapshot(tmp_path / name, {"train": records, "test": judged}, rows_per_shard=2).path)
+        records[11] = record("train/other", question="something else")
+    limit = 3 * max(file.stat().st_size for file in folders[0].rglob("*.parquet"))
+    monkeypatch.setenv("MANYEYES_SHARDS_GB", str(limit / 1e9))
+    fetched: list[str] = []
+    most = 0
+
+    def watched(self: RemoteShards, relpath: str) -> None:
+        nonlocal most
+        fetched.append(relpath)
+        fetch(self, relpath)
+        most = max(most, len(list((tmp_path / "cache").rglob("*.parquet"))))
+
+    fetch = RemoteShards._fetch
+    monkeypatch.setattr(RemoteShards, "_fetch", watched)
+    remotes = {}
+    for folder in folders:
+        md5, objects = lay_out_remote(folder)
+        remotes[md5] = write_remote(tmp_path / "remote", objects)
+
+    def search_remote(md5: str) -> ContaminationReport:
+        fetched.clear()
+        opened = open_snapshot(md5=md5, remote=remotes[md5], cache_dir=tmp_path / "cache")
+        return find_contamination(
+            opened,
+            datasets=["toy-train"],
+            benchmarks=["toy-test"],
+            out_dir=tmp_path / "out",
+            cache_dir=tmp_path / "kept",
+        )
+
+    first, second = remotes
+    assert search_remote(first).datasets[0].overlapping == 12
+    assert set(fetched) == {f"toy/train-{number:05d}.parquet" for number in range(6)} | {"toy/test-00000.parquet"}
+    assert most <= 3 + 4  # one that is being fetched ahead may be there before it is seen that it is too many
+    again = search_remote(second)
+    assert "toy/train-00005.parquet" in fetched
+    assert not set(fetched) & {f"toy/train-{number:05d}.parquet" for number in range(5)}
+    assert again.datasets[0].overlapping == 11
+    assert again == search(open_folder(folders[1]), tmp_path / "whole")
+    assert read_pairs(tmp_path / "out") == read_pairs(tmp_path / "whole")
+    assert search_remote(second) == again
+    assert not fetched

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from manyeyes import storage as contents
-from manyeyes.data.contamination.search import open_source
+from manyeyes.data.contamination.comparison import open_source
 from manyeyes.data.snapshot import open_folder
 from manyeyes.data.validation import read_suite
 from manyeyes.errors import RecipeError, SourceError
@@ -206,7 +208,7 @@ def test_a_file_that_is_not_there_is_refused() -> None:
 def test_pinned_suites_and_benchmarks_are_read_by_their_paths(tmp_path: Path) -> None:
     suite, judged = tmp_path / "suite.json", tmp_path / "judged.parquet"
     suite.write_text("{}", encoding="utf-8")
-    judged.write_bytes(b"rows")
+    pq.write_table(pa.table({"question": ["what?"]}), judged)
     snapshot = toy_snapshot(tmp_path / "data")
     names = {path: f"{path}#sha256={content_digest(path)}" for path in (suite, judged)}
     assert read_suite(names[suite]) == "{}"

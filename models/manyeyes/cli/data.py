@@ -8,9 +8,14 @@ import click
 
 from manyeyes.cli.group import OutPath
 
+_REMOTE = click.option(
+    "--remote", default="", help="A folder, s3:// or hub:OWNER/NAME@COMMIT; the checkout's default by default."
+)
+
 
 @click.command("contamination")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("snapshot")
+@_REMOTE
 @click.option(
     "--benchmarks",
     "benchmarks",
@@ -29,7 +34,8 @@ from manyeyes.cli.group import OutPath
 @click.option("--words", default=13, show_default=True, help="Of an n-gram.")
 @click.option("--min-share", default=0.5, show_default=True, help="Of a benchmark text's n-grams in one training text.")
 def contamination_command(
-    folder: Path,
+    snapshot: str,
+    remote: str,
     benchmarks: tuple[str, ...],
     datasets: tuple[str, ...],
     out: Path,
@@ -39,7 +45,10 @@ def contamination_command(
     words: int,
     min_share: float,
 ) -> None:
-    """Compare the training data of the snapshot in FOLDER with benchmarks: images, near duplicates and texts.
+    """Compare the training data of SNAPSHOT with benchmarks: images, near duplicates and texts.
+
+    SNAPSHOT is a folder, a .dvc file, one of a git revision (data.dvc@HEAD~1), or an md5. Of a remote one a shard after
+    the other is fetched; MANYEYES_SHARDS_GB bounds what they take of the disk. What was found of a shard is known.
 
     Writes contamination.json, .html and .md, pairs.jsonl, and contaminated.jsonl: the samples to leave out.
     """
@@ -47,7 +56,7 @@ def contamination_command(
 
     from manyeyes.data.contamination.findings import Thresholds
     from manyeyes.data.contamination.search import find_contamination
-    from manyeyes.data.snapshot import open_folder
+    from manyeyes.data.diff import open_version
     from manyeyes.errors import DataError
     from manyeyes.harness.inputs import cache_dir
 
@@ -59,11 +68,11 @@ def contamination_command(
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise DataError(f"{name} is {first['input']}", first["msg"], f"Correct --{name.replace('_', '-')}.") from error
-    snapshot = open_folder(folder)
+    opened = open_version(snapshot, remote=remote, hashed=True)
     named = [name for names in benchmarks for name in names.split(",") if name]
     report = find_contamination(
-        snapshot,
-        datasets=list(datasets) or [name for name in snapshot.manifest.datasets if name not in named],
+        opened,
+        datasets=list(datasets) or [name for name in opened.manifest.datasets if name not in named],
         benchmarks=named,
         out_dir=out,
         cache_dir=cache_dir() / "fingerprints",
@@ -78,10 +87,11 @@ def contamination_command(
 @click.argument("recipe")
 @click.argument("out", type=OutPath())
 @click.option(
-    "--snapshot", type=click.Path(path_type=Path), help="Folder of the inputs for which the recipe names none."
+    "--snapshot", default="", help="Of the inputs for which the recipe names none: a folder, a .dvc file or an md5."
 )
+@_REMOTE
 @click.option("--dry-run", is_flag=True, help="Draw, and write list and page alone.")
-def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool) -> None:
+def curate_command(recipe: str, out: Path, snapshot: str, remote: str, dry_run: bool) -> None:
     """Draw a training mixture by the curation recipe RECIPE into the snapshot in OUT, as <name>-train.
 
     RECIPE is a YAML file, or cambrian-7m, llava-cc3m-595k or clean. Beside the data set are <name>-curation.html, .json
@@ -93,7 +103,7 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
     from manyeyes.storage import cache_dir
 
     loaded = load_curation_recipe(recipe)
-    snapshots = open_inputs(loaded, snapshot=snapshot)
+    snapshots = open_inputs(loaded, snapshot=snapshot, remote=remote)
     kept = cache_dir()
 
     def progress(sentence: str, done: float) -> None:
@@ -112,7 +122,7 @@ def curate_command(recipe: str, out: Path, snapshot: Path | None, dry_run: bool)
 @click.command("diff")
 @click.argument("before")
 @click.argument("after")
-@click.option("--remote", default="", help="A folder or s3://; the checkout's default remote by default.")
+@_REMOTE
 @click.option("--ids", default=10, show_default=True, type=click.IntRange(min=0), help="Of each kind to name.")
 @click.option("--json", "as_json", is_flag=True, help="JSON.")
 def diff_command(before: str, after: str, remote: str, ids: int, as_json: bool) -> None:

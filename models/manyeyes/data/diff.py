@@ -30,6 +30,7 @@ from manyeyes.data.snapshot import (
     PretrainedEntry,
     ShardEntry,
     Snapshot,
+    open_folder,
     open_snapshot,
     parse_dvc_text,
     read_default_remote,
@@ -144,12 +145,13 @@ class SnapshotDiff(StrictModel):
         return "\n".join(lines) + "\n"
 
 
-def open_version(reference: str, *, remote: str = "") -> Snapshot:
+def open_version(reference: str, *, remote: str = "", hashed: bool = False) -> Snapshot:
     """A snapshot by name.
 
     Args:
         reference: A snapshot's folder, a ``.dvc`` file, one of a git revision (``data.dvc@HEAD~1``), or an md5.
-        remote: A folder or ``s3://``, for all but a folder; the default remote of the checkout when empty.
+        remote: Where it is, for all but a folder, as ``open_snapshot`` takes it; the checkout's default when empty.
+        hashed: Whether a folder's md5 is asked for, for which every file is read that is not known; empty otherwise.
 
     Raises:
         SnapshotError: No such folder, file, revision or snapshot; or the remote does not answer (``retry``).
@@ -157,7 +159,8 @@ def open_version(reference: str, *, remote: str = "") -> Snapshot:
     name, at, revision = reference.rpartition("@")
     file = Path(name if at else reference)
     if Path(reference).is_dir():
-        # Its md5 is not asked for: that would read every file.
+        if hashed:
+            return open_folder(Path(reference))
         return Snapshot(path=Path(reference), md5="", manifest=read_snapshot_manifest(Path(reference)))
     if _MD5.fullmatch(reference):
         md5, checkout = reference, Path()
@@ -168,7 +171,7 @@ def open_version(reference: str, *, remote: str = "") -> Snapshot:
         raise SnapshotError(
             f'snapshot is "{reference}"',
             "a snapshot's folder, a .dvc file, data.dvc@REVISION, or an md5",
-            "For instance: manyeyes data diff data.dvc@HEAD~1 data.dvc",
+            "Check the name; for instance: data.dvc@HEAD~1",
         )
     return open_snapshot(md5=md5, remote=remote or read_default_remote(checkout), cache_dir=cache_dir())
 

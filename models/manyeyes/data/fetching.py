@@ -1,7 +1,8 @@
 """Fetching a snapshot's files from a DVC remote, in parallel, each checked against its md5.
 
-Shards are large, so each is fetched when it is asked for. A mixture asks for those of its next samples ahead of them;
-with ``MANYEYES_SHARDS_GB`` those that it read longest ago are deleted, and fetched again when it comes back to them.
+Shards are large, so each is fetched when it is asked for. A mixture asks for those of its next samples ahead of them,
+and who reads all shards one after the other (``in_turn``) for the next few; with ``MANYEYES_SHARDS_GB`` those that were
+read longest ago are deleted, and fetched again when somebody comes back to them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ class RemoteShards:
 
 
 class ShardsOnDemand:
-    """The shards that a mixture reads, on this disk when they are needed.
+    """The shards that somebody reads, on this disk when they are needed.
 
     Args:
         remote: Where they come from.
@@ -311,11 +312,14 @@ class ShardsOnDemand:
         self._sizes = dict(sizes)
         self._most_bytes = most_bytes
         self._ahead: deque[Path] = deque()
+
+    def warn_of_shuffling(self) -> None:
+        """Say so where shards that are read in any order do not all have room."""
         total = sum(self._sizes.values())
-        if most_bytes is not None and total > most_bytes:
+        if self._most_bytes is not None and total > self._most_bytes:
             warnings.warn(
-                f"shards of {total / 1e9:,.1f} GB are read and {SHARDS_LIMIT} allows {most_bytes / 1e9:,.1f}: samples "
-                "are shuffled over all shards, so each is fetched several times an epoch",
+                f"shards of {total / 1e9:,.1f} GB are read and {SHARDS_LIMIT} allows {self._most_bytes / 1e9:,.1f}: "
+                "samples are shuffled over all shards, so each is fetched several times an epoch",
                 stacklevel=2,
             )
 
@@ -381,8 +385,26 @@ class ShardsOnDemand:
         return path.relative_to(self._path).as_posix()
 
 
+def in_turn(paths: Sequence[Path], source: ShardsOnDemand | None) -> Iterator[Path]:
+    """Shards that are read one after the other; while one is looked at, the next few are fetched.
+
+    Args:
+        paths: In order.
+        source: Has them; None where they are on this disk.
+
+    Raises:
+        SnapshotError: As ``RemoteShards.fetch``.
+        StorageError: No space or no permission.
+    """
+    for number, path in enumerate(paths, start=1):
+        if source is not None:
+            source.fetch(path)
+            source.fetch_ahead(paths[number : number + _AHEAD])
+        yield path
+
+
 def shards_limit() -> int | None:
-    """Bytes that the shards of a mixture may take, from ``MANYEYES_SHARDS_GB``; None for as many as they need.
+    """Bytes that the shards of a data set may take, from ``MANYEYES_SHARDS_GB``; None for as many as they need.
 
     Raises:
         PipelineError: The variable is no number above 0.

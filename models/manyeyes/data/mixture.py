@@ -166,6 +166,7 @@ class Mixture:
         cache: GroupCache = OrderedDict()  # a window's groups come from all parts
         self._source = snapshot.on_demand([part.dataset for part in self._parts])
         if self._source is not None:
+            self._source.warn_of_shuffling()
             self._source.ends()
         self._readers = [
             RecordReader(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,6 +22,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +35,7 @@ from tokenizers import Tokenizer
 
 from manyeyes import drawing
 from manyeyes.data import records, shards
+from manyeyes.data.fetching import in_turn
 from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import (
     PLACEHOLDER,
@@ -363,7 +366,8 @@ class _Profiler:
         self._snapshot, self._cache_dir, self._find_misfit = snapshot, cache_dir, find_misfit
         self._digest = content_digest if keep_digests else hash_file
         self._count_tokens = None if tokenizer_path is None else partial(_count_tokens, _read_tokenizer(tokenizer_path))
-        self._made_with = [_code_digest(), "" if tokenizer_path is None else content_digest(tokenizer_path)]
+        code = digest_of_code(sys.modules[__name__], records, shards, drawing, preprocess)
+        self._made_with = [code, "" if tokenizer_path is None else content_digest(tokenizer_path)]
         if find_misfit is not None:
             parts = {name: part.files for name, part in snapshot.manifest.pretrained.items()}
             self._made_with.append(json.dumps([misfit_key, parts], sort_keys=True))
@@ -374,20 +378,23 @@ class _Profiler:
         wanted = [(name, first, entry) for name in datasets for first, entry in _shards_of(self._snapshot, name)]
         for _, _, entry in wanted:
             self._check(entry, required=self._snapshot.remote is None)
-        source = self._snapshot.on_demand(datasets)
+        kept = [self._kept(entry, name, first) for name, first, entry in wanted]
+        whole = [_is_whole(file, rows=entry.rows) for file, (_, _, entry) in zip(kept, wanted, strict=True)]
+        unknown = [
+            self._snapshot.path / entry.path for (_, _, entry), done in zip(wanted, whole, strict=True) if not done
+        ]
+        coming = in_turn(unknown, self._snapshot.on_demand(datasets))
         facts: _Facts = {name: [] for name in datasets}
         # Decoding lets go of the interpreter lock, so threads help.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for number, (name, first, entry) in enumerate(wanted):
                 progress(f"looking at {name}, shard {number + 1} of {len(wanted)}", number / len(wanted))
-                kept = self._kept(entry, name, first)
-                if not _is_whole(kept, rows=entry.rows):
-                    path = self._snapshot.path / entry.path
-                    if source is not None and not path.is_file():
-                        source.fetch(path)
+                if not whole[number]:
+                    next(coming)
+                    if self._snapshot.remote is not None:
                         self._check(entry, required=True)
-                    self._write(kept, entry, name, first, pool=pool)
-                facts[name].append((first, kept))
+                    self._write(kept[number], entry, name, first, pool=pool)
+                facts[name].append((first, kept[number]))
         return facts
 
     def _check(self, entry: ShardEntry, *, required: bool) -> None:
@@ -508,11 +515,15 @@ def _is_whole(kept: Path, *, rows: int) -> bool:
 
 
 @cache
-def _code_digest() -> str:
-    """Of the code that finds the facts of a shard, and of the library that decodes images."""
+def digest_of_code(*modules: ModuleType) -> str:
+    """Of the code that finds something of a shard, and of the library that decodes images.
+
+    Args:
+        modules: Where that code is.
+    """
     total = hashlib.sha256(f"pillow {version('pillow')}".encode())
-    for file in (__file__, records.__file__, shards.__file__, drawing.__file__, preprocess.__file__):
-        total.update(Path(file).read_bytes())
+    for module in modules:
+        total.update(Path(module.__file__ or "").read_bytes())
     return total.hexdigest()
 
 

@@ -341,23 +341,13 @@ class RecordReader:
         try:
             if shard not in self._open:
                 self._make_room(shard)
-                self._open[shard] = self._open_shard(path)
+                self._open[shard] = open_shard(path, self._source)
             file = self._open[shard]
             self._open.move_to_end(shard)
             table = file.read_row_group(row_group, columns=_WITH_PROVENANCE.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return table.combine_chunks().to_batches()[0]
-
-    def _open_shard(self, path: Path) -> pq.ParquetFile:
-        if self._source is None:
-            return pq.ParquetFile(path)
-        self._source.fetch(path)
-        try:
-            return pq.ParquetFile(path)
-        except FileNotFoundError:  # another process made room meanwhile
-            self._source.fetch(path)
-            return pq.ParquetFile(path)
 
     def shard_of(self, index: int) -> Path:
         """The shard that a record is in.
@@ -373,6 +363,29 @@ class RecordReader:
         groups = np.bincount(self._groups[:, 0], minlength=len(self.shards))
         while self._open and (len(self._open) == OPEN_SHARDS or groups[[shard, *self._open]].sum() > OPEN_GROUPS):
             self._open.popitem(last=False)[1].close()
+
+
+def open_shard(path: Path, source: ShardSource | None = None) -> pq.ParquetFile:
+    """A shard to read; it stays readable when it is deleted meanwhile.
+
+    Args:
+        path: The shard.
+        source: Has it where it is needed; None where it is on this disk.
+
+    Raises:
+        OSError: It cannot be read.
+        pyarrow.ArrowException: It is no Parquet file.
+        SnapshotError: It cannot be fetched.
+    """
+    if source is not None:
+        source.fetch(path)
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        if source is None:
+            raise
+        source.fetch(path)  # another process made room meanwhile
+        return pq.ParquetFile(path)
 
 
 def _list_groups(shard: int, path: Path, end: Path | pa.Buffer) -> NDArray[np.int64]:
@@ -415,13 +428,17 @@ def read_shard_metadata(path: Path, *, end: Path | pa.Buffer | None = None) -> p
     return metadata
 
 
-def has_provenance(path: Path) -> bool:
+def has_provenance(path: Path, *, source: ShardSource | None = None) -> bool:
     """Whether a shard keeps the provenance of its records.
+
+    Args:
+        path: The shard.
+        source: Has it where it is not on this disk.
 
     Raises:
         SnapshotError: As ``read_shard_metadata``.
     """
-    return _PROVENANCE in read_shard_metadata(path).schema.names
+    return _PROVENANCE in read_shard_metadata(path, end=None if source is None else source.end(path)).schema.names
 
 
 def storage_error(error: OSError, where: Path) -> StorageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from manyeyes.data.curation.gathering import shards_in_turn
 from manyeyes.data.curation.planned import parse_planned
 from manyeyes.harness.base import Reporter, Step, StepResult
 from manyeyes.pages import Table, step_page
@@ -23,7 +24,7 @@ def gather_facts(reporter: Reporter, *, part: str, pinned: str, facts: Path) -> 
     """
     planned = parse_planned(pinned)
     shards = planned.read_part(part)
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(shards_in_turn(shards)):
         reporter.progress(f"{shard.dataset}, shard {number + 1} of {len(shards)}", done=number / len(shards))
         planned.gather(shard, out=facts)
     samples = sum(shard.rows for shard in shards)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from manyeyes.data.validation_report import show_image
-from manyeyes.pages import Table, render
+from manyeyes.pages import Picture, Table, render
 from manyeyes.strict import StrictModel
 
 Kind = Literal["exact", "near", "mirrored", "text"]
@@ -150,12 +149,12 @@ def read_contamination(folder: Path) -> ContaminationReport | None:
     return ContaminationReport.model_validate_json(path.read_bytes()) if path.is_file() else None
 
 
-def render_contamination(report: ContaminationReport, *, pictures: Mapping[Pair, tuple[bytes, bytes]]) -> str:
+def render_contamination(report: ContaminationReport, *, pictures: Mapping[Pair, Sequence[Picture | None]]) -> str:
     """Render the page.
 
     Args:
         report: What was found.
-        pictures: Of the examples: training's image file and the benchmark's.
+        pictures: Of the examples: training's image and the benchmark's; None for one that cannot be shown.
 
     Returns:
         A whole HTML document; images and styles are inside.
@@ -165,5 +164,5 @@ def render_contamination(report: ContaminationReport, *, pictures: Mapping[Pair,
         title="Contamination",
         report=report,
         in_training=in_training,
-        pairs=[(pair, [show_image(data) for data in pictures.get(pair, ())]) for pair in report.examples],
+        pairs=[(pair, pictures.get(pair, ())) for pair in report.examples],
     )

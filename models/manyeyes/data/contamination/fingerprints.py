@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from manyeyes.data.records import PLACEHOLDER
+from manyeyes.data.shards import ShardSource, open_shard
 from manyeyes.errors import RecordError, ShapeError, SnapshotError
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.storage import new_file
@@ -99,7 +100,7 @@ class TextIndex:
         self._counts = counts[telling]
         self._owners = pairs[1].astype(np.int64)
         of_text = np.repeat(np.arange(len(self._grams)), self._counts)
-        members = self._owners[self._first[of_text] + _within(self._counts)]
+        members = self._owners[self._first[of_text] + within(self._counts)]
         self._sizes = np.bincount(members, minlength=len(texts))
 
     @property
@@ -123,14 +124,14 @@ class TextIndex:
         known[known] = self._grams[places[known]] == hashes[known]
         seen = np.unique(np.stack([owners[known], places[known]]), axis=1)
         counts = self._counts[seen[1]]
-        members = self._owners[np.repeat(self._first[seen[1]], counts) + _within(counts)]
+        members = self._owners[np.repeat(self._first[seen[1]], counts) + within(counts)]
         pairs, hits = np.unique(np.stack([np.repeat(seen[0], counts), members]), axis=1, return_counts=True)
         shares = hits / self._sizes[pairs[1]]
         enough = shares >= self._share
         return pairs[0][enough], pairs[1][enough], shares[enough]
 
 
-def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """0, 1, ... up to each count, one after another."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -158,7 +159,12 @@ class ComparedSample:
 
 
 def read_samples(
-    path: Path, *, rows: Collection[int] | None = None, images: bool = True, texts: bool = True
+    path: Path,
+    *,
+    rows: Collection[int] | None = None,
+    images: bool = True,
+    texts: bool = True,
+    source: ShardSource | None = None,
 ) -> Iterator[list[ComparedSample]]:
     """Read a Parquet file, one row group in memory at a time.
 
@@ -170,6 +176,7 @@ def read_samples(
         rows: Only these, by number; row groups without one are not read.
         images: Whether to read them.
         texts: Whether to read them.
+        source: Has the file where it is not on this disk.
 
     Yields:
         The samples of each row group.
@@ -178,7 +185,7 @@ def read_samples(
         SnapshotError: Missing, or not a Parquet file.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with open_shard(path, source) as file:
             schema = file.schema_arrow
             image_columns = [field.name for field in schema if images and _is_image(field.type)]
             text_columns = [
@@ -204,7 +211,7 @@ def read_samples(
                     ]
                 start = end
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def count_rows(path: Path) -> int:
@@ -216,11 +223,12 @@ def count_rows(path: Path) -> int:
     try:
         rows: int = pq.read_metadata(path).num_rows
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return rows
 
 
-def _unreadable(path: Path, error: Exception) -> SnapshotError:
+def unreadable(path: Path, error: Exception) -> SnapshotError:
+    """The error for a file that is no Parquet file."""
     return SnapshotError(
         f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
         "a whole Parquet file",
@@ -333,7 +341,14 @@ def measure_entropy(thumbnail: NDArray[np.uint8]) -> float:
     return float(-(shares * np.log2(shares)).sum()) + 0.0
 
 
-def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np.void]:
+def fingerprints_path(cache_dir: Path, *, sha256: str) -> Path:
+    """Where the fingerprints of a file are kept; arguments as for ``fingerprint_shard``."""
+    return cache_dir / f"{sha256}-v{VERSION}.npy"
+
+
+def fingerprint_shard(
+    path: Path, *, sha256: str, cache_dir: Path, source: ShardSource | None = None
+) -> NDArray[np.void]:
     """Fingerprints of all images of a Parquet file, from the cache where they are known.
 
     An image that several samples have is decoded once. Memory: one row group of images, 62 bytes an image, and about
@@ -343,6 +358,7 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
         path: The file.
         sha256: Of the file; the cache's key.
         cache_dir: Folder of the cache; made when missing.
+        source: Has the file where it is not on this disk.
 
     Returns:
         One ``DTYPE`` row an image, in the file's order.
@@ -359,7 +375,7 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
     seen: dict[bytes, tuple[int, int, float]] = {}
     # Decoding lets go of the interpreter lock, so threads help.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for group in read_samples(path, texts=False):
+        for group in read_samples(path, texts=False, source=source):
             places = [(sample.row, number) for sample in group for number in range(len(sample.images))]
             files = [data for sample in group for data in sample.images]
             rows = np.zeros(len(files), DTYPE)
@@ -375,11 +391,6 @@ def fingerprint_shard(path: Path, *, sha256: str, cache_dir: Path) -> NDArray[np
     with new_file(kept) as file, file.open("wb") as stream:
         np.save(stream, found)
     return found
-
-
-def fingerprints_path(cache_dir: Path, *, sha256: str) -> Path:
-    """Where the fingerprints of a Parquet file are kept; arguments as for ``fingerprint_shard``."""
-    return cache_dir / f"{sha256}-v{VERSION}.npy"
 
 
 def _look_at(data: bytes) -> tuple[int, int, float]:

@@ -14,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
 from manyeyes.data.curation.draw import Draw, Progress, draw_mixture
 from manyeyes.data.curation.facts import has_format_prompt
+from manyeyes.data.curation.gathering import shards_in_turn
 from manyeyes.data.curation.page import render_curation
 from manyeyes.data.curation.recipe import CurationRecipe
 from manyeyes.data.curation.report import CurationReport, write_samples
+from manyeyes.data.diff import open_version
 from manyeyes.data.records import Record
 from manyeyes.data.shards import (
     BYTES_PER_SHARD,
@@ -30,7 +33,7 @@ from manyeyes.data.shards import (
     has_provenance,
     read_shard_metadata,
 )
-from manyeyes.data.snapshot import Snapshot, open_folder
+from manyeyes.data.snapshot import Snapshot
 from manyeyes.data.sources_table import add_answer_format
 from manyeyes.errors import DataError, RecipeError, StorageError
 from manyeyes.storage import file_lock, replaceable, storage_errors, write_file
@@ -38,27 +41,29 @@ from manyeyes.storage import file_lock, replaceable, storage_errors, write_file
 SPLIT = "train"
 
 
-def open_inputs(recipe: CurationRecipe, *, snapshot: Path | None = None) -> list[Snapshot]:
-    """The snapshots of a recipe's inputs, each folder opened once.
+def open_inputs(recipe: CurationRecipe, *, snapshot: str = "", remote: str = "") -> list[Snapshot]:
+    """The snapshots of a recipe's inputs, each opened once.
 
     Args:
-        recipe: Names folders.
+        recipe: Names them as ``open_version`` takes them.
         snapshot: That of inputs which name none.
+        remote: Where those are that are no folders, as ``open_version`` takes it.
 
     Raises:
-        RecipeError: An input names no folder, and none is given.
-        SnapshotError: No such folder, or no snapshot in it.
+        RecipeError: An input names none, and none is given.
+        SnapshotError: No such snapshot, or its remote does not answer (``retry``).
     """
-    opened: dict[Path, Snapshot] = {}
-    found = []
+    opened: dict[str, Snapshot] = {}
     for number, spec in enumerate(recipe.inputs):
-        folder = snapshot if spec.snapshot is None else Path(spec.snapshot)
-        if folder is None:
+        if not (name := spec.snapshot or snapshot):
             raise RecipeError(
-                f"inputs.{number}.snapshot is missing", "the folder of a snapshot", "Add it, or give --snapshot FOLDER."
+                f"inputs.{number}.snapshot is missing",
+                "a snapshot's folder, .dvc file or md5",
+                "Add it, or give --snapshot.",
             )
-        found.append(opened.setdefault(folder.resolve(), opened.get(folder.resolve()) or open_folder(folder)))
-    return found
+        if name not in opened:
+            opened[name] = open_version(name, remote=remote, hashed=True)
+    return [opened[spec.snapshot or snapshot] for spec in recipe.inputs]
 
 
 def curate(
@@ -163,7 +168,7 @@ def _copy(
         SPLIT,
         rows_per_shard=rows_per_shard,
         bytes_per_shard=bytes_per_shard,
-        provenance=any(has_provenance(shard.path) for shard in drawn.shards),
+        provenance=any(has_provenance(shard.path, source=shard.source) for shard in drawn.shards),
     )
     writer.paths += sorted(folder.glob(f"{SPLIT}-*.parquet"))
     skip = sum(read_shard_metadata(path).num_rows for path in writer.paths)
@@ -174,17 +179,19 @@ def _copy(
 
 
 def _read_drawn(drawn: Draw, *, skip: int, progress: Progress) -> Iterator[Record]:
-    for number, shard in enumerate(drawn.shards):
-        progress(f"copying {shard.dataset}, shard {number + 1} of {len(drawn.shards)}", number / len(drawn.shards))
+    left: list[tuple[int, NDArray[np.int64]]] = []
+    for number in range(len(drawn.shards)):
         start, end = drawn.first_samples[number : number + 2].tolist()
         rows = np.flatnonzero(drawn.fate[start:end] == 0)
-        if skip >= len(rows):
-            skip -= len(rows)
-            continue
-        reader = RecordReader([shard.path], cached_groups=1)
-        for row in rows[skip:].tolist():
+        if skip < len(rows):
+            left.append((number, rows[skip:]))
+        skip = max(skip - len(rows), 0)
+    coming = shards_in_turn([drawn.shards[number] for number, _ in left])
+    for (number, rows), shard in zip(left, coming, strict=True):
+        progress(f"copying {shard.dataset}, shard {number + 1} of {len(drawn.shards)}", number / len(drawn.shards))
+        reader = RecordReader([shard.path], cached_groups=1, source=shard.source)
+        for row in rows.tolist():
             yield reader.read(row)
-        skip = 0
 
 
 def add_prompt(record: Record, prompt: str) -> Record:

@@ -10,7 +10,7 @@ Source: Cambrian-1, arXiv:2406.16860, section 4: a cap on each source, then a ra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from manyeyes.data.curation.duplicates import Images, find_exact, find_near
-from manyeyes.data.curation.gathering import Gathering, Shard
+from manyeyes.data.curation.gathering import Gathering, Shard, shards_in_turn
 from manyeyes.data.curation.noun_phrases import thin_out
 from manyeyes.data.curation.recipe import CurationRecipe, FilterSpec
+from manyeyes.data.fetching import ShardsOnDemand
 from manyeyes.data.quarantine import rows_of
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.errors import DataError, SnapshotError, did_you_mean
@@ -71,21 +72,23 @@ class Draw:
         return f"{shard.dataset}#{shard.first_row + sample - int(self.first_samples[number])}"
 
 
-def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot], *, fetch: bool = True) -> list[Shard]:
-    """The shards of all inputs.
+def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot]) -> list[Shard]:
+    """The shards of all inputs; none is fetched.
 
     Args:
         recipe: Names the data sets.
         snapshots: One for each of its inputs.
-        fetch: Whether those that are not there are fetched.
 
     Raises:
-        SnapshotError: No such data set, one that holds no records, one that is named twice, or a shard that is missing.
+        SnapshotError: No such data set, one that holds no records, or one that is named twice.
         DataError: There is nothing to draw from.
     """
     shards: list[Shard] = []
     seen: set[str] = set()
+    sources: dict[int, ShardsOnDemand | None] = {}  # one for each snapshot: it bounds what its shards take of the disk
     for number, (spec, snapshot) in enumerate(zip(recipe.inputs, snapshots, strict=True)):
+        if id(snapshot) not in sources:
+            sources[id(snapshot)] = snapshot.on_demand(list(snapshot.manifest.datasets))
         of_records = [name for name, entry in snapshot.manifest.datasets.items() if entry.layout == "records"]
         for name in of_records if spec.datasets is None else dict.fromkeys(spec.datasets):
             entry = snapshot.dataset(name)
@@ -101,9 +104,9 @@ def list_shards(recipe: CurationRecipe, snapshots: Sequence[Snapshot], *, fetch:
                 )
             seen.add(name)
             first = 0
-            paths = snapshot.shards(name) if fetch else snapshot.shard_paths(name)
-            for shard, path in zip(entry.shards, paths, strict=True):
-                shards.append(Shard(name, path, shard.sha256, shard.bytes, shard.rows, first, number))
+            for shard, path in zip(entry.shards, snapshot.shard_paths(name), strict=True):
+                source = sources[id(snapshot)]
+                shards.append(Shard(name, path, shard.sha256, shard.bytes, shard.rows, first, number, source))
                 first += shard.rows
     if not any(shard.rows for shard in shards):
         raise DataError("the inputs have no sample", "a data set of records", "Name other inputs.")
@@ -155,8 +158,7 @@ class _Drawing:
 
     def run(self, quarantine: frozenset[str]) -> Draw:
         recipe = self._recipe
-        for number in range(len(self._shards)):
-            self._step("reading samples", number)
+        for number in self._in_turn("reading samples", self._known.facts_path):
             self._read_facts(number)
         for number, shard in enumerate(self._shards):
             if shard.first_row == 0:
@@ -193,6 +195,16 @@ class _Drawing:
         self._progress(
             f"{what}: {shard.dataset}, shard {number + 1} of {len(self._shards)}", number / len(self._shards)
         )
+
+    def _in_turn(self, what: str, *kept: Callable[[Shard], Path]) -> Iterator[int]:
+        """The numbers of all shards; those of which something is not known are there when it is their turn."""
+        unknown = [shard for shard in self._shards if not all(path(shard).is_file() for path in kept)]
+        coming, awaited = shards_in_turn(unknown), {shard.path for shard in unknown}
+        for number, shard in enumerate(self._shards):
+            self._step(what, number)
+            if shard.path in awaited:
+                next(coming)
+            yield number
 
     def _left(self) -> NDArray[np.int64]:
         return np.flatnonzero(self._fate == 0)
@@ -236,9 +248,11 @@ class _Drawing:
     def _look_at_images(self) -> None:
         self._hashes = np.zeros(len(self._fate), np.uint64)
         self._entropy = np.zeros(len(self._fate), np.float32)
-        for number, shard in enumerate(self._shards):
-            self._step("comparing", number)
-            start = int(self._first_samples[number])
+        kept = [self._known.fingerprints_path]
+        if self._recipe.benchmarks is not None:
+            kept.append(self._known.matches_path)
+        for number in self._in_turn("comparing", *kept):
+            shard, start = self._shards[number], int(self._first_samples[number])
             prints = self._known.fingerprint(shard)
             first = prints[prints["image"] == 0]
             self._hashes[start + first["row"].astype(np.int64)] = first["hash"]
@@ -269,7 +283,7 @@ class _Drawing:
                 keys=self._words if same_words else None,
                 rank=self._rank,
                 spec=spec,
-                images=Images([shard.path for shard in self._shards], self._first_samples),
+                images=Images(self._shards, self._first_samples),
             ),
         )
         text_only = left[self._images[left] == 0]
@@ -286,9 +300,8 @@ class _Drawing:
                 did_you_mean(spec.sources[0], self._sources) or "Correct the recipe.",
             )
         samples, phrases = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-        for number, shard in enumerate(self._shards):
-            self._step("noun phrases", number)
-            pairs = self._known.read_phrases(shard)
+        for number in self._in_turn("noun phrases", self._known.phrases_path):
+            pairs = self._known.read_phrases(self._shards[number])
             of_pair = pairs["row"].astype(np.int64) + int(self._first_samples[number])
             left = self._fate[of_pair] == 0
             samples.append(of_pair[left])

@@ -10,12 +10,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manyeyes.data.contamination.fingerprints import THUMBNAIL, HashIndex, make_thumbnail, read_samples
 from manyeyes.data.curation.recipe import NearSpec
+from manyeyes.data.shards import ShardSource
 
 _INDEXED = 100_000
 """Hashes in an index at a time, 820 bytes each."""
@@ -98,6 +100,18 @@ def _candidates(
             yield np.stack([first[wanted], later[wanted]], axis=1)
 
 
+class ImageShard(Protocol):
+    """A shard as a draw knows it."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is or will be."""
+
+    @property
+    def source(self) -> ShardSource | None:
+        """Has it where it is not on this disk."""
+
+
 class Images:
     """The images of samples that are known by their number over all shards.
 
@@ -106,7 +120,7 @@ class Images:
         first_samples: Number of each shard's first sample.
     """
 
-    def __init__(self, shards: Sequence[Path], first_samples: NDArray[np.int64]) -> None:
+    def __init__(self, shards: Sequence[ImageShard], first_samples: NDArray[np.int64]) -> None:
         self._shards = shards
         self._first_samples = first_samples
 
@@ -126,9 +140,9 @@ class Images:
             starts, end = np.zeros(len(samples) + 1, np.int64), 0
             shard_of = np.searchsorted(self._first_samples, samples, side="right") - 1
             for shard in np.unique(shard_of).tolist():
-                places = np.flatnonzero(shard_of == shard)
+                places, where = np.flatnonzero(shard_of == shard), self._shards[shard]
                 rows = dict(zip((samples[places] - self._first_samples[shard]).tolist(), places.tolist(), strict=True))
-                for group in read_samples(self._shards[shard], rows=rows.keys(), texts=False):
+                for group in read_samples(where.path, rows=rows.keys(), texts=False, source=where.source):
                     for sample in group:
                         for data in sample.images:
                             file.write(make_thumbnail(data).tobytes())

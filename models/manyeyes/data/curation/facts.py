@@ -27,7 +27,7 @@ from manyeyes.data.records import (
     find_placeholder_problem,
     find_role_problem,
 )
-from manyeyes.data.shards import read_shard_metadata
+from manyeyes.data.shards import ShardSource, open_shard, read_shard_metadata
 from manyeyes.data.sources_table import (
     DIRECT,
     HTML,
@@ -73,7 +73,9 @@ SCHEMA = pa.schema(
 )
 
 
-def read_facts(path: Path, *, sha256: str, cache_dir: Path, scripts: Sequence[str] = ()) -> Path:
+def read_facts(
+    path: Path, *, sha256: str, cache_dir: Path, scripts: Sequence[str] = (), source: ShardSource | None = None
+) -> Path:
     """The facts of a shard, made where they are not known.
 
     Memory: one batch of rows without images.
@@ -83,6 +85,7 @@ def read_facts(path: Path, *, sha256: str, cache_dir: Path, scripts: Sequence[st
         sha256: Of the shard; the cache's key.
         cache_dir: Folder of the cache; made when missing.
         scripts: Of writing that are allowed; all when empty.
+        source: Has the shard where it is not on this disk.
 
     Returns:
         A Parquet file of ``SCHEMA``, one row a sample in the shard's order.
@@ -94,10 +97,10 @@ def read_facts(path: Path, *, sha256: str, cache_dir: Path, scripts: Sequence[st
     kept = facts_path(cache_dir, sha256=sha256, scripts=scripts)
     if kept.is_file():
         return kept
-    read_shard_metadata(path)
+    read_shard_metadata(path, end=None if source is None else source.end(path))
     allowed = frozenset(script.upper() for script in scripts)
     try:
-        with pq.ParquetFile(path) as file, new_file(kept) as out, pq.ParquetWriter(out, SCHEMA) as writer:
+        with open_shard(path, source) as file, new_file(kept) as out, pq.ParquetWriter(out, SCHEMA) as writer:
             for batch in file.iter_batches(batch_size=_BATCH, columns=list(_COLUMNS), use_threads=False):
                 facts = [_look_at(row, allowed=allowed) for row in plain_rows(batch)]
                 writer.write_table(pa.Table.from_pylist(facts, schema=SCHEMA))

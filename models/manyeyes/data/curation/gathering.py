@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from manyeyes.data.contamination.comparison import BenchmarkComparison, ComparedShard, Source, open_source
 from manyeyes.data.contamination.fingerprints import fingerprint_shard, fingerprints_path
-from manyeyes.data.contamination.search import Benchmarks, Source, open_source
-from manyeyes.data.curation.facts import read_facts
+from manyeyes.data.curation.facts import facts_path, read_facts
 from manyeyes.data.curation.noun_phrases import phrases_path, read_phrases
 from manyeyes.data.curation.recipe import CurationRecipe, DuplicateSpec, FilterSpec, NearSpec, NounPhraseSpec
+from manyeyes.data.fetching import ShardsOnDemand, in_turn
 from manyeyes.data.snapshot import Snapshot
 from manyeyes.storage import link_or_copy, storage_errors, write_file
 
@@ -36,12 +37,13 @@ class Shard:
 
     Attributes:
         dataset: Its data set.
-        path: On this disk.
+        path: Where it is or will be.
         sha256: As the manifest says.
         size_bytes: Of the file.
         rows: Samples.
         first_row: Its first sample's place in the data set.
         snapshot: Number of its input.
+        source: Has it where it is not on this disk.
     """
 
     dataset: str
@@ -51,6 +53,23 @@ class Shard:
     rows: int
     first_row: int
     snapshot: int
+    source: ShardsOnDemand | None = None
+
+
+def shards_in_turn(shards: Sequence[Shard]) -> Iterator[Shard]:
+    """Shards one after the other, each on this disk when it is its turn, the next few being fetched.
+
+    Raises:
+        SnapshotError: A shard is missing or damaged.
+        StorageError: No space or no permission.
+    """
+    coming = {
+        source: in_turn([shard.path for shard in shards if shard.source is source], source)
+        for source in dict.fromkeys(shard.source for shard in shards)
+    }
+    for shard in shards:
+        next(coming[shard.source])
+        yield shard
 
 
 def gathering_recipe(recipe: CurationRecipe) -> CurationRecipe:
@@ -82,6 +101,24 @@ class Gathering:
         """Whether images are decoded."""
         return self._recipe.duplicates.near is not None or self._recipe.benchmarks is not None
 
+    def facts_path(self, shard: Shard) -> Path:
+        """Where a shard's facts are kept."""
+        return facts_path(self._cache_dir / _CURATION, sha256=shard.sha256, scripts=self._recipe.filters.scripts)
+
+    def fingerprints_path(self, shard: Shard) -> Path:
+        """Where a shard's fingerprints are kept."""
+        return fingerprints_path(self._cache_dir / _FINGERPRINTS, sha256=shard.sha256)
+
+    def matches_path(self, shard: Shard) -> Path:
+        """Where it is kept what benchmarks hold of a shard."""
+        return self._cache_dir / _CURATION / f"{shard.sha256}-benchmarks-{self._benchmarks_key}.json"
+
+    def phrases_path(self, shard: Shard) -> Path:
+        """Where a shard's noun phrases are kept."""
+        spec = self._recipe.noun_phrases
+        assert spec is not None
+        return phrases_path(self._cache_dir / _CURATION, sha256=shard.sha256, of=spec.sources)
+
     def read_facts(self, shard: Shard) -> Path:
         """The file of a shard's facts; errors as for ``facts.read_facts``."""
         return read_facts(
@@ -89,22 +126,24 @@ class Gathering:
             sha256=shard.sha256,
             cache_dir=self._cache_dir / _CURATION,
             scripts=self._recipe.filters.scripts,
+            source=shard.source,
         )
 
     def fingerprint(self, shard: Shard) -> NDArray[np.void]:
         """Fingerprints of a shard's images; errors as for ``fingerprint_shard``."""
-        return fingerprint_shard(shard.path, sha256=shard.sha256, cache_dir=self._cache_dir / _FINGERPRINTS)
+        return fingerprint_shard(
+            shard.path, sha256=shard.sha256, cache_dir=self._cache_dir / _FINGERPRINTS, source=shard.source
+        )
 
     def match_benchmarks(self, shard: Shard) -> dict[int, str]:
-        """By row of a shard why it is a benchmark's; errors as for ``Benchmarks``."""
-        kept = self._matches_path(shard)
+        """By row of a shard why it is a benchmark's; errors as for ``BenchmarkComparison``."""
+        kept = self.matches_path(shard)
         if kept.is_file():
             return dict(json.loads(kept.read_text(encoding="utf-8")))
-        prints = self.fingerprint(shard)
-        pairs = self._benchmarks.match_images(shard.dataset, shard.path, prints, first_row=0)
-        pairs += self._benchmarks.match_texts(shard.dataset, shard.path, first_row=0)
+        compared = ComparedShard(shard.path, shard.sha256, shard.rows, shard.first_row, shard.source)
+        self._comparison.compare(compared)
         reasons: dict[int, str] = {}
-        for pair in pairs:
+        for pair in self._comparison.pairs(compared):
             reasons.setdefault(pair.row, pair.reason())
         write_file(kept, json.dumps(list(reasons.items())), flush=False)
         return reasons
@@ -119,6 +158,7 @@ class Gathering:
             cache_dir=self._cache_dir / _CURATION,
             is_caption=spec.fits,
             of=spec.sources,
+            source=shard.source,
         )
 
     def gather(self, shard: Shard) -> list[Path]:
@@ -132,13 +172,13 @@ class Gathering:
         files = [self.read_facts(shard)]
         if self.looks_at_images:
             self.fingerprint(shard)
-            files.append(fingerprints_path(self._cache_dir / _FINGERPRINTS, sha256=shard.sha256))
+            files.append(self.fingerprints_path(shard))
         if recipe.benchmarks is not None:
             self.match_benchmarks(shard)
-            files.append(self._matches_path(shard))
+            files.append(self.matches_path(shard))
         if recipe.noun_phrases is not None:
             self.read_phrases(shard)
-            files.append(phrases_path(self._cache_dir / _CURATION, sha256=shard.sha256, of=recipe.noun_phrases.sources))
+            files.append(self.phrases_path(shard))
         return files
 
     def hand_over(self, files: Sequence[Path], *, out: Path) -> None:
@@ -153,9 +193,6 @@ class Gathering:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(file, target)
 
-    def _matches_path(self, shard: Shard) -> Path:
-        return self._cache_dir / _CURATION / f"{shard.sha256}-benchmarks-{self._benchmarks_key}.json"
-
     @cached_property
     def _sources(self) -> list[Source]:
         assert self._recipe.benchmarks is not None
@@ -166,9 +203,9 @@ class Gathering:
         return found
 
     @cached_property
-    def _benchmarks(self) -> Benchmarks:
+    def _comparison(self) -> BenchmarkComparison:
         assert self._recipe.benchmarks is not None
-        return Benchmarks(
+        return BenchmarkComparison(
             self._sources,
             cache_dir=self._cache_dir / _FINGERPRINTS,
             thresholds=self._recipe.benchmarks.thresholds,
@@ -178,7 +215,7 @@ class Gathering:
     def _benchmarks_key(self) -> str:
         spec = self._recipe.benchmarks
         assert spec is not None
-        held = [(source.name, [digest for _, digest in source.shards]) for source in self._sources]
+        held = [(source.name, [shard.sha256 for shard in source.shards]) for source in self._sources]
         facts = [_VERSION, spec.thresholds.model_dump(), held]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from manyeyes.data.contamination.fingerprints import plain_rows
+from manyeyes.data.shards import ShardSource, open_shard
 from manyeyes.storage import new_file
 
 VERSION = 1
@@ -75,7 +75,13 @@ def _chunks(sentence: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]
 
 
 def read_phrases(
-    path: Path, *, sha256: str, cache_dir: Path, is_caption: Callable[[str], bool], of: Sequence[str]
+    path: Path,
+    *,
+    sha256: str,
+    cache_dir: Path,
+    is_caption: Callable[[str], bool],
+    of: Sequence[str],
+    source: ShardSource | None = None,
 ) -> NDArray[np.void]:
     """The phrases of a shard's captions, from the cache where they are known.
 
@@ -85,6 +91,7 @@ def read_phrases(
         cache_dir: Folder of the cache; made when missing.
         is_caption: Whether the records of a source are captions.
         of: What ``is_caption`` goes by.
+        source: Has the shard where it is not on this disk.
 
     Returns:
         A ``PAIR`` for each phrase of each caption: row of the shard and hash of the phrase.
@@ -95,7 +102,7 @@ def read_phrases(
         return known
     pairs: list[tuple[int, int]] = []
     first = 0
-    with pq.ParquetFile(path) as file:
+    with open_shard(path, source) as file:
         for batch in file.iter_batches(batch_size=_BATCH, columns=["source", "conversations"], use_threads=False):
             for row, values in enumerate(plain_rows(batch), start=first):
                 if is_caption(values["source"] or ""):

@@ -158,7 +158,9 @@ def _read_examples(
     for example in examples:
         if example.dataset not in readers:
             owner = next(each for each in snapshots if example.dataset in each.manifest.datasets)
-            readers[example.dataset] = RecordReader(owner.shards(example.dataset), cached_groups=1)
+            readers[example.dataset] = RecordReader(
+                owner.shard_paths(example.dataset), cached_groups=1, source=owner.on_demand([example.dataset])
+            )
         try:
             records[example.dataset, example.row] = readers[example.dataset].read(example.row)
         except RecordError:

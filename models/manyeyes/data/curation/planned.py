@@ -54,16 +54,15 @@ class PlannedCuration(StrictModel):
                     "Leave snapshot out and name data sets. Folders become one snapshot with: manyeyes data import, "
                     "dvc add, dvc push.",
                 )
-        return list_shards(self.recipe, [self.snapshot] * len(self.recipe.inputs), fetch=False)
+        return list_shards(self.recipe, [self.snapshot] * len(self.recipe.inputs))
 
     def gather(self, shard: Shard, *, out: Path) -> None:
-        """Fetch a shard, and leave what a draw asks of it in a folder for ``take_over``.
+        """Leave what a draw asks of a shard in a folder for ``take_over``; the shard is fetched where it is missing.
 
         Raises:
             SnapshotError: The shard cannot be had or is damaged, or a benchmark is not there.
             StorageError: No space or no permission.
         """
-        self.snapshot.fetch([shard.path.relative_to(self.snapshot.path).as_posix()])
         self._gathering.hand_over(self._gathering.gather(shard), out=out)
 
     @cached_property
@@ -80,7 +79,7 @@ class PlannedCuration(StrictModel):
         found: list[Shard] = []
         for dataset, first, end in parse_part(part):
             recipe = CurationRecipe(name="part", inputs=(InputSpec(datasets=(dataset,)),))
-            found += list_shards(recipe, [self.snapshot], fetch=False)[first:end]
+            found += list_shards(recipe, [self.snapshot])[first:end]
         return found
 
 

@@ -27,7 +27,9 @@ Count = Annotated[int, Field(ge=1)]
 class InputSpec(StrictModel):
     """Data sets of one snapshot."""
 
-    snapshot: str | None = Field(default=None, description="Its folder; without one, that of --snapshot.")
+    snapshot: str | None = Field(
+        default=None, description="Its folder, .dvc file or md5; without one, that of --snapshot."
+    )
     datasets: tuple[str, ...] | None = Field(
         default=None, description="Data sets of it; all of layout records by default."
     )
