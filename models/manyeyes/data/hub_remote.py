@@ -6,26 +6,24 @@ addresses, which send large files on to a store; ``HF_ENDPOINT``, ``HF_TOKEN`` a
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from manyeyes.data.object_store import CHUNK, ObjectStore
 from manyeyes.errors import SnapshotError
 
 if TYPE_CHECKING:
     import urllib3
 
-_CHUNK = 1024**2
-_ATTEMPTS = 4  # of an object that breaks off
 _REQUESTS = 5  # of one that the hub is too busy for
 _BUSY = (429, 500, 502, 503, 504)
 _CONNECT_S, _READ_S = 10.0, 60.0
 
 
-class HubRemote:
+class HubRemote(ObjectStore):
     """A remote in a data set repository at a revision, which should be a commit: branches move.
 
     Args:
@@ -47,64 +45,15 @@ class HubRemote:
             raise SnapshotError(
                 f"{url} may not be asked: HF_HUB_OFFLINE is set", "the hub", "Unset it, or use a remote in a folder."
             )
-        self._url, self._repository, self._revision = url, match[1], match[2]
+        super().__init__(url, push_again="Upload the remote again from a whole copy, and name the new commit.")
+        self._repository, self._revision = match[1], match[2]
 
-    @property
-    def url(self) -> str:
-        """``hub:OWNER/NAME@REVISION``."""
-        return self._url
-
-    def read(self, key: str) -> bytes | None:
-        """A whole small object; ``None`` when there is none.
-
-        Raises:
-            SnapshotError: The hub does not answer or refuses (``retry`` where another attempt may help).
-        """
-        response = self._open(key, offset=0)
-        return None if response is None else b"".join(self._read_on(response, key, offset=0, what=key))
-
-    def stream(self, key: str, *, offset: int, what: str) -> Iterator[bytes]:
-        """An object's bytes from ``offset`` on; a connection that breaks off is taken up where it ended.
-
-        Raises:
-            SnapshotError: No such object, or the hub does not answer or refuses.
-        """
-        yield from self._read_on(self._must_open(key, offset=offset, what=what), key, offset=offset, what=what)
-
-    def _read_on(self, response: urllib3.BaseHTTPResponse, key: str, *, offset: int, what: str) -> Iterator[bytes]:
+    def _breaks(self) -> tuple[type[Exception], ...]:
         from urllib3.exceptions import HTTPError
 
-        attempt = 1
-        while True:
-            try:
-                for chunk in response.stream(_CHUNK):
-                    offset += len(chunk)
-                    yield chunk
-                return
-            except HTTPError as error:
-                if attempt == _ATTEMPTS:
-                    raise SnapshotError(
-                        f"{self._url}: {what} broke off after {offset} bytes, {_ATTEMPTS} times: {error}",
-                        "the whole object",
-                        "Run it again: what was fetched is kept.",
-                        retry=True,
-                    ) from error
-            finally:
-                response.release_conn()
-            attempt += 1
-            response = self._must_open(key, offset=offset, what=what)
+        return (HTTPError,)
 
-    def _must_open(self, key: str, *, offset: int, what: str) -> urllib3.BaseHTTPResponse:
-        response = self._open(key, offset=offset)
-        if response is None:
-            raise SnapshotError(
-                f"remote {self._url} lacks {what} ({key})",
-                "every file of the snapshot",
-                "Upload the remote again from a whole copy, and name the new commit.",
-            )
-        return response
-
-    def _open(self, key: str, *, offset: int) -> urllib3.BaseHTTPResponse | None:
+    def _open(self, key: str, *, offset: int) -> Iterator[bytes] | None:
         from huggingface_hub import constants, get_token
         from urllib3.exceptions import HTTPError
 
@@ -121,7 +70,7 @@ class HubRemote:
                 "GET", address, headers=headers, preload_content=False
             )
             if response.status == 200 and offset:  # who does not know of ranges sends the whole
-                while offset and (skipped := response.read(min(offset, _CHUNK))):
+                while offset and (skipped := response.read(min(offset, CHUNK))):
                     offset -= len(skipped)
         except HTTPError as error:
             raise SnapshotError(
@@ -131,10 +80,10 @@ class HubRemote:
                 retry=True,
             ) from error
         if response.status in (200, 206):
-            return response
+            return _read_body(response)
         response.drain_conn()
         if response.status == 416:  # at the object's end
-            return self._empty()
+            return iter(())
         self._refuse(response, key)
         return None
 
@@ -155,12 +104,6 @@ class HubRemote:
             "Check the address; for a private or gated data set set HF_TOKEN.",
         )
 
-    @staticmethod
-    def _empty() -> urllib3.BaseHTTPResponse:
-        import urllib3
-
-        return urllib3.HTTPResponse(io.BytesIO(), preload_content=False)
-
     @cached_property
     def _pool(self) -> Any:
         import urllib3
@@ -171,3 +114,10 @@ class HubRemote:
         return urllib3.PoolManager(
             maxsize=16, retries=retries, timeout=urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
         )
+
+
+def _read_body(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    try:
+        yield from response.stream(CHUNK)
+    finally:
+        response.release_conn()

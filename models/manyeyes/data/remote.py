@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from manyeyes.data.hub_remote import HubRemote
+from manyeyes.data.object_store import CHUNK, ObjectStore, missing_object
 from manyeyes.errors import SnapshotError
 from manyeyes.storage import new_file, write_file
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
 
-_CHUNK = 1024**2
-# How often an object is taken up again that breaks off, and how often a store is asked that answers 500. With one
-# failure in ten calls, six attempts fail once in a million objects; boto3's own three, once in a thousand.
-_ATTEMPTS = 4
+_PUSH_AGAIN = "Push it again from a whole copy: dvc push"
+# How often a store is asked that answers 500. With one failure in ten calls, six attempts fail once in a million
+# objects; boto3's own three, once in a thousand.
 _REQUESTS = 6
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests")
 
@@ -149,10 +149,10 @@ class FolderRemote:
         try:
             with (self._path / key).open("rb") as file:
                 file.seek(offset)
-                while chunk := file.read(_CHUNK):
+                while chunk := file.read(CHUNK):
                     yield chunk
         except FileNotFoundError as error:
-            raise _missing(self._url, key, what) from error
+            raise missing_object(self._url, key, what, do=_PUSH_AGAIN) from error
         except OSError as error:
             raise _refused(self._url, key, error) from error
 
@@ -174,7 +174,7 @@ class FolderRemote:
             shutil.copyfile(content, file)
 
 
-class S3Remote:
+class S3Remote(ObjectStore):
     """A remote in an S3 bucket, or in a store that speaks S3.
 
     Credentials, region and ``AWS_ENDPOINT_URL`` come from boto3's usual places.
@@ -190,60 +190,16 @@ class S3Remote:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
             raise SnapshotError(f'data remote is "{url}"', "s3://bucket/prefix", "Name the bucket.")
-        self._url = url.rstrip("/")
+        super().__init__(url.rstrip("/"), push_again=_PUSH_AGAIN)
         self._bucket = bucket
         self._prefix = prefix.strip("/")
         self._client = _connect()
 
-    @property
-    def url(self) -> str:
-        """``s3://bucket/prefix``."""
-        return self._url
-
-    def read(self, key: str) -> bytes | None:
-        """A whole small object; ``None`` when there is none.
-
-        Raises:
-            SnapshotError: The store does not answer or refuses (``retry`` where another attempt may help).
-        """
-        chunks = self._open(key, offset=0)
-        return None if chunks is None else b"".join(self._read_on(chunks, key, offset=0, what=key))
-
-    def stream(self, key: str, *, offset: int, what: str) -> Iterator[bytes]:
-        """An object's bytes from ``offset`` on; a connection that breaks off is taken up where it ended.
-
-        Raises:
-            SnapshotError: No such object, or the store does not answer or refuses.
-        """
-        chunks = self._open(key, offset=offset)
-        if chunks is None:
-            raise _missing(self._url, key, what)
-        yield from self._read_on(chunks, key, offset=offset, what=what)
-
-    def _read_on(self, chunks: Iterator[bytes], key: str, *, offset: int, what: str) -> Iterator[bytes]:
+    def _breaks(self) -> tuple[type[Exception], ...]:
         from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
-        attempt = 1
-        while True:
-            try:
-                for chunk in chunks:
-                    offset += len(chunk)
-                    yield chunk
-                return
-            # Of an object that was sent with a checksum, botocore says only that what came does not match it.
-            except (HTTPClientError, IncompleteReadError, FlexibleChecksumError) as error:
-                if attempt == _ATTEMPTS:
-                    raise SnapshotError(
-                        f"{self._url}: {what} broke off after {offset} bytes, {_ATTEMPTS} times: {error}",
-                        "the whole object",
-                        "Run it again: what was fetched is kept.",
-                        retry=True,
-                    ) from error
-            attempt += 1
-            again = self._open(key, offset=offset)
-            if again is None:
-                raise _missing(self._url, key, what)
-            chunks = again
+        # Of an object that was sent with a checksum, botocore says only that what came does not match it.
+        return HTTPClientError, IncompleteReadError, FlexibleChecksumError
 
     def _open(self, key: str, *, offset: int) -> Iterator[bytes] | None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -348,7 +304,7 @@ class S3Remote:
 
 def _read_body(body: StreamingBody) -> Iterator[bytes]:
     with contextlib.closing(body):
-        yield from body.iter_chunks(_CHUNK)
+        yield from body.iter_chunks(CHUNK)
 
 
 def _connect() -> Any:
@@ -374,12 +330,6 @@ def _no_credentials(found: str) -> SnapshotError:
         found,
         "credentials that may list and read the bucket, and write to it where something is put there",
         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the pod's role), then run again.",
-    )
-
-
-def _missing(url: str, key: str, what: str) -> SnapshotError:
-    return SnapshotError(
-        f"remote {url} lacks {what} ({key})", "every file of the snapshot", "Push it again from a whole copy: dvc push"
     )
 
 
