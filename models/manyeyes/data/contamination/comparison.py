@@ -173,7 +173,7 @@ class ShardFindings(StrictModel):
     examples: tuple[ShownPair, ...] = Field(description="A few of each kind.")
 
 
-class Comparison:
+class BenchmarkComparison:
     """Compares training shards with benchmarks, or knows what was found.
 
     Args:

@@ -16,8 +16,8 @@ from pathlib import Path
 from manyeyes.data.contamination.comparison import (
     EXAMPLES,
     IMAGE_KINDS,
+    BenchmarkComparison,
     BenchmarkSize,
-    Comparison,
     ShardFindings,
     ShownPair,
     Source,
@@ -58,7 +58,7 @@ def find_contamination(
     Writes ``contamination.json``, ``contamination.html``, ``contamination.md``, ``pairs.jsonl``, and, with
     ``leave_out``, ``contaminated.jsonl``, whose samples training leaves out like those of ``quarantine.jsonl``.
 
-    Memory: that of ``Benchmarks``, and what ``Comparison.compare`` needs for one shard.
+    Memory: that of ``Benchmarks``, and what ``BenchmarkComparison.compare`` needs for one shard.
 
     Args:
         snapshot: Has the training data, and benchmarks that are named and not paths.
@@ -84,7 +84,7 @@ def find_contamination(
         for name in dict.fromkeys(datasets)
         if name not in benchmarks
     ]
-    theirs = Comparison(judged, cache_dir=cache_dir, thresholds=limits)
+    theirs = BenchmarkComparison(judged, cache_dir=cache_dir, thresholds=limits)
     shards = [(source, shard) for source in trained for shard in source.shards]
     unknown = [shard.path for _, shard in shards if not theirs.kept(shard).is_file()]
     coming, awaited = in_turn(unknown, on_demand), set(unknown)
@@ -118,7 +118,7 @@ def find_contamination(
     return report
 
 
-def _write_pairs(path: Path, trained: Sequence[Source], theirs: Comparison) -> Iterator[QuarantinedSample]:
+def _write_pairs(path: Path, trained: Sequence[Source], theirs: BenchmarkComparison) -> Iterator[QuarantinedSample]:
     """Write all pairs, a line each; yields the samples with the first reason of each, by row."""
     with new_file(path) as file, file.open("w", encoding="utf-8", newline="\n") as lines:
         for source in trained:
