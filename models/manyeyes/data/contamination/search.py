@@ -141,7 +141,7 @@ class _Sums:
         self._examples: dict[Kind, list[ShownPair]] = defaultdict(list)
 
     def add(self, dataset: str, findings: ShardFindings, *, first_row: int) -> None:
-        self.counts[dataset].update(findings.model_dump(include=_COUNTS))
+        self.counts[dataset].update(findings.model_dump(include=set(_COUNTS)))
         for place, kind in findings.seen_images:
             number = IMAGE_KINDS.index(kind)
             self._images[place] = min(number, self._images.get(place, number))
