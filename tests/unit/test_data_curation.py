@@ -24,7 +24,7 @@ from manyeyes.data.snapshot import Snapshot, open_folder
 from manyeyes.errors import DataError, RecipeError, StorageError
 from tests.unit.data_samples import make_snapshot
 
-SHORT = "Answer the question using a single word or phrase."
+SHORT, LETTER = "Answer the question using a single word or phrase.", "Answer with the letter."
 
 
 def make_photo(seed: int, *, quality: int = 90, width: int = 96) -> ImageFile:
@@ -236,6 +236,11 @@ def test_a_question_that_says_how_to_answer_stays() -> None:
         "Yes",
         "Why?\nGive the short answer directly.",
         "So",
+    ]
+    chosen = Record("b", "s", (), (Turn("human", "Which?"), Turn("gpt", "B"), Turn("human", "Why?"), Turn("gpt", "So")))
+    assert [turn.text for turn in add_prompt(chosen, SHORT, LETTER).turns[::2]] == [
+        f"Which?\n{LETTER}",
+        f"Why?\n{SHORT}",
     ]
 
 

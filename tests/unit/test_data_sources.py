@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyeyes.data.sources_table import SHORT, SOURCES, add_answer_format, find_source
+from manyeyes.data.sources_table import LETTER, OPTION, SHORT, SOURCES, add_answer_format, choose_sentence, find_source
 
 
 @pytest.mark.parametrize("name", ["tallyqa", "TallyQA", "tallyqa_250k.json", "tallyqa_250k", "TALLY-QA.jsonl"])
@@ -24,3 +24,13 @@ def test_a_sentence_about_the_answer_is_put_behind_a_question_once() -> None:
     assert asked == f"How many?\n{SHORT}"
     assert add_answer_format(asked, SHORT) == asked
     assert add_answer_format("How many?", "") == "How many?"
+
+
+@pytest.mark.parametrize(("name", "of_letters"), [("iconqa", LETTER), ("q-instruct", OPTION)])
+def test_a_source_that_asks_with_options_and_without_has_a_sentence_for_each(name: str, of_letters: str) -> None:
+    row = SOURCES[name]
+    for answer in ("B", "(B)", "B.", "B. Slightly blurred", "Answer: B"):
+        assert choose_sentence(answer, row.answer_format, row.letter_format) == of_letters, answer
+    for answer in ("7", "A dog", "yes", "Blurred", ""):
+        assert choose_sentence(answer, row.answer_format, row.letter_format) == SHORT, answer
+    assert choose_sentence("B", SHORT, "") == SHORT

@@ -1,8 +1,11 @@
 """``SOURCES``: the data sets that LLaVA, Eagle, Cambrian-1 and Mini-Gemini are trained on, one row each.
 
 A row says where a set is published, which columns it must have, how an item becomes turns, and which sentence about the
-form of the answer Cambrian-1 puts behind its questions. Rows without a hub id have no public home that is known; such
-samples come in the papers' own mixtures, and their names are known here for the sake of category and sentence.
+form of the answer Cambrian-1 puts behind its questions. Of Q-Instruct and IconQA, which ask with options and without,
+the paper names two (prompts 1 and 3, and 1 and 10 of its appendix on the answer machine) and not which question gets
+which: here the one about letters stands where the answer is an option's letter, the other elsewhere. Rows without a hub
+id have no public home that is known; such samples come in the papers' own mixtures, and their names are known here for
+the sake of category and sentence.
 
 Sources: LLaVA arXiv:2304.08485 and 2310.03744, Eagle arXiv:2408.15998, Cambrian-1 arXiv:2406.16860, Mini-Gemini
 arXiv:2403.18814; licences as the hub's cards say. The Cauldron (arXiv:2405.02246) leaves them to each of its sets.
@@ -22,6 +25,7 @@ from manyeyes.errors import DataError, did_you_mean
 Category = Literal["General", "OCR", "Language", "Counting", "Math", "Code", "Science", "Captions"]
 """Cambrian-1's, and captions of a first stage."""
 
+_LETTER_ANSWER = re.compile(r"(?:[Aa]nswer: *)?\(?[A-Z](?:$|[.):](?:\s|$))")
 NOT_STATED = "not stated"
 
 SHORT = "Answer the question using a single word or phrase."
@@ -52,6 +56,7 @@ class DataSource:
         read: How an item becomes images and turns.
         licence: SPDX name, ``other``, or ``not stated``.
         answer_format: Cambrian-1's sentence behind its questions; empty for none.
+        letter_format: The sentence behind those whose answer is an option's letter, where it is another one.
         aliases: Other names in the papers' mixtures.
     """
 
@@ -65,6 +70,7 @@ class DataSource:
     read: Callable[[Row], SourceItem] = items.read_conversation
     licence: str = NOT_STATED
     answer_format: str = ""
+    letter_format: str = ""
     aliases: tuple[str, ...] = ()
 
 
@@ -76,6 +82,7 @@ def _cauldron(
     part: str,
     answer_format: str = "",
     aliases: tuple[str, ...] = (),
+    letter_format: str = "",
 ) -> DataSource:
     return DataSource(
         title,
@@ -87,6 +94,7 @@ def _cauldron(
         columns=("images", "texts"),
         read=items.read_cauldron,
         answer_format=answer_format,
+        letter_format=letter_format,
         aliases=aliases,
     )
 
@@ -305,7 +313,7 @@ SOURCES: dict[str, DataSource] = {
         files="lvis_instruct4v_220k.json",
     ),
     "lrv-instruct": DataSource("LRV-Instruct", "General", 150_000, (EAGLE,)),
-    "q-instruct": DataSource("Q-Instruct", "General", 400_000, (CAMBRIAN,), answer_format=f"{SHORT} {OPTION}"),
+    "q-instruct": DataSource("Q-Instruct", "General", 400_000, (CAMBRIAN,), answer_format=SHORT, letter_format=OPTION),
     "lnqa": DataSource("LNQA", "General", 302_000, (CAMBRIAN,)),
     "visual-genome": DataSource("Visual Genome", "General", 86_417, (L15, EAGLE, CAMBRIAN, GEMINI), aliases=("vg",)),
     "vqav2": _cauldron("VQAv2", "General", 82_783, (L15, EAGLE, CAMBRIAN, GEMINI), "vqav2"),
@@ -363,7 +371,7 @@ SOURCES: dict[str, DataSource] = {
         licence="GPL-3.0",
         answer_format=NUMBER,
     ),
-    "iconqa": _cauldron("IconQA", "OCR", 27_000, (CAMBRIAN,), "iconqa", f"{SHORT} {LETTER}"),
+    "iconqa": _cauldron("IconQA", "OCR", 27_000, (CAMBRIAN,), "iconqa", SHORT, letter_format=LETTER),
     "chart2text": _cauldron("Chart2Text", "OCR", 26_000, (CAMBRIAN,), "chart2text"),
     "tabmwp": _cauldron("TabMWP", "OCR", 23_000, (CAMBRIAN,), "tabmwp"),
     "textcaps": _cauldron("TextCaps", "OCR", 21_953, (L15, EAGLE, CAMBRIAN), "textcaps"),
@@ -543,6 +551,7 @@ def describe_source(name: str) -> str:
         "becomes turns": summary.replace("``", ""),
         "licence": row.licence,
         "answer format": row.answer_format,
+        "for a letter": row.letter_format,
     }
     return "\n".join(f"{fact:<14} {text}" for fact, text in facts.items() if text)
 
@@ -550,6 +559,18 @@ def describe_source(name: str) -> str:
 def add_answer_format(question: str, sentence: str) -> str:
     """The question with a sentence about the form of its answer behind it, unless it has it already."""
     return question if not sentence or sentence in question else f"{question.rstrip()}\n{sentence}"
+
+
+def choose_sentence(answer: str, sentence: str, letter_sentence: str) -> str:
+    """The sentence about the form of an answer.
+
+    Args:
+        answer: To the question.
+        sentence: Of most questions.
+        letter_sentence: Of those whose answer is an option's letter ("B", "(B)", "B. No", "Answer: B"); ``sentence``
+            when empty.
+    """
+    return letter_sentence if letter_sentence and _LETTER_ANSWER.match(answer.strip()) else sentence
 
 
 def _stem(name: str) -> str:

@@ -34,7 +34,7 @@ from manyeyes.data.shards import (
     read_shard_metadata,
 )
 from manyeyes.data.snapshot import Snapshot
-from manyeyes.data.sources_table import add_answer_format
+from manyeyes.data.sources_table import add_answer_format, choose_sentence
 from manyeyes.errors import DataError, RecipeError, StorageError
 from manyeyes.storage import file_lock, replaceable, storage_errors, write_file
 
@@ -172,10 +172,11 @@ def _copy(
     )
     writer.paths += sorted(folder.glob(f"{SPLIT}-*.parquet"))
     skip = sum(read_shard_metadata(path).num_rows for path in writer.paths)
-    prompts = {name: prompt for name in drawn.sources if (prompt := recipe.source(name).prompt) is not None}
+    specs = {name: recipe.source(name) for name in drawn.sources}
     with writer:
         for record in _read_drawn(drawn, skip=skip, progress=progress):
-            writer.write(add_prompt(record, prompts[record.source]) if record.source in prompts else record)
+            spec = specs[record.source]
+            writer.write(record if spec.prompt is None else add_prompt(record, spec.prompt, spec.letter_prompt or ""))
 
 
 def _read_drawn(drawn: Draw, *, skip: int, progress: Progress) -> Iterator[Record]:
@@ -194,7 +195,7 @@ def _read_drawn(drawn: Draw, *, skip: int, progress: Progress) -> Iterator[Recor
             yield reader.read(row)
 
 
-def add_prompt(record: Record, prompt: str) -> Record:
+def add_prompt(record: Record, prompt: str, letter_prompt: str = "") -> Record:
     """A record whose questions say how they are to be answered.
 
     A question that has a sentence about the answer's format already stays as it is.
@@ -202,14 +203,14 @@ def add_prompt(record: Record, prompt: str) -> Record:
     Args:
         record: The record.
         prompt: The sentence, for instance "Answer the question using a single word or phrase."
+        letter_prompt: That of questions whose answer is an option's letter; ``prompt`` when empty.
     """
-    turns = tuple(
-        replace(turn, text=add_answer_format(turn.text, prompt))
-        if turn.speaker == "human" and not has_format_prompt(turn.text)
-        else turn
-        for turn in record.turns
-    )
-    return replace(record, turns=turns)
+    turns = list(record.turns)
+    for place, turn in enumerate(turns[:-1]):
+        if turn.speaker == "human" and not has_format_prompt(turn.text):
+            sentence = choose_sentence(turns[place + 1].text, prompt, letter_prompt)
+            turns[place] = replace(turn, text=add_answer_format(turn.text, sentence))
+    return replace(record, turns=tuple(turns))
 
 
 def _replace(work: Path, out: Path) -> None:

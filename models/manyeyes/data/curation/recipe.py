@@ -50,6 +50,11 @@ class SourceSpec(StrictModel):
         description="Sentence about the answer's format, put below each question that has none yet; with "
         "answer_formats the table's by default.",
     )
+    letter_prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The same where the answer is an option's letter; prompt by default.",
+    )
 
 
 class Range(StrictModel):
@@ -187,6 +192,8 @@ class CurationRecipe(StrictModel):
             changes["category"] = UNSORTED if known is None else known.category
         if spec.prompt is None and self.answer_formats and known is not None and known.answer_format:
             changes["prompt"] = known.answer_format
+            if spec.letter_prompt is None and known.letter_format:
+                changes["letter_prompt"] = known.letter_format
         return spec.model_copy(update=changes)
 
     def category(self, source: str) -> str:

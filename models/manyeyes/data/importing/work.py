@@ -33,7 +33,7 @@ from manyeyes.data.records import (
 )
 from manyeyes.data.shards import ShardWriter
 from manyeyes.data.source_items import ItemRefused, SourceItem
-from manyeyes.data.sources_table import SOURCES, add_answer_format, find_source
+from manyeyes.data.sources_table import SOURCES, add_answer_format, choose_sentence, find_source
 from manyeyes.errors import RecordError
 from manyeyes.runtime.preprocess import decode_image
 from manyeyes.storage import new_folder
@@ -241,14 +241,16 @@ class UnitWorker:
     @staticmethod
     def _with_answer_format(record: Record, repairs: Counter[str]) -> Record:
         row = find_source(record.source)
-        sentence = row.answer_format if row else ""
-        turns = tuple(
-            Turn(turn.speaker, add_answer_format(turn.text, sentence) if turn.speaker == "human" else turn.text)
-            for turn in record.turns
-        )
-        if turns != record.turns:
+        if row is None:
+            return record
+        turns = list(record.turns)
+        for place, turn in enumerate(turns[:-1]):
+            if turn.speaker == "human":
+                sentence = choose_sentence(turns[place + 1].text, row.answer_format, row.letter_format)
+                turns[place] = Turn("human", add_answer_format(turn.text, sentence))
+        if tuple(turns) != record.turns:
             repairs["sentence about the answer added"] += 1
-        return replace(record, turns=turns)
+        return replace(record, turns=tuple(turns))
 
 
 def _find_problems(record: Record) -> Iterator[tuple[str, Any]]:
