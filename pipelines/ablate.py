@@ -58,7 +58,8 @@ def ablate(
         recipe_overrides: Changes that hold for every variant, one a line, for instance stages.sft.epochs=1
         recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
-        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        data_remote: A folder, s3://bucket/prefix or hub:OWNER/NAME@COMMIT that holds the snapshot. Empty in a checkout
+            only.
     """
     form = {
         "recipe": recipe,

@@ -43,7 +43,8 @@ def curate(
         curate_recipe_text: A curation recipe of your own, as YAML, taken instead of curate_recipe.
         curate_remote: A folder or s3://bucket/prefix that the new snapshot goes to. Empty: where the data is.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
-        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        data_remote: A folder, s3://bucket/prefix or hub:OWNER/NAME@COMMIT that holds the snapshot. Empty in a checkout
+            only.
     """
     summary = summarise_run(
         pipeline="curate",

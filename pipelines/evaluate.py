@@ -58,7 +58,8 @@ def evaluate(
         recipe_overrides: Changes to the recipe, one a line, for instance evaluation.max_items=100
         recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
-        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        data_remote: A folder, s3://bucket/prefix or hub:OWNER/NAME@COMMIT that holds the snapshot. Empty in a checkout
+            only.
     """
     summary = summarise_run(pipeline="evaluate", subject=evaluate_model, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
     with dsl.ExitHandler(summary.set_caching_options(False), name="score and report"):

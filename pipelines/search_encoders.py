@@ -159,7 +159,8 @@ def search_encoders(
         recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
         recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
-        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        data_remote: A folder, s3://bucket/prefix or hub:OWNER/NAME@COMMIT that holds the snapshot. Empty in a checkout
+            only.
         search_start: Encoders to start from, by their names in the recipe, separated by commas. Empty: the first one.
         search_rounds: Encoders added at most, 1 to 5.
         search_min_gain: Points of the mean score that a round must gain; otherwise the search ends.

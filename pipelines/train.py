@@ -99,7 +99,8 @@ def train(
         recipe_overrides: Changes to the recipe, one a line, for instance stages.sft.epochs=1
         recipe_text: A recipe of your own, as YAML, taken instead of recipe.
         data_md5: Snapshot (outs[0].md5 in data.dvc). Empty in a checkout only.
-        data_remote: A folder or s3://bucket/prefix that holds the snapshot. Empty in a checkout only.
+        data_remote: A folder, s3://bucket/prefix or hub:OWNER/NAME@COMMIT that holds the snapshot. Empty in a checkout
+            only.
         registry_model: Name in the registry. Empty: the recipe's own.
     """
     form = {

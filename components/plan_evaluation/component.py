@@ -41,7 +41,7 @@ def plan_evaluation(
         recipe_overrides: One a.b=value a line.
         recipe_text: A recipe of your own, as YAML, instead of a shipped one.
         data_md5: Snapshot, as in data.dvc; empty: the checkout's own.
-        data_remote: A folder or s3:// that holds it; empty: the checkout's own.
+        data_remote: A folder, s3:// or hub:OWNER/NAME@COMMIT that holds it; empty: the checkout's own.
         report: For people.
     """
     from manyeyes.kubeflow.component import run_component

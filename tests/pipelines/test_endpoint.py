@@ -128,6 +128,9 @@ def toy_profile(folder: Path, data_remote: str) -> str:
         ("../folder", "/work/data/dvc", "", "/work/data/dvc"),
         ("s3://own/dvc", "s3://profile/dvc", "s3://given/dvc", "s3://given/dvc"),
         ("../folder", "s3://profile/dvc", "/work/data", "/work/data"),
+        ("hub:own/data@v1", "s3://profile/dvc", "", "hub:own/data@v1"),
+        ("../folder", "hub:team/data@0123abc", "", "hub:team/data@0123abc"),
+        ("s3://own/dvc", "s3://profile/dvc", "hub:team/data@0123abc", "hub:team/data@0123abc"),
     ],
 )
 def test_the_form_offers_the_remote_that_pods_can_read(
@@ -149,6 +152,7 @@ def test_the_form_offers_the_remote_that_pods_can_read(
         ("s3://own/dvc", "", "infra/dvc-remote", "--data-remote is"),
         ("s3://own/dvc", "", "/work/data/dvc", "--data-remote is"),
         ("s3://own/dvc", "", "s3:///dvc", "--data-remote is"),
+        ("s3://own/dvc", "", "hub:team/data", "which steps cannot read"),
     ],
 )
 def test_a_remote_that_pods_cannot_read_is_refused(

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     help="How many answer side by side, each with the whole model; one a CUDA device by default, else 1.",
 )
 @click.option("--data-md5", default="", help="Snapshot; the checkout's data.dvc says it by default.")
-@click.option("--data-remote", default="", help="A folder or s3://; the checkout's default remote by default.")
+@click.option("--data-remote", default="", help="A folder, s3:// or hub:OWNER/NAME@COMMIT; the checkout's default.")
 @click.option("--out", type=OutPath(), default=Path("runs/evaluation"), show_default=True)
 def evaluate_command(
     model: str,

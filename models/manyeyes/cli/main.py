@@ -105,7 +105,7 @@ def cli() -> None:
 @click.option("--recipe", default="tiny", show_default=True, help="A recipe's name or the path of a YAML file.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Change a field of the recipe.")
 @click.option("--data-md5", default="", help="Snapshot; the checkout's data.dvc says it by default.")
-@click.option("--data-remote", default="", help="A folder or s3://; the checkout's default remote by default.")
+@click.option("--data-remote", default="", help="A folder, s3:// or hub:OWNER/NAME@COMMIT; the checkout's default.")
 @click.option("--registry-model", default="", help="Name in the registry; the recipe's own by default.")
 @click.option("--param", "given", multiple=True, metavar="NAME=VALUE", help="Another parameter of the pipeline.")
 @click.option("--require-promotion", is_flag=True, help="Exit with code 3 when the gate fails.")

@@ -80,7 +80,7 @@ def compile_command(names: Sequence[str], image: str, profile: str, out: Path | 
 @click.option(
     "--data-remote",
     default="",
-    metavar="s3://BUCKET/PREFIX",
+    metavar="s3://BUCKET/PREFIX|hub:OWNER/NAME@COMMIT",
     help="Where pods read the snapshot; the profile's data_remote or the checkout's default remote by default.",
 )
 @_endpoint_options

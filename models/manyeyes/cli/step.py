@@ -38,7 +38,7 @@ STEP_NAMES = (
 # What preflight works out for the other steps; here the command line does.
 _DATA = {
     "data_md5": "Snapshot; the checkout's data.dvc says it by default.",
-    "data_remote": "A folder or s3://; the checkout's default remote by default.",
+    "data_remote": "A folder, s3:// or hub:OWNER/NAME@COMMIT; the checkout's default remote by default.",
 }
 
 

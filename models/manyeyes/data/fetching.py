@@ -84,14 +84,18 @@ def list_files(remote: Remote, md5: str) -> list[RemoteFile]:
                 "Run: dvc cache migrate --dvc-files && dvc push, with DVC 3",
             )
         raise SnapshotError(
-            f"remote {remote.url} has no snapshot {md5}", f"an object {key}", "Push it: dvc push. Or correct data_md5."
+            f"remote {remote.url} has no snapshot {md5}",
+            f"an object {key}",
+            f"{remote.push_again}. Or correct data_md5.",
         )
-    _check_md5(data, md5, where=f"{remote.url}/{key}")
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise _mismatch(f"{remote.url}/{key}", remote, found=found, needed=md5)
     try:
         files = [RemoteFile(relpath=entry["relpath"], md5=entry["md5"]) for entry in json.loads(data)]
     except (ValueError, KeyError, TypeError) as error:
         raise SnapshotError(
-            f"{remote.url}/{key} is not a listing", "JSON of md5 and relpath", "Run: dvc push"
+            f"{remote.url}/{key} is not a listing", "JSON of md5 and relpath", remote.push_again
         ) from error
     for file in files:
         parts = PurePosixPath(file.relpath).parts
@@ -109,17 +113,11 @@ def object_key(md5: str) -> str:
     return f"files/md5/{md5[:2]}/{md5[2:]}"
 
 
-def _check_md5(data: bytes, md5: str, *, where: str) -> None:
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise _mismatch(where, found=found, needed=md5)
-
-
-def _mismatch(where: str, *, found: str, needed: str) -> SnapshotError:
+def _mismatch(where: str, remote: Remote, *, found: str, needed: str) -> SnapshotError:
     return SnapshotError(
         f"{where} has md5 {found}",
         f"md5 {needed}",
-        "The remote's copy is damaged: delete it there and push it again from a good copy (dvc push).",
+        f"The remote's copy is damaged: delete it there. {remote.push_again}",
     )
 
 
@@ -184,7 +182,7 @@ def fetch_file(file: RemoteFile, *, remote: Remote, folder: Path) -> None:
         found = _download(file, remote=remote, part=part)
     if found != file.md5:
         part.unlink()
-        raise _mismatch(f"{file.relpath} ({remote.url}/{object_key(file.md5)})", found=found, needed=file.md5)
+        raise _mismatch(f"{file.relpath} ({remote.url}/{object_key(file.md5)})", remote, found=found, needed=file.md5)
     part.replace(target)
 
 

@@ -23,6 +23,9 @@ _BUSY = (429, 500, 502, 503, 504)
 _CONNECT_S, _READ_S = 10.0, 60.0
 
 
+HUB_URL = re.compile(r"hub:([\w.-]+/[\w.-]+)@([\w./-]+)")
+
+
 class HubRemote(ObjectStore):
     """A remote in a data set repository at a revision, which should be a commit: branches move.
 
@@ -34,7 +37,7 @@ class HubRemote(ObjectStore):
     """
 
     def __init__(self, url: str) -> None:
-        match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)@([\w./-]+)", url)
+        match = HUB_URL.fullmatch(url)
         if match is None:
             raise SnapshotError(
                 f'data remote is "{url}"', "hub:OWNER/NAME@COMMIT", "Copy the commit from the data set's history."

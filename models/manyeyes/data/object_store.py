@@ -17,7 +17,7 @@ class ObjectStore(abc.ABC):
 
     Args:
         url: As the user wrote it.
-        push_again: What to do where an object is missing.
+        push_again: What to do where an object is missing or damaged.
     """
 
     def __init__(self, url: str, *, push_again: str) -> None:
@@ -28,6 +28,11 @@ class ObjectStore(abc.ABC):
     def url(self) -> str:
         """As the user wrote it."""
         return self._url
+
+    @property
+    def push_again(self) -> str:
+        """What to do where something is missing or damaged."""
+        return self._push_again
 
     def read(self, key: str) -> bytes | None:
         """A whole small object; ``None`` when there is none.

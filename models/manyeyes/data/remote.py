@@ -6,12 +6,13 @@ Reading, and what it takes to put a new snapshot beside those that are there; al
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from manyeyes.data.hub_remote import HubRemote
+from manyeyes.data.hub_remote import HUB_URL, HubRemote
 from manyeyes.data.object_store import CHUNK, ObjectStore, missing_object
 from manyeyes.errors import SnapshotError
 from manyeyes.storage import new_file, write_file
@@ -32,6 +33,10 @@ class Remote(Protocol):
     @property
     def url(self) -> str:
         """As the user wrote it."""
+
+    @property
+    def push_again(self) -> str:
+        """What to do where something is missing or damaged."""
 
     def read(self, key: str) -> bytes | None:
         """A whole small object; ``None`` when there is none."""
@@ -102,6 +107,11 @@ def open_writable_remote(url: str) -> WritableRemote:
     return cast("WritableRemote", remote)
 
 
+def is_remote_address(url: str) -> bool:
+    """Whether a remote is one that any machine can read: a bucket, or a data set of the hub at a revision."""
+    return re.match("s3://[^/]", url) is not None or HUB_URL.fullmatch(url) is not None
+
+
 class FolderRemote:
     """A remote in a folder.
 
@@ -126,6 +136,11 @@ class FolderRemote:
     def url(self) -> str:
         """The folder's path."""
         return self._url
+
+    @property
+    def push_again(self) -> str:
+        """What to do where something is missing or damaged."""
+        return _PUSH_AGAIN
 
     def read(self, key: str) -> bytes | None:
         """A whole small object; ``None`` when there is none.

@@ -80,7 +80,7 @@ class Pinned:
     Attributes:
         recipe: What to do: the whole recipe, or the slice of one step.
         data_md5: Snapshot.
-        data_remote: A folder or ``s3://`` that holds it.
+        data_remote: A folder, ``s3://`` or ``hub:OWNER/NAME@COMMIT`` that holds it.
         code_digest: Digest of the image, or of the library's source; with it an edited library is not answered from the
             cache.
     """

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import yaml
 from google.protobuf import json_format
 from kfp import dsl, kubernetes
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from manyeyes.data.remote import is_remote_address
 from manyeyes.errors import PipelineError, did_you_mean
 from manyeyes.harness.base import RETRIES
 from manyeyes.harness.cluster import NODE, TRAINER
@@ -159,8 +160,8 @@ class Profile(StrictModel):
     run_as: RunAs | None = Field(default=None, description="User of the process; the image's own by default.")
     data_remote: str | None = Field(
         default=None,
-        pattern=r"^(s3://[^/]+|/)",
-        description="Where the cluster reads snapshots: s3://bucket/prefix, or a folder on one of volumes.",
+        description="Where the cluster reads snapshots: s3://bucket/prefix, hub:OWNER/NAME@COMMIT (with HF_TOKEN "
+        "from a secret), or a folder on one of volumes.",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels of every pod.")
     annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of every pod.")
@@ -168,6 +169,13 @@ class Profile(StrictModel):
     keep_runs: KeepRuns | None = Field(default=None, description="How long finished runs stay.")
     defaults: StepSettings = Field(default_factory=StepSettings, description="Of every step.")
     steps: dict[str, StepSettings] = Field(default_factory=dict, description="By step: what differs from defaults.")
+
+    @field_validator("data_remote")
+    @classmethod
+    def _readable(cls, url: str | None) -> str | None:
+        if url is None or url.startswith("/") or is_remote_address(url):
+            return url
+        raise ValueError("s3://BUCKET/PREFIX, hub:OWNER/NAME@COMMIT, or the path of a folder on one of volumes")
 
     @model_validator(mode="after")
     def _sound(self) -> "Profile":

@@ -15,6 +15,7 @@ from typing import Any
 from kfp_server_api import models
 
 from manyeyes import __version__
+from manyeyes.data.remote import is_remote_address
 from manyeyes.data.snapshot import read_default_remote, read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, did_you_mean
 from manyeyes.kubeflow.endpoint import AnsweredError, Endpoint
@@ -52,7 +53,7 @@ def form_defaults(root: Path, *, profile: str = "", data_remote: str = "") -> di
     """The checkout's snapshot and where a cluster reads it: what the form offers, so that Start works untouched.
 
     Args:
-        root: The checkout; its default remote is taken where that is S3.
+        root: The checkout; its default remote is taken where that is S3 or on the hub.
         profile: A profile's name or path; its ``data_remote`` is taken otherwise.
         data_remote: Wins over both.
 
@@ -62,19 +63,20 @@ def form_defaults(root: Path, *, profile: str = "", data_remote: str = "") -> di
     """
     settings = load_profile(profile, root=root) if profile else None
     own = "" if data_remote else read_default_remote(root)
-    told = data_remote or (settings.data_remote if settings and not own.startswith(("s3://", "hub:")) else "")
+    told = data_remote or (settings.data_remote if settings and not is_remote_address(own) else "")
     remote = told or own
     claims = [volume.path for volume in settings.volumes if volume.claim] if settings else []
     on_claim = bool(told) and any(Path(remote).is_relative_to(path) for path in claims)
-    if not (on_claim or re.match("s3://[^/]|hub:", remote)):
+    if not (on_claim or is_remote_address(remote)):
         place = "--data-remote" if data_remote else "data_remote" if told else "the checkout's default DVC remote"
-        kind = "which steps cannot read" if "://" in remote else "a folder of this machine"
+        kind = "which steps cannot read" if "://" in remote or remote.startswith("hub:") else "a folder of this machine"
         raise PipelineError(
             f'{place} is "{remote}", {kind}',
             "what the pods of a cluster can read: s3://BUCKET/PREFIX, hub:OWNER/NAME@COMMIT, or a folder on a claim of "
             "the profile",
             "Push the snapshot to S3 (dvc remote add --default s3 s3://BUCKET/dvc, then dvc push); or, where it is "
-            "there already, give --data-remote s3://BUCKET/dvc or data_remote in the profile.",
+            "there or on the hub, give --data-remote s3://BUCKET/dvc or hub:OWNER/NAME@COMMIT, or data_remote in the "
+            "profile.",
         )
     return {"data_md5": read_dvc_file(root / "data.dvc").md5, "data_remote": remote}
 

@@ -108,7 +108,7 @@ class RemoteData:
         if data is None or hashlib.md5(data, usedforsecurity=False).hexdigest() != file.md5:
             state = "lacks" if data is None else "holds a damaged copy of"
             raise SnapshotError(
-                f"remote {self.remote.url} {state} {path}", "the file with its md5", "Push it again: dvc push"
+                f"remote {self.remote.url} {state} {path}", "the file with its md5", self.remote.push_again
             )
         return data
 
@@ -555,7 +555,7 @@ def preflight(
         recipe_overrides: One ``a.b=value`` a line.
         recipe_text: Text of a recipe, taken instead of ``recipe``; a cluster's form offers shipped names only there.
         data_md5: Snapshot; ``data.dvc`` of the working directory says it when empty.
-        data_remote: A folder or ``s3://``; the default remote of the working directory when empty.
+        data_remote: A folder, ``s3://`` or ``hub:OWNER/NAME@COMMIT``; the working directory's default when empty.
         registry_model: Name in the registry; the recipe's own when empty.
 
     Returns:

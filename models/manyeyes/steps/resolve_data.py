@@ -115,7 +115,7 @@ def resolve_data(
         recipe_overrides: One ``a.b=value`` a line.
         recipe_text: Text of a recipe, taken instead of ``recipe``; a cluster's form offers shipped names only there.
         data_md5: Snapshot; ``data.dvc`` of the working directory says it when empty.
-        data_remote: A folder or ``s3://``; the default remote of the working directory when empty.
+        data_remote: A folder, ``s3://`` or ``hub:OWNER/NAME@COMMIT``; the working directory's default when empty.
         registry_model: Name in the registry; the recipe's own when empty.
 
     Returns:
