@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from manyeyes.data.contamination import fingerprints
+from manyeyes.data.contamination import comparison, fingerprints
 from manyeyes.data.curation import facts as facts_module
-from manyeyes.data.curation import gathering, parts
+from manyeyes.data.curation import parts
 from manyeyes.data.curation.curate import curate
 from manyeyes.data.curation.gathering import Shard, gathering_recipe
 from manyeyes.data.curation.parts import MAX_PARTS, cut_into_parts, parse_part, part_key
@@ -105,7 +105,7 @@ def test_a_pipeline_writes_the_bytes_of_data_curate(
     with monkeypatch.context() as patch:
         patch.setattr(facts_module, "_look_at", refuse)
         patch.setattr(fingerprints, "_look_at", refuse)
-        patch.setattr(gathering, "Benchmarks", refuse)
+        patch.setattr(comparison, "Benchmarks", refuse)
         made = pods(curate_data, facts=facts, pinned=values["curate_data"], curated=tmp_path / "curated")
     published = pods(publish_snapshot, curated=tmp_path / "curated", pinned=values["curate_data"])
     md5 = published.values["data_md5"]
