@@ -293,6 +293,18 @@ def test_the_command_writes_list_and_page(snapshot: Snapshot, tmp_path: Path, mo
     assert "give --snapshot" in str(missing.exception)
 
 
+def test_the_list_holds_its_values_and_no_leftover_memory(tmp_path: Path) -> None:
+    """Of a dictionary in which a value is twice, Arrow writes bytes that nobody set; sources share categories."""
+    sources = ("vqav2_83k", "llava150k", "mine", "others")
+    snapshot = make_snapshot(tmp_path / "in", {"train": [make_sample(0, name, "Why?", "So.") for name in sources]})
+    curate(read_curation_text("{name: a}"), [snapshot], tmp_path / "out", cache_dir=tmp_path / "cache")
+    written = tmp_path / "out" / "a-samples.parquet"
+    assert pq.read_table(written).column("category").to_pylist() == ["General", "General", "unsorted", "unsorted"]
+    group = pq.ParquetFile(written).metadata.row_group(0)
+    columns = {group.column(place).path_in_schema: group.column(place).encodings for place in range(8)}
+    assert "RLE_DICTIONARY" in columns["category"]  # what falls back to plain values has that page beside them
+
+
 def test_provenance_travels(tmp_path: Path) -> None:
     records = [
         Record(f"a/{n}", "a", (), (Turn("human", f"q{n}"), Turn("gpt", "b")), provenance='{"model":"m"}')

@@ -267,7 +267,10 @@ def _list_rows(
 ) -> pa.Table:
     shard = drawn.shards[number]
     source, fate, twins = drawn.source[rows], drawn.fate[rows], drawn.twin[rows]
-    categories = [recipe.category(name) for name in drawn.sources]
+    of_source = [recipe.category(name) for name in drawn.sources]
+    # Each once: of a dictionary with repeated values Arrow 25 writes memory that it never filled into the file.
+    categories = list(dict.fromkeys(of_source))
+    category = np.array([categories.index(name) for name in of_source], np.int32)[source]
     details = [
         drawn.details.get(sample, f"the same as {drawn.name(twin)}" if twin >= 0 else "")
         for sample, twin in zip(rows.tolist(), twins.tolist(), strict=True)
@@ -277,7 +280,7 @@ def _list_rows(
         pa.array(shard.first_row + rows - int(drawn.first_samples[number])),
         ids,
         pa.DictionaryArray.from_arrays(pa.array(source), pa.array(drawn.sources, pa.string())),
-        pa.DictionaryArray.from_arrays(pa.array(source), pa.array(categories, pa.string())),
+        pa.DictionaryArray.from_arrays(pa.array(category), pa.array(categories, pa.string())),
         pa.array(fate == 0),
         pa.DictionaryArray.from_arrays(pa.array(fate.astype(np.int32)), list(FATES)),
         pa.array(details, pa.string()),
