@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from manyeyes.errors import FetchError
 from manyeyes.web.fetcher import Fetcher, FetchLimits
+from manyeyes.web.kept_pages import KeptFetcher
 from manyeyes.web.public_hosts import is_public
 from tests.web_server import Page, web_server
 
@@ -147,3 +149,22 @@ def test_a_busy_host_is_asked_again_when_it_says() -> None:
             Fetcher(limits, wait=waits.append).fetch(f"{server.url}/a")
     assert waits[0] == 7.0
     assert server.asked.count("/a") == 2
+
+
+def test_what_cannot_be_fetched_is_kept_with_its_reason_unless_it_may_go_better(tmp_path: Path) -> None:
+    pages = {"/busy": Page(status=503), "/large": Page(b"x" * 999)}
+    with web_server(pages) as server:
+
+        def reason(path: str, **limits: object) -> str:
+            # Another process, which knows nothing but the folder.
+            with pytest.raises(FetchError) as raised:
+                KeptFetcher(fetcher(**limits), tmp_path).fetch(server.url + path)
+            return f"{raised.value.retry} {raised.value}"
+
+        first = [reason(path, max_bytes=500) for path in ("/gone", "/large", "/busy")]
+        asked = len(server.asked)
+        assert [reason(path, max_bytes=500) for path in ("/gone", "/large", "/busy")] == first
+        assert server.asked[asked:] == ["/robots.txt", "/busy"]
+        assert "404" in first[0]
+        # Another limit is another question.
+        assert KeptFetcher(fetcher(), tmp_path).fetch(f"{server.url}/large").content == b"x" * 999
