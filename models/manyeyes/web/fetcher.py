@@ -203,10 +203,11 @@ class Fetcher:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 headers = {"User-Agent": agent_name(self.limits.contact), "Accept": "*/*"}
                 connection.request("GET", _quoted(target), headers=headers)
-                response = connection.getresponse()
-                if response.status in _BUSY:
-                    raise _BusyError(f"it answers {response.status}", _retry_after(response.getheader("Retry-After")))
-                content = _read(connection, response, url=url, max_bytes=max_bytes, deadline=deadline)
+                with connection.getresponse() as response:
+                    if response.status in _BUSY:
+                        wait_s = _retry_after(response.getheader("Retry-After"))
+                        raise _BusyError(f"it answers {response.status}", wait_s)
+                    content = _read(connection, response, url=url, max_bytes=max_bytes, deadline=deadline)
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, UnicodeError) as error:
