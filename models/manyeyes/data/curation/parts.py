@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from manyeyes.data.curation.gathering import Shard
 
 # Side by side: every pod more makes the one object larger in which Kubernetes keeps a run.
-MAX_PARTS = 16
+MAX_PARTS = 12
 # A pod takes as long to start as these take to be looked at.
 PART_BYTES = 1 << 28
 
