@@ -50,7 +50,7 @@ def make_snapshot(folder: Path, size: int, *, images: list[bytes], changed: int 
         folder: To write.
         size: Records.
         images: What they are about, in turn.
-        changed: How many of the shards, from the last on, have other words in their first record.
+        changed: How many of the shards, from the last on, have other words in their second record.
         shards: Into how many they are written.
     """
     from manyeyes.data.builders.manifest import Provenance, write_snapshot_manifest
@@ -62,7 +62,7 @@ def make_snapshot(folder: Path, size: int, *, images: list[bytes], changed: int 
 
     def records() -> Iterator[Record]:
         for number in range(size):
-            other = number % rows == 0 and number // rows >= shards - changed
+            other = number % rows == 1 and number // rows >= shards - changed  # the first one has no answer
             answer = f"{number}{', or so' if other else ''}: " + "a long answer, " * 15
             turns = (Turn("human", f"<image>\nwhat is number {number % 1000}?"), Turn("gpt", answer))
             yield Record(
