@@ -47,6 +47,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.importing
 	@$(BIN)/python -m bench.validation
+	@$(BIN)/python -m bench.near_duplicates
 	@$(BIN)/python -m bench.gate
 	@$(BIN)/python -m bench.packing
 	@$(BIN)/python -m bench.kills

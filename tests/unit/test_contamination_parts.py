@@ -70,20 +70,24 @@ def test_photographs_can_be_told_apart_and_drawings_of_one_shape_cannot() -> Non
 # --- the index -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("radius", [0, 3, 4, 7])
-def test_the_index_finds_exactly_the_pairs_within_the_radius(radius: int) -> None:
+def test_the_index_finds_exactly_the_pairs_within_the_radius(radius: int, compact: bool) -> None:
     random = np.random.default_rng(radius)
     hashes = random.integers(0, 2**64, 500, dtype=np.uint64)
     queries = random.integers(0, 2**64, 2000, dtype=np.uint64)
     for place in range(1500):  # all distances from 0 to 9, in bits of every band
         flipped = sum(1 << int(bit) for bit in random.choice(64, place % 10, replace=False))
         queries[place] = int(hashes[place % 500]) ^ flipped
-    asked, members, distances = HashIndex(hashes, radius=radius).search(queries)
+    index = HashIndex(hashes, radius=radius, compact=compact)
+    asked, members, distances = index.search(queries)
     all_distances = np.bitwise_count(queries[:, None] ^ hashes[None])
     expected = np.nonzero(all_distances <= radius)
     assert len(asked) >= 150 * (radius + 1)
     np.testing.assert_array_equal((asked, members), expected)
     np.testing.assert_array_equal(distances, all_distances[expected])
+    found = index.search(queries, wanted=lambda asked, _: asked % 3 == 0)
+    np.testing.assert_array_equal(found[0], asked[asked % 3 == 0])
 
 
 def test_many_equal_hashes_are_all_found() -> None:
