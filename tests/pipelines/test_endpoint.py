@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from manyeyes.cli import main as command_line
+from manyeyes.data.curation.recipe import load_curation_recipe, read_curation_text
 from manyeyes.data.snapshot import read_dvc_file
 from manyeyes.errors import EndpointError, PipelineError, RecipeError
 from manyeyes.kubeflow.compact import step_of
@@ -291,6 +292,22 @@ def test_wrong_parameter_says_what_is_right(pair: str, message: str) -> None:
 def test_a_value_that_no_command_line_takes_is_refused_before_anything_starts() -> None:
     with pytest.raises(PipelineError, match="65,536 at most"):
         run_parameters({"text": {"parameterType": "STRING"}}, given=[f"text={'x' * 200_000}"])
+
+
+def test_a_curation_recipe_of_ones_own_travels_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\ncap: 7\nduplicates: {near: {}}\n", encoding="utf-8")
+    form = {
+        "curate_recipe": {"literals": ["clean"], "defaultValue": "clean"},
+        "curate_recipe_text": {"defaultValue": ""},
+    }
+    assert run_parameters(form, given=["curate_recipe=clean"]) == {"curate_recipe": "clean"}
+    values = run_parameters(form, given=[f"curate_recipe={file}"])
+    assert list(values) == ["curate_recipe_text"]
+    assert read_curation_text(values["curate_recipe_text"]) == load_curation_recipe(str(file))
+    file.write_text("{name: mine, capp: 7}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="capp; no such field"):
+        run_parameters(form, given=[f"curate_recipe={file}"])
 
 
 def test_recipe_file_travels_as_text_and_a_shipped_one_by_name(tmp_path: Path) -> None:
