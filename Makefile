@@ -44,6 +44,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.fuzz import 10000
 	@$(BIN)/python -m bench.bundles
 	@$(BIN)/python -m bench.large_bundle
+	@$(BIN)/python -m bench.cache
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.importing
 	@$(BIN)/python -m bench.validation

@@ -1,5 +1,6 @@
-"""``python -m bench.decoding WEIGHTS GRAPHS``: a bundle's language model in fp32, int8 and int4, beside torch eager.
+"""``python -m bench.decoding WEIGHTS GRAPHS``: a bundle's language model in fp32, int8 and int4, beside two others.
 
+These are torch eager and the graph of ``transformers.exporters`` in fp32, with its fusions for ONNX Runtime on a CPU.
 One thread, CPU time of the process, the sides in turn, medians of the rounds. WEIGHTS is a Hugging Face folder
 (docs/smol.md makes one of 135 M parameters); fp32 graphs are exported into GRAPHS unless they are there. The prompt
 is the beginning of README.md. As evidence fp32 writes torch's tokens, and the perplexity of the prompt says what
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.exporters import (
+    ExportFormat,
+    OnnxConfig,
+    OnnxExporter,
+    OnnxRuntimeDynamicConfig,
+    OnnxRuntimeQuantizer,
+)
+from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+from transformers.exporters.utils import decompose_for_generation
 
 from manyeyes.export.graphs import export_decoder, export_embed, save_graph
 from manyeyes.export.precision import quantize_graph
@@ -29,7 +41,8 @@ from manyeyes.runtime.sessions import CPU, Graph
 
 PROMPT, WRITTEN, ROUNDS = 212, 8, 7
 PRECISIONS = ("fp32", "int8", "int4")
-MOST_PERPLEXITY = {"fp32": 1.0001, "int8": 1.15, "int4": 1.35}
+PEER = "transformers.exporters"
+MOST_PERPLEXITY = {"fp32": 1.0001, "int8": 1.15, "int4": 1.35, f"{PEER} fp32": 1.0001}
 
 
 def write_graphs(model: PreTrainedModel, folder: Path) -> None:
@@ -92,6 +105,75 @@ class Ours:
         return outputs["logits"].numpy()[0], present
 
 
+def export_peer(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Let transformers.exporters make its graphs, unless they are there; the precisions that it can make here.
+
+    Its best for one sequence: one graph for any number of new tokens after any past. It fuses GroupQueryAttention into
+    such a graph for a batch of one alone, and leaves a mask of ones out.
+    """
+    (whole := folder / "fp32").mkdir(parents=True, exist_ok=True)
+    if not (whole / "model.onnx").is_file():
+        ids = torch.arange(3, 12)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        decoder, sample = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
+        shapes = get_auto_dynamic_shapes({name: value for name, value in sample.items() if not isinstance(value, bool)})
+        shapes = _lengths_alone(shapes)
+        config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
+        OnnxExporter().export(decoder, sample, config).save_pretrained(whole)
+    quantizers: dict[str, Any] = {"int8": OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))}
+    if find_spec("nncf"):
+        from nncf import CompressWeightsMode
+        from transformers.exporters import NNCFOnnxQuantizer, NNCFWeightCompressionConfig
+
+        mode = CompressWeightsMode.INT4_SYM
+        quantizers["int4"] = NNCFOnnxQuantizer(NNCFWeightCompressionConfig(mode=mode, group_size=32))
+    for name, quantizer in quantizers.items():
+        (folder / name).mkdir(exist_ok=True)
+        if not (folder / name / "model.onnx").is_file():
+            program = OnnxExporter.load_program(whole / "model.onnx")
+            quantized = quantizer.quantize(program, {}, ExportFormat.ONNX)
+            OnnxExporter.save_program(quantized, folder / name / "model.onnx")
+    return ["fp32", *quantizers]
+
+
+def _lengths_alone(shapes: Any) -> Any:
+    """Of tensors whose every axis may change, those that do: lengths, the axis before the last of four or the last."""
+    if isinstance(shapes, dict) and all(isinstance(axis, int) for axis in shapes):
+        length = 2 if len(shapes) == 4 else len(shapes) - 1
+        return {length: shapes[length]} if shapes else {}
+    if isinstance(shapes, dict):
+        return {name: _lengths_alone(each) for name, each in shapes.items()}
+    return [_lengths_alone(each) for each in shapes] if isinstance(shapes, list) else shapes
+
+
+class Peer:
+    """A graph of transformers.exporters; it gives logits at all new tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bytes = sum(part.stat().st_size for part in folder.glob("model.onnx*"))
+        self.graph = Graph(folder / "model.onnx", providers=[CPU], threads=1)
+        self.names = [name for name in self.graph.input_names if "past_key_values" in name]
+
+    def inputs(self, ids: NDArray[np.int64], past: Any) -> dict[str, Any]:
+        """What the graph takes for new tokens after a past."""
+        if past is None:
+            sizes = {name: self.graph.sizes(name, rank=4, fixed=(1, 3)) for name in self.names}
+            past = {name: np.zeros((1, heads, 0, width), np.float32) for name, (heads, width) in sizes.items()}
+            start = 0
+        else:
+            start = past[self.names[0]].shape()[2]
+        places = np.arange(start, start + ids.shape[1])
+        known = {"input_ids": ids, "attention_mask": np.ones((1, len(places) + start), np.int64)}
+        known |= {"position_ids": places[None], "cache_position": places, **past}
+        return {name: known[name] for name in self.graph.input_names}
+
+    def step(self, ids: NDArray[np.int64], past: Any, keep: int) -> tuple[NDArray[np.float32], Any]:
+        """Logits at the last ``keep`` of new tokens, and the longer cache."""
+        outputs = self.graph.run(self.inputs(ids, past), on_host=("logits",))
+        present = {name: outputs[f"output.{name.removeprefix('input.')}"] for name in self.names}
+        return outputs["logits"].numpy()[0, -keep:], present
+
+
 def run_round(step: Callable[..., Any], prompt: NDArray[np.int64]) -> tuple[float, float, list[int]]:
     """Seconds to the first token, seconds a further token, and what was written."""
     started = time.process_time()
@@ -127,7 +209,9 @@ def main() -> int:
     write_graphs(model, arguments.graphs)
     model.set_attn_implementation("sdpa")
     ours = {precision: Ours(arguments.graphs, precision) for precision in PRECISIONS}
-    steps: dict[str, Any] = {"torch": Torch(model).step, **{name: side.step for name, side in ours.items()}}
+    peers = arguments.graphs / "transformers_exporters"
+    sides: dict[str, Any] = ours | {f"{PEER} {name}": Peer(peers / name) for name in export_peer(model, peers)}
+    steps: dict[str, Any] = {"torch": Torch(model).step, **{name: side.step for name, side in sides.items()}}
     expected = perplexity(steps["torch"], prompt)
     rounds: dict[str, list[tuple[float, float, list[int]]]] = {name: [] for name in steps}
     for number in range(ROUNDS + 1):
@@ -139,7 +223,7 @@ def main() -> int:
     for name, found in rounds.items():
         firsts, nexts = [one[0] for one in found], [one[1] for one in found]
         ratio = perplexity(steps[name], prompt) / expected
-        if ratio > MOST_PERPLEXITY.get(name, 1.0001):
+        if ratio > MOST_PERPLEXITY.get(name, math.inf):
             raise SystemExit(f"{name}: perplexity is {ratio:.3f} times torch's")
         results[name] = {
             "first_token_ms": round(1000 * median(firsts), 1),
@@ -147,10 +231,11 @@ def main() -> int:
             "tokens_per_s": round(1 / median(nexts), 1),
             "decode_ratio": round(median(t[1] / o for t, o in zip(rounds["torch"], nexts, strict=True)), 2),
             "perplexity_ratio": round(ratio, 4),
-            "bytes": ours[name].bytes if name in ours else None,
+            "bytes": sides[name].bytes if name in sides else None,
         }
         print(name, results[name])
-    assert rounds["fp32"][0][2] == rounds["torch"][0][2], "fp32 writes other tokens than torch"
+    for name in ("fp32", f"{PEER} fp32"):
+        assert rounds[name][0][2] == rounds["torch"][0][2], f"{name} writes other tokens than torch"
     facts = {"prompt": PROMPT, "written": WRITTEN, "rounds": ROUNDS, "load": os.getloadavg()[0]}
     arguments.out.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n", encoding="utf-8")
     return 0
