@@ -1,6 +1,7 @@
 """``python -m bench.decoding WEIGHTS GRAPHS``: a bundle's language model in fp32, int8 and int4, beside two others.
 
-These are torch eager and the graph of ``transformers.exporters`` in fp32, with its fusions for ONNX Runtime on a CPU.
+These are torch eager, and the graphs of ``transformers.exporters`` with its fusions for ONNX Runtime on a CPU: in fp32,
+in int8 and, where ``nncf`` is installed, in int4.
 One thread, CPU time of the process, the sides in turn, medians of the rounds. WEIGHTS is a Hugging Face folder
 (docs/smol.md makes one of 135 M parameters); fp32 graphs are exported into GRAPHS unless they are there. The prompt
 is the beginning of README.md. As evidence fp32 writes torch's tokens, and the perplexity of the prompt says what
