@@ -345,7 +345,8 @@ def curation_page(change: Change, folder: Path) -> dict[str, str]:
         Record(f"toy/{row}", "toy", (make_image(row),), (Turn("human", "q"), Turn("gpt", "a"))) for row in (0, 1)
     ]
     shards = write_shards([change(record) for record in records], folder, "train")
-    snapshot = SimpleNamespace(manifest=SimpleNamespace(datasets={change("toy"): 0}), shards=lambda _: shards)
+    manifest = SimpleNamespace(datasets={change("toy"): 0})
+    snapshot = SimpleNamespace(manifest=manifest, shard_paths=lambda _: shards, on_demand=lambda _: None)
     source = CuratedSource(
         name="toy", category="General", prompt="short", samples=9, fit=6, drawn=4, left_out={"cap": 2}
     )
