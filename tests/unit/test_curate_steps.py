@@ -30,6 +30,9 @@ from manyeyes.steps.publish_snapshot import publish_snapshot
 from tests.unit.data_samples import lay_out_remote, make_snapshot, write_remote
 from tests.unit.test_data_curation import RECIPE, make_photo, make_sample, make_samples
 
+# Great Expectations judges what is drawn: on a core that others use, minutes.
+pytestmark = pytest.mark.timeout(900)
+
 TEXT = RECIPE.replace("[toy-train]", "[toy-train, toy-more]") + 'noun_phrases: {sources: ["llava*"], min_count: 1}\n'
 
 
