@@ -25,7 +25,7 @@ REQUEST = "manyeyes.request"
 
 # Longest wait between two attempts; with MLflow's seven retries that makes a minute and a half, as long as a server
 # takes to come back.
-_LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 30.0
 # Requests that never got an answer are plain MlflowExceptions that name the request; so are database failures, and
 # downloads that broke off.
 _UNREACHABLE = (
@@ -53,7 +53,9 @@ _WRONG_KEYS = re.compile(
     "InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied|ExpiredToken|InvalidToken|Unable to locate credentials|"
     "NoCredentialsError|PartialCredentialsError"
 )
-_ARTIFACTS = re.compile("mlflow-artifacts|s3:")
+_ARTIFACTS = re.compile("mlflow-artifacts|s3:|Failed to upload")
+# What S3 adds to an address that anyone may then use for an hour.
+_SIGNED = re.compile(r"\?[^\s'\"]*X-Amz-[^\s'\"]*")
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def create_once(create: Callable[[], T], *, find: Callable[[], T | None]) -> T:
         except RegistryUnreachableError:
             if attempt == retries:
                 raise
-            time.sleep(min(2.0**attempt, _LONGEST_WAIT_S))
+            time.sleep(min(2.0**attempt, LONGEST_WAIT_S))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -138,8 +140,13 @@ def unreachable(uri: str, reason: str) -> RegistryUnreachableError:
 
 
 def without_password(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    """A text without the user, password and signature of the addresses in it."""
+    return _SIGNED.sub("?***", re.sub(r"//[^/@\s]+@", "//***@", text))
+
+
+def may_pass(text: str) -> bool:
+    """Whether what was raised is a failure of a server or a connection, which another attempt may not meet."""
+    return any(sign in text for sign in _UNREACHABLE)
 
 
 def _explain(error: Exception, text: str, code: str) -> RegistryError:
@@ -166,7 +173,7 @@ def _explain(error: Exception, text: str, code: str) -> RegistryError:
             "Ask its administrator for EDIT on the experiment and MANAGE on the model (READ of both is enough to pull "
             "and compare), or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of another user.",
         )
-    if code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or any(sign in text for sign in _UNREACHABLE):
+    if code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or may_pass(text):
         return _artifacts_unreachable(text) if _ARTIFACTS.search(text) else unreachable(uri, text)
     if isinstance(error, mlflow.exceptions.MlflowException):
         return RegistryError(
@@ -200,7 +207,7 @@ def _artifacts_unreachable(text: str) -> RegistryUnreachableError:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    return without_password(text.strip().partition("\n")[0])[:300]
 
 
 def _store_exceptions() -> tuple[type[Exception], ...]:

@@ -38,6 +38,7 @@ from mlflow.store.db.base_sql_model import Base
 from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel
 
 from manyeyes.errors import RegistryError, StorageError
+from manyeyes.registry.artifact_uploads import use_patient_artifacts
 from manyeyes.registry.mlflow_errors import (
     REQUEST,
     asked_once,
@@ -253,6 +254,7 @@ def _connect(uri: str, experiment_id: str, create: bool) -> Tracking:
     scheme = uri.partition(":")[0].partition("+")[0]
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    use_patient_artifacts()
     if scheme == "sqlite":
         database = _database(uri)
         with _initialising(database) if create else _initialised(database):
