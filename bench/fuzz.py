@@ -7,6 +7,7 @@ code 1.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import sys
@@ -107,7 +108,18 @@ def fuzz_images(number: int) -> tuple[Counter[str], list[str]]:
     """
     from manyeyes.data.contamination.fingerprints import make_thumbnail
     from manyeyes.data.records import ImageFile, SampleProblem, find_decoding_problem, read_image_file
-    from manyeyes.runtime.preprocess import ImageTransform, decode_image, transform_image
+    from manyeyes.runtime.preprocess import ImageTransform, decode_image, measure_file, read_image_size, transform_image
+
+    def measure_otherwise(data: bytes) -> None:
+        """Sizes found without keeping pixels, against those of the pixels."""
+        try:
+            expected = (read_image_size(data), decode_image(data).shape[1::-1])
+        except RecordError as error:
+            with contextlib.suppress(RecordError):
+                raise ValueError(f"measured as {measure_file(data)}, although {error}")  # noqa: B904
+            raise
+        if measure_file(data) != expected:
+            raise ValueError(f"measured as {measure_file(data)} and not {expected}")
 
     transform = ImageTransform(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
     callers: dict[str, Callable[[bytes], object]] = {
@@ -115,6 +127,7 @@ def fuzz_images(number: int) -> tuple[Counter[str], list[str]]:
         "transform_image": lambda data: transform_image(decode_image(data), transform),
         "make_thumbnail": make_thumbnail,
         "read_image_file": lambda data: read_image_file(data, path="x"),
+        "measure_file": measure_otherwise,
         "find_decoding_problem": lambda data: find_decoding_problem([ImageFile(data, "x", "", 26, 17)]),
     }
     counts: Counter[str] = Counter()

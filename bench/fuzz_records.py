@@ -118,7 +118,9 @@ def odd_rows(number: int, draw: random.Random) -> list[dict[str, Any]]:
     return rows
 
 
-def write_odd_snapshot(folder: Path, rows: list[dict[str, Any]], *, language_model: Path) -> Snapshot:
+def write_odd_snapshot(
+    folder: Path, rows: list[dict[str, Any]], *, language_model: Path, rows_a_group: int = 40
+) -> Snapshot:
     """A snapshot of rows in two shards, whatever they hold: text that is not UTF-8 too."""
     raw = {"id": _RAW, "source": _RAW, "images": pa.list_(pa.struct([("bytes", pa.binary()), ("path", _RAW)]))}
     raw |= {"conversations": pa.list_(pa.struct([("from", _RAW), ("value", _RAW)])), "sha256": pa.list_(_RAW)}
@@ -132,7 +134,7 @@ def write_odd_snapshot(folder: Path, rows: list[dict[str, Any]], *, language_mod
             for field in SCHEMA
         ]
         pq.write_table(
-            pa.table(columns, schema=SCHEMA), folder / "odd" / f"train-{shard:05d}.parquet", row_group_size=40
+            pa.table(columns, schema=SCHEMA), folder / "odd" / f"train-{shard:05d}.parquet", row_group_size=rows_a_group
         )
     shutil.copytree(language_model, folder / "pretrained" / "lm")
     made = Provenance("CC0-1.0", "made by bench.fuzz")

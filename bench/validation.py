@@ -88,13 +88,13 @@ def measure(task: str, folder: Path, cache: Path, out: Path) -> dict[str, object
     from manyeyes.data.validation import validate_snapshot
 
     read: list[str] = []
-    original = profile._read_records
+    original = profile._read_groups
 
     def watched(path: Path) -> object:
         read.append(path.name)
         return original(path)
 
-    profile._read_records = watched  # type: ignore[assignment]
+    profile._read_groups = watched  # type: ignore[assignment]
     before, started = peak_mb(), time.process_time()
     if task == "curate":
         recipe = load_curation_recipe("clean")

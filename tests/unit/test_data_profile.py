@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from data_samples import lay_out_remote, make_image, make_record, make_snapshot
 
+from bench.fuzz_records import DATASET, odd_rows, write_odd_snapshot
 from manyeyes.data import profile as profiles
+from manyeyes.data.by_column import RowsByColumn, read_by_column
 from manyeyes.data.profile import hash_texts, read_columns, take_rows, write_profile
 from manyeyes.data.records import Record, SampleProblem, Turn
 from manyeyes.data.snapshot import Snapshot, open_snapshot
@@ -25,13 +29,13 @@ TEST = [make_record(number, prefix="test") for number in range(500, 503)]
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards whose records are read, as they are."""
     names: list[str] = []
-    original = profiles._read_records
+    original = profiles._read_groups
 
     def watched(path: Path) -> object:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(profiles, "_read_records", watched)
+    monkeypatch.setattr(profiles, "_read_groups", watched)
     return names
 
 
@@ -151,3 +155,29 @@ def test_columns_and_rows_are_read_alone(tmp_path: Path) -> None:
     assert columns["id"].tolist() == hash_texts(whole["id"].tolist()).tolist()
     assert take_rows(path, [3, 0], ["id", "row"]).values.tolist() == [["toy/0", 0], ["toy-train#3", 3]]
     assert take_rows(path, [], ["id"]).empty
+
+
+@pytest.mark.parametrize("rows_a_group", [2, 3, 40])
+def test_rows_that_are_looked_at_by_column_have_the_facts_of_rows_that_are_read_alone(
+    rows_a_group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lm").mkdir()
+    rows = odd_rows(500, random.Random(rows_a_group))
+    snapshot = write_odd_snapshot(tmp_path / "data", rows, language_model=tmp_path / "lm", rows_a_group=rows_a_group)
+    found: list[RowsByColumn | None] = []
+
+    def watched(group: pa.RecordBatch) -> RowsByColumn | None:
+        found.append(read_by_column(group))
+        return found[-1]
+
+    def profile(look: object, name: str) -> bytes:
+        monkeypatch.setattr(profiles, "read_by_column", look)
+        write_profile(snapshot, [DATASET], eval_datasets=[], out=tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    assert profile(watched, "by_column.parquet") == profile(lambda _: None, "alone.parquet")
+    sound = sum(int(each.sound.sum()) for each in found if each is not None)
+    whole = sum(len(each.sound) for each in found if each is not None)
+    assert None in found
+    if rows_a_group < 40:  # some row of a large group holds a null, so that all its rows are read alone
+        assert 100 < sound < whole - 30

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import make_record
 
-from manyeyes.data.shards import RecordReader, ShardWriter, read_shard_metadata, write_shards
+from manyeyes.data.shards import RecordReader, ShardWriter, read_id, read_shard_metadata, write_shards
 from manyeyes.errors import RecordError, SnapshotError, StorageError
 
 RECORDS = [make_record(number, pairs=1 + number % 3, num_images=number % 3) for number in range(230)]
@@ -25,7 +25,10 @@ def test_what_is_written_is_read_back_at_any_place(tmp_path: Path) -> None:
     for index in (229, 0, 149, 150, 100, 99, 7):
         assert reader.read(index) == RECORDS[index]
     assert list(reader) == RECORDS
-    assert [reader.read_id(index) for index in range(len(reader))] == [record.id for record in RECORDS]
+    groups = list(reader.groups())
+    assert [read_id(group, row) for group in groups for row in range(group.num_rows)] == [
+        record.id for record in RECORDS
+    ]
     assert reader.group_starts.tolist() == [0, 100, 150]
 
 

@@ -90,7 +90,7 @@ def test_mixture_shows_what_is_drawn_and_nothing_else(snapshot: Snapshot) -> Non
     mixture = Mixture(parts, snapshot, seed=1, quarantine=frozenset({"toy-train#5"}), drawn=rows)
     shown = [mixture.sample(0, index) for index in range(len(mixture))]
     readers = {name: RecordReader(snapshot.shards(name)) for name in DATASETS}
-    wanted = {readers["toy-train"].read_id(row) for row in (3, 8, 60)} | {readers["toy-more"].read_id(1)}
+    wanted = {readers["toy-train"].read(row).id for row in (3, 8, 60)} | {readers["toy-more"].read(1).id}
     assert {sample.record.id for sample in shown} == wanted
     again = pickle.loads(pickle.dumps(mixture))
     assert (len(again), again.digest) == (4, mixture.digest)
@@ -98,7 +98,7 @@ def test_mixture_shows_what_is_drawn_and_nothing_else(snapshot: Snapshot) -> Non
     assert whole.digest != mixture.digest
     fewer = Mixture([MixturePart(dataset="toy-train", max_samples=2)], snapshot, seed=1, drawn=rows)
     assert len(fewer) == 2
-    assert {fewer.sample(0, index).record.id for index in range(2)} < wanted | {readers["toy-train"].read_id(5)}
+    assert {fewer.sample(0, index).record.id for index in range(2)} < wanted | {readers["toy-train"].read(5).id}
 
 
 def test_a_recipe_without_a_draw_has_the_digest_that_it_had() -> None:

@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from manyeyes import drawing
-from manyeyes.data import records, shards
+from manyeyes.data import by_column, records, shards
+from manyeyes.data.by_column import RowsByColumn, read_by_column
 from manyeyes.data.fetching import in_turn
 from manyeyes.data.quarantine import row_name
 from manyeyes.data.records import (
@@ -50,16 +51,15 @@ from manyeyes.data.records import (
     measure_image,
     measure_images,
 )
-from manyeyes.data.shards import RecordReader
+from manyeyes.data.shards import RecordReader, as_record, read_id
 from manyeyes.data.snapshot import ShardEntry, Snapshot
 from manyeyes.errors import RecordError, SnapshotError
 from manyeyes.runtime import preprocess
 from manyeyes.storage import content_digest, hash_file, new_file
 
-_BATCH = 100
 _ROWS = 4_000
-_AT_ONCE = 16  # images a task of a thread: handing over one costs as much as decoding a small one
 """Samples whose facts are in memory at a time."""
+_AT_ONCE = 16  # images a task of a thread: handing over one costs as much as decoding a small one
 _MEASURED = 1 << 16
 """Images whose size is remembered, about 300 bytes each: most data sets ask several questions of one image."""
 Progress = Callable[[str, float], None]
@@ -366,7 +366,7 @@ class _Profiler:
         self._snapshot, self._cache_dir, self._find_misfit = snapshot, cache_dir, find_misfit
         self._digest = content_digest if keep_digests else hash_file
         self._count_tokens = None if tokenizer_path is None else partial(_count_tokens, _read_tokenizer(tokenizer_path))
-        code = digest_of_code(sys.modules[__name__], records, shards, drawing, preprocess)
+        code = digest_of_code(sys.modules[__name__], by_column, records, shards, drawing, preprocess)
         self._made_with = [code, "" if tokenizer_path is None else content_digest(tokenizer_path)]
         if find_misfit is not None:
             parts = {name: part.files for name, part in snapshot.manifest.pretrained.items()}
@@ -417,16 +417,16 @@ class _Profiler:
 
     def _write(self, kept: Path, entry: ShardEntry, dataset: str, first: int, *, pool: ThreadPoolExecutor) -> None:
         path = self._snapshot.path / entry.path
-        rows: list[dict[str, Any]] = []
+        parts: list[pa.Table] = []
         start = first
         with new_file(kept) as file, pq.ParquetWriter(file, _KEPT, compression="zstd") as writer:
-            for batch in _in_batches(_read_records(path)):
-                rows += self._look_at(batch, dataset, first, pool=pool)
-                first += len(batch)
-                if len(rows) >= _ROWS:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=_KEPT))
-                    rows = []
-            writer.write_table(pa.Table.from_pylist(rows, schema=_KEPT))
+            for group in _read_groups(path):
+                parts.append(self._look_at(group, dataset, first, pool=pool))
+                first += group.num_rows
+                if sum(map(len, parts)) >= _ROWS:
+                    writer.write_table(pa.concat_tables(parts).combine_chunks())
+                    parts = []
+            writer.write_table(pa.concat_tables([_KEPT.empty_table(), *parts]).combine_chunks())
             if first - start != entry.rows:
                 raise SnapshotError(
                     f"shard {path} has {first - start:,} records",
@@ -434,30 +434,76 @@ class _Profiler:
                     "Build it again.",
                 )
 
-    def _look_at(
-        self, batch: Sequence[Record | _Unreadable], dataset: str, first: int, *, pool: ThreadPoolExecutor
-    ) -> Iterator[dict[str, Any]]:
-        digests = [
-            [] if isinstance(record, _Unreadable) else [hashlib.sha256(image.data).digest() for image in record.images]
-            for record in batch
-        ]
-        new: dict[bytes, bytes] = {}
-        for record, found in zip(batch, digests, strict=True):
-            for number, digest in enumerate(found):
+    def _look_at(self, group: pa.RecordBatch, dataset: str, first: int, *, pool: ThreadPoolExecutor) -> pa.Table:
+        rows = read_by_column(group) if self._find_misfit is None else None
+        is_sound = np.zeros(group.num_rows, bool) if rows is None else rows.sound.copy()
+        records: dict[int, Record | _Unreadable] = {}
+        digests: list[list[bytes]] = []
+        new: dict[bytes, bytes | memoryview] = {}
+        for row in range(group.num_rows):
+            images: Sequence[bytes | memoryview]
+            if rows is not None and is_sound[row]:
+                images = rows.images_of(row)
+            else:
+                record = records[row] = _read_row(group, row)
+                images = [image.data for image in record.images] if isinstance(record, Record) else []
+            digests.append([hashlib.sha256(image).digest() for image in images])
+            for digest, image in zip(digests[-1], images, strict=True):
                 if digest in self._measured:
                     self._measured.move_to_end(digest)
-                elif isinstance(record, Record):
-                    new[digest] = record.images[number].data
-        images = list(new.values())
-        parts = [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
+                else:
+                    new[digest] = image
+        unseen = list(new.values())
+        parts = [unseen[start : start + _AT_ONCE] for start in range(0, len(unseen), _AT_ONCE)]
         self._measured.update(zip(new, chain.from_iterable(pool.map(_measure_all, parts)), strict=True))
-        for row, (record, found) in enumerate(zip(batch, digests, strict=True), start=first):
-            if isinstance(record, _Unreadable):
-                yield _without_facts(record)
-            else:
-                yield self._describe(record, found, dataset=dataset, row=row)
+        for row in np.flatnonzero(is_sound).tolist():
+            if rows is not None and not rows.are_as_recorded(
+                row, digests[row], [self._measured[digest] for digest in digests[row]]
+            ):
+                is_sound[row], records[row] = False, _read_row(group, row)
+        odd = [
+            _without_facts(record)
+            if isinstance(record, _Unreadable)
+            else self._describe(record, digests[row], dataset=dataset, row=first + row)
+            for row, record in sorted(records.items())
+        ]
         while len(self._measured) > _MEASURED:
             self._measured.popitem(last=False)
+        found = pa.Table.from_pylist(odd, schema=_KEPT)
+        if rows is None:
+            return found
+        places = np.concatenate([np.flatnonzero(is_sound), np.sort(np.array(list(records), np.int64))])
+        found = pa.concat_tables([self._describe_sound(group, rows, is_sound, digests), found])
+        return found.take(np.argsort(places)) if odd else found
+
+    def _describe_sound(
+        self, group: pa.RecordBatch, rows: RowsByColumn, is_sound: NDArray[np.bool_], digests: Sequence[Sequence[bytes]]
+    ) -> pa.Table:
+        kept = np.flatnonzero(is_sound)
+        n_images, width, height = (column[kept] for column in (rows.n_images, *rows.first_sizes()))
+        longer, shorter = np.maximum(width, height), np.minimum(width, height)
+        yes, count = np.ones(len(kept), bool), self._count_tokens
+        columns = {
+            "id": group.column("id").take(pa.array(kept)),
+            "source": group.column("source").take(pa.array(kept)),
+            "n_images": n_images,
+            "width": width,
+            "height": height,
+            "aspect": np.divide(longer, shorter, out=np.ones(len(kept)), where=shorter > 0),
+            "decode_ok": yes,
+            "n_turns": rows.n_turns[kept],
+            "roles_ok": yes,
+            "n_placeholders": n_images,
+            "placeholders_ok": yes,
+            "text_chars": rows.text_chars[kept],
+            "answer_chars": rows.answer_chars[kept],
+            "n_tokens": [-1 if count is None else sum(map(count, rows.texts_of(row))) for row in kept.tolist()],
+            "sha256": [digests[row][0].hex() if digests[row] else "" for row in kept.tolist()],
+            "sha256_ok": yes,
+            "problem": [""] * len(kept),
+            "images": [digests[row] for row in kept.tolist()],
+        }
+        return pa.table({name: pa.array(columns[name], _KEPT.field(name).type) for name in _KEPT.names}, schema=_KEPT)
 
     def _describe(self, record: Record, digests: Sequence[bytes], *, dataset: str, row: int) -> dict[str, Any]:
         images, turns = record.images, record.turns
@@ -545,28 +591,19 @@ class _Unreadable:
     problem: str
 
 
-def _read_records(path: Path) -> Iterator[Record | _Unreadable]:
-    reader = RecordReader([path], cached_groups=1)
-    for index in range(len(reader)):
-        try:
-            yield reader.read(index)
-        except RecordError as error:
-            yield _Unreadable(id=reader.read_id(index), problem=f"{error.found}; needed: {error.needed}")
+def _read_groups(path: Path) -> Iterator[pa.RecordBatch]:
+    return RecordReader([path]).groups()
 
 
-def _in_batches(found: Iterator[Record | _Unreadable]) -> Iterator[list[Record | _Unreadable]]:
-    batch: list[Record | _Unreadable] = []
-    for record in found:
-        batch.append(record)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _read_row(group: pa.RecordBatch, row: int) -> Record | _Unreadable:
+    try:
+        return as_record(group, row)
+    except RecordError as error:
+        return _Unreadable(id=read_id(group, row), problem=f"{error.found}; needed: {error.needed}")
 
 
-def _measure_all(images: Sequence[bytes]) -> list[Measured]:
-    return [measure_image(data) for data in images]
+def _measure_all(images: Sequence[bytes | memoryview]) -> list[Measured]:
+    return [measure_image(bytes(data)) for data in images]
 
 
 def _without_facts(record: _Unreadable) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from manyeyes.drawing import REQUEST, find_prompts
 from manyeyes.errors import RecordError
-from manyeyes.runtime.preprocess import decode_image, read_image_size
+from manyeyes.runtime.preprocess import measure_file, read_image_size
 
 Speaker = Literal["human", "gpt"]
 PLACEHOLDER = "<image>"
@@ -237,8 +237,7 @@ Measured = tuple[tuple[int, int], tuple[int, int]] | SampleProblem
 def measure_image(data: bytes) -> Measured:
     """Decode an image file whole."""
     try:
-        height, width, _ = decode_image(data).shape
-        return read_image_size(data), (width, height)
+        return measure_file(data)
     except RecordError as error:
         return SampleProblem(error.found, error.needed.removesuffix(" is needed"))
 

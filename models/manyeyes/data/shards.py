@@ -299,19 +299,7 @@ class RecordReader:
                 UTF-8.
         """
         batch, row = self._find(index)
-        return _as_record(batch, row)
-
-    def read_id(self, index: int) -> str:
-        """The id of a record that may be unreadable otherwise; empty where there is none.
-
-        Args:
-            index: As for ``read``.
-        """
-        batch, row = self._find(index)
-        try:
-            return batch.column("id")[row].as_py() or ""
-        except UnicodeDecodeError:
-            return ""
+        return as_record(batch, row)
 
     def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < self._rows:
@@ -330,10 +318,17 @@ class RecordReader:
 
     def __iter__(self) -> Iterator[Record]:
         """All records in order, one row group in memory at a time."""
-        for group in range(len(self._groups)):
-            batch = self._read_group(group)
+        for batch in self.groups():
             for row in range(batch.num_rows):
-                yield _as_record(batch, row)
+                yield as_record(batch, row)
+
+    def groups(self) -> Iterator[pa.RecordBatch]:
+        """All row groups in order, for ``as_record``.
+
+        Raises:
+            SnapshotError: A shard cannot be read there.
+        """
+        return map(self._read_group, range(len(self._groups)))
 
     def _read_group(self, group: int) -> pa.RecordBatch:
         shard, row_group = self._groups[group].tolist()
@@ -488,7 +483,29 @@ def _as_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _as_record(batch: pa.RecordBatch, row: int) -> Record:
+def read_id(batch: pa.RecordBatch, row: int) -> str:
+    """The id of a record that may be unreadable otherwise; empty where there is none.
+
+    Args:
+        batch: A row group.
+        row: The record's place there.
+    """
+    try:
+        return batch.column("id")[row].as_py() or ""
+    except UnicodeDecodeError:
+        return ""
+
+
+def as_record(batch: pa.RecordBatch, row: int) -> Record:
+    """One record of a row group.
+
+    Args:
+        batch: A row group.
+        row: The record's place there.
+
+    Raises:
+        RecordError: The row's lists of images and their facts differ in length or hold nulls, or a text is not UTF-8.
+    """
     try:
         values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:

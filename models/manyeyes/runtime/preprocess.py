@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -162,6 +162,29 @@ def read_decoded_size(data: bytes) -> tuple[int, int]:
             return (height, width) if lies_on_its_side else (width, height)
     height, width, _ = decode_image(data).shape
     return width, height
+
+
+def measure_file(data: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of an image file as it stores them and as ``decode_image`` gives them, in pixels.
+
+    All of it is decoded, a JPEG at the least of its sizes: that reads every bit of the file in half the time.
+
+    Args:
+        data: The file's bytes.
+
+    Raises:
+        RecordError: As ``decode_image``.
+    """
+    with suppress(RecordError), _opened(data) as image:
+        stored = image.size
+        if image.format == "JPEG" and stored[0] * stored[1] <= MAX_PIXELS:
+            image.draft(None, (1, 1))
+            image.load()
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            ImageOps.exif_transpose(image, in_place=True)
+            return stored, stored[::-1] if lies_on_its_side else stored
+    height, width, _ = decode_image(data).shape
+    return read_image_size(data), (width, height)
 
 
 @contextmanager
