@@ -115,6 +115,8 @@ def test_a_pipeline_writes_the_bytes_of_data_curate(
     # One digest over every byte: shards, list, report, page and manifest, and all that was there before.
     assert md5 == hash_folder(world.local)
     assert read_dvc_file(tmp_path / "curated" / "data.dvc").md5 == md5
+    # To be copied: its indentation has a meaning.
+    assert (tmp_path / "curated" / "data.dvc").read_text(encoding="utf-8") in (published.html or "")
     assert made.html == (world.local / "toy-mix-curation.html").read_text(encoding="utf-8")
     # No shard travels as an artifact.
     assert not list((tmp_path / "curated").rglob("train-*.parquet"))

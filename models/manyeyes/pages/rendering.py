@@ -158,8 +158,8 @@ def render(template: str, **values: object) -> str:
     return _environment(template.endswith(".html")).get_template(template).render(values)
 
 
-def step_page(title: str, sentence: str, sections: Mapping[str, Table | Drawing]) -> str:
-    """The page of a step that has only tables and charts to show.
+def step_page(title: str, sentence: str, sections: Mapping[str, Table | Drawing | str]) -> str:
+    """The page of a step that has only tables, charts and texts of files to show.
 
     Args:
         title: Of the page.

@@ -63,7 +63,7 @@ def publish_snapshot(reporter: Reporter, *, curated: Path, pinned: str) -> StepR
         html=step_page(
             f"Snapshot with {name}",
             "Train on it: give this data_md5 and remote to a pipeline, or put these lines into data.dvc and commit it.",
-            {"": facts, "Data sets": datasets, DVC_FILE: Table((DVC_FILE,), [[line] for line in text.splitlines()])},
+            {"": facts, "Data sets": datasets, DVC_FILE: text},
         ),
         markdown=f"{facts.markdown()}\n\n```yaml\n{text}```\n",
         values={"data_md5": md5},
