@@ -127,6 +127,25 @@ def test_a_pipeline_writes_the_bytes_of_data_curate(
     ]
 
 
+def test_inputs_of_several_snapshots_are_drawn_from_and_the_first_gets_the_mixture(
+    world: World, pods: Pods, tmp_path: Path
+) -> None:
+    # A data set that both have is taken from the one whose input names it.
+    more = make_snapshot(tmp_path / "more", {"own": make_samples()[::3], "train": make_samples()[:5]})
+    md5, objects = lay_out_remote(tmp_path / "more")
+    write_remote(world.remote, objects)
+    text = TEXT.replace("[{datasets: [toy-train, toy-more]}]", f"[{{datasets: [toy-more]}}, {{snapshot: {md5}.dir}}]")
+    assert text != TEXT
+    values = plan(pods, world, text)
+    facts = gather(pods, values, tmp_path / "facts")
+    pods(curate_data, facts=facts, pinned=values["curate_data"], curated=tmp_path / "curated")
+    published = pods(publish_snapshot, curated=tmp_path / "curated", pinned=values["curate_data"])
+    shutil.copytree(world.local, tmp_path / "local")
+    base = open_snapshot(md5=world.data_md5, remote=str(world.remote), cache_dir=tmp_path / "fetched")
+    curate(read_curation_text(text), [base, more], tmp_path / "local", cache_dir=tmp_path / "cache")
+    assert published.values["data_md5"] == hash_folder(tmp_path / "local")
+
+
 def test_another_remote_gets_all_of_the_snapshot_and_a_stopped_push_goes_on(
     world: World, pods: Pods, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

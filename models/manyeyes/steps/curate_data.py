@@ -45,11 +45,11 @@ def curate_data(reporter: Reporter, *, facts: Sequence[Path], pinned: str, curat
     planned = parse_planned(pinned)
     for folder in facts:
         take_over(folder, cache_dir=cache_dir())
-    recipe, snapshot = planned.recipe, planned.snapshot
+    recipe = planned.recipe
     out = work_dir() / "curations" / hashlib.sha256(pinned.encode()).hexdigest()[:16] / "snapshot"
     report = curate(
         recipe,
-        [snapshot] * len(recipe.inputs),
+        planned.snapshots,
         out,
         cache_dir=cache_dir(),
         progress=lambda sentence, done: reporter.progress(sentence, done=0.5 * done),
@@ -69,7 +69,7 @@ def curate_data(reporter: Reporter, *, facts: Sequence[Path], pinned: str, curat
             f'every critical expectation of suite "{SUITE}" to hold',
             f"Read {curated / 'validation' / 'validation.html'}, and correct filters or inputs of the recipe.",
         )
-    added = add_to_snapshot(snapshot, out)
+    added = add_to_snapshot(planned.snapshot, out)
     added.push(
         open_writable_remote(planned.out_remote),
         progress=lambda sentence, done: reporter.progress(sentence, done=0.75 + 0.25 * done),

@@ -55,7 +55,8 @@ def plan_curation(
         code_digest=code_digest(),
     )
     open_writable_remote(planned.out_remote)
-    reporter.progress("reading the snapshot's manifest", done=0.5)
+    reporter.progress("reading manifests", done=0.5)
+    planned = planned.with_inputs()
     shards = planned.list_shards()
     parts = cut_into_parts(shards)
     samples = sum(shard.rows for shard in shards)
@@ -64,6 +65,7 @@ def plan_curation(
             ("curation recipe", recipe.name),
             ("recipe digest", recipe.digest),
             ("snapshot (md5)", planned.data_md5),
+            *((f"snapshot of {name} (md5)", md5) for name, md5 in planned.elsewhere.items()),
             ("remote", planned.data_remote),
             ("the new snapshot goes to", planned.out_remote),
             ("code digest", planned.code_digest),
