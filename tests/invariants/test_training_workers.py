@@ -110,12 +110,16 @@ def test_only_one_micro_batch_is_in_memory(folder: Path) -> None:
             return batch
 
     plain = make_builder(folder)
-    with batch_stream(Spy(*plain.__reduce__()[1]), PLAN, steps=STEPS, workers=0) as stream:
-        stream.go_to(0)
-        for _ in range(STEPS):
-            for batch in stream.next_step().batches:
-                assert batch.num_samples
-                del batch
+    gc.freeze()  # what other tests left need not be looked through each time
+    try:
+        with batch_stream(Spy(*plain.__reduce__()[1]), PLAN, steps=STEPS, workers=0) as stream:
+            stream.go_to(0)
+            for _ in range(STEPS):
+                for batch in stream.next_step().batches:
+                    assert batch.num_samples
+                    del batch
+    finally:
+        gc.unfreeze()
     assert len(made) == 17
 
 
