@@ -183,6 +183,7 @@ def run_on_gpus(rank: int, port: int, kwargs: dict[str, Any]) -> None:
         run_toy_stage("prealign", **kwargs)
 
 
+@pytest.mark.slow
 def test_two_gpus_learn_what_one_process_learns(tmp_path: Path) -> None:
     toy_snapshot(tmp_path / "data")
     recipe = toy_recipe(epochs=2, schedule={"kind": "constant", "warmup_ratio": 0})

@@ -233,7 +233,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(RUNS))
+# Two processes show the same as four in half the time.
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def several(request: pytest.FixtureRequest, one: Path) -> int:
     """So many processes, which have run every case of theirs."""
     size: int = request.param
@@ -273,7 +274,9 @@ def test_bf16_has_the_losses_of_fp32_nearly_and_leaves_frozen_parts_as_they_were
         assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_another_number_of_processes_goes_on_from_parts(first: int, then: int, one: Path, tmp_path: Path) -> None:
     given = {"folder": one, "work": tmp_path / "work"}
     run_ranks(first, train_in_part, {**given, "processes": first, "stops": True})
