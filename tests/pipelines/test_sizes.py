@@ -53,7 +53,7 @@ def test_every_published_recipe_runs_to_its_end(uploaded: list[dict[str, Any]]) 
 
 
 # Bytes of status. Each artifact that a step takes is 2 kB: merge_scorecards takes one of each benchmark, compare_trials
-# one of each batch, curate_data one of each part, register all evidence beside the whole recipe.
+# one of each batch, curate_data and judge_snapshot one of each part, register all evidence beside the whole recipe.
 MOST_A_STEP = {
     **dict.fromkeys(("promote_version", "restore_previous"), 36_500),
     **dict.fromkeys(("fetch_model", "summarise_run", "validate_data", "score_benchmark"), 46_000),
@@ -61,8 +61,7 @@ MOST_A_STEP = {
     # These hold how the size follows from the recipe, too.
     **dict.fromkeys(("preflight", "plan_evaluation"), 51_500),
     "register": 76_500,
-    "compare_trials": 69_000,
-    "curate_data": 69_000,
+    **dict.fromkeys(("compare_trials", "curate_data", "judge_snapshot"), 69_000),
     "merge_scorecards": 73_000,
 }
 
@@ -99,6 +98,12 @@ def test_sixty_variants_are_no_larger_than_eight_steps(tmp_path: Path) -> None:
 def test_a_curation_in_all_of_its_parts_is_not_compressed(tmp_path: Path) -> None:
     size = size_of(compiled("curate", tmp_path))
     assert [task.step for task in size.tasks].count("gather_facts") == MAX_PARTS
+    assert size.total_bytes < 0.95 * COMPRESSED_AT
+
+
+def test_a_validation_in_all_of_its_parts_is_not_compressed(tmp_path: Path) -> None:
+    size = size_of(compiled("validate", tmp_path), recipe="eagle-x5-13b")
+    assert [task.step for task in size.tasks].count("profile_shards") == MAX_PARTS
     assert size.total_bytes < 0.95 * COMPRESSED_AT
 
 

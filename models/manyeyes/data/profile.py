@@ -225,6 +225,42 @@ def write_profile(
                     writer.write_table(joined)
 
 
+def profile_shards(
+    snapshot: Snapshot,
+    shards: Sequence[tuple[str, int]],
+    *,
+    cache_dir: Path,
+    find_misfit: FitCheck | None = None,
+    misfit_key: str = "",
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Find what ``write_profile`` asks of some shards, for another machine that is to join what several found.
+
+    Args:
+        snapshot: Where they are.
+        shards: Data set and number of each.
+        cache_dir: Where facts are kept; put into that of ``write_profile``, they are known there.
+        find_misfit: As for ``write_profile``.
+        misfit_key: As for ``write_profile``.
+        progress: Called with a sentence and the share that is done.
+
+    Returns:
+        The files of facts.
+
+    Raises:
+        SnapshotError: No such data set, or a shard that is not the manifest's or cannot be read.
+        StorageError: No space or no permission.
+    """
+    profiler = _Profiler(
+        snapshot, cache_dir, keep_digests=True, tokenizer_path=None, find_misfit=find_misfit, misfit_key=misfit_key
+    )
+    entries = {name: list(_shards_of(snapshot, name)) for name in dict.fromkeys(name for name, _ in shards)}
+    facts = profiler.find(
+        [(name, *entries[name][number]) for name, number in shards], progress=progress or (lambda *_: None)
+    )
+    return [path for of_dataset in facts.values() for _, path in of_dataset]
+
+
 _Facts = dict[str, list[tuple[int, Path]]]
 """Of each data set, the first row of each shard and the file of its facts."""
 
@@ -374,8 +410,17 @@ class _Profiler:
         self._measured: OrderedDict[bytes, Measured] = OrderedDict()
 
     def read_facts(self, datasets: Sequence[str], *, progress: Progress) -> _Facts:
-        """The facts of all shards; those that are on this disk are checked before any is profiled."""
+        """The facts of all shards of some data sets."""
         wanted = [(name, first, entry) for name in datasets for first, entry in _shards_of(self._snapshot, name)]
+        return {name: [] for name in datasets} | self.find(wanted, progress=progress)
+
+    def find(self, wanted: Sequence[tuple[str, int, ShardEntry]], *, progress: Progress) -> _Facts:
+        """The facts of shards; those that are on this disk are checked before any is profiled.
+
+        Args:
+            wanted: Of each its data set, its first row there, and its entry in the manifest.
+            progress: Called with a sentence and the share that is done.
+        """
         for _, _, entry in wanted:
             self._check(entry, required=self._snapshot.remote is None)
         kept = [self._kept(entry, name, first) for name, first, entry in wanted]
@@ -383,8 +428,8 @@ class _Profiler:
         unknown = [
             self._snapshot.path / entry.path for (_, _, entry), done in zip(wanted, whole, strict=True) if not done
         ]
-        coming = in_turn(unknown, self._snapshot.on_demand(datasets))
-        facts: _Facts = {name: [] for name in datasets}
+        facts: _Facts = {name: [] for name, _, _ in wanted}
+        coming = in_turn(unknown, self._snapshot.on_demand(list(facts)))
         # Decoding lets go of the interpreter lock, so threads help.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for number, (name, first, entry) in enumerate(wanted):

@@ -65,7 +65,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "train_trial": _TRIAL,
 }
 # The first steps of pipelines: they pin recipe, data and code, and say so in their report's metadata.
-PINNING_STEPS = ("preflight", "plan_evaluation", "plan_curation")
+PINNING_STEPS = ("preflight", "plan_evaluation", "plan_curation", "plan_validation")
 # plan_evaluation knows which benchmarks they are about.
 EVALUATION_STEPS = ("fetch_model", "score_benchmark", "merge_scorecards")
 # It keeps the recipe with the version, whole.

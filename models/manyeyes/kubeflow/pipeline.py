@@ -53,6 +53,7 @@ PIPELINES: dict[str, str] = {
     "ablate": "pipelines.ablate:ablate",
     "balance": "pipelines.balance:balance",
     "curate": "pipelines.curate:curate",
+    "validate": "pipelines.validate:validate",
     "promote": "pipelines.promote:promote",
     "rollback": "pipelines.rollback:rollback",
 }

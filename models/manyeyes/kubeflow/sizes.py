@@ -46,6 +46,8 @@ _PROBES = (
     *((6, 1, 10), (6, 1, 20), (8, 1, 10)),
 )
 # A value of which nothing is known before the run: a name, a digest.
+# Longer than any text that names a part of a snapshot of ordinary names.
+_PARTS = ["x" * 200] * MAX_PARTS
 _UNKNOWN = "0" * 64
 _ADDRESSES = (
     *("--ml_pipeline_server_address", "ml-pipeline.kubeflow.svc.cluster.local", "--ml_pipeline_server_port", "8887"),
@@ -178,8 +180,7 @@ def known_outputs(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         values: The pipeline's parameters.
     """
     if "curate_recipe" in values:
-        # Longer than any text that names a part of a snapshot of ordinary names.
-        return {"plan_curation": {"parts": ["x" * 200] * MAX_PARTS}}
+        return {"plan_curation": {"parts": _PARTS}}
     recipe = _recipe_of(values)
     return {} if recipe is None else _outputs_of(recipe, values)
 
@@ -297,6 +298,7 @@ def _outputs_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, dict[str
             "benchmarks": _benchmarks_of(recipe, values),
             **dict.fromkeys(("score_benchmark", "merge_scorecards"), steps["evaluate"]),
         },
+        "plan_validation": {"parts": _PARTS, "validate_data": steps["validate_data"]},
         "plan_ablation": {"batches": batches},
         "plan_balance": {"batches": batches, "grid": grid},
         "start_search": {"candidates": candidates[:1]},

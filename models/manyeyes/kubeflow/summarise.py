@@ -31,8 +31,8 @@ from manyeyes.harness.inputs import PINNING_STEPS
 
 # Steps, train's aside, whose report is the result of their pipeline.
 _RESULT_STEPS = (
-    *("merge_scorecards", "advance_search", "compare_trials", "publish_snapshot", "promote_version"),
-    "restore_previous",
+    *("merge_scorecards", "advance_search", "compare_trials", "publish_snapshot", "judge_snapshot"),
+    *("promote_version", "restore_previous"),
 )
 
 

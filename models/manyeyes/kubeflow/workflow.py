@@ -51,6 +51,7 @@ _TOLD_APART = {
     "train_trial": (("variants", "variant"), "train {}"),
     "advance_search": (("round_number",), "advance search, round {}"),
     "gather_facts": (("part",), "gather facts of {}"),
+    "profile_shards": (("part",), "profile shards of {}"),
 }
 
 # In the API's list of tasks, which has every node of the workflow.
@@ -479,7 +480,7 @@ def _name(
         value = int(value)
     if component == "train_trial" and value:
         value = _variants(value)
-    if component == "gather_facts" and value:
+    if component in ("gather_facts", "profile_shards") and value:
         with suppress(ManyEyesError):  # of a later version
             value = part_key(str(value))
     if value not in (None, ""):

@@ -42,6 +42,7 @@ LAST_STEPS = {
     "ablate": "compare_trials",
     "balance": "compare_trials",
     "curate": "publish_snapshot",
+    "validate": "judge_snapshot",
     "search_encoders": "advance_search",
     "promote": "promote_version",
     "rollback": "restore_previous",

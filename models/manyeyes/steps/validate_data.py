@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from manyeyes.errors import ValidationError
 from manyeyes.harness.base import Reporter, Step, StepResult
-from manyeyes.harness.inputs import cache_dir, parse_pinned, training_datasets
+from manyeyes.harness.inputs import Pinned, cache_dir, parse_pinned, training_datasets
+from manyeyes.recipe import Recipe
 
 
 def validate_data(
@@ -33,7 +36,6 @@ def validate_data(
     """
     from manyeyes.data.contamination.search import find_contamination
     from manyeyes.data.validation import validate_snapshot
-    from manyeyes.training.batches import Admission
 
     inputs = parse_pinned(pinned)
     recipe = inputs.recipe
@@ -44,14 +46,11 @@ def validate_data(
         eval_datasets=list(recipe.data.eval_datasets),
         suite=recipe.data.suite,
         out_dir=validation,
-        find_misfit=Admission(recipe, snapshot_path=inputs.snapshot.path).find_problem,
-        misfit_key=replace(inputs, data_md5="", data_remote="").text(),
-        cache_dir=cache_dir() / "profiles",
+        **fit_of(inputs),
         progress=lambda sentence, done: reporter.progress(sentence, done=0.1 + 0.4 * done),
     )
     contamination = None
-    benchmarks = [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
-    if benchmarks:
+    if benchmarks := compared_with(recipe):
         contamination = find_contamination(
             inputs.snapshot,
             datasets=training_datasets(recipe),
@@ -83,6 +82,26 @@ def validate_data(
         markdown=report.as_markdown() + ("" if contamination is None else "\n" + contamination.as_markdown()),
         metadata={"data_md5": inputs.data_md5, "suite": report.suite, "verdict": report.verdict},
     )
+
+
+def fit_of(inputs: Pinned) -> dict[str, Any]:
+    """What a profile asks of samples for a recipe, and where what it found of a shard is kept.
+
+    Raises:
+        SourceError: The language model's tokenizer cannot be had.
+    """
+    from manyeyes.training.batches import Admission
+
+    return {
+        "find_misfit": Admission(inputs.recipe, snapshot_path=inputs.snapshot.path).find_problem,
+        "misfit_key": replace(inputs, data_md5="", data_remote="").text(),
+        "cache_dir": cache_dir() / "profiles",
+    }
+
+
+def compared_with(recipe: Recipe) -> Sequence[str]:
+    """Data sets that training data is compared with; none where nothing is compared."""
+    return [*recipe.data.eval_datasets, *recipe.data.contamination.benchmarks]
 
 
 STEP = Step(

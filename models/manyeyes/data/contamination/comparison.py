@@ -33,6 +33,7 @@ from manyeyes.data.contamination.fingerprints import (
     TextIndex,
     count_rows,
     fingerprint_shard,
+    fingerprints_path,
     make_thumbnail,
     read_samples,
     unreadable,
@@ -191,6 +192,11 @@ class BenchmarkComparison:
     def kept(self, shard: ComparedShard) -> Path:
         """Where what is found of a shard lies when it is known."""
         return self._kept(shard.key)
+
+    def files(self, shard: ComparedShard) -> list[Path]:
+        """All that is kept of a shard that was compared."""
+        kept = self.kept(shard)
+        return [kept, _pairs_of(kept), fingerprints_path(self._cache_dir, sha256=shard.sha256)]
 
     def compare(self, shard: ComparedShard) -> ShardFindings:
         """What is found of a shard.

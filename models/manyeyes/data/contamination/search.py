@@ -118,6 +118,45 @@ def find_contamination(
     return report
 
 
+def compare_shards(
+    snapshot: Snapshot,
+    shards: Sequence[tuple[str, int]],
+    *,
+    benchmarks: Sequence[str],
+    cache_dir: Path,
+    progress: Callable[[str, float], None] | None = None,
+) -> list[Path]:
+    """Find what ``find_contamination`` asks of some shards, for another machine that is to join what several found.
+
+    Args:
+        snapshot: As for ``find_contamination``.
+        shards: Data set and number of each; those of benchmarks are left out.
+        benchmarks: As for ``find_contamination``.
+        cache_dir: Where findings are kept; put into that of ``find_contamination``, they are known there.
+        progress: Called with a sentence and the share that is done.
+
+    Returns:
+        The files of findings, and the fingerprints that they are of.
+
+    Raises:
+        SnapshotError: A data set is missing or a file cannot be read.
+        StorageError: No space or no permission.
+    """
+    names = dict.fromkeys(name for name, _ in shards if name not in benchmarks)
+    on_demand = snapshot.on_demand([*names, *(name for name in benchmarks if name in snapshot.manifest.datasets)])
+    judged = [open_source(name, snapshot=snapshot, on_demand=on_demand) for name in dict.fromkeys(benchmarks)]
+    theirs = BenchmarkComparison(judged, cache_dir=cache_dir, thresholds=Thresholds())
+    trained = {name: open_source(name, snapshot=snapshot, on_demand=on_demand).shards for name in names}
+    wanted = [trained[name][number] for name, number in shards if name in names]
+    files: list[Path] = []
+    for done, (shard, _) in enumerate(zip(wanted, in_turn([shard.path for shard in wanted], on_demand), strict=True)):
+        if progress is not None:
+            progress(f"comparing with {len(judged)} benchmarks", done / len(wanted))
+        theirs.compare(shard)
+        files += theirs.files(shard)
+    return files
+
+
 def _write_pairs(path: Path, trained: Sequence[Source], theirs: BenchmarkComparison) -> Iterator[QuarantinedSample]:
     """Write all pairs, a line each; yields the samples with the first reason of each, by row."""
     with new_file(path) as file, file.open("w", encoding="utf-8", newline="\n") as lines:

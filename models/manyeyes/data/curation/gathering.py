@@ -27,8 +27,9 @@ from manyeyes.data.snapshot import Snapshot
 from manyeyes.storage import link_or_copy, storage_errors, write_file
 
 _VERSION = 1
-# Folders of a cache, and of what was gathered elsewhere.
-_CURATION, _FINGERPRINTS = "curation", "fingerprints"
+# Folders of a cache, and of what was found elsewhere.
+_CURATION, _FINGERPRINTS, PROFILES = "curation", "fingerprints", "profiles"
+_FOLDERS = (_CURATION, _FINGERPRINTS, PROFILES)
 
 
 @dataclass(frozen=True)
@@ -181,18 +182,6 @@ class Gathering:
             files.append(self.phrases_path(shard))
         return files
 
-    def hand_over(self, files: Sequence[Path], *, out: Path) -> None:
-        """Put files that ``gather`` named into a folder for ``take_over``.
-
-        Raises:
-            StorageError: No space or no permission.
-        """
-        with storage_errors(out):
-            for file in files:
-                target = out / file.relative_to(self._cache_dir)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(file, target)
-
     @cached_property
     def _sources(self) -> list[Source]:
         assert self._recipe.benchmarks is not None
@@ -220,18 +209,36 @@ class Gathering:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
+def hand_over(files: Sequence[Path], *, cache_dir: Path, out: Path) -> None:
+    """Put files of this machine's cache into a folder for ``take_over``.
+
+    Args:
+        files: What is known of shards.
+        cache_dir: They are in its folders.
+        out: The folder.
+
+    Raises:
+        StorageError: No space or no permission.
+    """
+    with storage_errors(out):
+        for file in files:
+            target = out / file.relative_to(cache_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
+
+
 def take_over(folder: Path, *, cache_dir: Path) -> None:
     """Put what was handed over elsewhere into this machine's cache, where it is not known.
 
     Args:
-        folder: From ``Gathering.hand_over``.
-        cache_dir: Of the ``Gathering`` that is to know it.
+        folder: From ``hand_over``.
+        cache_dir: Of whoever is to know it.
 
     Raises:
         StorageError: No space or no permission.
     """
     with storage_errors(cache_dir):
-        for file in sorted(path for path in folder.glob("*/*") if path.parent.name in (_CURATION, _FINGERPRINTS)):
+        for file in sorted(path for path in folder.glob("*/*") if path.parent.name in _FOLDERS):
             target = cache_dir / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.is_file():

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from manyeyes.data.curation.draw import list_shards
-from manyeyes.data.curation.gathering import Gathering, Shard, gathering_recipe
+from manyeyes.data.curation.gathering import Gathering, Shard, gathering_recipe, hand_over
 from manyeyes.data.curation.parts import parse_part
 from manyeyes.data.curation.recipe import CurationRecipe, InputSpec
 from manyeyes.data.fetching import normalise_md5
@@ -89,7 +89,7 @@ class PlannedCuration(StrictModel):
             SnapshotError: The shard cannot be had or is damaged, or a benchmark is not there.
             StorageError: No space or no permission.
         """
-        self._gathering.hand_over(self._gathering.gather(shard), out=out)
+        hand_over(self._gathering.gather(shard), cache_dir=cache_dir(), out=out)
 
     @cached_property
     def _gathering(self) -> Gathering:
