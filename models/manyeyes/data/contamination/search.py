@@ -148,8 +148,12 @@ def compare_shards(
     theirs = BenchmarkComparison(judged, cache_dir=cache_dir, thresholds=Thresholds())
     trained = {name: open_source(name, snapshot=snapshot, on_demand=on_demand).shards for name in names}
     wanted = [trained[name][number] for name, number in shards if name in names]
+    unknown = [shard.path for shard in wanted if not theirs.kept(shard).is_file()]
+    coming, awaited = in_turn(unknown, on_demand), set(unknown)
     files: list[Path] = []
-    for done, (shard, _) in enumerate(zip(wanted, in_turn([shard.path for shard in wanted], on_demand), strict=True)):
+    for done, shard in enumerate(wanted):
+        if shard.path in awaited:
+            next(coming)
         if progress is not None:
             progress(f"comparing with {len(judged)} benchmarks", done / len(wanted))
         theirs.compare(shard)

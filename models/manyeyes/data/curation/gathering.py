@@ -28,8 +28,8 @@ from manyeyes.storage import link_or_copy, storage_errors, write_file
 
 _VERSION = 1
 # Folders of a cache, and of what was found elsewhere.
-_CURATION, _FINGERPRINTS, PROFILES = "curation", "fingerprints", "profiles"
-_FOLDERS = (_CURATION, _FINGERPRINTS, PROFILES)
+_CURATION, _FINGERPRINTS = "curation", "fingerprints"
+_FOLDERS = (_CURATION, _FINGERPRINTS, "profiles")
 
 
 @dataclass(frozen=True)
