@@ -134,7 +134,7 @@ def _bytes(field: str) -> int:
 
 def measure(folder: Path, processes: int) -> list[list[int]]:
     """What each process had at most."""
-    from tests.training_ranks import free_port
+    from tests.ports import free_port
 
     shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # glibc's threshold would grow with what is freed, and keep up to a gigabyte of that.

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from manyeyes.storage import write_file
 from manyeyes.training import loop, running
 from manyeyes.training.launch import launch_stage
 from manyeyes.training.stage import StageReport
+from tests.ports import free_port
 from tests.training_toys import toy_recipe
 
 
@@ -62,14 +62,6 @@ def run_long(folder: Path, processes: int) -> None:
         run_step(
             step, report=LocalArtifact(str(folder / "report")), outputs={"out": LocalArtifact(str(folder / "result"))}
         )
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_ranks(processes: int, target: Callable[[int, int, dict[str, Any]], None], kwargs: dict[str, Any]) -> None:

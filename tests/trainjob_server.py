@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
 import yaml
+
+from tests.ports import free_port
 
 NAMESPACE = "runs"
 ROOT = Path(__file__).parents[1]
@@ -294,9 +295,7 @@ def serving(play: Callable[[Job], None], folder: Path) -> Iterator[Stand]:
 def run_nodes(job: Job) -> None:
     """Really run a job's nodes, each as a process of this machine with what Trainer's torch runtime gives it."""
     trainer = job.manifest["spec"]["trainer"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ours = {name: value for name, value in os.environ.items() if name not in ("KUBECONFIG", "MANYEYES_TRAINJOB")}
     given = {variable["name"]: variable["value"] for variable in trainer["env"] if "value" in variable}
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from tests.ports import free_port
+
 REGISTRY = Path(__file__).parents[2] / "infra/k8s/base/registry"
 START_TIMEOUT_S = 180
 PROBE_TIMEOUT_S = 5
@@ -48,12 +50,6 @@ def find_rclone() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("rclone")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_for(ready: Callable[[], bool], *, process: subprocess.Popen[bytes], log: Path) -> None:
     started = time.monotonic()
     while not ready():
@@ -68,6 +64,15 @@ def listens(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server is up: a port may be open before anything answers there."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S) as response:
+            return int(response.status) == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from manyeyes.storage import hash_file
 from tests.cli_calls import call
 from tests.export_toys import change_decoder, make_toy, picture
 from tests.integration.containers_engine import DOCKER, HARDENED, RUNTIME, docker
-from tests.integration.servers import free_port, image_registry
+from tests.integration.servers import image_registry
 from tests.invariants.test_runtime_engine import QUESTIONS
+from tests.ports import free_port
 from tests.serving_toys import as_uri
 from tests.signing_keys import Keys, make_keys
 

@@ -22,7 +22,8 @@ from manyeyes.registry.references import parse_model_reference
 from manyeyes.registry.tracking import connect
 from manyeyes.registry.versions import describe, promote
 from tests.evaluation_fakes import make_snapshot
-from tests.integration.servers import find_postgres, free_port, listens, postgres, wait_for
+from tests.integration.servers import answers, find_postgres, postgres, wait_for
+from tests.ports import free_port
 from tests.registry_moves import check_explained, killed_at, make_versions, run_at_once
 from tests.registry_store import IMAGES, make_candidate, put
 
@@ -62,7 +63,7 @@ def _store(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
                 start_new_session=True,
             )
         try:
-            wait_for(lambda: listens(port), process=process, log=log)
+            wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), process=process, log=log)
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
             yield os.environ["MLFLOW_TRACKING_URI"]
         finally:

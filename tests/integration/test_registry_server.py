@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from manyeyes.errors import BundleError, RegistryUnreachableError
 from manyeyes.registry.tracking import connect, start_parent_run, step_run
 from manyeyes.registry.versions import champion_evidence, pull, rollback
 from tests.evaluation_fakes import make_snapshot
+from tests.ports import free_port
 from tests.registry_store import IMAGES, make_candidate, put
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -26,9 +26,7 @@ START_TIMEOUT_S = 180
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
     with (folder / "server.log").open("wb") as log:

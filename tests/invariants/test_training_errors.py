@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from manyeyes.errors import PipelineError, RecordError
 from manyeyes.training import stage
 from manyeyes.training.batches import BatchBuilder
 from manyeyes.training.loop import Progress
+from tests.ports import free_port
 from tests.training_ranks import launch_toy, run_rank
 from tests.training_toys import toy_record, toy_snapshot
 
@@ -103,9 +103,7 @@ def test_a_process_that_is_killed_is_named_with_its_signal(
 
 
 def by_hand(folder: Path, fault: str) -> list[list[str] | None]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training_ranks"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from bench.memory import MOST_OFF, be_process, estimate, make
-from tests.training_ranks import free_port, run_ranks
+from tests.ports import free_port
+from tests.training_ranks import run_ranks
 
 # Parameters of malloc.h: from how many bytes on memory is the system's again once it is freed.
 M_MMAP_THRESHOLD, AT_LEAST = -3, 2**20

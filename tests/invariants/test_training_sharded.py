@@ -28,7 +28,8 @@ from manyeyes.recipe import Recipe, StageName
 from manyeyes.training.loop import Progress, train
 from manyeyes.training.stage import ADAPTER, StageReport, read_stage_report
 from tests.invariants.test_layouts_training import recipe_of
-from tests.training_ranks import free_port, run_ranks
+from tests.ports import free_port
+from tests.training_ranks import run_ranks
 from tests.training_toys import run_toy_stage, toy_recipe, toy_snapshot
 
 # Records without their image, questions that share a prefix, conversations: processes differ in what they compute.

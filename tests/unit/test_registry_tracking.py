@@ -9,6 +9,7 @@ import pytest
 from manyeyes.errors import RegistryError, RegistryUnreachableError
 from manyeyes.registry import tracking
 from manyeyes.registry.tracking import connect, default_tracking_uri, end_parent_run, start_parent_run, step_run
+from tests.ports import free_port
 from tests.registry_store import store_uri
 
 ENVIRONMENT = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MANYEYES_PARENT_RUN_ID")
@@ -97,12 +98,6 @@ def test_the_default_store_is_below_the_working_directory(monkeypatch: pytest.Mo
     assert default_tracking_uri() == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert default_tracking_uri(Path("/somewhere")) == "sqlite:////somewhere/runs/mlflow.db"
     assert list(tmp_path.iterdir()) == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("scheme", ["http", "postgresql"])
