@@ -25,13 +25,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from manyeyes.errors import BundleError
 from manyeyes.export.attention import use_grouped_attention
+from manyeyes.export.cache import TRANSLATIONS, read_past
 from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.model.connection import VisualTokens
 from manyeyes.model.language_model import compute_logits, decoder_of
 from manyeyes.model.reinjection import VISUAL_CONTEXT, Reinjection, VisualContext, check_read
 from manyeyes.runtime.bundle_contents import GraphSignature, GraphTensor
-from manyeyes.runtime.decoding import KEPT
+from manyeyes.runtime.decoding import CACHE_PROPERTY, KEPT, TAKES_BUFFER
 from manyeyes.runtime.tiling import NEWLINE
 from manyeyes.runtime.vision import IMAGE_SIZES, LAYOUT, PIXELS, PLACES, TOKENS, WINDOWS
 
@@ -74,6 +75,7 @@ def export_graph(
             opset_version=opset,
             input_names=input_names,
             output_names=output_names,
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     assert program is not None  # only a given file name makes it None
@@ -88,6 +90,7 @@ def export_graph(
     _strip_traces(model)
     if _POSITIONS in input_names:
         _keep_last(model)
+        model.metadata_props[CACHE_PROPERTY] = TAKES_BUFFER
     save_graph(model, out)
     return describe_graph(model)
 
@@ -262,9 +265,8 @@ class _Decoder(nn.Module):
         past: KeyValues,
         looks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, KeyValues]:
-        cache, dtype = DynamicCache(), self.language_model.dtype
-        for layer, (key, value) in enumerate(past):
-            cache.update(key.to(dtype), value.to(dtype), layer)
+        dtype = self.language_model.dtype
+        cache = read_past(past, attention_mask, inputs_embeds)
         context, keywords = None, {}
         if self.reinjection is not None:
             places, keys, mask, overall = looks
@@ -281,7 +283,7 @@ class _Decoder(nn.Module):
         )
         check_read(context, self.reinjection, self.language_model)
         logits = compute_logits(self.language_model, output.last_hidden_state[:, logits_positions])
-        return logits.float(), [(layer.keys.float(), layer.values.float()) for layer in output.past_key_values.layers]
+        return logits.float(), [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
 def check_exportable(model: ManyEyesForConditionalGeneration, processor: ManyEyesProcessor) -> None:
@@ -440,7 +442,8 @@ def export_decoder(
         ``[batch_size, heads, past, width]``;
         with reinjection ``window_places`` ``[looks]`` (``row * query + position`` of each visual token; may be empty),
         ``window_keys`` ``[looks, cells, C]``, ``window_mask`` ``[looks, cells]`` and ``window_overall`` ``[looks, C]``;
-        outputs ``logits`` ``[batch_size, kept, V]`` and ``present.<layer>.key`` and ``.value``. Past may be 0.
+        outputs ``logits`` ``[batch_size, kept, V]`` and ``present.<layer>.key`` and ``.value``
+        ``[batch_size, heads, total, width]``. Past may be 0; ``manyeyes.export.cache`` says how it may be a buffer.
 
     Raises:
         BundleError: The graph lacks an input.

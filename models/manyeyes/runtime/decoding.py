@@ -38,6 +38,13 @@ _KEPT = 4096
 KEPT, _OLD_KEPT = "num_logits_to_keep", "logits_positions"
 """Input of the decoder: of how many of the last positions logits are wanted; in older bundles, of which positions."""
 
+CACHE_PROPERTY, TAKES_BUFFER = "manyeyes.cache", "buffer"
+"""Property of a decoder's graph that writes new keys and values into the memory of those before, where there is room:
+its mask then is as long as that memory."""
+
+# Slots that a cache gets for tokens to come: at least so many, and a share of those in use. Attention reads them all.
+_ROOM, _ROOM_SHARE = 16, 8
+
 
 class OptionEncoder:
     """Tokenises options behind the question that they belong to; equal questions once.
@@ -182,6 +189,7 @@ class Decoder:
         self._stop_ids = frozenset(stop_ids)
         self._kept = _OLD_KEPT if _OLD_KEPT in decoder.input_names else KEPT
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
+        self._takes_buffer = decoder.properties.get(CACHE_PROPERTY) == TAKES_BUFFER
         self._check()
         # What a step without images looks at.
         self._no_looks = _no_looks(decoder) if PLACES in decoder.input_names else {}
@@ -273,6 +281,7 @@ class Decoder:
                 cache = self._take(cache, kept.tolist())
                 alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
             mask = np.concatenate([mask, np.ones((len(alive), 1), np.int64)], axis=1)
+            cache = self._with_room(cache, mask.shape[1], most=mask.shape[1] + max(max_new_tokens))
             logits, cache = self._step(self._embed_tokens(tokens[:, None]), mask, cache)
             tokens = logits[:, -1].argmax(axis=-1)
         return [Continuation(tuple(tokens), first_logits[question]) for question, tokens in enumerate(written)]
@@ -326,7 +335,9 @@ class Decoder:
         """Tokens that end an answer."""
         return self._stop_ids
 
-    def start(self, prefixes: Prefixes, prompt: Sequence[int]) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+    def start(
+        self, prefixes: Prefixes, prompt: Sequence[int]
+    ) -> tuple[NDArray[np.float32], Mapping[str, ort.OrtValue]]:
         """``[V]`` logits behind one prompt, and its cache without padding.
 
         Args:
@@ -337,40 +348,47 @@ class Decoder:
         return logits[0], cache
 
     def go_on(
-        self, tokens: Sequence[int], cache: Mapping[str, ort.OrtValue], lengths: Sequence[int]
-    ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
+        self, tokens: Sequence[int], cache: Mapping[str, ort.OrtValue], lengths: Sequence[int], most: int
+    ) -> tuple[NDArray[np.float32], Mapping[str, ort.OrtValue]]:
         """One step of several answers: ``[rows, V]`` logits, and the cache with the tokens in it.
 
         Args:
             tokens: The last token of each.
-            cache: From ``arrange``, or from the step before.
+            cache: From ``arrange``, or from the step before; the tokens may be written into its memory.
             lengths: Tokens in the cache of each; the longest of them has no padding.
+            most: Slots that a row will take in the end.
         """
         longest = max(lengths)
         mask = (np.arange(longest + 1) >= longest - np.array(lengths)[:, None]).astype(np.int64)
+        cache = self._with_room(cache, longest + 1, most=most)
         logits, cache = self._step(self._embed_tokens(np.array(tokens, np.int64)[:, None]), mask, cache)
         return logits[:, -1], cache
 
-    def arrange(self, rows: Sequence[tuple[Mapping[str, ort.OrtValue], int, int]]) -> dict[str, ort.OrtValue]:
+    def arrange(
+        self, rows: Sequence[tuple[Mapping[str, ort.OrtValue], int, slice]], *, most: int
+    ) -> dict[str, ort.OrtValue]:
         """A cache of rows from several, padded on the left to the longest of them and no further.
 
         Args:
-            rows: For each: a cache, the row in it, and how many tokens of its end count.
+            rows: For each: a cache, the row in it, and the slots of its tokens there.
+            most: Slots that a row will take in the end; some of them may be there already.
         """
-        longest = max(length for _, _, length in rows)
+        longest = max(slots.stop - slots.start for _, _, slots in rows)
+        room = self._room(longest, most=most)
         arranged = {}
         for name in self._cache_names:
             sources = {id(cache): cache[name].numpy() for cache, _, _ in {id(row[0]): row for row in rows}.values()}
             first = next(iter(sources.values()))
-            values = np.zeros((len(rows), first.shape[1], longest, first.shape[3]), first.dtype)
-            for place, (cache, row, length) in enumerate(rows):
-                values[place, :, longest - length :] = sources[id(cache)][row, :, -length:]
+            values = np.zeros((len(rows), first.shape[1], longest + room, first.shape[3]), first.dtype)
+            for place, (cache, row, slots) in enumerate(rows):
+                start = longest - (slots.stop - slots.start)
+                values[place, :, start:longest] = sources[id(cache)][row, :, slots]
             arranged[name] = self._decoder.to_device(values)
         return arranged
 
     def _run_prompts(
         self, prefixes: Prefixes, rows: Sequence[int], prompts: Sequence[Sequence[int]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, ort.OrtValue]]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], Mapping[str, ort.OrtValue]]:
         """``[Q, V]`` logits behind each prompt, and mask and cache to go on from."""
         ids, mask = _pad_left(prompts)
         mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
@@ -385,10 +403,17 @@ class Decoder:
         *,
         keep: int = 1,
         looks: Mapping[str, NDArray[Any]] | None = None,
-    ) -> tuple[NDArray[np.float32], dict[str, ort.OrtValue]]:
-        """Logits at the last positions, ``[rows, keep, V]``, and the longer cache."""
-        length = embeddings.shape[1]
+    ) -> tuple[NDArray[np.float32], Mapping[str, ort.OrtValue]]:
+        """Logits at the last positions, ``[rows, keep, V]``, and the longer cache.
+
+        A cache that has room for the mask's last slots is written there; another one is left as it is.
+        """
+        length, room = embeddings.shape[1], self._slots(cache) - mask.shape[1]
         position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
+        into = {}
+        if room >= 0:
+            mask = np.pad(mask, ((0, 0), (0, room)))
+            into = {name.replace("past_key_values.", "present."): value for name, value in cache.items()}
         kept = np.arange(length - keep, length) if self._kept == _OLD_KEPT else np.array(keep, np.int64)
         inputs = {
             "inputs_embeds": embeddings,
@@ -398,10 +423,27 @@ class Decoder:
             **cache,
             **(self._no_looks if looks is None else looks),
         }
-        outputs = self._decoder.run(inputs, on_host=_ON_HOST)
-        present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self._cache_names}
+        outputs = self._decoder.run(inputs, on_host=_ON_HOST, into=into)
         logits: NDArray[np.float32] = outputs["logits"].numpy()
-        return logits, present
+        if into:
+            return logits, cache  # not the outputs: they do not keep the arrays alive whose memory they show
+        return logits, {name: outputs[name.replace("past_key_values.", "present.")] for name in self._cache_names}
+
+    def _slots(self, cache: Mapping[str, ort.OrtValue]) -> int:
+        return int(cache[self._cache_names[0]].shape()[2])
+
+    def _room(self, used: int, *, most: int) -> int:
+        """Slots behind those in use."""
+        return max(0, min(max(_ROOM, used // _ROOM_SHARE), most - used)) if self._takes_buffer else 0
+
+    def _with_room(self, cache: Mapping[str, ort.OrtValue], slots: int, *, most: int) -> Mapping[str, ort.OrtValue]:
+        """A cache that has so many slots, where the graph can use them."""
+        room = self._room(slots, most=most)
+        missing = slots - self._slots(cache)
+        if missing <= 0 or not self._takes_buffer:
+            return cache
+        behind = ((0, 0), (0, 0), (0, missing + room), (0, 0))
+        return {name: self._decoder.to_device(np.pad(value.numpy(), behind)) for name, value in cache.items()}
 
     def _gather_looks(
         self, places: Sequence[NDArray[np.int64]], images: Sequence[ImageTokens]

@@ -431,10 +431,15 @@ class Engine:
             self._keep(kept)
 
     def _keep(self, kept: Sequence[int]) -> None:
-        sources = [(self._batch, place, self._rows[place].length) for place in kept]
-        batch = self.bundle.decoder.arrange(sources) if kept else {}
+        sources, most = self._sources(), max((self._rows[place].reserved for place in kept), default=0)
+        batch = self.bundle.decoder.arrange([sources[place] for place in kept], most=most) if kept else {}
         with self._changed:
             self._rows, self._batch = [self._rows[place] for place in kept], batch
+
+    def _sources(self) -> list[tuple[Mapping[str, ort.OrtValue], int, slice]]:
+        """Where the keys and values of each row are: their ends stand at one slot."""
+        end = max((row.length for row in self._rows), default=0)
+        return [(self._batch, place, slice(end - row.length, end)) for place, row in enumerate(self._rows)]
 
     def _take_in(self) -> None:
         """Read the conversation that waits longest, if there is room for it."""
@@ -497,8 +502,8 @@ class Engine:
         )
         if not self._write(row, logits):
             return
-        sources = [(self._batch, place, other.length) for place, other in enumerate(self._rows)]
-        batch = decoder.arrange([*sources, (cache, 0, row.length)])
+        most = max(other.reserved for other in (*self._rows, row))
+        batch = decoder.arrange([*self._sources(), (cache, 0, slice(0, row.length))], most=most)
         with self._changed:
             self._rows, self._batch = [*self._rows, row], batch
 
@@ -523,7 +528,8 @@ class Engine:
             return
         tokens, lengths = [row.token for row in self._rows], [row.length for row in self._rows]
         try:
-            logits, self._batch = self.bundle.decoder.go_on(tokens, self._batch, lengths)
+            most = max(row.reserved for row in self._rows)
+            logits, self._batch = self.bundle.decoder.go_on(tokens, self._batch, lengths, most)
             self._steps += 1
             kept = []
             for place, row in enumerate(self._rows):

@@ -166,6 +166,7 @@ class Graph:
         self.name = path.name
         self._session = open_session(path, providers=providers, threads=threads)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.device = "cuda" if self.providers[0] == CUDA else "cpu"
         self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
@@ -218,13 +219,18 @@ class Graph:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def run(
-        self, inputs: Mapping[str, NDArray[Any] | ort.OrtValue], *, on_host: Sequence[str]
+        self,
+        inputs: Mapping[str, NDArray[Any] | ort.OrtValue],
+        *,
+        on_host: Sequence[str],
+        into: Mapping[str, ort.OrtValue] | None = None,
     ) -> dict[str, ort.OrtValue]:
         """Run the graph.
 
         Args:
             inputs: Every input by name.
             on_host: Outputs to bring to host memory; the others stay on the device.
+            into: Memory that outputs are written to, by name; the others get new memory.
 
         Raises:
             BundleError: An input does not fit the graph.
@@ -233,7 +239,10 @@ class Graph:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, self.to_device(value) if isinstance(value, np.ndarray) else value)
         for name in self.output_names:
-            binding.bind_output(name, "cpu" if name in on_host else self.device, 0)
+            if into and name in into:
+                binding.bind_ortvalue_output(name, into[name])
+            else:
+                binding.bind_output(name, "cpu" if name in on_host else self.device, 0)
         try:
             self._session.run_with_iobinding(binding)
         except _RUN_ERRORS as error:
