@@ -6,6 +6,9 @@ next step without a copy to numpy. ``in place`` writes into a buffer with room t
 ``either`` does one or the other as the mask is as long as the past or longer, so that runtimes that know only the
 first can use it. GroupQueryAttention is ONNX Runtime's, joined and in a shared buffer. One thread, CPU time of the
 process, the sides in turn, medians of the steps; every side must give the results of ``append``.
+
+``python -m bench.cache GRAPHS`` measures whole steps of a bundle's decoder instead, as the runtime takes them: joined,
+and in a buffer. GRAPHS has the graphs that ``bench.decoding`` made. Both must write the same tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from manyeyes.export.variants import graph_file
+from manyeyes.runtime.decoding import Decoder
+from manyeyes.runtime.sessions import CPU, Graph
+
 LAYERS, HEADS, GROUPS, WIDTH = 30, 9, 3, 64
-ROOM, STEPS = 64, 9
+ROOM, STEPS, DECODER_STEPS = 64, 9, 33
 LENGTHS, ROWS = (200, 1000, 2000), (1, 4)
 NAMES = [f"{layer}{kind}" for layer in range(LAYERS) for kind in "kv"]
 SIDES = ("append", "in place", "either: append", "either: in place", "GQA: append", "GQA: in place")
@@ -187,11 +194,49 @@ def measure(sessions: dict[str, ort.InferenceSession], rows: int, length: int) -
     return {name: round(1000 * median(each[1:]), 1) for name, each in seconds.items()}
 
 
+def measure_decoder(decoder: Decoder, rows: int, length: int) -> dict[str, float]:
+    """Milliseconds a step of a whole decoder, joined and in a buffer; copies that make room are part of it."""
+    drawn = np.random.default_rng(length)
+    first = {}
+    for name, value in decoder.run_prefixes([[]] * rows, [[]] * rows, [[]] * rows).cache.items():
+        _, heads, _, width = value.shape()
+        first[name] = drawn.standard_normal((rows, heads, length, width), np.float32)
+    tokens = dict.fromkeys(("joined", "in a buffer"), drawn.integers(3, 1000, rows).tolist())
+    caches: dict[str, Any] = {
+        side: {name: ort.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in first.items()} for side in tokens
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in tokens}
+    for number in range(DECODER_STEPS):
+        for side, last in tokens.items():
+            decoder._takes_buffer = side != "joined"
+            started = time.process_time()
+            given = caches[side], [length + number] * rows, length + DECODER_STEPS
+            logits, caches[side] = decoder.go_on(last, *given)
+            seconds[side].append(time.process_time() - started)
+            tokens[side] = logits.argmax(axis=-1).tolist()
+        assert tokens["joined"] == tokens["in a buffer"], "in a buffer other tokens are written"
+    found = {side: 1000 * sum(each[1:]) / (DECODER_STEPS - 1) for side, each in seconds.items()}
+    ratio = median(a / b for a, b in zip(seconds["joined"][1:], seconds["in a buffer"][1:], strict=True))
+    return {side: round(each, 1) for side, each in found.items()} | {"ratio": round(ratio, 2)}
+
+
 def main() -> int:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cache.json"))
-    out = parser.parse_args().out
+    parser.add_argument("graphs", type=Path, nargs="?")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.graphs is not None:
+        results = []
+        for precision in ("fp32", "int4"):
+            files = (arguments.graphs / graph_file(graph, precision) for graph in ("embed", "decoder"))
+            decoder = Decoder(*(Graph(file, providers=[CPU], threads=1) for file in files), stop_ids=())
+            for rows in ROWS:
+                for length in LENGTHS:
+                    ms = measure_decoder(decoder, rows, length)
+                    results.append({"precision": precision, "rows": rows, "tokens": length, "ms": ms})
+                    print(results[-1], flush=True)
+        return write(arguments.out or Path("bench/results/cache_decoder.json"), results, steps=DECODER_STEPS)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -204,8 +249,13 @@ def main() -> int:
         for length in LENGTHS:
             results.append({"rows": rows, "tokens": length, "ms": measure(sessions, rows, length)})
             print(results[-1], flush=True)
-    facts = {"layers": LAYERS, "room": ROOM, "steps": STEPS, "load": round(os.getloadavg()[0], 1), "results": results}
-    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return write(arguments.out or Path("bench/results/cache.json"), results, layers=LAYERS, room=ROOM, steps=STEPS)
+
+
+def write(out: Path, results: list[dict[str, Any]], **facts: int) -> int:
+    """Write the figures."""
+    facts_of_run = {**facts, "load": round(os.getloadavg()[0], 1), "results": results}
+    out.write_text(json.dumps(facts_of_run, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

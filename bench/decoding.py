@@ -38,6 +38,7 @@ from transformers.exporters.utils import decompose_for_generation
 from manyeyes.export.graphs import export_decoder, export_embed, save_graph
 from manyeyes.export.precision import quantize_graph
 from manyeyes.export.variants import graph_file
+from manyeyes.runtime.decoding import Decoder
 from manyeyes.runtime.sessions import CPU, Graph
 
 PROMPT, WRITTEN, ROUNDS = 212, 8, 7
@@ -74,36 +75,23 @@ class Torch:
 
 
 class Ours:
-    """Two graphs of a bundle."""
+    """Two graphs of a bundle, which the runtime's ``Decoder`` runs."""
 
     def __init__(self, folder: Path, precision: Any) -> None:
         files = [folder / graph_file(graph, precision) for graph in ("embed", "decoder")]
         self.bytes = sum(file.stat().st_size for file in files)
-        self.embed, self.decoder = (Graph(file, providers=[CPU], threads=1) for file in files)
-        self.names = [name for name in self.decoder.input_names if name.startswith("past_key_values")]
+        self.decoder = Decoder(*(Graph(file, providers=[CPU], threads=1) for file in files), stop_ids=())
 
     def step(self, ids: NDArray[np.int64], past: Any, keep: int) -> tuple[NDArray[np.float32], Any]:
         """Logits at the last ``keep`` of new tokens, and the longer cache."""
+        decoder = self.decoder
         if past is None:
-            sizes = {name: self.decoder.sizes(name, rank=4, fixed=(1, 3)) for name in self.names}
-            past = {name: np.zeros((1, heads, 0, width), np.float32) for name, (heads, width) in sizes.items()}
-            start = 0
-        else:
-            start = past[self.names[0]].shape()[2]
-        length = ids.shape[1]
-        embeddings = self.embed.run({"input_ids": ids}, on_host=("inputs_embeds",))["inputs_embeds"].numpy()
-        outputs = self.decoder.run(
-            {
-                "inputs_embeds": embeddings,
-                "attention_mask": np.ones((1, start + length), np.int64),
-                "position_ids": np.arange(start, start + length)[None],
-                "num_logits_to_keep": np.array(keep),
-                **past,
-            },
-            on_host=("logits",),
-        )
-        present = {name: outputs[name.replace("past_key_values", "present")] for name in self.names}
-        return outputs["logits"].numpy()[0], present
+            given = decoder._embed_tokens(ids), np.ones_like(ids), decoder._empty_cache(1)
+            logits, cache = decoder._step(*given, keep=keep)
+            return logits[0], (cache, ids.shape[1])
+        cache, used = past
+        logits, cache = decoder.go_on(ids[0].tolist(), cache, [used], used + WRITTEN)
+        return logits, (cache, used + 1)
 
 
 def export_peer(model: PreTrainedModel, folder: Path) -> list[str]:

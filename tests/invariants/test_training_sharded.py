@@ -275,9 +275,7 @@ def test_bf16_has_the_losses_of_fp32_nearly_and_leaves_frozen_parts_as_they_were
         assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_from_parts(first: int, then: int, one: Path, tmp_path: Path) -> None:
     given = {"folder": one, "work": tmp_path / "work"}
     run_ranks(first, train_in_part, {**given, "processes": first, "stops": True})
