@@ -187,3 +187,9 @@ def manifest(
     ]
     spec = {"entrypoint": "entrypoint", "templates": templates, **({"shutdown": shutdown} if shutdown else {})}
     return json.dumps({"metadata": {"name": WORKFLOW}, "spec": spec, "status": status})
+
+
+SFT, BUNDLE = f"{GROUP}.sft", f"{GROUP}.evaluate-2"
+RESOLVED = step(f"{GROUP}.resolve-data", "Succeeded")
+ALIGNED = step(f"{ITERATION.format(0)}.prealign-encoder", "Succeeded", at=70, inputs={"encoder": "efficientnet"})
+SUMMARY = step(f"{GROUP}.onExit.summarise-run", "Succeeded", at=400)
