@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,3 +149,29 @@ def test_the_engine_takes_no_more_slots_than_were_reserved(
     assert max(steps.slots) <= max(
         answer.prompt_tokens + 12 * count for answer, count in zip(alone, (1, 2, 5), strict=True)
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_norms_change_no_result(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    config, model = FAMILIES[family]
+    language_model: PreTrainedModel = model(config(**SIZES)).eval()
+    export_decoder(language_model, tmp_path / "fused.onnx", opset=20)
+    with monkeypatch.context() as patched:
+        patched.setattr("manyeyes.export.graphs.fuse_norms", lambda _: None)
+        export_decoder(language_model, tmp_path / "plain.onnx", opset=20)
+    counts = {
+        name: Counter(node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node)
+        for name in ("fused", "plain")
+    }
+    assert counts["plain"]["ReduceMean"] == 5  # two norms a layer and the last one
+    assert counts["fused"]["ReduceMean"] == 0
+    # Nothing is added up in front of the first norm.
+    assert counts["fused"]["SkipSimplifiedLayerNormalization"] == 4
+    assert counts["fused"]["SimplifiedLayerNormalization"] == 1
+    inputs, past = draw_inputs(3)
+    fused, plain = (
+        Graph(tmp_path / f"{name}.onnx", providers=[CPU], threads=1).run(inputs | past, on_host=["logits"])
+        for name in ("fused", "plain")
+    )
+    np.testing.assert_allclose(fused["logits"].numpy(), plain["logits"].numpy(), rtol=1e-5, atol=1e-6)

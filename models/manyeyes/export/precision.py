@@ -7,9 +7,8 @@
 - **int4**: ``MatMulNBits`` of ONNX Runtime in blocks of 32, symmetric, one fp32 scale a block, accuracy level 4 (inputs
   are rounded to int8 by block). The smallest, and the quickest for one token at a time.
 
-Convolutions and norms stay fp32; RMS norms become one operator each, with the sum in front of them
-(``SkipSimplifiedLayerNormalization``, by onnxscript's rewrite rules). The weights are rounded here and not by
-``onnxruntime.quantization``, which takes the whole model into memory and leaves ``Gemm`` and ``Gather`` out.
+Convolutions and norms stay fp32. The weights are rounded here and not by ``onnxruntime.quantization``, which takes the
+whole model into memory and leaves ``Gemm`` and ``Gather`` out.
 """
 
 from __future__ import annotations
@@ -77,9 +76,6 @@ def quantize_graph(source: Path, precision: str) -> onnx_ir.Model:
     """
     model = onnx_ir.load(source)
     graph = model.graph
-    # Beside products this small, the dozen operators of a norm count.
-    fuse_rms_normalization(model)
-    fuse_skip_rms_normalization(model)
     writer = _Writer(graph)
     for node in [*graph]:
         if node.op_type in ("MatMul", "Gemm"):
@@ -93,10 +89,28 @@ def quantize_graph(source: Path, precision: str) -> onnx_ir.Model:
                 continue
             writer.replace(node, _lookup(writer, node, table, precision))
     model.opset_imports[_CONTRIB] = 1
+    _drop_unused(graph)
+    return model
+
+
+def fuse_norms(model: onnx_ir.Model) -> None:
+    """Make one operator of ONNX Runtime of each RMS norm and the sum in front of it, by onnxscript's rewrite rules.
+
+    Without it a norm is seven operators; where products are small, as for one new token, those count.
+
+    Args:
+        model: In fp32; is changed where it has such norms (``SimplifiedLayerNormalization``, ``Skip...``).
+    """
+    if fuse_rms_normalization(model):
+        fuse_skip_rms_normalization(model)
+        model.opset_imports[_CONTRIB] = 1
+        _drop_unused(model.graph)
+
+
+def _drop_unused(graph: onnx_ir.Graph) -> None:
     unused = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
     for name in unused:
         del graph.initializers[name]
-    return model
 
 
 @dataclass
