@@ -125,7 +125,8 @@ class CurationReport(StrictModel):
 
     def headline(self) -> str:
         """One line."""
-        return f"{self.drawn:,} of {self.samples:,} samples of {len(self.sources)} sources drawn"
+        sources = "one source" if len(self.sources) == 1 else f"{len(self.sources)} sources"
+        return f"{self.drawn:,} of {self.samples:,} samples of {sources} drawn"
 
     def categories(self) -> list[tuple[str, int, int, float, float | None]]:
         """Each category: name, samples, drawn, its percent of what is drawn, and what the recipe wanted."""
