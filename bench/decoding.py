@@ -85,6 +85,10 @@ class Ours:
     def step(self, ids: NDArray[np.int64], past: Any, keep: int) -> tuple[NDArray[np.float32], Any]:
         """Logits at the last ``keep`` of new tokens, and the longer cache."""
         decoder = self.decoder
+        if past is None and keep == 1:
+            nothing = decoder.run_prefixes([[]], [[]], [[]])
+            logits, _, cache = decoder._run_prompts(nothing, [0], ids.tolist(), new=WRITTEN)
+            return logits, (cache, ids.shape[1])
         if past is None:
             given = decoder._embed_tokens(ids), np.ones_like(ids), decoder._empty_cache(1)
             logits, cache = decoder._step(*given, keep=keep)

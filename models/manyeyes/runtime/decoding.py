@@ -261,7 +261,8 @@ class Decoder:
             prompts: Token ids of each prompt after its prefix; at least one each.
             max_new_tokens: Most tokens to write after each prompt; at least 1 each.
         """
-        first_logits, mask, cache = self._run_prompts(prefixes, rows, prompts)
+        most = max(max_new_tokens)
+        first_logits, mask, cache = self._run_prompts(prefixes, rows, prompts, new=most)
         written: list[list[int]] = [[] for _ in prompts]
         ended = np.zeros(len(prompts), bool)
         alive = np.arange(len(prompts))
@@ -281,7 +282,7 @@ class Decoder:
                 cache = self._take(cache, kept.tolist())
                 alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
             mask = np.concatenate([mask, np.ones((len(alive), 1), np.int64)], axis=1)
-            cache = self._with_room(cache, mask.shape[1], most=mask.shape[1] + max(max_new_tokens))
+            cache = self._with_room(cache, mask.shape[1], most=mask.shape[1] + most)
             logits, cache = self._step(self._embed_tokens(tokens[:, None]), mask, cache)
             tokens = logits[:, -1].argmax(axis=-1)
         return [Continuation(tuple(tokens), first_logits[question]) for question, tokens in enumerate(written)]
@@ -319,7 +320,7 @@ class Decoder:
             logits, _ = self._step(
                 self._embed_tokens(fed),
                 np.concatenate([mask[of_prompt], fed_mask], axis=1),
-                self._take(cache, of_prompt),
+                self._take(cache, of_prompt, more=fed.shape[1]),
                 keep=fed.shape[1],
             )
             for row, (prompt, place) in enumerate(part):
@@ -387,12 +388,13 @@ class Decoder:
         return arranged
 
     def _run_prompts(
-        self, prefixes: Prefixes, rows: Sequence[int], prompts: Sequence[Sequence[int]]
+        self, prefixes: Prefixes, rows: Sequence[int], prompts: Sequence[Sequence[int]], *, new: int = 0
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], Mapping[str, ort.OrtValue]]:
-        """``[Q, V]`` logits behind each prompt, and mask and cache to go on from."""
+        """``[Q, V]`` logits behind each prompt, and mask and cache to go on from, which has room for new tokens."""
         ids, mask = _pad_left(prompts)
         mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
-        logits, cache = self._step(self._embed_tokens(ids), mask, self._take(prefixes.cache, rows))
+        more = ids.shape[1] + self._room(mask.shape[1], most=mask.shape[1] + new)
+        logits, cache = self._step(self._embed_tokens(ids), mask, self._take(prefixes.cache, rows, more=more))
         return logits[:, -1], mask, cache
 
     def _step(
@@ -466,9 +468,19 @@ class Decoder:
             cache[name] = self._decoder.to_device(np.zeros((rows, heads, 0, width), np.float32))
         return cache
 
-    def _take(self, cache: Mapping[str, ort.OrtValue], rows: Sequence[int]) -> dict[str, ort.OrtValue]:
+    def _take(
+        self, cache: Mapping[str, ort.OrtValue], rows: Sequence[int], *, more: int = 0
+    ) -> dict[str, ort.OrtValue]:
+        """Rows of a cache, with more slots where the graph can use them."""
         index = np.asarray(rows, np.int64)
-        return {name: self._decoder.to_device(np.take(value.numpy(), index, axis=0)) for name, value in cache.items()}
+        taken = {}
+        for name, value in cache.items():
+            values = value.numpy()
+            _, heads, slots, width = values.shape
+            wider = np.zeros((len(index), heads, slots + more * self._takes_buffer, width), values.dtype)
+            wider[:, :, :slots] = values[index]
+            taken[name] = self._decoder.to_device(wider)
+        return taken
 
 
 def _no_looks(decoder: Graph) -> dict[str, NDArray[Any]]:
