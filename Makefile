@@ -42,7 +42,7 @@ bench: setup ## side-by-side performance ratios, with equality checks; odd input
 	@$(BIN)/python -m bench.peers
 	@$(BIN)/python -m bench.scorers
 	@$(BIN)/python -m bench.fuzz images
-	@$(BIN)/python -m bench.fuzz records 1000
+	@$(BIN)/python -m bench.fuzz records 10000
 	@$(BIN)/python -m bench.fuzz import 10000
 	@$(BIN)/python -m bench.bundles
 	@$(BIN)/python -m bench.large_bundle
