@@ -85,10 +85,12 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = ROOT / "runs" / "bench" / "variants"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [measure(twin, folder, images=arguments.images, items=arguments.items) for twin in arguments.recipes]
+    rows: list[dict[str, Any]] = []
     result = {"images": arguments.images, "items": arguments.items, "most_lost": MOST_LOST, "twins": rows}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    for twin in arguments.recipes:
+        rows.append(measure(twin, folder, images=arguments.images, items=arguments.items))
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(rows[-1], indent=2))
     return int(any(row[name]["lost"] > MOST_LOST for row in rows for name in VARIANTS))
 
 
