@@ -151,10 +151,9 @@ def test_the_engine_takes_no_more_slots_than_were_reserved(
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fused_norms_change_no_result(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_norms_change_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    config, model = FAMILIES[family]
+    config, model = FAMILIES["gemma"]  # whose norms multiply by the weight and 1
     language_model: PreTrainedModel = model(config(**SIZES)).eval()
     export_decoder(language_model, tmp_path / "fused.onnx", opset=20)
     with monkeypatch.context() as patched:

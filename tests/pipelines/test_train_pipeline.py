@@ -37,6 +37,7 @@ def first_run(toy_checkout: Checkout) -> tuple[str, RunSummary]:
     return output, toy_checkout.summary()
 
 
+@pytest.mark.slow
 def test_every_step_runs_and_reports(first_run: tuple[str, RunSummary]) -> None:
     output, summary = first_run
     names = [step.name for step in summary.steps]
@@ -53,6 +54,7 @@ def test_every_step_runs_and_reports(first_run: tuple[str, RunSummary]) -> None:
     assert "executor" not in output
 
 
+@pytest.mark.slow
 def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_checkout: Checkout) -> None:
     _, summary = first_run
     assert summary.status == "succeeded"
@@ -78,6 +80,7 @@ def test_summary_says_what_ran_on_what(first_run: tuple[str, RunSummary], toy_ch
     assert written["gate"]["verdict"] == "failed"
 
 
+@pytest.mark.slow
 def test_model_of_one_step_is_registered_but_moves_no_alias(first_run: tuple[str, RunSummary]) -> None:
     output, summary = first_run
     assert summary.gate is not None
@@ -244,6 +247,7 @@ def test_everything_that_is_wrong_is_said_at_once_before_any_step(toy_checkout: 
     assert all(problem.found in notes for problem in error.problems)
 
 
+@pytest.mark.slow
 def test_run_is_summarised_with_its_verdict_and_steps(
     first_run: tuple[str, RunSummary], toy_checkout: Checkout
 ) -> None:
