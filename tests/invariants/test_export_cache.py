@@ -13,7 +13,17 @@ import onnx_ir
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from manyeyes.export.graphs import export_decoder
 from manyeyes.export.precision import quantize_graph
@@ -151,26 +161,35 @@ def test_the_engine_takes_no_more_slots_than_were_reserved(
     )
 
 
-def test_fused_norms_change_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# RMS norms of two layers and the last one, those with a sum in front of them, and rotary embeddings.
+FUSED = {
+    "gemma": (GemmaConfig, GemmaForCausalLM, {}, (5, 4, 4)),  # norms multiply by the weight and 1
+    "phi": (PhiConfig, PhiForCausalLM, {"partial_rotary_factor": 0.5}, (0, 0, 4)),  # rotates half of each head
+    "cohere": (CohereConfig, CohereForCausalLM, {}, (3, 0, 0)),  # rotates pairs that lie side by side
+}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_operators_change_no_result(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    config, model = FAMILIES["gemma"]  # whose norms multiply by the weight and 1
-    language_model: PreTrainedModel = model(config(**SIZES)).eval()
+    config, model, own, (norms, sums, rotated) = FUSED[family]
+    language_model: PreTrainedModel = model(config(**SIZES, **own)).eval()
     export_decoder(language_model, tmp_path / "fused.onnx", opset=20)
     with monkeypatch.context() as patched:
-        patched.setattr("manyeyes.export.graphs.fuse_norms", lambda _: None)
+        patched.setattr("manyeyes.export.graphs.fuse", lambda _: None)
         export_decoder(language_model, tmp_path / "plain.onnx", opset=20)
     counts = {
         name: Counter(node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node)
         for name in ("fused", "plain")
     }
-    assert counts["plain"]["ReduceMean"] == 5  # two norms a layer and the last one
-    assert counts["fused"]["ReduceMean"] == 0
+    assert counts["fused"]["RotaryEmbedding"] == counts["plain"]["Neg"] - counts["fused"]["Neg"] == rotated
+    assert counts["fused"]["SkipSimplifiedLayerNormalization"] == sums
     # Nothing is added up in front of the first norm.
-    assert counts["fused"]["SkipSimplifiedLayerNormalization"] == 4
-    assert counts["fused"]["SimplifiedLayerNormalization"] == 1
+    assert counts["fused"]["SimplifiedLayerNormalization"] == norms - sums
+    assert counts["plain"]["ReduceMean"] - counts["fused"]["ReduceMean"] == norms
     inputs, past = draw_inputs(3)
     fused, plain = (
         Graph(tmp_path / f"{name}.onnx", providers=[CPU], threads=1).run(inputs | past, on_host=["logits"])
         for name in ("fused", "plain")
     )
-    np.testing.assert_allclose(fused["logits"].numpy(), plain["logits"].numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fused["logits"].numpy(), plain["logits"].numpy(), rtol=1e-5, atol=2e-6)

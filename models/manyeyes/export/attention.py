@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 _NAME = "manyeyes_grouped"
 # What some families add to the scores; their own function knows how.
 _OWN = ("softcap", "s_aux", "position_bias")
+_LEAST = 80.0
 
 
 def use_grouped_attention(language_model: PreTrainedModel) -> None:
@@ -53,10 +54,18 @@ def _grouped_attention(
     batch, heads, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     groups = key.shape[1]
-    rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
-    scores = torch.matmul(rows, key.transpose(2, 3)).reshape(batch, heads, length, -1)
+    whole = query.dtype == torch.float32
+    # Products in fp16 end at 65,504, so queries are scaled before them; in fp32 the product itself can do it.
+    rows = (query if whole else query * scale).reshape(batch, groups, heads // groups * length, width)
+    products = torch.matmul(rows, key.transpose(2, 3))
+    scores = (products * scale if whole else products).reshape(batch, heads, length, -1)
     # In fp16 the mask and a score below 0 would add up to minus infinity, and a row of those to no number.
-    weights = torch.softmax(scores.float() + attention_mask.float(), dim=-1).to(query.dtype)
+    scores = scores.float() + attention_mask.float()
+    if whole:
+        # What the mask hides weighs exp(-88) in ONNX Runtime's softmax, which is no normal number: those take a
+        # processor seven times as long. exp(-80) is one, and as little beside a weight of 1.
+        scores = torch.maximum(scores, scores.amax(dim=-1, keepdim=True) - _LEAST)
+    weights = torch.softmax(scores, dim=-1).to(query.dtype)
     mixed = torch.matmul(weights.reshape(batch, groups, heads // groups * length, -1), value)
     return mixed.reshape(batch, heads, length, value.shape[3]).transpose(1, 2), weights
 

@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from manyeyes.errors import BundleError
 from manyeyes.export.attention import use_grouped_attention
 from manyeyes.export.cache import TRANSLATIONS, read_past
-from manyeyes.export.precision import fuse_norms
+from manyeyes.export.fused import fuse
 from manyeyes.fusion.cross_attention import VisionSampler, VisualWindows
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.model.connection import VisualTokens
@@ -89,7 +89,7 @@ def export_graph(
             "The exporter dropped one; report the model.",
         )
     if all(weight.dtype == torch.float32 for weight in module.parameters()):
-        fuse_norms(model)
+        fuse(model)
     _strip_traces(model)
     if _POSITIONS in input_names:
         _keep_last(model)

@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
-from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
-from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_rms_normalization
+
+from manyeyes.export.fused import CONTRIB, drop_unused
 
 BLOCK = 32
-_CONTRIB = "com.microsoft"
 _ROWS = 4096  # of a matrix, rounded at a time
 
 
@@ -88,29 +87,9 @@ def quantize_graph(source: Path, precision: str) -> onnx_ir.Model:
             if table is None or node.attributes.get_int("axis", 0) != 0:
                 continue
             writer.replace(node, _lookup(writer, node, table, precision))
-    model.opset_imports[_CONTRIB] = 1
-    _drop_unused(graph)
+    model.opset_imports[CONTRIB] = 1
+    drop_unused(graph)
     return model
-
-
-def fuse_norms(model: onnx_ir.Model) -> None:
-    """Make one operator of ONNX Runtime of each RMS norm and the sum in front of it, by onnxscript's rewrite rules.
-
-    Without it a norm is seven operators; where products are small, as for one new token, those count.
-
-    Args:
-        model: In fp32; is changed where it has such norms (``SimplifiedLayerNormalization``, ``Skip...``).
-    """
-    if fuse_rms_normalization(model):
-        fuse_skip_rms_normalization(model)
-        model.opset_imports[_CONTRIB] = 1
-        _drop_unused(model.graph)
-
-
-def _drop_unused(graph: onnx_ir.Graph) -> None:
-    unused = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
-    for name in unused:
-        del graph.initializers[name]
 
 
 @dataclass
@@ -181,7 +160,7 @@ def _product(writer: _Writer, node: onnx_ir.Node, weight: NDArray[np.float32], p
             given,
             writer.weight(name, packed),
             writer.weight(f"{name}.scales", scales),
-            domain=_CONTRIB,
+            domain=CONTRIB,
             K=width,
             N=outputs,
             bits=4,
@@ -192,7 +171,7 @@ def _product(writer: _Writer, node: onnx_ir.Node, weight: NDArray[np.float32], p
         rounded, scales = quantize_vectors(weight, axis=0)
         values, scale = writer.round_rows(given)
         matrix, columns = writer.weight(name, rounded), writer.weight(f"{name}.scales", scales)
-        made = writer.op("MatMulIntegerToFloat", values, matrix, writer.one, columns, writer.middle, domain=_CONTRIB)
+        made = writer.op("MatMulIntegerToFloat", values, matrix, writer.one, columns, writer.middle, domain=CONTRIB)
         made = writer.op("Mul", made, scale)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return made if bias is None else writer.op("Add", made, bias)
@@ -207,7 +186,7 @@ def _lookup(writer: _Writer, node: onnx_ir.Node, table: NDArray[np.float32], pre
             writer.weight(name, packed.reshape(len(table), -1)),
             ids,
             writer.weight(f"{name}.scales", scales),
-            domain=_CONTRIB,
+            domain=CONTRIB,
             bits=4,
             block_size=BLOCK,
             gather_axis=0,
