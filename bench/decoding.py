@@ -35,9 +35,9 @@ from transformers.exporters import (
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 from transformers.exporters.utils import decompose_for_generation
 
-from manyeyes.export.graphs import export_decoder, export_embed, save_graph
-from manyeyes.export.precision import quantize_graph
-from manyeyes.export.variants import graph_file
+from manyeyes.export.graphs import export_decoder, export_embed
+from manyeyes.export.variants import graph_file, write_rounded
+from manyeyes.runtime.bundle_contents import PREFILL
 from manyeyes.runtime.decoding import Decoder
 from manyeyes.runtime.sessions import CPU, Graph
 
@@ -54,9 +54,9 @@ def write_graphs(model: PreTrainedModel, folder: Path) -> None:
     if not whole["decoder"].is_file():
         export_embed(model, whole["embed"], opset=20)
         export_decoder(model, whole["decoder"], opset=20)
-    for graph, source in whole.items():
+    for graph in ("embed", "decoder"):
         for precision in ("int8", "int4"):
-            save_graph(quantize_graph(source, precision), folder / graph_file(graph, precision))  # type: ignore[arg-type]
+            write_rounded(graph, precision, folder)
 
 
 class Torch:
@@ -79,8 +79,10 @@ class Ours:
 
     def __init__(self, folder: Path, precision: Any) -> None:
         files = [folder / graph_file(graph, precision) for graph in ("embed", "decoder")]
-        self.bytes = sum(file.stat().st_size for file in files)
-        self.decoder = Decoder(*(Graph(file, providers=[CPU], threads=1) for file in files), stop_ids=())
+        files += [folder / PREFILL] if precision == "int4" else []
+        self.bytes = sum(part.stat().st_size for file in files for part in folder.glob(f"onnx/{file.name}*"))
+        embed, *decoders = (Graph(file, providers=[CPU], threads=1, weights=self.bytes) for file in files)
+        self.decoder = Decoder(embed, *decoders, stop_ids=())
 
     def step(self, ids: NDArray[np.int64], past: Any, keep: int) -> tuple[NDArray[np.float32], Any]:
         """Logits at the last ``keep`` of new tokens, and the longer cache."""
@@ -91,7 +93,7 @@ class Ours:
             return logits, (cache, ids.shape[1])
         if past is None:
             given = decoder._embed_tokens(ids), np.ones_like(ids), decoder._empty_cache(1)
-            logits, cache = decoder._step(*given, keep=keep)
+            logits, cache = decoder._step(*given, keep=keep, graph=decoder._prefill)
             return logits[0], (cache, ids.shape[1])
         cache, used = past
         logits, cache = decoder.go_on(ids[0].tolist(), cache, [used], used + WRITTEN)

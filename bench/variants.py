@@ -26,6 +26,7 @@ TWINS = ("tiny-llava", "tiny-eagle-x5", "tiny-cambrian", "tiny-mini-gemini", "ti
 VARIANTS = {
     "int8": {"vision": "int8", "embed": "int8", "decoder": "int8"},
     "int4": {"vision": "int8", "embed": "int4", "decoder": "int4"},
+    "int4-all": {"vision": "int4", "embed": "int4", "decoder": "int4"},
 }
 MOST_LOST = 1.0
 

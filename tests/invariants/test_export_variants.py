@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
+import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from manyeyes.errors import BundleError
 from manyeyes.export.bundle import record_parity
 from manyeyes.export.graphs import save_graph
 from manyeyes.export.overflow import find_overflow
 from manyeyes.export.parity import ParityReport, measure_parity
-from manyeyes.export.precision import quantize_blocks
+from manyeyes.export.precision import BLOCK, quantize_blocks, quantize_graph, widen
 from manyeyes.model import load_checkpoint
 from manyeyes.recipe import Recipe, change_recipe
 from manyeyes.runtime.bundle import Group, load_bundle
-from manyeyes.runtime.bundle_contents import DECODER, needed_files
+from manyeyes.runtime.bundle_contents import DECODER, PREFILL, needed_files, variant_files
+from manyeyes.runtime.sessions import CPU, Graph
 from tests.export_toys import Toy, make_groups, make_toy, picture, rewrite_manifest
 
 VARIANTS = {
     "int8": {"vision": "int8", "embed": "int8", "decoder": "int8"},
     "int4": {"vision": "int8", "embed": "int4", "decoder": "int4"},
+    "small": {"vision": "int4", "embed": "int4", "decoder": "int4"},
     "half": {"vision": "fp16", "embed": "fp16", "decoder": "fp16"},
 }
 
@@ -47,7 +54,7 @@ def test_each_variant_follows_torch_as_closely_as_its_precision_lets_it(toy: Toy
     assert report.token_match == 1.0
     assert set(report.variants) == set(VARIANTS)
     spread = np.ptp(load_bundle(toy.bundle).answer_groups(make_groups()[:1], first_logits=True)[0][0].first_logits)
-    limits = {"half": 0.02, "int8": 0.4, "int4": 0.7}
+    limits = {"half": 0.02, "int8": 0.4, "int4": 0.7, "small": 0.8}
     for name, limit in limits.items():
         figures = report.variants[name]
         # Further from torch than fp32 is, else nothing was rounded.
@@ -61,9 +68,15 @@ def test_equal_graphs_are_one_file(toy: Toy) -> None:
     variants = toy.manifest.variants
     assert variants["int8"].graphs["vision"] == variants["int4"].graphs["vision"]
     graphs = {name for variant in variants.values() for files in variant.graphs.values() for name in files}
-    assert {name for name in toy.manifest.files if ".onnx" in name} == graphs
-    assert len(graphs) == 3 + 3 + 3 + 2
-    assert set(toy.manifest.graphs) == graphs
+    weights = "onnx/decoder_model_merged_q4.onnx_data"
+    assert {name for name in toy.manifest.files if ".onnx" in name} == {*graphs, PREFILL}
+    assert len(graphs) == 3 + 3 + 3 + len({"embed", "decoder", weights, "vision"})
+    assert set(toy.manifest.graphs) == {*graphs, PREFILL} - {weights}
+    assert {name for name, variant in variants.items() if PREFILL in variant_files(variant)} == {"int4", "small"}
+    # Both decoders read one copy of the weights.
+    prefill = onnx.load(toy.bundle / PREFILL, load_external_data=False)
+    places = [entry.value for w in prefill.graph.initializer for entry in w.external_data if entry.key == "location"]
+    assert set(places) == {Path(weights).name}
 
 
 def test_one_variant_needs_no_file_of_another(toy: Toy, tmp_path: Path) -> None:
@@ -104,6 +117,99 @@ def test_weights_beyond_one_files_limit_lie_in_files_of_their_own(toy: Toy, tmp_
     with pytest.raises(BundleError, match=f"{shards[1]} is missing"):
         load_bundle(bundle)
     assert load_bundle(bundle, variant="int8").answer("red?")
+
+
+def test_given_tokens_run_through_one_graph_and_written_ones_through_the_other(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(toy.bundle, variant="int4", threads=1)
+    decoder = bundle.decoder
+    assert decoder._prefill is not decoder._decoder
+    runs: dict[str, list[int]] = {"prefill": [], "decoder": []}
+    for name, graph in (("prefill", decoder._prefill), ("decoder", decoder._decoder)):
+
+        def running(inputs: Any, run: Any = graph.run, tokens: Any = runs[name], **options: Any) -> Any:
+            tokens.append(inputs["inputs_embeds"].shape[1])
+            return run(inputs, **options)
+
+        monkeypatch.setattr(graph, "run", running)
+    groups = make_groups()
+    together = bundle.answer_groups(groups, max_new_tokens=6)
+    assert len(runs["prefill"]) == 2  # prefixes, questions
+    assert set(runs["decoder"]) == {1}
+    # A question of one token is given too, and company changes no answer.
+    alone = [
+        bundle.answer_groups([Group(group.images, (q,))], max_new_tokens=6) for group in groups for q in group.questions
+    ]
+    assert [answer for row in together for answer in row] == [answer for ((answer,),) in alone]
+    runs["decoder"].clear()
+    assert bundle.answer_groups([Group((), ("a",))], max_new_tokens=1)
+    assert runs["decoder"] == []
+
+
+def test_the_second_graph_can_be_left_out(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, one = (load_bundle(toy.bundle, variant="int4", threads=1, prefill=prefill) for prefill in (True, False))
+    assert one.decoder._prefill is one.decoder._decoder
+    (((quick,),), ((plain,),)) = (
+        bundle.answer_groups([Group((picture(0),), ("red?",))], first_logits=True) for bundle in (both, one)
+    )
+    assert 0 < np.abs(quick.first_logits - plain.first_logits).max() < 0.1 * np.ptp(plain.first_logits)
+    monkeypatch.setenv("MANYEYES_PREFILL", "0")
+    assert load_bundle(toy.bundle, variant="int4").decoder._prefill.name == "decoder_model_merged_q4.onnx"
+    monkeypatch.setenv("MANYEYES_PREFILL", "no")
+    with pytest.raises(BundleError, match=r"MANYEYES_PREFILL is 'no'.*0 or 1 is needed"):
+        load_bundle(toy.bundle)
+
+
+def _write_graph(path: Path, op_type: str, weight: NDArray[np.float32], rank: int) -> Path:
+    node = helper.make_node(op_type, ["x", "w"], ["y"])
+    shape = ["rows", *(["a", "b", "c"][: rank - 1])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph([node], "one", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("width", [64, 70])
+def test_four_bits_multiplied_in_eight_are_the_same_numbers(width: int, tmp_path: Path) -> None:
+    drawn = np.random.default_rng(width)
+    weight = drawn.standard_normal((width, 48)).astype(np.float32)
+    model = quantize_graph(_write_graph(tmp_path / "whole.onnx", "MatMul", weight, 2), "int4")
+    onnx_ir.save(model, tmp_path / "int4.onnx")
+    widen(model)
+    onnx_ir.save(model, tmp_path / "wide.onnx")
+    packed, scales = quantize_blocks(weight.T)
+    numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(48, -1, BLOCK).astype(np.float32) - 8
+    restored = (numbers * scales[..., None]).reshape(48, -1)[:, :width].T
+    rows = drawn.standard_normal((9, width)).astype(np.float32)
+    for name in ("int4", "wide"):
+        graph = Graph(tmp_path / f"{name}.onnx", providers=[CPU], threads=1)
+        found = graph.run({"x": rows}, on_host=["y"])["y"].numpy()
+        wanted = rows @ restored
+        assert 0 < np.abs(found - wanted).max() < 0.02 * np.ptp(wanted), name
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 3.5), ("int4", 5.5)])
+def test_a_convolution_is_stored_in_fewer_bits_and_is_fp32_when_loaded(
+    precision: str, least: float, tmp_path: Path
+) -> None:
+    drawn = np.random.default_rng(1)
+    weight = drawn.standard_normal((64, 16, 5, 5)).astype(np.float32)
+    whole = _write_graph(tmp_path / "whole.onnx", "Conv", weight, 4)
+    onnx_ir.save(quantize_graph(whole, precision), tmp_path / "less.onnx")
+    assert whole.stat().st_size > least * (tmp_path / "less.onnx").stat().st_size
+    pixels = drawn.standard_normal((2, 16, 9, 9)).astype(np.float32)
+    whole_result, less = (
+        Graph(path, providers=[CPU], threads=1).run({"x": pixels}, on_host=["y"])["y"].numpy()
+        for path in (whole, tmp_path / "less.onnx")
+    )
+    off = np.abs(less - whole_result).std() / whole_result.std()
+    assert 0.001 < off < {"int8": 0.02, "int4": 0.15}[precision]
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ort.InferenceSession(tmp_path / "less.onnx", options, providers=[CPU])
+    assert [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node] == ["Conv"]
 
 
 def test_rounding_to_four_bits_is_off_by_a_step_at_most() -> None:

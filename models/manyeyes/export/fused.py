@@ -76,7 +76,8 @@ class _Rotary(pattern.RewriteRuleClassBase):
 
     def rewrite(self, op: Any, x: onnx_ir.Value, cos: onnx_ir.Value, sin: onnx_ir.Value, **_: Any) -> Any:
         assert x.shape is not None
-        half = int(x.shape[3]) // 2
+        assert isinstance(x.shape[3], int)
+        half = x.shape[3] // 2
         zero, one, axis, whole, cut = (op.Constant(value_ints=each) for each in ([0], [1], [3], [-1, half], [half]))
         # A row of the tables for each token, in the tokens' order: each token's position is its place there.
         tables = [op.Reshape(op.Slice(value, zero, cut, axis, one), whole) for value in (cos, sin)]

@@ -98,7 +98,9 @@ def export_graph(
     return describe_graph(model)
 
 
-def save_graph(model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES) -> None:
+def save_graph(
+    model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES, most_inside: int | None = None
+) -> None:
     """Write a graph; what is larger than one file may be has its weights in files beside it.
 
     These are ``<out>_data``, ``<out>_data_1`` and so on, as transformers.js looks for them. ONNX Runtime maps them into
@@ -108,9 +110,10 @@ def save_graph(model: onnx_ir.Model, out: Path, *, most_bytes: int = MOST_BYTES)
         model: Its weights may lie in files; they are copied one by one.
         out: The ``.onnx`` file to write.
         most_bytes: Of a file.
+        most_inside: Of a graph whose weights lie in its own file; by default ``most_bytes``.
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size <= most_bytes:
+    if size <= (most_bytes if most_inside is None else most_inside):
         onnx_ir.save(model, out)
         return
     for value in model.graph.initializers.values():

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+import onnx_ir
+
 from manyeyes.export.graphs import describe_graph, export_decoder, export_embed, export_vision, save_graph
 from manyeyes.export.overflow import find_overflow
-from manyeyes.export.precision import quantize_graph
+from manyeyes.export.precision import quantize_graph, widen
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.recipe.recipe import GraphPrecision
 from manyeyes.runtime.bundle import Group
 from manyeyes.runtime.bundle_contents import (
     DECODER,
     EMBED,
+    PREFILL,
     VISION,
     BundleVariant,
     GraphName,
@@ -30,6 +33,34 @@ _SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8",
 def graph_file(graph: GraphName, precision: Precision) -> str:
     """Path of the file of a graph in its bundle."""
     return _NAMES[graph].replace(".onnx", f"{_SUFFIXES[precision]}.onnx")
+
+
+def write_rounded(graph: GraphName, precision: Precision, folder: Path) -> dict[str, GraphSignature]:
+    """Write a graph in int8 or int4, of the fp32 graph that lies in the folder; of a decoder in int4, both that it has.
+
+    Args:
+        graph: Which.
+        precision: ``int8`` or ``int4``.
+        folder: A bundle's.
+
+    Returns:
+        Inputs and outputs of what was written, by its path in ``folder``.
+    """
+    out = graph_file(graph, precision)
+    rounded = quantize_graph(folder / graph_file(graph, "fp32"), precision)
+    if precision == "int4" and graph == "vision":
+        widen(rounded)
+    signatures = {out: describe_graph(rounded)}
+    if precision == "int4" and graph == "decoder":
+        # Both read the same weights, from files beside them.
+        save_graph(rounded, folder / out, most_inside=0)
+        prefill = onnx_ir.load(folder / out)
+        widen(prefill)
+        onnx_ir.save(prefill, folder / PREFILL)
+        signatures[PREFILL] = describe_graph(prefill)
+    else:
+        save_graph(rounded, folder / out)
+    return signatures
 
 
 def write_graphs(
@@ -67,10 +98,7 @@ def write_graphs(
         if wanted != {"fp16"}:
             signatures[whole] = _trace(graph, model, processor, folder / whole, opset=opset)
         for precision in sorted(wanted - {"fp32", "fp16"}):
-            out = graph_file(graph, precision)
-            rounded = quantize_graph(folder / whole, precision)
-            signatures[out] = describe_graph(rounded)
-            save_graph(rounded, folder / out)
+            signatures |= write_rounded(graph, precision, folder)
         if "fp32" not in wanted and whole in signatures:
             del signatures[whole]
             for file in _files(folder, whole):
@@ -86,7 +114,8 @@ def write_graphs(
     for name, given in precisions.items():
         by_graph: dict[GraphName, Precision] = {graph: getattr(given, graph) for graph in GRAPHS}
         files = {graph: _files(folder, graph_file(graph, each)) for graph, each in by_graph.items()}
-        variants[name] = BundleVariant(precision=by_graph, graphs=files)
+        prefill = PREFILL if given.decoder == "int4" else None
+        variants[name] = BundleVariant(precision=by_graph, graphs=files, prefill=prefill)
     return signatures, variants
 
 

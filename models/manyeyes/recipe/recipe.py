@@ -154,7 +154,7 @@ class EvaluationSpec(Strict):
 class GraphPrecision(Strict):
     """The precision of each graph's weights; inputs and outputs are fp32 in all of them."""
 
-    vision: Literal["fp32", "fp16", "int8"] = "fp32"
+    vision: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     embed: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     decoder: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
 

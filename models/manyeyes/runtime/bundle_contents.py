@@ -113,6 +113,12 @@ class BundleVariant(_Exact):
     graphs: dict[GraphName, Annotated[list[FileName], Field(min_length=1)]] = Field(
         description="By graph: its file, then the files that hold its weights."
     )
+    prefill: FileName | None = Field(
+        default=None,
+        exclude_if=lambda file: file is None,
+        description="A second graph of the decoder's weights, quicker than it for many tokens on a CPU; where the "
+        "decoder is in int4.",
+    )
     parity: BundleParity | None = Field(default=None, description="Comparison with torch; null until it is measured.")
 
     @model_validator(mode="after")
@@ -314,6 +320,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder_model_merged.onnx"
+PREFILL = "onnx/decoder_prefill_q4.onnx"
 TOKENIZER, PREPROCESS, CHAT, MANIFEST = "tokenizer.json", "preprocess.json", "chat.json", "manifest.json"
 REQUIRED_FILES = (VISION, EMBED, DECODER, TOKENIZER, PREPROCESS, CHAT)
 """Files of a bundle whose graphs are fp32."""
@@ -381,7 +388,8 @@ def read_variants(manifest: Mapping[str, Any]) -> dict[str, BundleVariant]:
 
 def variant_files(variant: BundleVariant) -> list[str]:
     """The files of a variant's graphs, each once."""
-    return list(dict.fromkeys(name for files in variant.graphs.values() for name in files))
+    names = dict.fromkeys(name for files in variant.graphs.values() for name in files)
+    return [*names, *([variant.prefill] if variant.prefill else [])]
 
 
 def describe_precision(variant: BundleVariant) -> str:

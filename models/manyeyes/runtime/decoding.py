@@ -177,15 +177,18 @@ class Decoder:
     Args:
         embed: Token ids to embeddings.
         decoder: Embeddings, mask, positions, cache and what visual tokens look at to logits and cache.
+        prefill: As ``decoder``, for tokens that are given; by default the same. Which of the two a token runs through
+            does not depend on how many run with it, so a batch changes no answer.
         stop_ids: Tokens that end an answer.
 
     Raises:
         BundleError: The graphs take or give something else.
     """
 
-    def __init__(self, embed: Graph, decoder: Graph, *, stop_ids: Sequence[int]) -> None:
+    def __init__(self, embed: Graph, decoder: Graph, prefill: Graph | None = None, *, stop_ids: Sequence[int]) -> None:
         self._embed = embed
         self._decoder = decoder
+        self._prefill = prefill or decoder
         self._stop_ids = frozenset(stop_ids)
         self._kept = _OLD_KEPT if _OLD_KEPT in decoder.input_names else KEPT
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
@@ -216,6 +219,15 @@ class Decoder:
                 f"{sorted(known)} are needed, and input_ids for {self._embed.name}",
                 "Export the bundle again.",
             )
+        if (self._prefill.input_names, self._prefill.output_names) != (
+            self._decoder.input_names,
+            self._decoder.output_names,
+        ):
+            raise BundleError(
+                f"{self._prefill.name} has other inputs or outputs than {self._decoder.name}",
+                "the same are needed",
+                "Export the bundle again.",
+            )
 
     def run_prefixes(
         self,
@@ -242,7 +254,7 @@ class Decoder:
                 embeddings[row, first : first + length] = image.tokens
                 places.append(row * ids.shape[1] + first + image.looks)
         looks = self._gather_looks(places, [image for own in images for image in own])
-        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), looks=looks)
+        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), looks=looks, graph=self._prefill)
         return Prefixes(cache=cache, mask=mask)
 
     def continue_greedily(
@@ -322,6 +334,7 @@ class Decoder:
                 np.concatenate([mask[of_prompt], fed_mask], axis=1),
                 self._take(cache, of_prompt, more=fed.shape[1]),
                 keep=fed.shape[1],
+                graph=self._prefill,
             )
             for row, (prompt, place) in enumerate(part):
                 rest = options[prompt][place][1:]
@@ -394,7 +407,8 @@ class Decoder:
         ids, mask = _pad_left(prompts)
         mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
         more = ids.shape[1] + self._room(mask.shape[1], most=mask.shape[1] + new)
-        logits, cache = self._step(self._embed_tokens(ids), mask, self._take(prefixes.cache, rows, more=more))
+        taken = self._take(prefixes.cache, rows, more=more)
+        logits, cache = self._step(self._embed_tokens(ids), mask, taken, graph=self._prefill)
         return logits[:, -1], mask, cache
 
     def _step(
@@ -405,6 +419,7 @@ class Decoder:
         *,
         keep: int = 1,
         looks: Mapping[str, NDArray[Any]] | None = None,
+        graph: Graph | None = None,
     ) -> tuple[NDArray[np.float32], Mapping[str, ort.OrtValue]]:
         """Logits at the last positions, ``[rows, keep, V]``, and the longer cache.
 
@@ -425,7 +440,7 @@ class Decoder:
             **cache,
             **(self._no_looks if looks is None else looks),
         }
-        outputs = self._decoder.run(inputs, on_host=_ON_HOST, into=into)
+        outputs = (graph or self._decoder).run(inputs, on_host=_ON_HOST, into=into)
         logits: NDArray[np.float32] = outputs["logits"].numpy()
         if into:
             return logits, cache  # not the outputs: they do not keep the arrays alive whose memory they show
