@@ -81,7 +81,7 @@ class Ours:
         files = [folder / graph_file(graph, precision) for graph in ("embed", "decoder")]
         files += [folder / PREFILL] if precision == "int4" else []
         self.bytes = sum(part.stat().st_size for file in files for part in folder.glob(f"onnx/{file.name}*"))
-        embed, *decoders = (Graph(file, providers=[CPU], threads=1, weights=self.bytes) for file in files)
+        embed, *decoders = (Graph(file, providers=[CPU], threads=1) for file in files)
         self.decoder = Decoder(embed, *decoders, stop_ids=())
 
     def step(self, ids: NDArray[np.int64], past: Any, keep: int) -> tuple[NDArray[np.float32], Any]:

@@ -68,7 +68,8 @@ def ask(bundle: Path, dtype: Any, questions: list[dict[str, Any]]) -> list[dict[
 @pytest.mark.parametrize("variant", DTYPES)
 def test_transformers_js_writes_our_tokens(toy: Toy, tmp_path: Path, variant: str) -> None:
     """Images have the size of the input: what comes of resizing them differs between libraries."""
-    ours = load_bundle(toy.bundle, variant=variant, threads=1)
+    # It reads prompts with the graph that writes.
+    ours = load_bundle(toy.bundle, variant=variant, threads=1, prefill=False)
     images = [picture(seed) for seed in range(8)]
     groups = [Group((image,), (QUESTIONS[seed % 4],)) for seed, image in enumerate(images)]
     groups.append(Group((), ("no image at all?",)))

@@ -12,8 +12,8 @@ of disk, with N the parameters of the model and t those that train::
     checkpoint  4 N             on disk, twice a stage: in the working folder and as the step's output
     bundle      4 N             on disk; a table that is the head too stands in two graphs
 
-Below fp32 a number of a matrix takes 2 bytes (fp16), 1 (int8) or 0.625 (int4: a scale of 4 bytes for each 32), one of a
-convolution or a norm 4; fp16 is 2 for all. A graph that several variants have counts once; one that has to be rounded
+Below fp32 a number of a matrix or a convolution takes 2 bytes (fp16), 1 (int8) or 0.625 (int4: a scale of 4 bytes for
+each 32), one of a norm 4; fp16 is 2 for all. A graph that several variants have counts once; one that has to be rounded
 is written in fp32 first.
 """
 
@@ -50,7 +50,7 @@ class GraphFacts(StrictModel):
     """Numbers in a graph of the bundle."""
 
     parameters: int = Field(description="All of them.")
-    matrices: int = Field(description="Those of linear layers and tables, which int8 and int4 round.")
+    matrices: int = Field(description="Those of linear layers, convolutions and tables, which int8 and int4 round.")
 
 
 class RecipeFacts(StrictModel):

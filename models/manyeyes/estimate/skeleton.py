@@ -85,7 +85,7 @@ def count_graphs(model: ManyEyesForConditionalGeneration) -> dict[GraphName, Gra
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     of_decoder = [part for part in (model.language_model, model.reinjection) if part is not None]
     inside = {parameter for part in of_decoder for parameter in part.parameters()}
-    linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    products = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
     decoder = sum(parameter.numel() for parameter in inside)
     rows = sum(parameter.numel() for parameter in table.parameters())
     if table.weight is not head.weight:
@@ -93,10 +93,10 @@ def count_graphs(model: ManyEyesForConditionalGeneration) -> dict[GraphName, Gra
     return {
         "vision": GraphFacts(
             parameters=sum(parameter.numel() for parameter in model.parameters() if parameter not in inside),
-            matrices=sum(weight.numel() for weight in linear if weight not in inside),
+            matrices=sum(weight.numel() for weight in products if weight not in inside),
         ),
         "embed": GraphFacts(parameters=rows, matrices=rows),
-        "decoder": GraphFacts(parameters=decoder, matrices=sum(w.numel() for w in linear if w in inside)),
+        "decoder": GraphFacts(parameters=decoder, matrices=sum(w.numel() for w in products if w in inside)),
     }
 
 

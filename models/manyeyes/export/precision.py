@@ -4,9 +4,9 @@
   and one a row of the input, found as it comes. The quickest for many tokens at once: prefill, encoders. One scale for
   a whole input, which ``DynamicQuantizeLinear`` finds and ``quantize_dynamic`` uses, ruins language models: the first
   token's activations are thousands of times those of the others, which become 0.
-- **int4**: ``MatMulNBits`` of ONNX Runtime in blocks of 32, symmetric, one fp32 scale a block, accuracy level 4 (inputs
-  are rounded to int8 by block). The smallest, and the quickest for one token at a time. For many tokens ``widen`` lets
-  the same 4 bits be multiplied as int8.
+- **int4**: ``MatMulNBits`` of ONNX Runtime in blocks of 32, symmetric, one fp32 scale a block. The smallest. At
+  accuracy level 4 inputs are rounded to int8 by block, which is the quickest for one token at a time; from 16 tokens
+  on level 0, which multiplies in fp32, is quicker, and ``for_many_tokens`` sets it.
 
 Convolutions are stored in as many bits and become fp32 while the graph loads, so they are as quick as in fp32. Norms
 stay fp32. The weights are rounded here and not by ``onnxruntime.quantization``, which takes the whole model into memory
@@ -32,24 +32,20 @@ _FEW = 4  # numbers of a constant that many nodes read
 _FEWEST = 8  # weights of an output of a convolution for which scales pay
 
 
-def widen(model: onnx_ir.Model) -> None:
-    """Let products with matrices in int4 be made in int8: three times as quick for many tokens, on a CPU.
+def for_many_tokens(model: onnx_ir.Model) -> None:
+    """Let products with matrices in int4 be made in fp32, as is quicker for many tokens at once on a CPU.
 
-    ONNX Runtime makes the int8 of the same 4 bits while it loads the graph, one scale a column, and keeps it in memory.
     Products behind ``num_logits_to_keep`` stay as they are: they have one token a prompt.
 
     Args:
         model: From ``quantize_graph``; its weights may lie in files, and stay there.
     """
-    graph = model.graph
-    writer = _Writer(graph)
-    behind = {value for value in graph.inputs if value.name == KEPT}
-    for node in [*graph]:
+    behind = {value for value in model.graph.inputs if value.name == KEPT}
+    for node in model.graph:
         if behind.intersection(node.inputs):
             behind.update(node.outputs)
         elif node.op_type == "MatMulNBits":
-            writer.replace(node, _wide_product(writer, node))
-    drop_unused(graph)
+            node.attributes.add(onnx_ir.AttrInt64("accuracy_level", 0))
 
 
 def quantize_blocks(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -127,8 +123,7 @@ class _Writer:
     graph: onnx_ir.Graph
 
     def __post_init__(self) -> None:
-        # Numbers beyond those that an earlier writer gave.
-        self.made = len(self.graph.initializers)
+        self.made = 0
         self.new: list[onnx_ir.Node] = []
         self.few: dict[tuple[str, np.dtype[Any], bytes] | None, onnx_ir.Value] = {}
         self.rounded: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
@@ -136,7 +131,6 @@ class _Writer:
         # A row of zeros has a scale too, whose reciprocal is finite.
         self.smallest = self.weight("smallest", np.float32(1e-30))
         self.middle, self.last_axis = self.weight("middle", np.uint8(128)), self.weight("last_axis", np.array([-1]))
-        self.nothing = self.weight("nothing", np.int8(0))
         self.first, self.second = self.weight("first", np.array([0])), self.weight("second", np.array([1]))
 
     def weight(self, name: str, values: NDArray[np.generic] | np.generic) -> onnx_ir.Value:
@@ -173,28 +167,6 @@ class _Writer:
             self.rounded[value] = rounded, scale
         return self.rounded[value]
 
-    def unpack(
-        self, packed: onnx_ir.Value, scales: onnx_ir.Value, divisors: onnx_ir.Value | None = None
-    ) -> onnx_ir.Value:
-        """What 4 bits of N rows stand for, fp32: even columns, then odd ones, ``[2, N, blocks, BLOCK / 2]``.
-
-        Args:
-            packed: From ``quantize_blocks``.
-            scales: Theirs.
-            divisors: Of each row, ``[N]``.
-        """
-        if divisors is not None:
-            scales = self.op("Div", scales, self.op("Unsqueeze", divisors, self.last_axis))
-        halves = (
-            self.op("BitwiseAnd", packed, self.weight("lower", np.uint8(15))),
-            self.op("BitShift", packed, self.weight("upper", np.uint8(4)), direction="RIGHT"),
-        )
-        both = self.op("Concat", *(self.op("Unsqueeze", half, self.first) for half in halves), axis=0)
-        numbers = self.op(
-            "Sub", self.op("Cast", both, to=onnx_ir.DataType.FLOAT.value), self.weight("zero", np.float32(8))
-        )
-        return self.op("Mul", numbers, self.op("Unsqueeze", scales, self.last_axis))
-
     def replace(self, node: onnx_ir.Node, made: onnx_ir.Value) -> None:
         old = node.outputs[0]
         made.type, made.shape = old.type, old.shape
@@ -227,41 +199,12 @@ def _product(writer: _Writer, node: onnx_ir.Node, weight: NDArray[np.float32], p
         )
     else:
         rounded, scales = quantize_vectors(weight, axis=0)
-        made = _product_of_bytes(writer, given, writer.weight(name, rounded), writer.weight(f"{name}.scales", scales))
+        values, scale = writer.round_rows(given)
+        matrix, columns = writer.weight(name, rounded), writer.weight(f"{name}.scales", scales)
+        made = writer.op("MatMulIntegerToFloat", values, matrix, writer.one, columns, writer.middle, domain=CONTRIB)
+        made = writer.op("Mul", made, scale)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return made if bias is None else writer.op("Add", made, bias)
-
-
-def _wide_product(writer: _Writer, node: onnx_ir.Node) -> onnx_ir.Value:
-    given, packed, scales = (_input(node, place) for place in range(3))
-    width, outputs = (node.attributes[name].as_int() for name in ("K", "N"))
-    columns = writer.weight("columns", _column_scales(packed, scales))
-    numbers = writer.op("QuantizeLinear", writer.unpack(packed, scales, columns), writer.one, writer.nothing)
-    flat = writer.op("Reshape", numbers, writer.weight("flat", np.array([2, outputs, -1])))
-    turned = writer.op("Transpose", flat, perm=[2, 0, 1])
-    matrix = writer.op("Reshape", turned, writer.weight("matrix", np.array([-1, outputs])))
-    if width % BLOCK:
-        matrix = writer.op("Slice", matrix, writer.first, writer.weight("width", np.array([width])), writer.first)
-    return _product_of_bytes(writer, given, matrix, columns)
-
-
-def _column_scales(packed: onnx_ir.Value, scales: onnx_ir.Value) -> NDArray[np.float32]:
-    """By which each row of blocks fits into int8."""
-    assert packed.const_value is not None
-    assert scales.const_value is not None
-    pairs = packed.const_value.numpy()
-    halves = (np.abs(half.astype(np.int8) - 8).max(axis=-1) for half in (pairs & 15, pairs >> 4))
-    largest = (np.maximum(*halves) * np.abs(scales.const_value.numpy())).max(axis=-1)
-    columns: NDArray[np.float32] = np.maximum(largest / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    return columns
-
-
-def _product_of_bytes(
-    writer: _Writer, given: onnx_ir.Value, matrix: onnx_ir.Value, columns: onnx_ir.Value
-) -> onnx_ir.Value:
-    values, scale = writer.round_rows(given)
-    made = writer.op("MatMulIntegerToFloat", values, matrix, writer.one, columns, writer.middle, domain=CONTRIB)
-    return writer.op("Mul", made, scale)
 
 
 def _store_convolution(writer: _Writer, node: onnx_ir.Node, precision: str) -> None:
@@ -273,23 +216,28 @@ def _store_convolution(writer: _Writer, node: onnx_ir.Node, precision: str) -> N
     rows = weight.reshape(len(weight), -1)
     if rows.shape[1] < _FEWEST:
         return
-    shape = writer.weight("shape", np.array(weight.shape))
+    whole = onnx_ir.DataType.FLOAT.value
     if precision == "int4" and rows.shape[1] >= 2 * BLOCK:
         packed, scales = quantize_blocks(rows)
-        halves = writer.unpack(writer.weight(name, packed), writer.weight(f"{name}.scales", scales))
-        pairs = writer.op("Transpose", halves, perm=[1, 2, 3, 0])
-        restored = writer.op("Reshape", pairs, writer.weight("rows", np.array([len(rows), -1])))
+        pairs = writer.weight(name, packed)
+        lower = writer.op("BitwiseAnd", pairs, writer.weight("lower", np.uint8(15)))
+        upper = writer.op("BitShift", pairs, writer.weight("upper", np.uint8(4)), direction="RIGHT")
+        halves = (writer.op("Unsqueeze", half, writer.last_axis) for half in (lower, upper))
+        numbers = writer.op("Cast", writer.op("Concat", *halves, axis=-1), to=whole)
+        numbers = writer.op("Sub", numbers, writer.weight("zero", np.float32(8)))
+        numbers = writer.op("Mul", numbers, writer.weight(f"{name}.scales", scales[..., None, None]))
         if rows.shape[1] % BLOCK:
+            numbers = writer.op("Reshape", numbers, writer.weight("rows", np.array([len(rows), -1])))
             end = writer.weight("end", np.array([rows.shape[1]]))
-            restored = writer.op("Slice", restored, writer.first, end, writer.last_axis)
+            numbers = writer.op("Slice", numbers, writer.first, end, writer.last_axis)
     else:
         rounded, scales = quantize_vectors(rows, axis=1)
-        numbers = writer.op("Cast", writer.weight(name, rounded), to=onnx_ir.DataType.FLOAT.value)
-        restored = writer.op("Mul", numbers, writer.weight(f"{name}.scales", scales[:, None]))
-    made = writer.op("Reshape", restored, shape)
+        numbers = writer.op("Cast", writer.weight(name, rounded), to=whole)
+        numbers = writer.op("Mul", numbers, writer.weight(f"{name}.scales", scales[:, None]))
+    restored = writer.op("Reshape", numbers, writer.weight("shape", np.array(weight.shape)))
     writer.graph.insert_before(node, writer.new)
     writer.new = []
-    node.replace_input_with(1, made)
+    node.replace_input_with(1, restored)
 
 
 def _lookup(writer: _Writer, node: onnx_ir.Node, table: NDArray[np.float32], precision: str) -> onnx_ir.Value:

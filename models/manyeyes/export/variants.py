@@ -10,7 +10,7 @@ import onnx_ir
 
 from manyeyes.export.graphs import describe_graph, export_decoder, export_embed, export_vision, save_graph
 from manyeyes.export.overflow import find_overflow
-from manyeyes.export.precision import quantize_graph, widen
+from manyeyes.export.precision import for_many_tokens, quantize_graph
 from manyeyes.model import ManyEyesForConditionalGeneration, ManyEyesProcessor
 from manyeyes.recipe.recipe import GraphPrecision
 from manyeyes.runtime.bundle import Group
@@ -49,13 +49,13 @@ def write_rounded(graph: GraphName, precision: Precision, folder: Path) -> dict[
     out = graph_file(graph, precision)
     rounded = quantize_graph(folder / graph_file(graph, "fp32"), precision)
     if precision == "int4" and graph == "vision":
-        widen(rounded)
+        for_many_tokens(rounded)
     signatures = {out: describe_graph(rounded)}
     if precision == "int4" and graph == "decoder":
         # Both read the same weights, from files beside them.
         save_graph(rounded, folder / out, most_inside=0)
         prefill = onnx_ir.load(folder / out)
-        widen(prefill)
+        for_many_tokens(prefill)
         onnx_ir.save(prefill, folder / PREFILL)
         signatures[PREFILL] = describe_graph(prefill)
     else:

@@ -142,10 +142,10 @@ class Bundle:
             tile_tokens=chat.image_tokens,
             cache=image_cache,
         )
-        graphs = [Graph(file, providers=providers, threads=threads) for file in (embed, decoder)]
+        files = [embed, decoder]
         if prefill and chosen.prefill and providers[0] == CPU:
-            weights = sum(manifest["files"][name]["bytes"] for name in chosen.graphs["decoder"])
-            graphs.append(Graph(path / chosen.prefill, providers=providers, threads=threads, weights=weights))
+            files.append(path / chosen.prefill)
+        graphs = [Graph(file, providers=providers, threads=threads) for file in files]
         self.decoder = Decoder(*graphs, stop_ids=stop_ids)
         self._options = OptionEncoder(self._tokenizer, self._template, system=self._system, max_length=self.max_length)
         self.providers: tuple[str, ...] = self._vision.providers
@@ -369,8 +369,8 @@ def load_bundle(
         image_cache: Keeps the visual tokens of images; None without.
         variant: Name of one of the manifest's variants, for instance ``int4``; by default the one called ``default``,
             or the only one that was pulled.
-        prefill: Whether a decoder in int4 is loaded a second time, in int8, for the tokens that are given: on a CPU
-            these are three times as quick, and take a byte a weight; by default unless ``MANYEYES_PREFILL`` is 0.
+        prefill: Whether a decoder in int4 is loaded a second time on a CPU, for the tokens that are given: that is
+            quicker for many at once. By default yes, unless ``MANYEYES_PREFILL`` is 0.
 
     Raises:
         BundleError: A file is missing, has changed or makes no sense, the manifest is of another format, a provider is

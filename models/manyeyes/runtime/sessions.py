@@ -112,14 +112,13 @@ def choose_prefill(prefill: bool | None = None) -> bool:
     return value == "1" if prefill is None else prefill
 
 
-def open_session(graph: Path, *, providers: Sequence[str], threads: int, weights: int = 0) -> ort.InferenceSession:
+def open_session(graph: Path, *, providers: Sequence[str], threads: int) -> ort.InferenceSession:
     """Load one graph.
 
     Args:
         graph: The ``.onnx`` file.
         providers: From ``choose_providers``.
         threads: From ``choose_threads``.
-        weights: Bytes of the files that hold its weights, where it computes others of them while it loads.
 
     Raises:
         BundleError: The graph does not load or takes more memory than ``memory_limit``, or the first provider does not
@@ -134,7 +133,7 @@ def open_session(graph: Path, *, providers: Sequence[str], threads: int, weights
     options.add_session_config_entry("session.use_env_allocators", "1")
     # What is computed while a graph loads lies outside the arena. It is made of the graph's weights, so that none of it
     # need be larger than the file.
-    folded = max(_MOST_FOLDED, weights, graph.stat().st_size if graph.is_file() else 0)
+    folded = max(_MOST_FOLDED, graph.stat().st_size if graph.is_file() else 0)
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     # The graphs of a bundle take turns; a thread pool that spins while it waits takes the cores from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -170,15 +169,14 @@ class Graph:
         path: The ``.onnx`` file.
         providers: From ``choose_providers``.
         threads: From ``choose_threads``.
-        weights: As ``open_session`` takes them.
 
     Raises:
         BundleError: As ``open_session``.
     """
 
-    def __init__(self, path: Path, *, providers: Sequence[str], threads: int, weights: int = 0) -> None:
+    def __init__(self, path: Path, *, providers: Sequence[str], threads: int) -> None:
         self.name = path.name
-        self._session = open_session(path, providers=providers, threads=threads, weights=weights)
+        self._session = open_session(path, providers=providers, threads=threads)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.device = "cuda" if self.providers[0] == CUDA else "cpu"
