@@ -161,6 +161,19 @@ def test_the_engine_takes_no_more_slots_than_were_reserved(
     )
 
 
+def test_a_prompt_of_several_pieces_leaves_room_for_its_answer(
+    loaded_bundle: Bundle, joining: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [Group((picture(0), picture(1, 90, 50)), ("is it yes or no?", "a b c d e f g h")), Group((), ("é🙂",))]
+    for bundle in (loaded_bundle, joining):
+        whole = bundle.answer_groups(groups, max_new_tokens=20)
+        monkeypatch.setattr(bundle.decoder, "_piece", 3)
+        steps = Steps(bundle, monkeypatch)
+        assert bundle.answer_groups(groups, max_new_tokens=20) == whole
+        # The last piece goes where the answer's tokens go behind it.
+        assert sum(steps.in_place) == (20 if bundle is loaded_bundle else 0)
+
+
 # RMS norms of two layers and the last one, those with a sum in front of them, and rotary embeddings.
 FUSED = {
     "gemma": (GemmaConfig, GemmaForCausalLM, {}, (5, 4, 4)),  # norms multiply by the weight and 1

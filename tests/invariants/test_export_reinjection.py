@@ -105,6 +105,25 @@ def test_batches_and_order_change_nothing(loaded: Bundle, batch_size: int) -> No
     assert parts == whole
 
 
+def test_prompts_that_are_read_piece_by_piece_get_the_same_answers(
+    loaded: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = make_groups()
+    seen = _record_runs(loaded, monkeypatch)
+    whole = loaded.answer_groups(groups, max_new_tokens=8, first_logits=True)
+    looked = sum(looks for _, looks in seen)
+    for piece in (1, 5, 7):
+        seen.clear()
+        monkeypatch.setattr(loaded.decoder, "_piece", piece)
+        found = loaded.answer_groups(groups, max_new_tokens=8, first_logits=True)
+        assert max(length for length, _ in seen) == piece
+        assert sum(looks for _, looks in seen) == looked
+        for answers, expected in zip(found, whole, strict=True):
+            assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+            for answer, other in zip(answers, expected, strict=True):
+                np.testing.assert_allclose(answer.first_logits, other.first_logits, rtol=0, atol=2e-5)
+
+
 def test_every_weight_is_written_once(cambrian: Toy) -> None:
     """Steps with and without images share one graph; the blocks between its layers are in it and nowhere else."""
     model, _ = load_checkpoint(cambrian.checkpoint)

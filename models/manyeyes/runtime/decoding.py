@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ its mask then is as long as that memory."""
 
 # Slots that a cache gets for tokens to come: at least so many, and a share of those in use. Attention reads them all.
 _ROOM, _ROOM_SHARE = 16, 8
+
+
+# Given tokens that run at once, by device. Attention's scores are tokens x tokens: those of a few stay in a processor's
+# cache, and reach no further than the last of them. A GPU wants more to do at once.
+_PIECES = {"cpu": 128, "cuda": 1024}
 
 
 class OptionEncoder:
@@ -192,6 +198,7 @@ class Decoder:
         self._stop_ids = frozenset(stop_ids)
         self._kept = _OLD_KEPT if _OLD_KEPT in decoder.input_names else KEPT
         self._cache_names = [name for name in decoder.input_names if name.startswith("past_key_values.")]
+        self._piece = _PIECES[decoder.device]
         self._takes_buffer = decoder.properties.get(CACHE_PROPERTY) == TAKES_BUFFER
         self._check()
         # What a step without images looks at.
@@ -254,7 +261,7 @@ class Decoder:
                 embeddings[row, first : first + length] = image.tokens
                 places.append(row * ids.shape[1] + first + image.looks)
         looks = self._gather_looks(places, [image for own in images for image in own])
-        _, cache = self._step(embeddings, mask, self._empty_cache(len(prefixes)), looks=looks, graph=self._prefill)
+        _, cache = self._read(embeddings, mask, self._empty_cache(len(prefixes)), looks=looks)
         return Prefixes(cache=cache, mask=mask)
 
     def continue_greedily(
@@ -406,10 +413,35 @@ class Decoder:
         """``[Q, V]`` logits behind each prompt, and mask and cache to go on from, which has room for new tokens."""
         ids, mask = _pad_left(prompts)
         mask = np.concatenate([prefixes.mask[list(rows)], mask], axis=1)
-        more = ids.shape[1] + self._room(mask.shape[1], most=mask.shape[1] + new)
-        taken = self._take(prefixes.cache, rows, more=more)
-        logits, cache = self._step(self._embed_tokens(ids), mask, taken, graph=self._prefill)
+        room = self._room(mask.shape[1], most=mask.shape[1] + new)
+        at_once = ids.shape[1] <= self._piece
+        taken = self._take(prefixes.cache, rows, more=ids.shape[1] + room if at_once else 0)
+        logits, cache = self._read(self._embed_tokens(ids), mask, taken, room=0 if at_once else room)
         return logits[:, -1], mask, cache
+
+    def _read(
+        self,
+        embeddings: NDArray[np.float32],
+        mask: NDArray[np.int64],
+        cache: Mapping[str, ort.OrtValue],
+        *,
+        room: int = 0,
+        looks: Mapping[str, NDArray[Any]] | None = None,
+    ) -> tuple[NDArray[np.float32], Mapping[str, ort.OrtValue]]:
+        """Run given tokens piece by piece: logits at the last one, and the longer cache, with more slots behind it."""
+        length = embeddings.shape[1]
+        before, pieces = mask.shape[1] - length, -(-length // self._piece)
+        for begin, end in pairwise(length * piece // pieces for piece in range(pieces + 1)):
+            if room and end == length:
+                cache = self._widen(cache, end - begin + room)
+            logits, cache = self._step(
+                embeddings[:, begin:end],
+                mask[:, : before + end],
+                cache,
+                looks=None if looks is None else _cut_looks(looks, length, begin, end),
+                graph=self._prefill,
+            )
+        return logits, cache
 
     def _step(
         self,
@@ -459,7 +491,10 @@ class Decoder:
         missing = slots - self._slots(cache)
         if missing <= 0 or not self._takes_buffer:
             return cache
-        behind = ((0, 0), (0, 0), (0, missing + room), (0, 0))
+        return self._widen(cache, missing + room)
+
+    def _widen(self, cache: Mapping[str, ort.OrtValue], more: int) -> dict[str, ort.OrtValue]:
+        behind = ((0, 0), (0, 0), (0, more), (0, 0))
         return {name: self._decoder.to_device(np.pad(value.numpy(), behind)) for name, value in cache.items()}
 
     def _gather_looks(
@@ -505,6 +540,16 @@ def _no_looks(decoder: Graph) -> dict[str, NDArray[Any]]:
         sizes = decoder.sizes(name, rank=rank, fixed=range(1, rank))
         empty[name] = np.zeros((0, *sizes), bool if name == "window_mask" else np.float32)
     return empty
+
+
+def _cut_looks(looks: Mapping[str, NDArray[Any]], length: int, begin: int, end: int) -> Mapping[str, NDArray[Any]]:
+    """What tokens from begin to end look at, of rows of a length."""
+    if not looks:
+        return looks
+    rows, slots = np.divmod(looks[PLACES], length)
+    inside = (begin <= slots) & (slots < end)
+    places = rows[inside] * (end - begin) + slots[inside] - begin
+    return {PLACES: places, **{name: looks[name][inside] for name in WINDOWS}}
 
 
 def _pad_left(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
