@@ -195,12 +195,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", type=Path)
     parser.add_argument("graphs", type=Path)
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="Tokens of the prompt.")
     parser.add_argument("--out", type=Path, default=Path("bench/results/decoding.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32).eval()
     text = Path("README.md").read_text(encoding="utf-8")
-    prompt = np.array([AutoTokenizer.from_pretrained(arguments.weights)(text).input_ids[:PROMPT]])
+    prompt = np.array([AutoTokenizer.from_pretrained(arguments.weights)(text).input_ids[: arguments.prompt]])
+    assert prompt.shape[1] == arguments.prompt, "README.md is shorter than the prompt"
     write_graphs(model, arguments.graphs)
     model.set_attn_implementation("sdpa")
     ours = {precision: Ours(arguments.graphs, precision) for precision in PRECISIONS}
@@ -231,7 +233,7 @@ def main() -> int:
         print(name, results[name])
     for name in ("fp32", f"{PEER} fp32"):
         assert rounds[name][0][2] == rounds["torch"][0][2], f"{name} writes other tokens than torch"
-    facts = {"prompt": PROMPT, "written": WRITTEN, "rounds": ROUNDS, "load": os.getloadavg()[0]}
+    facts = {"prompt": arguments.prompt, "written": WRITTEN, "rounds": ROUNDS, "load": os.getloadavg()[0]}
     arguments.out.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n", encoding="utf-8")
     return 0
 
