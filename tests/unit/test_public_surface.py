@@ -31,7 +31,7 @@ SIGNATURES = {
     ("manyeyes.runtime", "load_bundle"): (
         "(path: 'str | Path', *, providers: 'Sequence[str] | None' = None, threads: 'int | None' = None, "
         "verify: 'bool' = True, image_cache: 'ImageCache | None' = None, "
-        "variant: 'str | None' = None) -> 'Bundle'"
+        "variant: 'str | None' = None, prefill: 'bool | None' = None) -> 'Bundle'"
     ),
     ("manyeyes.runtime", "Bundle.answer"): (
         "(self, question: 'str', *, images: 'ImageLike | Sequence[ImageLike]' = (), max_new_tokens: 'int' = 32) "
