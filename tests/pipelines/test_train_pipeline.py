@@ -112,10 +112,12 @@ def test_registered_version_answers_and_is_pulled(first_run: tuple[str, RunSumma
     image = (toy_checkout.path / summary.example.image).read_bytes()
     assert output.strip().endswith(int4.answer(asked[1], images=[image], max_new_tokens=32).strip())
     fetched = toy_checkout.path / "runs" / "cache" / "bundles" / "manyeyes-toy-1-int4"
-    assert {path.name for path in fetched.glob("onnx/*.onnx")} == {
+    assert {path.name for path in fetched.glob("onnx/*")} == {
         "vision_encoder_int8.onnx",
         "embed_tokens_q4.onnx",
         "decoder_model_merged_q4.onnx",
+        "decoder_model_merged_q4.onnx_data",
+        "decoder_prefill_q4.onnx",
     }
     code, output = toy_checkout.run("pull", "manyeyes-toy", "champion")
     assert code == 2
